@@ -1,0 +1,1 @@
+"""The `tierline` command: what operators type."""

@@ -1,0 +1,1 @@
+"""Runs deterministic checks on artefacts in a sandbox; knows no tasks."""

@@ -1,0 +1,1 @@
+"""What services share: life cycle, session, credit, configuration, logs, child processes."""

@@ -1,0 +1,1 @@
+"""Remembers decisions, outcomes and episodes; the SQLite log is the truth, indexes are projections."""

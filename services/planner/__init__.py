@@ -1,0 +1,1 @@
+"""Turns an objective into a TaskIR; never executes anything."""

@@ -1,0 +1,1 @@
+"""The hub of the bus and the only owner of task state."""

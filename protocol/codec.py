@@ -1,0 +1,72 @@
+"""Bodies to bytes and back: msgpack outside, pydantic inside, bounded in size and depth.
+
+The header has its own module since it is decoded far more often. Nothing here knows sockets.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgpack
+from pydantic import ValidationError
+
+from protocol.errors import BadFrame
+from protocol.limits import MAX_BODY_BYTES, MAX_NESTING
+from protocol.messages.base import Message
+
+M = TypeVar("M", bound=Message)
+
+
+def pack_body(message: Message) -> bytes:
+    """Encode a body; fields that hold their default None are left out."""
+    return bytes(msgpack.packb(message.model_dump(mode="json", exclude_none=True)))
+
+
+def unpack_map(data: bytes) -> dict[str, Any]:
+    """Decode msgpack bytes that must be one map within our bounds; raises BadFrame."""
+    if len(data) > MAX_BODY_BYTES:
+        raise BadFrame("body.too_large", f"body of {len(data)} bytes, at most {MAX_BODY_BYTES} are read")
+    try:
+        raw = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException, RecursionError) as err:
+        raise BadFrame("body.not_msgpack", f"the body is not msgpack: {err}") from err
+    if not isinstance(raw, dict):
+        raise BadFrame("body.not_a_map", f"the body is a {type(raw).__name__}, expected a map")
+    if _too_deep(raw):
+        raise BadFrame("body.too_deep", f"the body nests deeper than {MAX_NESTING} levels")
+    return raw
+
+
+def unpack_body(model: type[M], data: bytes) -> M:
+    """Decode and validate a body; raises BadFrame naming every field that is wrong."""
+    raw = unpack_map(data)
+    try:
+        return model.model_validate(raw)
+    except ValidationError as err:
+        raise BadFrame("body.invalid", describe(err)) from err
+
+
+def describe(err: ValidationError) -> str:
+    """Every problem of a validation error as `field: what is wrong`, at most ten, without echoing large input."""
+    parts = []
+    for problem in err.errors(include_url=False, include_context=False)[:10]:
+        where = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+        parts.append(f"{where}: {problem['msg']}")
+    more = err.error_count() - len(parts)
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+def _too_deep(value: Any) -> bool:
+    """Breadth-first, so that a hostile body cannot exhaust our own stack."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+        if not below:
+            return False
+        level = below
+    return any(isinstance(item, dict | list) for item in level)

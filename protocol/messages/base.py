@@ -1,0 +1,29 @@
+"""Base of every body: frozen, bounded, and forgiving about fields it does not know."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Message(BaseModel):
+    """Frozen value; unknown fields are ignored so that a newer peer can speak to an older one."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+class Strict(BaseModel):
+    """Frozen value written by people: an unknown field is a typing mistake and is refused by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}$")]
+"""Name of an artefact, step, role or model: safe as a file name inside a workspace, never a path."""
+
+Text = Annotated[str, Field(max_length=64 * 1024)]
+"""Prose a person or a model wrote: objective, action, reason."""
+
+Millis = Annotated[int, Field(ge=0)]
+"""Unix time, or a duration, in milliseconds."""

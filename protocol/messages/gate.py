@@ -1,0 +1,53 @@
+"""Gate runs: deterministic checks of artefacts, each with a typed verdict."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from protocol.messages.artefact import Artefact
+from protocol.messages.base import Message, Millis, Name
+from protocol.messages.failure import Category, Finding
+
+
+class Verdict(StrEnum):
+    """`error` = the gate itself could not judge (tool missing, sandbox gone): never a pass."""
+
+    PASS = "pass"  # noqa: S105  a verdict, not a password
+    FAIL = "fail"
+    ERROR = "error"
+    SKIPPED = "skipped"
+
+
+class GateRequest(Message):
+    """Run the named gates on the artefacts under check."""
+
+    gates: list[Name] = Field(min_length=1, max_length=16)
+    artefacts: list[Artefact] = Field(min_length=1, max_length=64)
+    """Under check: the outputs of one attempt, or the final artefacts of a task."""
+    context: list[Artefact] = Field(default_factory=list, max_length=256)
+    """Also placed in the workspace, not judged: inputs such as the tests that came with the task."""
+    json_schema: dict[str, Any] | None = None
+    """For the schema gate."""
+
+
+class GateResult(Message):
+    """One gate on all artefacts it applies to."""
+
+    gate: str
+    verdict: Verdict
+    category: Category
+    """Category of its failure: the gate's own for `fail`, RESOURCE or POLICY for `error`."""
+    message: str = Field(default="", max_length=4_000)
+    """Why, where the verdict is not `pass`."""
+    findings: list[Finding] = Field(default_factory=list, max_length=200)
+    started_ms: Millis
+    ended_ms: Millis
+
+
+class GateFinal(Message):
+    """Results in the order in which the gates were asked for, whichever finished first."""
+
+    results: list[GateResult]

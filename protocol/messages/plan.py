@@ -1,0 +1,58 @@
+"""Planning calls: a task goes in, the same task with a plan comes out, and the reasons with it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from protocol.messages.base import Message
+from protocol.messages.memory import Episode
+from protocol.messages.task import TaskIR
+
+
+class PlanRequest(Message):
+    """Plan this task; where it has a plan already, discover its parallelism and choose personas and gates."""
+
+    task: TaskIR
+
+
+class RemovedEdge(Message):
+    """A dependency that was dropped because no data flows along it."""
+
+    step: str
+    depends_on: str
+    reason: str
+
+
+class RoutingDecision(Message):
+    """A choice that will be scored by its outcome, with what it was chosen from."""
+
+    decision_id: str = Field(max_length=128)
+    subject: Literal["role", "persona", "decomposition"]
+    step: str | None = None
+    """Absent for decisions about the whole task."""
+    choice: str
+    alternatives: list[str] = Field(default_factory=list, max_length=64)
+    propensity: float = Field(gt=0, le=1)
+    """Probability with which this choice was taken; 1 for a rule."""
+    rule: str
+    """The rule or evidence behind it, for people."""
+    task_type: str
+    features: dict[str, float] = Field(default_factory=dict)
+    """What the choice was based on, as numbers."""
+
+
+class PlanFinal(Message):
+    """The planned task."""
+
+    task: TaskIR
+    source: Literal["client", "rules", "model"]
+    reason: str
+    """Why this source: what was wrong with the model's plan where the rules' plan is used."""
+    removed_edges: list[RemovedEdge] = Field(default_factory=list)
+    decisions: list[RoutingDecision] = Field(default_factory=list)
+    similar: list[Episode] = Field(default_factory=list, max_length=16)
+    """Earlier tasks that informed the plan."""
+    generated_tokens: int = Field(default=0, ge=0)
+    """Tokens the planning model spent."""

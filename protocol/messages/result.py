@@ -1,0 +1,240 @@
+"""What a client sees of a task: its events while it runs, its state at any time, its result.
+
+The same `TaskView` answers `task.show` and ends `task.watch`, so that there is one shape to learn.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import Field
+
+from protocol.messages.artefact import Artefact
+from protocol.messages.base import Message, Millis
+from protocol.messages.failure import Failure
+from protocol.messages.gate import GateResult
+from protocol.messages.memory import Episode
+from protocol.messages.plan import RemovedEdge, RoutingDecision
+
+
+class TaskState(StrEnum):
+    """Where a task is; the last three are final."""
+
+    PLANNING = "planning"
+    RUNNING = "running"
+    CHECKING = "checking"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """True once nothing about the task can change any more."""
+        return self in (TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED)
+
+
+class StepState(StrEnum):
+    """Where a step is; the last four are final."""
+
+    WAITING = "waiting"
+    READY = "ready"
+    INFERRING = "inferring"
+    CHECKING = "checking"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    SKIPPED = "skipped"
+
+    @property
+    def final(self) -> bool:
+        """True once nothing about the step can change any more."""
+        return self in (StepState.DONE, StepState.FAILED, StepState.CANCELLED, StepState.SKIPPED)
+
+
+class AttemptView(Message):
+    """One try of a step."""
+
+    number: int = Field(ge=1)
+    role: str
+    model: str
+    key: str
+    """Idempotency key of its inference call."""
+    queued_ms: Millis
+    started_ms: Millis | None = None
+    """When the hub handed it to a worker; absent while it waits for a slot."""
+    inferred_ms: Millis | None = None
+    """When the answer was accepted."""
+    ended_ms: Millis | None = None
+    """When its gates were done too."""
+    worker: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    first_token_ms: float = 0
+    gates: list[GateResult] = Field(default_factory=list)
+    failure: Failure | None = None
+    action: str | None = None
+    """What the failure table said to do next: retry, escalate or fail, and by which rule."""
+
+
+class StepView(Message):
+    """A step with everything that happened to it."""
+
+    id: str
+    actor: str
+    """The role it was planned for; the attempts say which role did it."""
+    action: str
+    state: StepState
+    persona: str | None = None
+    needs: list[str]
+    """Steps that had to be finished first."""
+    ready_ms: Millis | None = None
+    ended_ms: Millis | None = None
+    losses: int = 0
+    """Workers that died while they had this step."""
+    attempts: list[AttemptView]
+    failure: Failure | None = None
+
+
+class Segment(Message):
+    """A stretch of the critical path."""
+
+    step: str | None = None
+    """Absent for planning and the final checks."""
+    what: Literal["planning", "waiting", "queueing", "inference", "gates", "retry", "checks"]
+    start_ms: Millis
+    end_ms: Millis
+
+
+class CriticalPath(Message):
+    """What determined the wall clock of a task; all durations in milliseconds."""
+
+    wall_ms: Millis
+    """From acceptance to the end."""
+    work_ms: Millis
+    """Sum of all segments of all steps."""
+    parallelism: float
+    """work / wall: 1 is serial."""
+    path: list[Segment]
+    """Covers the wall clock without gaps, from acceptance to the end."""
+    slack_ms: dict[str, int]
+    """Per finished step: how much later it could have ended without delaying the task."""
+    overlapping_steps: int
+    """Steps whose inference overlapped in time with that of another step of this task."""
+
+
+class PlanView(Message):
+    """How the plan came about."""
+
+    source: str
+    reason: str
+    removed_edges: list[RemovedEdge]
+    decisions: list[RoutingDecision]
+    similar: list[Episode]
+
+
+class Usage(Message):
+    """Totals over all attempts, failed ones included."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    attempts: int = 0
+
+
+class TaskView(Message):
+    """A task as it stands; the result, once `state` is final."""
+
+    task_id: str
+    state: TaskState
+    objective: str
+    task_type: str
+    priority: str
+    created_ms: Millis
+    ended_ms: Millis | None = None
+    last_seq: int
+    """Number of the newest event of this task."""
+    plan: PlanView | None = None
+    steps: list[StepView] = Field(default_factory=list)
+    artefacts: list[Artefact] = Field(default_factory=list)
+    """What the task was asked for: outputs that no step consumes. `task.artefact` fetches any other by name."""
+    gates: list[GateResult] = Field(default_factory=list)
+    """Checks of the final artefacts."""
+    failure: Failure | None = None
+    usage: Usage = Field(default_factory=Usage)
+    critical_path: CriticalPath | None = None
+
+
+class TaskEvent(Message):
+    """One thing that happened to a task, in order; journalled before it is sent, tokens excepted."""
+
+    task_id: str
+    seq: int
+    """Rising per task; `step.tokens` repeats the last one, since it is not journalled."""
+    at_ms: Millis
+    event: str
+    step: str | None = None
+    attempt: int | None = None
+    fields: dict[str, Any] = Field(default_factory=dict)
+
+
+class TaskQuery(Message):
+    """Body of `task.show` and `task.cancel`."""
+
+    task_id: str = Field(max_length=128)
+    reason: str = Field(default="", max_length=1_000)
+    """Why it is cancelled; goes into the journal."""
+
+
+class Watch(Message):
+    """Body of `task.watch`: events after `after_seq`, then `task.result`."""
+
+    task_id: str = Field(max_length=128)
+    after_seq: int = Field(default=0, ge=0)
+
+
+class ArtefactQuery(Message):
+    """Body of `task.artefact`."""
+
+    task_id: str = Field(max_length=128)
+    name: str = Field(max_length=128)
+
+
+class ArtefactReply(Message):
+    """One artefact of a task."""
+
+    artefact: Artefact
+
+
+class Cancelled(Message):
+    """The task's state after the cancellation; a finished task stays what it was."""
+
+    task_id: str
+    state: TaskState
+
+
+class ListQuery(Message):
+    """Body of `task.list`."""
+
+    limit: int = Field(default=50, ge=1, le=1_000)
+    states: list[TaskState] = Field(default_factory=list)
+
+
+class TaskSummary(Message):
+    """One line of a listing."""
+
+    task_id: str
+    state: TaskState
+    task_type: str
+    objective: str
+    created_ms: Millis
+    ended_ms: Millis | None = None
+    steps_done: int
+    steps_total: int
+
+
+class Listing(Message):
+    """Newest first."""
+
+    tasks: list[TaskSummary]

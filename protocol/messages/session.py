@@ -1,0 +1,125 @@
+"""Sessions: how a peer introduces itself to the hub, stays alive in its eyes, and leaves."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from protocol.messages.base import Message, Millis
+
+
+class PeerState(StrEnum):
+    """Life cycle of a service as it reports it."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DEGRADED = "degraded"
+    DRAINING = "draining"
+
+
+class Hello(Message):
+    """First message of a session, and again after every `unknown_peer` error or reject."""
+
+    service: str = Field(max_length=128)
+    """Name of the process, such as `inference-worker`; a new epoch of the same name replaces the old one."""
+    protocol_min: int = Field(ge=1)
+    protocol_max: int = Field(ge=1)
+    capabilities: list[str] = Field(default_factory=list, max_length=64)
+    """Targets this peer answers, such as `infer.worker`; a client has none."""
+    state: PeerState = PeerState.READY
+    pid: int = Field(default=0, ge=0)
+    load_deadline_s: float = Field(default=120, gt=0)
+    """How long the peer may stay LOADING before the hub reports it."""
+    in_flight: list[str] = Field(default_factory=list, max_length=10_000)
+    """Keys of the calls this peer is still working on: they are re-attached, not computed again."""
+    finished: list[str] = Field(default_factory=list, max_length=10_000)
+    """Keys of results this peer still holds because the hub may not have read them."""
+
+
+class Welcome(Message):
+    """The hub's yes."""
+
+    protocol: int
+    hub_epoch: str
+    ping_ms: Millis
+    """The hub pings this often; a peer that hears nothing for three times as long says HELLO again."""
+    drop: list[str] = Field(default_factory=list)
+    """In-flight keys nobody waits for any more: cancel them."""
+    resend: list[str] = Field(default_factory=list)
+    """Finished keys whose result the hub has not seen: send it again."""
+
+
+class Reject(Message):
+    """The hub's no. `version` is final; `fenced` and `replaced` ask for a new epoch."""
+
+    code: str
+    message: str
+
+
+class Ping(Message):
+    """From the hub to every service; clients are not pinged."""
+
+    at_ms: Millis
+
+
+class Pong(Message):
+    """Answer to a ping, written by the loop that does the work; also sent unasked when the state changes."""
+
+    state: PeerState
+    reason: str | None = None
+    """Why the state is not ready, for people."""
+    in_flight: int = Field(ge=0)
+    loop_lag_ms: float = Field(ge=0)
+    """Longest delay of the work loop since the last pong, in milliseconds."""
+    rss_bytes: int = Field(ge=0)
+    """Resident memory of this service plus its children, in bytes."""
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    """Service-specific figures, such as llama.cpp's token counters; shown by `tierline status`."""
+
+
+class Goodbye(Message):
+    """The peer takes no new work and leaves when what it has is finished."""
+
+    reason: str
+
+
+class StatusRequest(Message):
+    """Ask the hub who is there."""
+
+
+class PeerReport(Message):
+    """One peer as the hub sees it."""
+
+    service: str
+    epoch: str
+    state: str
+    """PeerState, or `suspect` when it has been silent."""
+    reason: str | None = None
+    capabilities: list[str]
+    granted: int
+    used: int
+    in_flight: list[str]
+    """Keys of its running calls."""
+    silent_ms: Millis
+    pid: int
+    loop_lag_ms: float
+    rss_bytes: int
+    metrics: dict[str, Any]
+
+
+class StatusReport(Message):
+    """The hub's view of the system."""
+
+    hub_epoch: str
+    hub_pid: int
+    uptime_ms: Millis
+    peers: list[PeerReport]
+    queued: dict[str, int]
+    """Calls waiting per capability."""
+    tasks: dict[str, int]
+    """Number of tasks per state."""
+    counters: dict[str, int]
+    """Totals since the hub started, such as `duplicates` and `reattached`."""

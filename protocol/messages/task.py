@@ -1,0 +1,143 @@
+"""TaskIR: one job, carried whole from the client to the result.
+
+This module says what a task looks like. Whether its plan is a graph that can run (producers, cycles, duplicate
+ids) is the business of `protocol.plan_graph`; what is done with it, of the services.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from protocol.limits import MAX_STEPS
+from protocol.messages.artefact import Artefact, ArtefactKind
+from protocol.messages.base import Message, Name, Strict, Text
+
+
+class TaskType(StrEnum):
+    """What kind of work the task is; chooses the planner's template and groups its experience."""
+
+    CHAT = "chat"
+    DOC = "doc"
+    CODE = "code"
+    INGEST = "ingest"
+    MANAGE = "manage"
+
+
+class Priority(StrEnum):
+    """Interactive overtakes batch; batch is never starved."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+class Output(Strict):
+    """An artefact that a step promises."""
+
+    name: Name
+    kind: ArtefactKind = ArtefactKind.TEXT
+    content_type: str | None = Field(default=None, max_length=128)
+
+
+class Step(Strict):
+    """One piece of work for one role."""
+
+    id: Name
+    """`S1`, `S2`, …; unique within the plan."""
+    actor: Name
+    """Role from `registry/roles.yaml`."""
+    action: Text
+    """What to do, in words, for the model."""
+    inputs: list[Name] = Field(default_factory=list, max_length=2_000)
+    """Artefacts that go into the prompt; their producers become dependencies."""
+    outputs: list[Output] = Field(min_length=1, max_length=16)
+    depends_on: list[Name] = Field(default_factory=list, max_length=2_000)
+    """Control dependencies; dropped by the planner where no data flows, unless `ordered`."""
+    ordered: bool = False
+    """Keep the control dependencies although no data flows along them."""
+    gates: list[Name] | None = Field(default=None, max_length=16)
+    """Checks of this step's outputs; absent = the planner chooses by kind, empty = none."""
+    persona: Name | None = None
+    """Prompt overlay from `registry/personas.yaml`; absent = the planner chooses."""
+    timeout_s: float | None = Field(default=None, gt=0, le=86_400)
+    """Wall clock of one attempt, from dispatch; absent = the role's."""
+    max_tokens: int | None = Field(default=None, ge=1, le=131_072)
+    """Bound on generated tokens of one attempt; absent = the role's."""
+    json_schema: dict[str, Any] | None = None
+    """JSON Schema of the one json output: decoding is constrained by it and the answer is checked against it."""
+    grammar: Text | None = None
+    """GBNF grammar that constrains decoding."""
+
+    @field_validator("outputs")
+    @classmethod
+    def _distinct(cls, outputs: list[Output]) -> list[Output]:
+        names = [output.name for output in outputs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"output {name!r} is listed twice")
+        return outputs
+
+
+class Plan(Strict):
+    """The steps of a task; their order in the list means nothing."""
+
+    steps: Annotated[list[Step], Field(min_length=1, max_length=MAX_STEPS)]
+
+
+class Escalation(Strict):
+    """How far a failing step may climb."""
+
+    max_level: int = Field(default=2, ge=0, le=8)
+    """Roles above the first that a step may reach; 0 = never escalate."""
+
+
+class Budget(Strict):
+    """What one task may spend."""
+
+    max_tokens: int = Field(default=200_000, ge=1)
+    """Generated tokens over all attempts; no further attempt starts beyond it."""
+    max_steps: int = Field(default=1_000, ge=1, le=MAX_STEPS)
+
+
+class TaskIR(Strict):
+    """One job: what is wanted, with what, within which limits, and how (once planned)."""
+
+    ir_version: int = Field(default=1, ge=1, le=1)
+    task_id: Name | None = None
+    """Minted by the hub where absent."""
+    created_at: int | None = Field(default=None, ge=0)
+    """Unix milliseconds; set by the hub."""
+    idempotency_key: str | None = Field(default=None, min_length=1, max_length=128)
+    """The same key submitted twice is one task."""
+    task_type: TaskType = TaskType.CHAT
+    priority: Priority = Priority.INTERACTIVE
+    deadline_s: float | None = Field(default=None, gt=0, le=30 * 86_400)
+    """Seconds after acceptance at which the task fails with TIMEOUT."""
+    objective: Text = Field(min_length=1)
+    context: Text = ""
+    constraints: list[Text] = Field(default_factory=list, max_length=64)
+    assumptions: list[Text] = Field(default_factory=list, max_length=64)
+    definition_of_done: list[Text] = Field(default_factory=list, max_length=64)
+    inputs: list[Artefact] = Field(default_factory=list, max_length=256)
+    plan: Plan | None = None
+    """Absent = the planner makes it."""
+    gates: list[Name] = Field(default_factory=list, max_length=16)
+    """Checks of the final artefacts (those that no step consumes)."""
+    escalation: Escalation = Field(default_factory=Escalation)
+    budget: Budget = Field(default_factory=Budget)
+
+
+class Submit(Message):
+    """Body of `task.submit`: the task as the client wrote it; the hub validates it to name every problem."""
+
+    task: dict[str, Any]
+
+
+class Accepted(Message):
+    """The task is on disk and will be finished, whatever is killed from here on."""
+
+    task_id: str
+    duplicate: bool = False
+    """True where this idempotency key was known: the task is the earlier one."""

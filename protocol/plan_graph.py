@@ -1,0 +1,126 @@
+"""The graph inside a plan: who produces what, who waits for whom, and every reason why it could not run.
+
+Pure functions over a TaskIR, used by the hub on submit, by the planner on its own and on models' plans, and by
+the command-line tool before it sends anything. Which control dependencies are worth keeping is the planner's
+business; here they all count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from protocol.messages.task import Plan, TaskIR
+
+
+@dataclass(frozen=True, slots=True)
+class PlanProblem:
+    """One reason why a plan cannot run."""
+
+    step: str | None
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        """`plan.steps[S3].inputs: …`, the way errors name it."""
+        where = f"plan.steps[{self.step}]" if self.step else "plan"
+        return f"{where}.{self.field}: {self.message}"
+
+
+def producers(plan: Plan) -> dict[str, str]:
+    """Artefact name -> id of the step that makes it; the first one where two claim it."""
+    made: dict[str, str] = {}
+    for step in plan.steps:
+        for output in step.outputs:
+            made.setdefault(output.name, step.id)
+    return made
+
+
+def needs(plan: Plan) -> dict[str, frozenset[str]]:
+    """Step id -> ids of the steps it waits for, through data or control, itself never included."""
+    made = producers(plan)
+    return {
+        step.id: frozenset([made[name] for name in step.inputs if name in made] + list(step.depends_on)) - {step.id}
+        for step in plan.steps
+    }
+
+
+def final_artefacts(plan: Plan) -> list[str]:
+    """Outputs that no step consumes, in the order of the plan."""
+    consumed = {name for step in plan.steps for name in step.inputs}
+    return [output.name for step in plan.steps for output in step.outputs if output.name not in consumed]
+
+
+def find_problems(task: TaskIR) -> list[PlanProblem]:
+    """Every reason why the plan of this task cannot run; empty for a task without a plan."""
+    if task.plan is None:
+        return []
+    steps = task.plan.steps
+    if len(steps) > task.budget.max_steps:
+        over = steps[task.budget.max_steps].id
+        message = f"{len(steps)} steps, but budget.max_steps is {task.budget.max_steps} (first step over it: {over})"
+        return [PlanProblem(None, "steps", message)]
+    found: list[PlanProblem] = []
+    ids: set[str] = set()
+    given = {artefact.name for artefact in task.inputs}
+    if len(given) < len(task.inputs):
+        names = [artefact.name for artefact in task.inputs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        found.append(PlanProblem(None, "inputs", f"input artefacts named twice: {', '.join(twice)}"))
+    made: dict[str, str] = {}
+    for step in steps:
+        if step.id in ids:
+            found.append(PlanProblem(step.id, "id", f"the id {step.id!r} is used by two steps"))
+        ids.add(step.id)
+        for output in step.outputs:
+            if output.name in given:
+                found.append(PlanProblem(step.id, "outputs", f"{output.name!r} is already an input of the task"))
+            elif output.name in made:
+                found.append(
+                    PlanProblem(step.id, "outputs", f"{output.name!r} is already made by step {made[output.name]}")
+                )
+            made.setdefault(output.name, step.id)
+    for step in steps:
+        for name in step.inputs:
+            if name not in made and name not in given:
+                found.append(PlanProblem(step.id, "inputs", f"no step makes {name!r} and the task has no such input"))
+            elif made.get(name) == step.id:
+                found.append(PlanProblem(step.id, "inputs", f"{name!r} is an output of this very step"))
+        for other in step.depends_on:
+            if other not in ids:
+                found.append(PlanProblem(step.id, "depends_on", f"there is no step {other!r}"))
+            elif other == step.id:
+                found.append(PlanProblem(step.id, "depends_on", "a step cannot wait for itself"))
+        if step.json_schema is not None and [output.kind.value for output in step.outputs] != ["json"]:
+            found.append(PlanProblem(step.id, "json_schema", "needs exactly one output, of kind json"))
+        if step.json_schema is not None and step.grammar is not None:
+            found.append(PlanProblem(step.id, "grammar", "json_schema and grammar exclude each other"))
+    if not found and (cycle := find_cycle(needs(task.plan))):
+        path = " -> ".join([*cycle, cycle[0]])
+        found.append(PlanProblem(cycle[0], "depends_on", f"the steps wait for each other: {path}"))
+    return found
+
+
+def find_cycle(waits_for: Mapping[str, frozenset[str]]) -> list[str]:
+    """Ids along one cycle, in waiting order; empty where there is none. Iterative: plans may be thousands deep."""
+    done: set[str] = set()
+    for start in waits_for:
+        if start in done:
+            continue
+        path: list[str] = [start]
+        on_path = {start}
+        todo = [sorted(waits_for[start])]
+        while path:
+            if not todo[-1]:
+                done.add(path[-1])
+                on_path.discard(path.pop())
+                todo.pop()
+                continue
+            step = todo[-1].pop()
+            if step in on_path:
+                return path[path.index(step) :]
+            if step not in done and step in waits_for:
+                path.append(step)
+                on_path.add(step)
+                todo.append(sorted(waits_for[step]))
+    return []

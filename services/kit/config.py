@@ -1,0 +1,79 @@
+"""Where this stack lives: the only place that reads the environment.
+
+Two stacks with two homes run side by side; nothing outside the home and the checkout is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+CHECKOUT: Final = Path(__file__).resolve().parents[2]
+"""The project's own folder: registry/, deploy/."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Folders of one stack."""
+
+    root: Path
+    registry: Path
+    cache: Path
+    models: Path
+    supervised: bool
+    """True when supervisord started this process: it then dies with its supervisor."""
+
+    @property
+    def run(self) -> Path:
+        """Sockets and locks; private to the user (0700)."""
+        return self.root / "run"
+
+    @property
+    def logs(self) -> Path:
+        """One JSON-lines file per process."""
+        return self.root / "logs"
+
+    @property
+    def journal(self) -> Path:
+        """The scheduler's SQLite journal."""
+        return self.root / "journal"
+
+    @property
+    def memory(self) -> Path:
+        """The memory service's log and projections."""
+        return self.root / "memory"
+
+    @property
+    def conf_d(self) -> Path:
+        """Generated supervisord programs, one per model entry."""
+        return self.root / "conf.d"
+
+    @property
+    def hub_address(self) -> str:
+        """The one address every process knows."""
+        return f"ipc://{self.run}/hub.sock"
+
+    def make(self) -> Home:
+        """Create the folders, private to the user; returns itself."""
+        for folder in (self.root, self.run, self.logs, self.journal, self.memory, self.conf_d):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.run.chmod(0o700)
+        return self
+
+
+def load_home(environ: Mapping[str, str] | None = None) -> Home:
+    """Read TIERLINE_HOME, TIERLINE_REGISTRY, TIERLINE_CACHE and TIERLINE_MODELS; defaults as in DESIGN section 1."""
+    env = os.environ if environ is None else environ
+    state = Path(env.get("XDG_STATE_HOME") or Path(env.get("HOME", "/")) / ".local" / "state")
+    root = Path(env.get("TIERLINE_HOME") or state / "tierline").absolute()
+    cache = Path(env.get("TIERLINE_CACHE") or root / "cache").absolute()
+    return Home(
+        root=root,
+        registry=Path(env.get("TIERLINE_REGISTRY") or CHECKOUT / "registry").absolute(),
+        cache=cache,
+        models=Path(env.get("TIERLINE_MODELS") or cache / "models").absolute(),
+        supervised="SUPERVISOR_ENABLED" in env,
+    )

@@ -1,0 +1,65 @@
+"""JSON lines: one object per line, one file per process, events as constants with declared fields.
+
+`tail -F | jq` and lnav read them (deploy/lnav). Prompts, answers and secrets are never logged: events carry ids,
+counts and durations. An undeclared field is a programming error and raises, so that logs stay searchable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from services.kit.clock import Clock
+
+Level = Literal["debug", "info", "warning", "error"]
+_MAX_FIELD_CHARS: Final = 2_000
+_MAX_FILE_BYTES: Final = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class LogEvent:
+    """A kind of line: its stable name, the fields it may carry (space separated), its level."""
+
+    name: str
+    fields: str
+    level: Level = "info"
+
+
+class Log:
+    """Appends lines to `<folder>/<service>.jsonl`; at 64 MiB the file is moved to `.1` and begun anew."""
+
+    def __init__(self, folder: Path, service: str, clock: Clock) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path = folder / f"{service}.jsonl"
+        self._service = service
+        self._clock = clock
+        self._fd = self._open()
+
+    def write(self, event: LogEvent, **fields: Any) -> None:
+        """Write one line. Raises KeyError for a field that the event does not declare; None values are left out."""
+        allowed = event.fields.split()
+        now = self._clock.now_ms()
+        stamp = datetime.fromtimestamp(now / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{now % 1000:03d}Z"
+        line: dict[str, Any] = {"ts": stamp, "level": event.level, "service": self._service, "event": event.name}
+        for name, value in fields.items():
+            if name not in allowed:
+                raise KeyError(f"{event.name} does not declare the field {name!r}")
+            if value is not None:
+                line[name] = value[:_MAX_FIELD_CHARS] if isinstance(value, str) else value
+        data = (json.dumps(line, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace")
+        if os.fstat(self._fd).st_size + len(data) > _MAX_FILE_BYTES:
+            self._path.replace(self._path.with_suffix(".jsonl.1"))
+            os.close(self._fd)
+            self._fd = self._open()
+        os.write(self._fd, data)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -1,0 +1,386 @@
+"""A service's side of its session with the hub, as a pure machine: events in, commands out.
+
+Keeps: a request is worked on once per key, however often it is delivered; a result is kept until it is old, so
+that a hub which lost it can ask again; credit is a running total per epoch. Leaves sockets, time, randomness and
+the work itself to `services.kit.service`.
+
+After a restart of the hub, or a silence, the peer opens a fresh session and lists the keys it has in flight: the
+hub re-attaches them. Nothing is computed again for want of a message.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from protocol.codec import pack_body, unpack_body
+from protocol.errors import BadFrame
+from protocol.header import Header
+from protocol.kinds import CALL_REQUESTS, ENDINGS, family
+from protocol.limits import PROTOCOL_VERSION
+from protocol.messages.failure import Category, Failure
+from protocol.messages.reply import ErrorReply
+from protocol.messages.session import Goodbye, Hello, PeerState, Ping, Reject, Welcome
+
+_KEPT_RESULTS: Final = 512
+"""Results kept for a hub that may ask again; more than any hub has in flight at one peer."""
+_JOIN_TIMEOUT_MS: Final = 3_000
+_SILENT_PINGS: Final = 3
+UNKNOWN_PEER: Final = "peer.unknown"
+"""Failure code with which a restarted hub answers a peer it has not met."""
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A fresh socket is there; `epoch` names the new session."""
+
+    at_ms: int
+    epoch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One message came in."""
+
+    at_ms: int
+    header: Header
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time has passed."""
+
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkEnded:
+    """The work for `key` has its ending."""
+
+    key: str
+    kind: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PartialMade:
+    """A piece of a running answer; dropped while there is no hub, since the final repeats it."""
+
+    key: str
+    kind: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """This service wants something from another, through the hub."""
+
+    header: Header
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AskDropped:
+    """Nobody waits for that answer any more."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    """The service became ready, degraded, and so on."""
+
+    state: PeerState
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    """Take no new work; finish what is there."""
+
+    reason: str
+
+
+Event = Opened | Received | Ticked | WorkEnded | PartialMade | Asked | AskDropped | StateChanged | DrainAsked
+
+
+# Commands
+
+
+@dataclass(frozen=True, slots=True)
+class Transmit:
+    """Send this message; the driver fills in epoch, src and seq, and the id where it is empty."""
+
+    header: Header
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reopen:
+    """Close the socket, wait (backoff after `failures` vain tries), open a fresh one under a new epoch."""
+
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportState:
+    """Send a pong; the driver measures what goes into it."""
+
+    corr: str | None
+    credit: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartWork:
+    """Do this; end with WorkEnded."""
+
+    header: Header
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CancelWork:
+    """Stop working on this key; WorkEnded is still expected."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """An answer (or a piece of one) to something this service asked."""
+
+    header: Header
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The hub refuses this peer for good; exit and say why."""
+
+    reason: str
+
+
+Command = Transmit | Reopen | ReportState | StartWork | CancelWork | Deliver | Stop
+
+
+@dataclass(slots=True)
+class PeerSession:
+    """State of one peer's session. `handle` is the only door."""
+
+    service: str
+    capabilities: tuple[str, ...]
+    slots: int
+    pid: int
+    load_deadline_s: float
+    state: PeerState = PeerState.STARTING
+    epoch: str = ""
+    joined: bool = False
+    granted: int = 0
+    failures: int = 0
+    in_flight: dict[str, Header] = field(default_factory=dict)
+    finished: OrderedDict[str, tuple[str, bytes, Header]] = field(default_factory=OrderedDict)
+    asks: dict[str, Asked] = field(default_factory=dict)
+    _heard_ms: int = 0
+    _ping_ms: int = 1_000
+
+    def handle(self, event: Event) -> list[Command]:
+        """Take one event; return what to do, in order."""
+        match event:
+            case Opened():
+                return self._on_opened(event)
+            case Received():
+                return self._on_received(event)
+            case Ticked():
+                return self._on_ticked(event)
+            case WorkEnded():
+                return self._on_work_ended(event)
+            case PartialMade():
+                header = self.in_flight.get(event.key)
+                if header is None or not self.joined:
+                    return []
+                return [Transmit(_answer(header, event.kind), event.body)]
+            case Asked():
+                self.asks[event.header.id] = event
+                return [Transmit(event.header, event.body)] if self.joined else []
+            case AskDropped():
+                asked = self.asks.pop(event.id, None)
+                if asked is None or not self.joined:
+                    return []
+                cancel = replace(asked.header, kind=f"{family(asked.header.kind)}.cancel", id="", corr=event.id)
+                return [Transmit(cancel, b"\x80")]
+            case StateChanged():
+                return self._on_state_changed(event)
+            case DrainAsked():
+                self.state = PeerState.DRAINING
+                goodbye = Header(kind="session.goodbye", id="")
+                return [Transmit(goodbye, pack_body(Goodbye(reason=event.reason)))] if self.joined else []
+
+    def _on_opened(self, event: Opened) -> list[Command]:
+        self.epoch = event.epoch
+        self.joined = False
+        self._heard_ms = event.at_ms
+        self.granted = self._free_slots()
+        return [self._hello()]
+
+    def _free_slots(self) -> int:
+        """Slots to grant in a new epoch: those that running work does not hold; each grants itself when it ends."""
+        usable = self.state in (PeerState.READY, PeerState.DEGRADED)
+        return max(0, self.slots - len(self.in_flight)) if usable else 0
+
+    def _hello(self) -> Transmit:
+        body = Hello(
+            service=self.service,
+            protocol_min=PROTOCOL_VERSION,
+            protocol_max=PROTOCOL_VERSION,
+            capabilities=list(self.capabilities),
+            state=self.state,
+            pid=self.pid,
+            load_deadline_s=self.load_deadline_s,
+            in_flight=list(self.in_flight),
+            finished=list(self.finished),
+        )
+        return Transmit(Header(kind="session.hello", id="", credit=self.granted), pack_body(body))
+
+    def _on_received(self, event: Received) -> list[Command]:
+        header = event.header
+        self._heard_ms = event.at_ms
+        try:
+            if header.kind == "session.welcome":
+                return self._on_welcome(unpack_body(Welcome, event.body))
+            if header.kind == "session.reject":
+                return self._on_reject(unpack_body(Reject, event.body))
+            if header.kind == "session.ping":
+                unpack_body(Ping, event.body)
+                return [ReportState(corr=header.id, credit=self.granted)] if self.joined else []
+            if header.kind == "error" and _is_unknown_peer(event.body):
+                return self._rejoin()
+        except BadFrame as err:
+            # Our own hub does not send such bytes; whoever did is not one to stay connected to.
+            return [Stop(f"the hub sent a {header.kind} that cannot be read: {err}")]
+        if header.kind in CALL_REQUESTS:
+            return self._on_request(event)
+        if header.kind.endswith(".cancel"):
+            return [CancelWork(header.key)] if header.key in self.in_flight else []
+        if header.corr in self.asks:
+            if header.kind in ENDINGS:
+                del self.asks[header.corr]
+            return [Deliver(header, event.body)]
+        return []  # the late answer to a dropped question
+
+    def _rejoin(self) -> list[Command]:
+        """A new hub listens on our old connection: say HELLO again, under a new epoch, on a fresh socket."""
+        if not self.joined:
+            return []  # our HELLO is on its way
+        self.joined = False
+        return [Reopen(failures=0)]
+
+    def _on_welcome(self, welcome: Welcome) -> list[Command]:
+        self.joined = True
+        self.failures = 0
+        self._ping_ms = max(1, welcome.ping_ms)
+        commands: list[Command] = [CancelWork(key) for key in welcome.drop if key in self.in_flight]
+        commands.extend(self._ending(key) for key in welcome.resend if key in self.finished)
+        commands.extend(Transmit(asked.header, asked.body) for asked in self.asks.values())
+        return commands
+
+    def _on_reject(self, reject: Reject) -> list[Command]:
+        self.joined = False
+        if reject.code == "version":
+            return [Stop(f"rejected by the hub: {reject.message}")]
+        self.failures += 1
+        return [Reopen(self.failures)]
+
+    def _on_request(self, event: Received) -> list[Command]:
+        header = event.header
+        key = header.key
+        if key is None:
+            return [Transmit(_answer(header, "error"), _error(Category.POLICY, "call.no_key", "a call needs a key"))]
+        if key in self.in_flight:
+            self.in_flight[key] = header  # re-attached: the answer goes to the newest request
+            return []
+        if key in self.finished:
+            kind, body, _ = self.finished[key]
+            self.finished[key] = (kind, body, header)
+            self.granted += 1
+            return [self._ending(key)]
+        refusal: bytes | None = None
+        if self.state is PeerState.DRAINING:
+            refusal = _error(Category.PEER, "peer.draining", f"{self.service} is shutting down")
+        elif header.deadline is not None and header.deadline <= event.at_ms:
+            refusal = _error(Category.TIMEOUT, "call.expired", "the deadline had passed before the work was begun")
+        if refusal is not None:
+            self.granted += 1
+            return [Transmit(replace(_answer(header, "error"), credit=self.granted), refusal)]
+        self.in_flight[key] = header
+        return [StartWork(header, event.body)]
+
+    def _on_work_ended(self, event: WorkEnded) -> list[Command]:
+        header = self.in_flight.pop(event.key, None)
+        if header is None:
+            return []
+        self.granted += 1
+        if event.kind == "error":
+            # Not kept: a later try of the same key must run again. Lost with the hub, it is a key not re-attached.
+            ending = replace(_answer(header, "error"), credit=self.granted)
+            return [Transmit(ending, event.body)] if self.joined else []
+        self.finished[event.key] = (event.kind, event.body, header)
+        while len(self.finished) > _KEPT_RESULTS:
+            self.finished.popitem(last=False)
+        return [self._ending(event.key)] if self.joined else []
+
+    def _ending(self, key: str) -> Transmit:
+        kind, body, header = self.finished[key]
+        return Transmit(replace(_answer(header, kind), credit=self.granted), body)
+
+    def _on_state_changed(self, event: StateChanged) -> list[Command]:
+        if self.state is PeerState.DRAINING or self.state is event.state:
+            return []
+        first_ready = self.granted == 0 and not self.in_flight
+        self.state = event.state
+        if first_ready:
+            self.granted = self._free_slots()
+        return [ReportState(corr=None, credit=self.granted)] if self.joined else []
+
+    def _on_ticked(self, event: Ticked) -> list[Command]:
+        silence = event.at_ms - self._heard_ms
+        limit = self._ping_ms * _SILENT_PINGS if self.joined else _JOIN_TIMEOUT_MS
+        if not self.epoch or silence <= limit:
+            return []
+        self._heard_ms = event.at_ms
+        self.joined = False
+        self.failures += 1
+        return [Reopen(self.failures)]
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if the state contradicts itself; called by tests after every event."""
+        both = self.in_flight.keys() & self.finished.keys()
+        if both:
+            raise AssertionError(f"in flight and finished at once: {sorted(both)}")
+        if len(self.finished) > _KEPT_RESULTS:
+            raise AssertionError("more results kept than the bound")
+
+
+def _answer(request: Header, kind: str) -> Header:
+    """Header of a message that continues or ends `request`."""
+    return Header(
+        kind=kind,
+        id="",
+        corr=request.id,
+        key=request.key,
+        task=request.task,
+        step=request.step,
+        attempt=request.attempt,
+        trace=request.trace,
+    )
+
+
+def _is_unknown_peer(body: bytes) -> bool:
+    return unpack_body(ErrorReply, body).failure.code == UNKNOWN_PEER
+
+
+def _error(category: Category, code: str, message: str) -> bytes:
+    return pack_body(ErrorReply(failure=Failure(code=code, category=category, origin="session", message=message)))

@@ -1,0 +1,96 @@
+"""A hub for tests of one service: welcomes every peer, sends what the test asks for, collects what comes back.
+
+It does no scheduling; tests of the real hub start `python -m services.scheduler`.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import defaultdict
+
+from protocol.codec import pack_body, unpack_body
+from protocol.header import Header, pack_header, unpack_header
+from protocol.kinds import BODIES, ENDINGS
+from protocol.messages.base import Message
+from protocol.messages.session import Hello, Ping, Pong, Welcome
+from protocol.zmq_transport import ZmqRouter
+
+
+class ScriptedHub:
+    """Bound ROUTER; `await_peer`, `request`, `collect`. Every wait has a deadline and raises TimeoutError."""
+
+    def __init__(self, address: str) -> None:
+        self.port = ZmqRouter(address)
+        self.peers: dict[str, bytes] = {}
+        """Service name -> identity of its newest session."""
+        self.hellos: dict[str, Hello] = {}
+        self.pongs: dict[str, Pong] = {}
+        self.credit: dict[str, int] = {}
+        self.received: list[tuple[bytes, Header, bytes]] = []
+        """Everything that is not session traffic, in order of arrival."""
+        self._answers: dict[str, list[tuple[Header, bytes]]] = defaultdict(list)
+        self._pinged = 0.0
+
+    def close(self) -> None:
+        self.port.close()
+
+    def pump(self, timeout_ms: int = 50) -> None:
+        """Answer sessions, ping once a second, file the rest."""
+        if time.monotonic() - self._pinged > 1:
+            self._pinged = time.monotonic()
+            for identity in self.peers.values():
+                self.send(identity, "session.ping", Ping(at_ms=int(time.time() * 1000)))
+        self.port.wait(timeout_ms)
+        while (message := self.port.receive()) is not None:
+            identity, frames = message
+            header = unpack_header(frames[0])
+            if header.credit is not None and header.src:
+                self.credit[header.src] = header.credit
+            if header.kind == "session.hello":
+                hello = unpack_body(Hello, frames[1])
+                self.peers[hello.service] = identity
+                self.hellos[hello.service] = hello
+                self.send(identity, "session.welcome", Welcome(protocol=1, hub_epoch="scripted", ping_ms=1_000))
+            elif header.kind == "session.pong":
+                self.pongs[header.src or ""] = unpack_body(Pong, frames[1])
+            else:
+                self.received.append((identity, header, frames[1]))
+                if header.corr:
+                    self._answers[header.corr].append((header, frames[1]))
+
+    def send(self, identity: bytes, kind: str, body: Message, **fields: object) -> str:
+        ident = uuid.uuid4().hex
+        self.port.send(identity, pack_header(Header(kind=kind, id=ident, **fields)), pack_body(body))  # type: ignore[arg-type]
+        return ident
+
+    def await_peer(self, service: str, state: str = "ready", timeout_s: float = 30) -> Hello:
+        """Wait until that service has said HELLO and reported this state."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            self.pump()
+            pong = self.pongs.get(service)
+            if service in self.peers and pong is not None and pong.state.value == state:
+                return self.hellos[service]
+        raise TimeoutError(f"{service} did not become {state}: {self.pongs.get(service)}")
+
+    def request(self, service: str, kind: str, body: Message, **fields: object) -> str:
+        """Send a request; returns its id for `collect`. A key is made where none is given."""
+        fields.setdefault("key", uuid.uuid4().hex)
+        return self.send(self.peers[service], kind, body, **fields)
+
+    def collect(self, request_id: str, timeout_s: float = 30) -> tuple[Header, Message, list[Message]]:
+        """Wait for the ending of a request: its header, its body, and the partials before it."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            answers = self._answers[request_id]
+            if answers and answers[-1][0].kind in ENDINGS:
+                *partials, (header, data) = answers
+                pieces = [unpack_body(BODIES[head.kind], piece) for head, piece in partials]
+                return header, unpack_body(BODIES[header.kind], data), pieces
+            self.pump()
+        raise TimeoutError(f"no ending for {request_id}: {self._answers[request_id]}")
+
+    def ask(self, service: str, kind: str, body: Message, timeout_s: float = 30, **fields: object) -> Message:
+        """Request and collect; returns the body of the ending, whatever it is."""
+        return self.collect(self.request(service, kind, body, **fields), timeout_s)[1]
