@@ -285,6 +285,7 @@ class PeerSession:
         commands: list[Command] = [CancelWork(key) for key in welcome.drop if key in self.in_flight]
         commands.extend(self._ending(key) for key in welcome.resend if key in self.finished)
         commands.extend(Transmit(asked.header, asked.body) for asked in self.asks.values())
+        commands.append(ReportState(corr=None, credit=self.granted))  # it may have changed since the HELLO
         return commands
 
     def _on_reject(self, reject: Reject) -> list[Command]:
