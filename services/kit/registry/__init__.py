@@ -1,0 +1,38 @@
+"""The registry: what an operator declares about models, roles, personas, gates, failures and hardware.
+
+`load_registry(folder, models_folder)` gives a frozen `Registry` or raises `RegistryError` with every problem as
+`file:line: field: message`. Field by field: registry/README.md.
+"""
+
+from services.kit.registry.entries import (
+    FailureCaps,
+    FailureRule,
+    FailureTable,
+    GateEntry,
+    Hardware,
+    ModelEntry,
+    PersonaEntry,
+    PersonaFit,
+    RoleEntry,
+    Sampling,
+)
+from services.kit.registry.problems import Problem, RegistryError, UnknownNameError
+from services.kit.registry.registry import Registry, load_registry
+
+__all__ = [
+    "FailureCaps",
+    "FailureRule",
+    "FailureTable",
+    "GateEntry",
+    "Hardware",
+    "ModelEntry",
+    "PersonaEntry",
+    "PersonaFit",
+    "Problem",
+    "Registry",
+    "RegistryError",
+    "RoleEntry",
+    "Sampling",
+    "UnknownNameError",
+    "load_registry",
+]

@@ -1,0 +1,141 @@
+"""The one truth about models, roles, personas, gates, failures and hardware, loaded once and then immutable.
+
+`load_registry` is the only door: a `Registry` that exists has passed every rule. It starts nothing and watches nothing;
+a reload is a second call, and `digest` tells whether anything changed. Prompts, budgets and launch commands are made
+from it by the services.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import psutil
+
+from protocol.messages.failure import Category
+from services.kit.registry.entries import (
+    FailureCaps,
+    FailureRule,
+    FailureTable,
+    GateEntry,
+    Hardware,
+    HardwareEntry,
+    ModelEntry,
+    PersonaEntry,
+    RoleEntry,
+)
+from services.kit.registry.problems import Problem, RegistryError, UnknownNameError
+from services.kit.registry.rules import ERRORS, NOTES, Scene, resolved_path
+from services.kit.registry.sections import FILES, Draft, read_files
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """A checked registry. All mappings are read-only and keep the order of the files.
+
+    Attributes:
+        models: entries by name; `path` is absolute here (None for engine noop).
+        roles: entries by name; every `model` and `escalates_to` exists.
+        personas: entries by name.
+        gates: entries by name; `depends_on` is acyclic.
+        failures: a rule for every `Category`, and the caps.
+        hardware: what may be spent, detected where the file is silent.
+        digest: sha256 in hex over the content of the files; comments, order and detected values do not change it.
+        notes: what is worth knowing but refuses no launch.
+    """
+
+    models: Mapping[str, ModelEntry]
+    roles: Mapping[str, RoleEntry]
+    personas: Mapping[str, PersonaEntry]
+    gates: Mapping[str, GateEntry]
+    failures: FailureTable
+    hardware: Hardware
+    digest: str
+    notes: tuple[Problem, ...]
+
+    def model_of(self, role: str) -> ModelEntry:
+        """Return the model that serves a role. Raises `UnknownNameError`."""
+        return self.models[self._role(role).model]
+
+    def roles_of(self, model: str) -> tuple[RoleEntry, ...]:
+        """Return the roles that a model serves, in the order of the file. Raises `UnknownNameError`."""
+        if model not in self.models:
+            raise UnknownNameError("model", model, self.models)
+        return tuple(role for role in self.roles.values() if role.model == model)
+
+    def escalation_chain(self, role: str) -> tuple[RoleEntry, ...]:
+        """Return the roles that take over from a role, nearest first, itself excluded. Raises `UnknownNameError`."""
+        chain: list[RoleEntry] = []
+        target = self._role(role).escalates_to
+        while target is not None:  # ends: the rules refuse circles
+            chain.append(self.roles[target])
+            target = self.roles[target].escalates_to
+        return tuple(chain)
+
+    def _role(self, name: str) -> RoleEntry:
+        if name not in self.roles:
+            raise UnknownNameError("role", name, self.roles)
+        return self.roles[name]
+
+
+def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True) -> Registry:
+    """Read and check the registry in a folder.
+
+    Args:
+        folder: holds the six YAML files.
+        models_folder: where relative model paths are looked up.
+        check_files: False leaves out what needs the model files and binaries themselves (their existence, memory), for
+            checks on a machine that does not have them.
+
+    Raises `RegistryError` with every problem of every file.
+    """
+    if not folder.is_dir():
+        message = f"there is no folder {folder}; set TIERLINE_REGISTRY to the folder that holds {', '.join(FILES)}"
+        raise RegistryError([Problem(folder.name, 1, "", "folder-missing", message)])
+    draft = read_files(folder)
+    hardware = _detected(draft.single("hardware", HardwareEntry))
+    scene = Scene(draft, hardware, models_folder, check_files)
+    problems = [*draft.problems, *(problem for rule in ERRORS for problem in rule(scene))]
+    if problems:
+        raise RegistryError(problems)
+    return Registry(
+        models=MappingProxyType({name: _at_home(model, models_folder) for name, model in scene.models.items()}),
+        roles=MappingProxyType(scene.roles),
+        personas=MappingProxyType(draft.valid("personas", PersonaEntry)),
+        gates=MappingProxyType(scene.gates),
+        failures=_failure_table(draft),
+        hardware=hardware,
+        digest=_digest(draft),
+        notes=tuple(note for rule in NOTES for note in rule(scene)),
+    )
+
+
+def _detected(entry: HardwareEntry) -> Hardware:
+    return Hardware(
+        # Affinity, not the count of the machine: in a container or under taskset only these can be used.
+        cores=entry.cores or len(psutil.Process().cpu_affinity() or ()) or psutil.cpu_count() or 1,
+        memory_bytes=entry.memory_bytes or psutil.virtual_memory().total,
+    )
+
+
+def _at_home(model: ModelEntry, models_folder: Path) -> ModelEntry:
+    binary = model.binary.expanduser() if model.binary is not None else None
+    return model.model_copy(update={"path": resolved_path(model, models_folder), "binary": binary})
+
+
+def _failure_table(draft: Draft) -> FailureTable:
+    rules = {Category(key): rule for key, rule in draft.valid("failures", FailureRule).items()}
+    return FailureTable(MappingProxyType(rules), draft.single("caps", FailureCaps))
+
+
+def _digest(draft: Draft) -> str:
+    content = {
+        **{
+            section: {key: entry.model_dump(mode="json") for key, entry in entries.items()}
+            for section, entries in draft.entries.items()
+        },
+        **{section: entry.model_dump(mode="json") for section, entry in draft.singles.items()},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

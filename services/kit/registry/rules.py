@@ -1,0 +1,302 @@
+"""What entries must agree on between each other, with the machine, and with the files on its disk.
+
+Each rule is a function from what was read to problems, and `ERRORS` and `NOTES` list them: an error refuses the launch,
+a note is only shown. The rules read sizes and the first bytes of model files; they change nothing. What the GGUF
+metadata itself demands (drafts, experts, recurrent architectures) belongs to the issue that builds acceleration.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from protocol.messages.failure import Category
+from services.kit.registry.entries import (
+    FailureCaps,
+    FailureRule,
+    GateEntry,
+    Hardware,
+    ModelEntry,
+    PersonaEntry,
+    RoleEntry,
+)
+from services.kit.registry.problems import Problem
+from services.kit.registry.sections import Draft
+
+GGUF_MAGIC: Final = b"GGUF"
+_SPLIT_FILE: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+#: Outcomes that say nothing about a model's answer: learning from them, or asking a stronger model, would be wrong.
+NEVER_QUALITY: Final = frozenset({Category.PEER, Category.RESOURCE})
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """All that the rules look at."""
+
+    draft: Draft
+    hardware: Hardware
+    models_folder: Path
+    check_files: bool
+
+    @property
+    def models(self) -> dict[str, ModelEntry]:
+        """The valid model entries."""
+        return self.draft.valid("models", ModelEntry)
+
+    @property
+    def roles(self) -> dict[str, RoleEntry]:
+        """The valid role entries."""
+        return self.draft.valid("roles", RoleEntry)
+
+    @property
+    def gates(self) -> dict[str, GateEntry]:
+        """The valid gate entries."""
+        return self.draft.valid("gates", GateEntry)
+
+
+Rule: TypeAlias = Callable[[Scene], Iterator[Problem]]
+
+
+def resolved_path(model: ModelEntry, models_folder: Path) -> Path | None:
+    """Return the absolute path of a model's file, or None for engine noop. The file need not exist."""
+    return None if model.path is None else (models_folder / model.path.expanduser()).absolute()
+
+
+def _engine_fields(scene: Scene) -> Iterator[Problem]:
+    problem = scene.draft.problem
+    for name, model in scene.models.items():
+        at = ("models", name)
+        if model.engine == "noop" and model.path is not None:
+            yield problem((*at, "path"), "engine-fields", "engine noop loads no model; remove path")
+        if model.engine != "noop" and model.path is None:
+            yield problem(at, "engine-fields", f"engine {model.engine} needs path: the GGUF file to load")
+        if model.binary is None:
+            continue
+        if model.engine in ("embedded", "noop"):
+            yield problem((*at, "binary"), "engine-fields", f"engine {model.engine} starts no binary; remove it")
+        elif not model.binary.expanduser().is_absolute():
+            yield problem((*at, "binary"), "binary-path", f"must be an absolute path, got {str(model.binary)!r}")
+
+
+def _ports_differ(scene: Scene) -> Iterator[Problem]:
+    owner: dict[int, str] = {}
+    for name, model in scene.models.items():
+        if model.port == 0:
+            continue
+        other = owner.setdefault(model.port, name)
+        if other != name:
+            line = scene.draft.line_of("models", other, "port")
+            message = f"port {model.port} is taken by model {other!r} in line {line}; change one, or 0 for a free one"
+            yield scene.draft.problem(("models", name, "port"), "port-clash", message)
+
+
+def _threads_fit(scene: Scene) -> Iterator[Problem]:
+    cores = scene.hardware.cores
+    for name, model in scene.models.items():
+        if model.engine != "noop" and model.threads > cores:
+            message = f"{model.threads} threads on {cores} cores would slow each other down; at most {cores}"
+            yield scene.draft.problem(("models", name, "threads"), "threads-over-cores", message)
+
+
+def _model_files(scene: Scene) -> Iterator[Problem]:
+    if not scene.check_files:
+        return
+    sizes: dict[str, int] = {}
+    for name, model in scene.models.items():
+        at = ("models", name)
+        binary = model.binary.expanduser() if model.binary is not None else None
+        if binary is not None and binary.is_absolute() and not (binary.is_file() and os.access(binary, os.X_OK)):
+            message = f"{model.binary} is no executable file; repair the path, or remove it to use the one on PATH"
+            yield scene.draft.problem((*at, "binary"), "binary-missing", message)
+        path = resolved_path(model, scene.models_folder)
+        if path is None or model.engine == "noop":
+            continue
+        total = 0
+        for part in _parts(path):
+            try:
+                with part.open("rb") as stream:
+                    magic = stream.read(len(GGUF_MAGIC))
+                    total += os.fstat(stream.fileno()).st_size
+            except OSError as error:
+                message = f"cannot open {part}: {error.strerror}; run deploy/fetch-model, or repair the path"
+                yield scene.draft.problem((*at, "path"), "model-file-missing", message)
+                break
+            if magic != GGUF_MAGIC:
+                message = f"{part} is not a GGUF file (an unfinished download?); fetch it again, or repair the path"
+                yield scene.draft.problem((*at, "path"), "model-file-format", message)
+                break
+        else:
+            sizes[name] = total
+    yield from _memory(scene, sizes)
+
+
+def _memory(scene: Scene, sizes: Mapping[str, int]) -> Iterator[Problem]:
+    total, memory = sum(sizes.values()), scene.hardware.memory_bytes
+    if total > memory:
+        # Each process counts: weights that are repacked for the CPU at load are not shared, even of one file.
+        largest = max(sizes, key=lambda name: sizes[name])
+        message = (
+            f"the model files need {total:,} bytes and hardware has {memory:,}; this is the largest "
+            f"({sizes[largest]:,}): take a smaller one, or remove an entry"
+        )
+        yield scene.draft.problem(("models", largest, "path"), "memory", message)
+
+
+def _parts(path: Path) -> Sequence[Path]:
+    """Return the files of a model: llama.cpp is given the first part of a split one and opens the others itself."""
+    match = _SPLIT_FILE.search(path.name)
+    if match is None:
+        return [path]
+    stem, count = path.name[: match.start()], int(match[2])
+    return [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+
+
+def _role_models(scene: Scene) -> Iterator[Problem]:
+    problem = scene.draft.problem
+    for name, role in scene.roles.items():
+        at = ("roles", name, "model")
+        if not scene.draft.declares("models", role.model):
+            yield problem(at, "unknown-model", f"models.yaml has no {role.model!r}; it has: {_names(scene.models)}")
+        model = scene.models.get(role.model)
+        if model is None:
+            continue
+        if model.tier == "D":
+            message = (
+                f"{role.model!r} is of tier D (draft), which never answers by itself; choose a model of tier A to C"
+            )
+            yield problem(at, "draft-tier-role", message)
+        if role.max_tokens >= model.context_tokens:
+            line = scene.draft.line_of("models", role.model, "context_tokens")
+            message = (
+                f"{role.max_tokens} tokens of answer leave no room for a prompt in the {model.context_tokens} context "
+                f"tokens of {role.model!r} (models.yaml:{line}); lower this or raise those"
+            )
+            yield problem(("roles", name, "max_tokens"), "answer-over-context", message)
+
+
+def _role_references(scene: Scene) -> Iterator[Problem]:
+    targets = {name: role.escalates_to for name, role in scene.roles.items() if role.escalates_to is not None}
+    for name, target in targets.items():
+        if not scene.draft.declares("roles", target):
+            message = f"roles.yaml has no {target!r}; it has: {_names(scene.roles)}"
+            yield scene.draft.problem(("roles", name, "escalates_to"), "unknown-role", message)
+    for cycle in _cycles({name: (target,) for name, target in targets.items()}):
+        message = f"the roles escalate in a circle: {' -> '.join(cycle)}; the last of a chain has no escalates_to"
+        yield scene.draft.problem(("roles", cycle[0], "escalates_to"), "escalation-cycle", message)
+    for name, persona in scene.draft.valid("personas", PersonaEntry).items():
+        for index, target in enumerate(persona.fits.roles):
+            if not scene.draft.declares("roles", target):
+                message = f"roles.yaml has no {target!r}; it has: {_names(scene.roles)}"
+                yield scene.draft.problem(("personas", name, "fits", "roles", index), "unknown-role", message)
+
+
+def _gate_commands(scene: Scene) -> Iterator[Problem]:
+    for name, gate in scene.gates.items():
+        at = ("gates", name)
+        if bool(gate.argv) == (gate.builtin is not None):
+            message = "needs either argv (a command) or builtin (schema), and not both"
+            yield scene.draft.problem(at, "gate-command", message)
+        for word in gate.unknown_placeholders():
+            message = f"{{{word}}} is no placeholder; there are {{artefact}}, {{workspace}} and {{python}}"
+            yield scene.draft.problem((*at, "argv"), "unknown-placeholder", message)
+        if gate.cores > scene.hardware.cores:
+            message = f"{gate.cores} cores on a machine of {scene.hardware.cores}: the gate could never start"
+            yield scene.draft.problem((*at, "cores"), "gate-cores", message)
+
+
+def _gate_order(scene: Scene) -> Iterator[Problem]:
+    for name, gate in scene.gates.items():
+        for index, target in enumerate(gate.depends_on):
+            if not scene.draft.declares("gates", target):
+                message = f"gates.yaml has no {target!r}; it has: {_names(scene.gates)}"
+                yield scene.draft.problem(("gates", name, "depends_on", index), "unknown-gate", message)
+    for cycle in _cycles({name: gate.depends_on for name, gate in scene.gates.items()}):
+        message = f"the gates wait for each other: {' -> '.join(cycle)}; remove one of the dependencies"
+        yield scene.draft.problem(("gates", cycle[0], "depends_on"), "gate-cycle", message)
+
+
+def _failure_rules(scene: Scene) -> Iterator[Problem]:
+    problem = scene.draft.problem
+    caps = scene.draft.single("caps", FailureCaps)
+    missing = [category for category in Category if not scene.draft.declares("failures", category)]
+    if missing:
+        yield problem(("failures",), "missing-category", f"no rule for {', '.join(missing)}; add a row for each")
+    for key, rule in scene.draft.valid("failures", FailureRule).items():
+        at = ("failures", key)
+        repeats = rule.action in ("retry", "backoff")
+        if repeats and rule.same_role == 0:
+            yield problem((*at, "same_role"), "failure-shape", f"{rule.action} needs same_role of at least 1")
+        if not repeats and (rule.same_role or "then" in rule.model_fields_set):
+            message = f"same_role and then belong to retry and backoff; {rule.action} acts at once: remove them"
+            yield problem((*at, "same_role" if rule.same_role else "then"), "failure-shape", message)
+        if rule.constrained and rule.action != "retry":
+            yield problem((*at, "constrained"), "failure-shape", f"only retry can be constrained, not {rule.action}")
+        if rule.same_role > caps.retries_per_step:
+            line = scene.draft.line_of("caps", "retries_per_step")
+            message = f"more than caps.retries_per_step ({caps.retries_per_step}, line {line}) can never be used"
+            yield problem((*at, "same_role"), "failure-over-cap", message)
+        if Category(key) in NEVER_QUALITY:
+            if rule.quality_signal:
+                message = f"{key} says nothing about an answer's quality; set it to false"
+                yield problem((*at, "quality_signal"), "never-quality", message)
+            if rule.action == "escalate" or rule.then == "escalate":
+                message = f"a stronger role is no cure for {key}; use rerun, backoff or fail"
+                yield problem((*at, "action" if rule.action == "escalate" else "then"), "never-escalate", message)
+    if caps.backoff_max_ms < max(caps.peer_backoff_ms, caps.resource_backoff_ms):
+        message = "is less than the first pause (peer_backoff_ms or resource_backoff_ms); raise it"
+        yield problem(("caps", "backoff_max_ms"), "backoff-order", message)
+
+
+def _cores_are_shared(scene: Scene) -> Iterator[Problem]:
+    threads = sum(model.threads for model in scene.models.values() if model.engine != "noop")
+    if threads > scene.hardware.cores:
+        message = (
+            f"all models together use {threads} threads on {scene.hardware.cores} cores; they slow each other down"
+        )
+        yield scene.draft.problem(("models",), "cores-shared", message)
+
+
+def _every_model_is_used(scene: Scene) -> Iterator[Problem]:
+    used = {role.model for role in scene.roles.values()}
+    for name, model in scene.models.items():
+        if name not in used and model.tier != "D":
+            message = "no role uses this model, so its process would only take memory"
+            yield scene.draft.problem(("models", name), "model-unused", message)
+
+
+ERRORS: Final[tuple[Rule, ...]] = (
+    _engine_fields,
+    _ports_differ,
+    _threads_fit,
+    _model_files,
+    _role_models,
+    _role_references,
+    _gate_commands,
+    _gate_order,
+    _failure_rules,
+)
+NOTES: Final[tuple[Rule, ...]] = (_cores_are_shared, _every_model_is_used)
+
+
+def _names(entries: Mapping[str, object]) -> str:
+    return ", ".join(entries) or "none"
+
+
+def _cycles(successors: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
+    """Yield each circle as the names along it, first name repeated at the end, beginning with the first in the file."""
+    graph = {name: set(after) for name, after in successors.items()}
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            circle = list(reversed(error.args[1]))[:-1]
+        else:
+            return
+        start = min(range(len(circle)), key=lambda index: list(successors).index(circle[index]))
+        circle = circle[start:] + circle[:start]
+        yield [*circle, circle[0]]
+        graph[circle[-1]].discard(circle[0])  # said once; look for the next
