@@ -17,7 +17,7 @@ from typing import Final
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
 from protocol.header import Header
-from protocol.kinds import CALL_REQUESTS, ENDINGS, family
+from protocol.kinds import CALL_REQUESTS, ENDINGS, UNKNOWN_PEER, family
 from protocol.limits import PROTOCOL_VERSION
 from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply
@@ -27,8 +27,7 @@ _KEPT_RESULTS: Final = 512
 """Results kept for a hub that may ask again; more than any hub has in flight at one peer."""
 _JOIN_TIMEOUT_MS: Final = 3_000
 _SILENT_PINGS: Final = 3
-UNKNOWN_PEER: Final = "peer.unknown"
-"""Failure code with which a restarted hub answers a peer it has not met."""
+_PROBE_PINGS: Final = 1.2
 
 
 # Events
@@ -186,6 +185,7 @@ class PeerSession:
     asks: dict[str, Asked] = field(default_factory=dict)
     _heard_ms: int = 0
     _ping_ms: int = 1_000
+    _probed: bool = False
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
@@ -248,6 +248,7 @@ class PeerSession:
     def _on_received(self, event: Received) -> list[Command]:
         header = event.header
         self._heard_ms = event.at_ms
+        self._probed = False
         try:
             if header.kind == "session.welcome":
                 return self._on_welcome(unpack_body(Welcome, event.body))
@@ -349,8 +350,14 @@ class PeerSession:
     def _on_ticked(self, event: Ticked) -> list[Command]:
         silence = event.at_ms - self._heard_ms
         limit = self._ping_ms * _SILENT_PINGS if self.joined else _JOIN_TIMEOUT_MS
-        if not self.epoch or silence <= limit:
+        if not self.epoch:
             return []
+        if silence <= limit:
+            if not self.joined or self._probed or silence <= self._ping_ms * _PROBE_PINGS:
+                return []
+            # One missed ping: a restarted hub cannot know this peer, but it answers whoever speaks.
+            self._probed = True
+            return [ReportState(corr=None, credit=self.granted)]
         self._heard_ms = event.at_ms
         self.joined = False
         self.failures += 1
