@@ -12,9 +12,10 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from protocol.codec import pack_body, unpack_body
+from protocol.errors import StrandPeer
 from protocol.header import Header, pack_header, unpack_header
 from protocol.kinds import BODIES, ENDINGS, UNKNOWN_PEER
 from protocol.messages.base import Message
@@ -102,7 +103,7 @@ class ScriptedHub:
                 welcome = Welcome(protocol=1, hub_epoch=self.epoch, ping_ms=1_000)
                 self.send(identity, "session.welcome", welcome, corr=header.id)
             elif identity not in self.known:
-                self.send(identity, "error", ErrorReply(failure=_UNKNOWN), corr=header.id)
+                self._reply(identity, header, "error", ErrorReply(failure=_UNKNOWN))
             elif header.kind == "session.pong":
                 self.pongs[header.src or ""] = unpack_body(Pong, frames[1])
             else:
@@ -111,7 +112,11 @@ class ScriptedHub:
                     self._answers[header.corr].append((header, frames[1]))
                 if header.kind in self._scripts:
                     for kind, body in self._scripts[header.kind](header, frames[1]):
-                        self.send(identity, kind, body, corr=header.id, key=header.key)
+                        self._reply(identity, header, kind, body)
+
+    def _reply(self, identity: bytes, request: Header, kind: str, body: Message) -> None:
+        with suppress(StrandPeer):  # whoever asked has left meanwhile
+            self.send(identity, kind, body, corr=request.id, key=request.key)
 
     def send(self, identity: bytes, kind: str, body: Message, **fields: object) -> str:
         ident = uuid.uuid4().hex
