@@ -5,6 +5,7 @@ The header has its own module since it is decoded far more often. Nothing here k
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any, TypeVar
 
 import msgpack
@@ -32,8 +33,7 @@ def unpack_map(data: bytes) -> dict[str, Any]:
         raise BadFrame("body.not_msgpack", f"the body is not msgpack: {err}") from err
     if not isinstance(raw, dict):
         raise BadFrame("body.not_a_map", f"the body is a {type(raw).__name__}, expected a map")
-    if _too_deep(raw):
-        raise BadFrame("body.too_deep", f"the body nests deeper than {MAX_NESTING} levels")
+    _check_values(raw)
     return raw
 
 
@@ -56,17 +56,28 @@ def describe(err: ValidationError) -> str:
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
-def _too_deep(value: Any) -> bool:
-    """Breadth-first, so that a hostile body cannot exhaust our own stack."""
-    level = [value]
-    for _ in range(MAX_NESTING):
+def _check_values(raw: dict[Any, Any]) -> None:
+    """Raise BadFrame for what JSON could not hold either, and for hostile nesting.
+
+    msgpack has binary, timestamps and NaN: one of them deep inside a JSON artefact would blow up far from here.
+    Breadth-first, so that a hostile body cannot exhaust our own stack.
+    """
+    level: list[Any] = [raw]
+    for _ in range(MAX_NESTING + 1):
         below: list[Any] = []
         for item in level:
             if isinstance(item, dict):
+                if not all(isinstance(key, str) for key in item):
+                    raise BadFrame("body.not_json", "the body has a map key that is not a string")
                 below.extend(item.values())
             elif isinstance(item, list):
                 below.extend(item)
+            elif isinstance(item, float):
+                if not isfinite(item):
+                    raise BadFrame("body.not_json", f"the body holds the number {item}, which JSON does not have")
+            elif not (item is None or isinstance(item, str | int)):
+                raise BadFrame("body.not_json", f"the body holds a {type(item).__name__}; only JSON's types are read")
         if not below:
-            return False
+            return
         level = below
-    return any(isinstance(item, dict | list) for item in level)
+    raise BadFrame("body.too_deep", f"the body nests deeper than {MAX_NESTING} levels")

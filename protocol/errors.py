@@ -10,6 +10,7 @@ BusError
     ├── CallFailed(failure)     typed failure from the other side: its category says whether to retry
     ├── CallRefused(retry…)     the hub's queue is full: wait `retry_after_ms`, then ask again
     └── DeadlineExceeded        the answer did not come in time: the work may still happen, ask with the same key
+        └── HubUnreachable      there was no session with a hub all the while: start the stack, or look at its address
 """
 
 from __future__ import annotations
@@ -78,3 +79,7 @@ class CallRefused(CallError):
 
 class DeadlineExceeded(CallError):
     """No answer within the caller's deadline."""
+
+
+class HubUnreachable(DeadlineExceeded):
+    """No hub answered at that address within the caller's deadline."""

@@ -74,6 +74,12 @@ ENDINGS: Final = frozenset(
     {"error", "refused", "plan.final", "infer.final", "gate.final", "memory.final", *HUB_REQUESTS.values()}
 )
 
+#: Failure code of the `error` with which a hub answers any message of a peer that has not said HELLO to it.
+UNKNOWN_PEER: Final = "peer.unknown"
+
+#: The one event that is not journalled: it repeats the `seq` of the newest event that is.
+STEP_TOKENS: Final = "step.tokens"
+
 
 def family(kind: str) -> str:
     """The part before the dot: `infer` of `infer.request`."""

@@ -17,7 +17,7 @@ from typing import Final
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
 from protocol.header import Header
-from protocol.kinds import CALL_REQUESTS, ENDINGS, family
+from protocol.kinds import CALL_REQUESTS, ENDINGS, UNKNOWN_PEER, family
 from protocol.limits import PROTOCOL_VERSION
 from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply
@@ -27,8 +27,6 @@ _KEPT_RESULTS: Final = 512
 """Results kept for a hub that may ask again; more than any hub has in flight at one peer."""
 _JOIN_TIMEOUT_MS: Final = 3_000
 _SILENT_PINGS: Final = 3
-UNKNOWN_PEER: Final = "peer.unknown"
-"""Failure code with which a restarted hub answers a peer it has not met."""
 
 
 # Events

@@ -1,0 +1,450 @@
+"""Calls between peers as a pure machine: bounded queues, credit, deadlines, re-attachment, one ending per call.
+
+The hub's own steps and the requests of other peers are the same thing here: a `Call` for a capability, with a key
+and somebody who waits. Every call ends exactly once, in `Ended`; when a worker dies the call is stranded and either
+queued again (`retry_lost`) or ended with a PEER failure, through the same path as any answer.
+
+Leaves to others: what an answer means (`machine.py`), sockets and clocks (`app.py`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from protocol.codec import pack_body
+from protocol.header import Header
+from protocol.kinds import family
+from protocol.messages.failure import Category, Failure
+from protocol.messages.reply import ErrorReply
+from protocol.messages.session import Hello, PeerState, Pong
+from services.scheduler.peers import DEAD_MS, PING_MS, Peer
+
+MAX_QUEUED: Final = 10_000
+"""Calls of other peers that may wait per capability; the hub's own steps are bounded by its tasks."""
+BATCH_HEAD_START_MS: Final = 30_000
+"""A batch call that has waited this long goes before an interactive one that came now: overtaken, never starved."""
+REATTACH_MS: Final = 4_000
+"""After a restart of the hub, running calls wait this long for their worker to bring them back."""
+_KEPT_ENDINGS: Final = 4_096
+_DEADLINE_GRACE_MS: Final = 1_000
+"""A worker enforces deadlines itself; the hub steps in when it has not."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One request for a capability. `requester` None = the hub itself."""
+
+    key: str
+    kind: str
+    target: str
+    queued_ms: int
+    interactive: bool = True
+    body: bytes | None = None
+    """None = composed when it starts."""
+    requester: bytes | None = None
+    corr: str | None = None
+    """Id of the requester's message, repeated in the answer."""
+    outer_ms: int | None = None
+    """Unix ms after which nobody wants the answer, however often the work is begun."""
+    timeout_ms: int | None = None
+    """Bound from the start of the work."""
+    deadline_ms: int | None = None
+    """The bound in force: `outer_ms`, and once started also `timeout_ms`."""
+    task: str | None = None
+    step: str | None = None
+    attempt: int | None = None
+    parent: str | None = None
+    trace: str | None = None
+    retry_lost: bool = False
+    """Queue again without telling when its worker is lost; else the requester gets a PEER failure."""
+    worker: bytes | None = None
+    """Identity of the peer that has it; None while queued."""
+    hold_until_ms: int = 0
+    """Not handed out before this time: its worker may bring it back."""
+
+
+# Commands
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Hand this call to that peer."""
+
+    call: Call
+    peer: Peer
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAt:
+    """Tell that peer to stop."""
+
+    call: Call
+    identity: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A call has its ending: `kind` is a final, or `error`."""
+
+    call: Call
+    kind: str
+    body: bytes
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A call's worker is gone; the call is queued again."""
+
+    call: Call
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A worker came back with this running call: nothing is computed again."""
+
+    call: Call
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendPing:
+    """Ping that peer."""
+
+    identity: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """A session is over."""
+
+    peer: Peer
+    why: str
+
+
+Command = Start | CancelAt | Ended | Lost | Attached | SendPing | PeerGone
+
+
+@dataclass(slots=True)
+class Welcoming:
+    """What to answer a HELLO: keys to drop and results to send again."""
+
+    drop: list[str]
+    resend: list[str]
+
+
+@dataclass(slots=True)
+class Broker:
+    """Peers and calls. Every method takes the time and returns commands, in order."""
+
+    peers: dict[bytes, Peer] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
+    counters: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("started", "ended", "lost", "reattached", "duplicates", "expired"), 0)
+    )
+    _queues: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
+    _order: int = 0
+    _ended: dict[str, None] = field(default_factory=dict)
+    """Keys that have ended lately, to tell a duplicate from a stranger."""
+    _children: dict[str, set[str]] = field(default_factory=dict)
+    """Key of a call -> keys of the calls made during it."""
+    _deadlines: list[tuple[int, str]] = field(default_factory=list)
+    _pinged_ms: int = 0
+
+    # Peers
+
+    def on_hello(
+        self, identity: bytes, hello: Hello, epoch: str, granted: int, at_ms: int
+    ) -> tuple[Welcoming, list[Command]]:
+        """Open a session; work that the peer brings along is re-attached if nobody else has it."""
+        peer = Peer(
+            identity=identity,
+            service=hello.service,
+            epoch=epoch,
+            capabilities=tuple(hello.capabilities),
+            pid=hello.pid,
+            heard_ms=at_ms,
+            state=hello.state,
+            granted=granted,
+        )
+        commands: list[Command] = []
+        # Same identity again, or an earlier session of the same process: that session is over. What it had is
+        # queued first, so that the loop below finds it free to be attached.
+        for old in [p for p in self.peers.values() if p.identity == identity or (p.is_worker and p.life == peer.life)]:
+            commands.extend(self._remove(old, "replaced by its own new session", blame=False))
+        self.peers[identity] = peer
+        welcome = Welcoming([], [])
+        for key in hello.in_flight:
+            call = self.calls.get(key)
+            if call is None or call.worker is not None or call.target not in peer.capabilities:
+                welcome.drop.append(key)
+                continue
+            self._attach(call, peer)
+            commands.append(Attached(call, peer.service))
+        for key in hello.finished:
+            call = self.calls.get(key)
+            if call is not None and call.worker is None and call.target in peer.capabilities:
+                self._attach(call, peer)
+                commands.append(Attached(call, peer.service))
+                welcome.resend.append(key)
+        commands.extend(self.dispatch(at_ms))
+        return welcome, commands
+
+    def on_pong(self, peer: Peer, pong: Pong, at_ms: int) -> list[Command]:
+        """Take the state a peer reports."""
+        peer.state = pong.state
+        peer.reason = pong.reason
+        peer.loop_lag_ms = pong.loop_lag_ms
+        peer.rss_bytes = pong.rss_bytes
+        peer.metrics = pong.metrics
+        return self.dispatch(at_ms)
+
+    def on_goodbye(self, peer: Peer) -> list[Command]:
+        """The peer takes no new work; what it has, it may finish."""
+        peer.state = PeerState.DRAINING
+        return []
+
+    def on_unreachable(self, identity: bytes, at_ms: int) -> list[Command]:
+        """Sending failed: the connection is gone."""
+        peer = self.peers.get(identity)
+        if peer is None:
+            return []
+        return [*self._remove(peer, "disconnected", blame=peer.state is not PeerState.DRAINING), *self.dispatch(at_ms)]
+
+    def on_tick(self, at_ms: int) -> list[Command]:
+        """Time: pings, silent peers, deadlines, calls whose hold is over."""
+        commands: list[Command] = []
+        if at_ms - self._pinged_ms >= PING_MS:
+            self._pinged_ms = at_ms
+            for peer in list(self.peers.values()):
+                if not peer.is_worker:
+                    continue
+                if at_ms - peer.heard_ms >= DEAD_MS:
+                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", blame=True))
+                else:
+                    commands.append(SendPing(peer.identity))
+        while self._deadlines and self._deadlines[0][0] <= at_ms:
+            due, key = heapq.heappop(self._deadlines)
+            call = self.calls.get(key)
+            if call is None or call.deadline_ms is None:
+                continue
+            limit = call.deadline_ms + (_DEADLINE_GRACE_MS if call.worker else 0)
+            if limit > max(at_ms, due):
+                heapq.heappush(self._deadlines, (limit, key))
+                continue
+            commands.extend(self._expire(call))
+        commands.extend(self.dispatch(at_ms))
+        return commands
+
+    # Calls
+
+    def ask(self, call: Call, at_ms: int) -> list[Command]:
+        """Queue a call. The same key again attaches the new requester to the call that is there."""
+        known = self.calls.get(call.key)
+        if known is not None:
+            known.requester, known.corr = call.requester, call.corr
+            return []
+        self.calls[call.key] = call
+        if call.parent is not None:
+            self._children.setdefault(call.parent, set()).add(call.key)
+        call.deadline_ms = call.outer_ms
+        self._watch_deadline(call)
+        self._push(call)
+        return self.dispatch(at_ms)
+
+    def queued(self, target: str) -> int:
+        """Calls that wait for this capability."""
+        return sum(1 for _, _, key in self._queues.get(target, ()) if self._is_queued(key))
+
+    def queue_lengths(self) -> dict[str, int]:
+        """Waiting calls per capability, those with any."""
+        lengths = {target: self.queued(target) for target in self._queues}
+        return {target: count for target, count in lengths.items() if count}
+
+    def is_full(self, target: str) -> bool:
+        """True when no further call of another peer may wait for this capability."""
+        return len(self._queues.get(target, ())) >= MAX_QUEUED and self.queued(target) >= MAX_QUEUED
+
+    def cancel(self, key: str) -> list[Command]:
+        """End a call without an answer, and the calls made during it. Its worker is told; its slot stays counted."""
+        call = self.calls.pop(key, None)
+        if call is None:
+            return []
+        self._remember(key)
+        commands: list[Command] = []
+        if call.worker is not None and call.worker in self.peers:
+            self.peers[call.worker].calls.discard(key)
+            commands.append(CancelAt(call, call.worker))
+        commands.extend(self._forget(call))
+        return commands
+
+    def cancel_for(self, identity: bytes) -> list[Command]:
+        """Cancel every call that this peer waits for: it is gone."""
+        commands: list[Command] = []
+        for key in [call.key for call in self.calls.values() if call.requester == identity]:
+            commands.extend(self.cancel(key))
+        return commands
+
+    def on_ending(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> list[Command]:
+        """A worker's final or error. Anything but the first one from the worker that has it is a duplicate."""
+        call = self.calls.get(header.key or "")
+        if call is None or call.worker != peer.identity or not _ends(header.kind, call.kind):
+            if header.key in self._ended:
+                self.counters["duplicates"] += 1
+            return self.dispatch(at_ms)
+        return [*self._end(call, header.kind, body, peer.service), *self.dispatch(at_ms)]
+
+    def running(self, peer: Peer, key: str | None) -> Call | None:
+        """The call behind a partial, if this peer has it."""
+        call = self.calls.get(key or "")
+        return call if call is not None and call.worker == peer.identity else None
+
+    def dispatch(self, at_ms: int) -> list[Command]:
+        """Hand out what can be handed out: per capability in order, each call to the peer with most free slots."""
+        commands: list[Command] = []
+        for target, queue in self._queues.items():
+            held: list[tuple[int, int, str]] = []
+            while queue:
+                if not self._is_queued(queue[0][2]):
+                    heapq.heappop(queue)
+                    continue
+                peer = self._freest(target, at_ms)
+                if peer is None:
+                    break
+                entry = heapq.heappop(queue)
+                call = self.calls[entry[2]]
+                if call.hold_until_ms > at_ms:
+                    held.append(entry)
+                    continue
+                commands.append(self._start(call, peer, at_ms))
+            for entry in held:
+                heapq.heappush(queue, entry)
+        return commands
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if the state contradicts itself; called by tests after every event."""
+        for peer in self.peers.values():
+            for key in peer.calls:
+                if key not in self.calls or self.calls[key].worker != peer.identity:
+                    raise AssertionError(f"{peer.service} is booked for {key}, which it does not have")
+            if peer.used < 0:
+                raise AssertionError(f"{peer.service} has negative use")
+        queued = [key for queue in self._queues.values() for _, _, key in queue if self._is_queued(key)]
+        if len(queued) != len(set(queued)):
+            raise AssertionError("a call is queued twice")
+        for key, call in self.calls.items():
+            if call.worker is None and key not in queued:
+                raise AssertionError(f"call {key} waits in no queue")
+            if call.worker is not None and (call.worker not in self.peers or key not in self.peers[call.worker].calls):
+                raise AssertionError(f"call {key} runs at nobody")
+
+    # Inside
+
+    def _push(self, call: Call) -> None:
+        self._order += 1
+        rank = call.queued_ms + (0 if call.interactive else BATCH_HEAD_START_MS)
+        heapq.heappush(self._queues.setdefault(call.target, []), (rank, self._order, call.key))
+
+    def _is_queued(self, key: str) -> bool:
+        call = self.calls.get(key)
+        return call is not None and call.worker is None
+
+    def _freest(self, target: str, at_ms: int) -> Peer | None:
+        best: Peer | None = None
+        for peer in self.peers.values():
+            if target not in peer.capabilities or peer.free(at_ms) <= 0:
+                continue
+            if best is None or (peer.free(at_ms), best.identity) > (best.free(at_ms), peer.identity):
+                best = peer
+        return best
+
+    def _start(self, call: Call, peer: Peer, at_ms: int) -> Start:
+        peer.used += 1
+        peer.calls.add(call.key)
+        call.worker = peer.identity
+        if call.timeout_ms is not None:
+            limit = at_ms + call.timeout_ms
+            call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
+            self._watch_deadline(call)
+        self.counters["started"] += 1
+        return Start(call, peer)
+
+    def _attach(self, call: Call, peer: Peer) -> None:
+        # No credit is spent: in its new epoch the peer did not grant the slots that running work holds.
+        call.worker = peer.identity
+        peer.calls.add(call.key)
+        self.counters["reattached"] += 1
+
+    def _watch_deadline(self, call: Call) -> None:
+        if call.deadline_ms is not None:
+            heapq.heappush(self._deadlines, (call.deadline_ms, call.key))
+
+    def _end(self, call: Call, kind: str, body: bytes, worker: str) -> Iterator[Command]:
+        del self.calls[call.key]
+        self._remember(call.key)
+        if call.worker is not None and call.worker in self.peers:
+            self.peers[call.worker].calls.discard(call.key)
+        self.counters["ended"] += 1
+        yield Ended(call, kind, body, worker)
+        yield from self._forget(call)
+
+    def _forget(self, call: Call) -> list[Command]:
+        """Cancel what was asked during a call that is over, and leave its parent's list."""
+        if call.parent in self._children:
+            siblings = self._children[call.parent]
+            siblings.discard(call.key)
+            if not siblings:
+                del self._children[call.parent]
+        commands: list[Command] = []
+        for child in sorted(self._children.pop(call.key, ())):
+            commands.extend(self.cancel(child))
+        return commands
+
+    def _expire(self, call: Call) -> list[Command]:
+        self.counters["expired"] += 1
+        commands: list[Command] = []
+        if call.worker is not None:
+            commands.append(CancelAt(call, call.worker))
+        where = "while it was worked on" if call.worker else "while it waited for a slot"
+        failure = Failure(
+            code="call.expired", category=Category.TIMEOUT, origin="scheduler", message=f"the deadline passed {where}"
+        )
+        commands.extend(self._end(call, "error", pack_body(ErrorReply(failure=failure)), "scheduler"))
+        return commands
+
+    def _remove(self, peer: Peer, why: str, *, blame: bool) -> list[Command]:
+        """End a session. Its calls are queued again or ended with PEER; `blame` says whether they count as killers."""
+        self.peers.pop(peer.identity, None)
+        commands: list[Command] = [PeerGone(peer, why)]
+        for key in sorted(peer.calls):
+            call = self.calls[key]
+            call.worker = None
+            call.deadline_ms = call.outer_ms
+            self.counters["lost"] += 1
+            if call.retry_lost:
+                self._push(call)
+                if blame:
+                    commands.append(Lost(call, peer.service))
+                continue
+            failure = Failure(
+                code="peer.lost",
+                category=Category.PEER,
+                origin="scheduler",
+                message=f"{peer.service} is gone ({why}) while it worked on this call; ask again",
+            )
+            commands.extend(self._end(call, "error", pack_body(ErrorReply(failure=failure)), peer.service))
+        peer.calls.clear()
+        return commands
+
+    def _remember(self, key: str) -> None:
+        self._ended[key] = None
+        while len(self._ended) > _KEPT_ENDINGS:
+            del self._ended[next(iter(self._ended))]
+
+
+def _ends(kind: str, request: str) -> bool:
+    return kind == "error" or kind == f"{family(request)}.final"

@@ -1,0 +1,208 @@
+"""What has happened to tasks: the records of the journal, and nothing but them rebuilds the state.
+
+A fact is past tense, holds plain values only (it must be readable by tools and by later versions), and is applied
+by `services.scheduler.tasks`. Decisions are taken before a fact is made, in `machine.py`; replaying facts decides
+nothing again. Fields are added at the end with a default, never renamed: old journals stay readable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Final
+
+import msgpack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """Base: which task, and when (unix ms)."""
+
+    EVENT: ClassVar[str]
+    """Name of the event that watchers see."""
+
+    task: str
+    at_ms: int
+    step: str | None = None
+    number: int | None = None
+    """Attempt, from 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskAccepted(Fact):
+    """The hub has promised to finish this task."""
+
+    EVENT: ClassVar[str] = "task.accepted"
+    ir: dict[str, Any]
+    client: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskPlanned(Fact):
+    """The plan is adopted; from here on the steps exist."""
+
+    EVENT: ClassVar[str] = "task.planned"
+    ir: dict[str, Any]
+    source: str
+    reason: str
+    removed_edges: list[dict[str, Any]]
+    decisions: list[dict[str, Any]]
+    similar: list[dict[str, Any]]
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptQueued(Fact):
+    """A step is ready, or is to be tried again; its call waits for a slot."""
+
+    EVENT: ClassVar[str] = "step.ready"
+    role: str
+    model: str
+    key: str
+    constrained: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptStarted(Fact):
+    """A worker has it; `reattached` = it brought it back after a silence of its own or of the hub."""
+
+    EVENT: ClassVar[str] = "step.started"
+    worker: str
+    reattached: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptLost(Fact):
+    """The worker is gone or gave it back; the same attempt runs again. `blame` counts towards poison."""
+
+    EVENT: ClassVar[str] = "step.lost"
+    code: str
+    message: str
+    blame: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptAnswered(Fact):
+    """The first answer for the attempt's key; later ones are duplicates."""
+
+    EVENT: ClassVar[str] = "step.answered"
+    artefacts: list[dict[str, Any]]
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    first_token_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptChecked(Fact):
+    """Its gates have spoken."""
+
+    EVENT: ClassVar[str] = "step.checked"
+    gates: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptFailed(Fact):
+    """The attempt has failed; `action` is what the failure table says and `rule` why."""
+
+    EVENT: ClassVar[str] = "step.retried"
+    failure: dict[str, Any]
+    action: str
+    rule: str
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone(Fact):
+    """The outputs of the newest attempt are now artefacts of the task."""
+
+    EVENT: ClassVar[str] = "step.done"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFailed(Fact):
+    """No further attempt will be made."""
+
+    EVENT: ClassVar[str] = "step.failed"
+    failure: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDropped(Fact):
+    """The step will not run or was stopped: `state` is cancelled or skipped."""
+
+    EVENT: ClassVar[str] = "step.skipped"
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DuplicateSeen(Fact):
+    """A second terminal result for a key; it has no effect."""
+
+    EVENT: ClassVar[str] = "step.duplicate"
+    key: str
+    worker: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskChecked(Fact):
+    """The gates of the final artefacts have spoken."""
+
+    EVENT: ClassVar[str] = "task.checked"
+    gates: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskEnded(Fact):
+    """Nothing about the task changes any more."""
+
+    EVENT: ClassVar[str] = "task.ended"
+    state: str
+    failure: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomesSettled(Fact):
+    """Memory has the outcomes of this task, or has refused them for good (`reason`)."""
+
+    EVENT: ClassVar[str] = "task.learned"
+    stored: int
+    reason: str = field(default="")
+
+
+TYPES: Final[dict[str, type[Fact]]] = {
+    cls.__name__: cls
+    for cls in (
+        TaskAccepted,
+        TaskPlanned,
+        AttemptQueued,
+        AttemptStarted,
+        AttemptLost,
+        AttemptAnswered,
+        AttemptChecked,
+        AttemptFailed,
+        StepDone,
+        StepFailed,
+        StepDropped,
+        DuplicateSeen,
+        TaskChecked,
+        TaskEnded,
+        OutcomesSettled,
+    )
+}
+_FIELDS: Final = {name: tuple(f.name for f in fields(cls)) for name, cls in TYPES.items()}
+
+
+def pack_fact(fact: Fact) -> bytes:
+    """Encode as a msgpack map of the fields that are set."""
+    names = _FIELDS[type(fact).__name__]
+    return bytes(msgpack.packb({name: value for name in names if (value := getattr(fact, name)) is not None}))
+
+
+def unpack_fact(kind: str, data: bytes) -> Fact:
+    """Decode; fields of newer versions are ignored. Raises ValueError for a kind that this version does not know."""
+    cls = TYPES.get(kind)
+    if cls is None:
+        raise ValueError(f"the journal holds a {kind!r}, which this version does not know: use a newer one")
+    raw = msgpack.unpackb(data, raw=False, strict_map_key=False)
+    return cls(**{name: raw[name] for name in _FIELDS[kind] if name in raw})

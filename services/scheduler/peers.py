@@ -1,0 +1,76 @@
+"""Who is on the bus, what they can do and how much more they may be given. Pure bookkeeping, no policy of tasks.
+
+One peer is one session: an epoch of a process under one socket identity. A silent peer gets no new work after
+`suspect_ms` and loses its session after `dead_ms`; a process that comes back is a new session, which may bring its
+running work along. Slowness is not death: only silence and a broken connection count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from protocol.messages.session import PeerReport, PeerState
+
+PING_MS: Final = 1_000
+SUSPECT_MS: Final = 3_000
+DEAD_MS: Final = 10_000
+
+
+@dataclass(slots=True)
+class Peer:
+    """One session."""
+
+    identity: bytes
+    service: str
+    epoch: str
+    capabilities: tuple[str, ...]
+    pid: int
+    heard_ms: int
+    state: PeerState
+    granted: int
+    used: int = 0
+    """Calls handed over in this epoch; `granted - used` are free."""
+    last_seq: int = -1
+    calls: set[str] = field(default_factory=set)
+    """Keys it is working on."""
+    reason: str | None = None
+    loop_lag_ms: float = 0
+    rss_bytes: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_worker(self) -> bool:
+        """Clients have no capabilities; they are neither pinged nor given work."""
+        return bool(self.capabilities)
+
+    @property
+    def life(self) -> str:
+        """The process behind the epoch: the same for all sessions of one boot."""
+        return self.epoch.partition("-")[0]
+
+    def free(self, now_ms: int) -> int:
+        """Calls it may be given now."""
+        if self.state is not PeerState.READY or now_ms - self.heard_ms >= SUSPECT_MS:
+            return 0
+        return self.granted - self.used
+
+    def report(self, now_ms: int) -> PeerReport:
+        """As `session.report` shows it."""
+        silent = max(0, now_ms - self.heard_ms)
+        suspect = self.is_worker and silent >= SUSPECT_MS
+        return PeerReport(
+            service=self.service,
+            epoch=self.epoch,
+            state="suspect" if suspect else self.state.value,
+            reason=self.reason,
+            capabilities=list(self.capabilities),
+            granted=self.granted,
+            used=self.used,
+            in_flight=sorted(self.calls),
+            silent_ms=silent,
+            pid=self.pid,
+            loop_lag_ms=self.loop_lag_ms,
+            rss_bytes=self.rss_bytes,
+            metrics=self.metrics,
+        )

@@ -1,0 +1,247 @@
+"""The state of tasks as a fold of facts: no decisions here, so a replay can do nothing but repeat what was.
+
+`apply` is total for facts in the order in which the machine made them; anything else raises, because a journal
+that contradicts itself must stop the hub rather than be guessed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from protocol.messages.artefact import Artefact
+from protocol.messages.failure import Failure
+from protocol.messages.gate import GateResult
+from protocol.messages.result import StepState, TaskState
+from protocol.messages.task import Step, TaskIR
+from protocol.plan_graph import needs
+from services.scheduler import facts as f
+
+
+class JournalError(Exception):
+    """The facts contradict each other."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try of a step."""
+
+    number: int
+    role: str
+    model: str
+    key: str
+    queued_ms: int
+    constrained: bool = False
+    started_ms: int | None = None
+    inferred_ms: int | None = None
+    ended_ms: int | None = None
+    worker: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    first_token_ms: float = 0
+    artefacts: list[Artefact] = field(default_factory=list)
+    gates: list[GateResult] = field(default_factory=list)
+    failure: Failure | None = None
+    action: str | None = None
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """A step with its history."""
+
+    spec: Step
+    needs: frozenset[str]
+    waiting_for: set[str]
+    """Needs that are not done yet."""
+    state: StepState = StepState.WAITING
+    attempts: list[Attempt] = field(default_factory=list)
+    ready_ms: int | None = None
+    ended_ms: int | None = None
+    losses: int = 0
+    """Workers that died with it, not counting those whose work was re-attached."""
+    failure: Failure | None = None
+
+    @property
+    def attempt(self) -> Attempt:
+        """The newest attempt; raises JournalError before the first."""
+        if not self.attempts:
+            raise JournalError(f"step {self.spec.id} has no attempt yet")
+        return self.attempts[-1]
+
+
+@dataclass(slots=True)
+class TaskRecord:
+    """A task with everything that happened to it."""
+
+    id: str
+    ir: TaskIR
+    client: str
+    created_ms: int
+    state: TaskState = TaskState.PLANNING
+    planned_ms: int | None = None
+    ended_ms: int | None = None
+    plan: f.TaskPlanned | None = None
+    steps: dict[str, StepRecord] = field(default_factory=dict)
+    dependents: dict[str, list[str]] = field(default_factory=dict)
+    """Step id -> steps that need it."""
+    artefacts: dict[str, Artefact] = field(default_factory=dict)
+    """Inputs, and the outputs of steps that are done."""
+    gates: list[GateResult] = field(default_factory=list)
+    failure: Failure | None = None
+    unfinished: int = 0
+    """Steps not in a final state."""
+    generated_tokens: int = 0
+    settled: bool = False
+    """Memory knows the outcomes."""
+    seq: int = 0
+    """Facts so far; the newest event's number."""
+    events: list[f.Fact] = field(default_factory=list)
+    """All facts in order, for watchers that come late; `events[i]` has seq i + 1."""
+
+    @property
+    def deadline_ms(self) -> int | None:
+        """Unix ms at which the task fails with TIMEOUT."""
+        return None if self.ir.deadline_s is None else self.created_ms + int(self.ir.deadline_s * 1000)
+
+
+def begin(fact: f.TaskAccepted) -> TaskRecord:
+    """A task from its first fact."""
+    ir = TaskIR.model_validate(fact.ir)
+    record = TaskRecord(id=fact.task, ir=ir, client=fact.client, created_ms=fact.at_ms, seq=1)
+    record.artefacts = {artefact.name: artefact for artefact in ir.inputs}
+    record.events.append(fact)
+    return record
+
+
+def fold(history: Iterable[f.Fact]) -> TaskRecord:
+    """Rebuild one task from its facts, oldest first. Raises JournalError if they contradict each other."""
+    record: TaskRecord | None = None
+    for fact in history:
+        if record is None:
+            if not isinstance(fact, f.TaskAccepted):
+                raise JournalError(f"task {fact.task} begins with {type(fact).__name__}")
+            record = begin(fact)
+        else:
+            apply(record, fact)
+    if record is None:
+        raise JournalError("a task without facts")
+    return record
+
+
+def apply(task: TaskRecord, fact: f.Fact) -> None:
+    """Take one fact into the state. Raises JournalError where it cannot follow what was before."""
+    if task.state.final and not isinstance(fact, f.OutcomesSettled | f.DuplicateSeen):
+        raise JournalError(f"{type(fact).__name__} after the end of task {task.id}")
+    task.seq += 1
+    task.events.append(fact)
+    match fact:
+        case f.TaskPlanned():
+            _adopt_plan(task, fact)
+        case f.TaskChecked():
+            task.gates = [GateResult.model_validate(gate) for gate in fact.gates]
+        case f.TaskEnded():
+            task.state = TaskState(fact.state)
+            task.ended_ms = fact.at_ms
+            task.failure = _failure(fact.failure)
+        case f.OutcomesSettled():
+            task.settled = True
+        case f.TaskAccepted():
+            raise JournalError(f"task {task.id} was accepted twice")
+        case f.DuplicateSeen():
+            pass  # recorded for people; it has no effect, which is the point
+        case _:
+            _apply_to_step(task, fact)
+
+
+def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
+    task.ir = TaskIR.model_validate(fact.ir)
+    task.plan = fact
+    task.planned_ms = fact.at_ms
+    task.state = TaskState.RUNNING
+    task.generated_tokens += fact.generated_tokens
+    plan = task.ir.plan
+    if plan is None:
+        raise JournalError(f"task {task.id} was planned without a plan")
+    waits = needs(plan)
+    for spec in plan.steps:
+        task.steps[spec.id] = StepRecord(spec=spec, needs=waits[spec.id], waiting_for=set(waits[spec.id]))
+        task.dependents[spec.id] = []
+    for step, others in waits.items():
+        for other in others:
+            task.dependents[other].append(step)
+    task.unfinished = len(task.steps)
+
+
+def _apply_to_step(task: TaskRecord, fact: f.Fact) -> None:
+    step = task.steps.get(fact.step or "")
+    if step is None or step.state.final:
+        raise JournalError(f"{type(fact).__name__} for step {fact.step} of {task.id}, which cannot take it")
+    match fact:
+        case f.AttemptQueued():
+            step.state = StepState.READY
+            if step.ready_ms is None:
+                step.ready_ms = fact.at_ms
+            attempt = Attempt(len(step.attempts) + 1, fact.role, fact.model, fact.key, fact.at_ms, fact.constrained)
+            step.attempts.append(attempt)
+        case f.AttemptStarted():
+            if fact.reattached and step.state is StepState.READY and step.attempt.started_ms is not None:
+                step.losses = max(0, step.losses - 1)  # the worker was silent, not dead
+            if not fact.reattached or step.attempt.started_ms is None:
+                step.attempt.started_ms = fact.at_ms
+            step.state = StepState.INFERRING
+            step.attempt.worker = fact.worker
+        case f.AttemptLost():
+            if step.state is StepState.INFERRING:
+                step.state = StepState.READY
+            step.losses += 1 if fact.blame else 0
+        case f.AttemptAnswered():
+            _take_answer(task, step, fact)
+        case f.AttemptChecked():
+            step.attempt.gates = [GateResult.model_validate(gate) for gate in fact.gates]
+            step.attempt.ended_ms = fact.at_ms
+        case f.AttemptFailed():
+            step.attempt.failure = _failure(fact.failure)
+            step.attempt.action = f"{fact.action} ({fact.rule})"
+            step.attempt.ended_ms = fact.at_ms
+            step.attempt.generated_tokens += fact.generated_tokens
+            task.generated_tokens += fact.generated_tokens
+        case f.StepDone():
+            _end_step(task, step, StepState.DONE, fact.at_ms)
+            step.attempt.ended_ms = fact.at_ms
+            for artefact in step.attempt.artefacts:
+                task.artefacts[artefact.name] = artefact
+            for other in task.dependents[step.spec.id]:
+                task.steps[other].waiting_for.discard(step.spec.id)
+        case f.StepFailed():
+            _end_step(task, step, StepState.FAILED, fact.at_ms)
+            step.failure = _failure(fact.failure)
+        case f.StepDropped():
+            _end_step(task, step, StepState(fact.state), fact.at_ms)
+        case _:
+            raise JournalError(f"{type(fact).__name__} is no fact about a step")
+
+
+def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) -> None:
+    attempt = step.attempt
+    if attempt.inferred_ms is not None:
+        raise JournalError(f"attempt {attempt.number} of {step.spec.id} in {task.id} was answered twice")
+    step.state = StepState.CHECKING
+    attempt.inferred_ms = fact.at_ms
+    attempt.artefacts = [Artefact.model_validate(value) for value in fact.artefacts]
+    attempt.prompt_tokens = fact.prompt_tokens
+    attempt.cached_tokens = fact.cached_tokens
+    attempt.generated_tokens = fact.generated_tokens
+    attempt.first_token_ms = fact.first_token_ms
+    task.generated_tokens += fact.generated_tokens
+
+
+def _end_step(task: TaskRecord, step: StepRecord, state: StepState, at_ms: int) -> None:
+    step.state = state
+    step.ended_ms = at_ms
+    task.unfinished -= 1
+
+
+def _failure(value: dict[str, Any] | None) -> Failure | None:
+    return None if value is None else Failure.model_validate(value)
