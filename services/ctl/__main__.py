@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from services.ctl import bench, doctor, explain, plan, registry, run, stack, status, tail, tasks
@@ -19,7 +19,12 @@ Every command takes --json. The stack lives in TIERLINE_HOME, its configuration 
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="tierline", description="Runs one job on many language models.", epilog=_EPILOG)
+    parser = ArgumentParser(
+        prog="tierline",
+        description="Runs one job on many language models.",
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     commands = Commands(parser)
     for group in (stack, status, doctor, run, tasks, plan, explain, tail, registry, bench):

@@ -35,7 +35,9 @@ def write_artefacts(folder: Path, artefacts: Sequence[Artefact]) -> list[Path]:
             name = next(other for number in range(2, 1_000) if (other := f"{number}-{name}") not in taken)
         taken.add(name)
         if Path(name).name != name or name.startswith("."):
-            raise BadInput(f"the artefact name {artefact.name!r} is not a file name; fetch it with: tierline show --json")
+            raise BadInput(
+                f"the artefact {artefact.name!r} has no usable file name; read it with: tierline show --json"
+            )
         written.append(_replace(folder, name, artefact.text()))
     return written
 

@@ -66,7 +66,7 @@ def add(commands: Commands) -> None:
     commands.add("doctor", _doctor, "check this machine: tools, engine, models, memory, sandbox, folders, leftovers")
 
 
-def _doctor(args: Namespace, context: Context) -> ExitCode:
+def _doctor(_args: Namespace, context: Context) -> ExitCode:
     checks = run_checks(context.home)
     failed = any(check.verdict == "fail" for check in checks)
     if context.screen.json:
@@ -79,7 +79,8 @@ def _doctor(args: Namespace, context: Context) -> ExitCode:
 
 def run_checks(home: Home) -> list[Check]:
     """All checks, in the order of the list below."""
-    registry, problems = None, ()
+    registry: Registry | None = None
+    problems: tuple[str, ...] = ()
     try:
         registry = load_registry(home.registry, home.models, check_files=False)
     except RegistryError as err:
@@ -88,7 +89,7 @@ def run_checks(home: Home) -> list[Check]:
     return [result for check in CHECKS for result in check(scene)]
 
 
-def _python(scene: Scene) -> Iterator[Check]:
+def _python(_scene: Scene) -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < (3, 11):  # noqa: UP036  started with another Python than the one it was installed for
         yield Check("python", "fail", f"{version}", "install Python 3.11 or newer and call deploy/setup")
@@ -96,7 +97,7 @@ def _python(scene: Scene) -> Iterator[Check]:
         yield Check("python", "ok", f"{version} at {sys.executable}")
 
 
-def _user(scene: Scene) -> Iterator[Check]:
+def _user(_scene: Scene) -> Iterator[Check]:
     if os.geteuid() == 0:
         advice = "see 'Running as a service user' in deploy/README.md"
         yield Check("user", "warn", "you are root, and so will be the services", advice)
@@ -220,7 +221,7 @@ def _sandbox(scene: Scene) -> Iterator[Check]:
         yield Check("sandbox", "fail", reason, advice)
 
 
-def _tools(scene: Scene) -> Iterator[Check]:
+def _tools(_scene: Scene) -> Iterator[Check]:
     missing = [name for name in ("ruff", "pytest", "supervisor") if find_spec(name) is None]
     if missing:
         yield Check("tools", "fail", f"not installed: {', '.join(missing)}", "call deploy/setup")
@@ -243,10 +244,11 @@ def _leftovers(scene: Scene) -> Iterator[Check]:
             pids = ", ".join(str(process.pid) for process in left)
             yield Check("leftovers", "fail", f"processes of this home without supervisord: {pids}", "tierline down")
             return
-        stale = [name for name in ("supervisord.pid", "supervisor.sock", "hub.sock") if (scene.home.run / name).exists()]
+        run = scene.home.run
+        stale = [name for name in ("supervisord.pid", "supervisor.sock", "hub.sock") if (run / name).exists()]
         if stale and not listening(scene.home):
-            files = ", ".join(stale)
-            yield Check("leftovers", "warn", f"stale in {scene.home.run}: {files}", "the next 'tierline up' replaces them")
+            advice = "no harm: the next 'tierline up' replaces them"
+            yield Check("leftovers", "warn", f"stale in {run}: {', '.join(stale)}", advice)
             return
         yield Check("leftovers", "ok", "none; the stack is stopped")
         return

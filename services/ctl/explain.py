@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
+from typing import Final
 
 from protocol.client import AsyncClient
 from protocol.errors import BusError
-from protocol.messages.memory import Explain, Explained, MemoryFinal, MemoryRequest
+from protocol.messages.memory import Explain, Explained, MemoryRequest
 from protocol.messages.result import PlanView, TaskView
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import connect
@@ -18,7 +19,7 @@ from services.ctl.outcomes import CommandError, ExitCode
 from services.ctl.result_view import failure_line, print_plan_choices
 from services.ctl.screen import STYLES, Screen, one_line, seconds
 
-_MEMORY_TIMEOUT_S = 5.0
+_MEMORY_TIMEOUT_S: Final = 5.0
 
 
 def add(commands: Commands) -> None:
@@ -64,8 +65,7 @@ async def _ask(task_id: str, context: Context) -> tuple[TaskView, list[Explained
 
 async def _remembered(client: AsyncClient, ids: list[str]) -> list[Explained]:
     request = MemoryRequest(ask=Explain(decision_ids=ids))
-    answer = await client.ask("memory.request", request, dst="memory", timeout_s=_MEMORY_TIMEOUT_S)
-    return answer.explained if isinstance(answer, MemoryFinal) else []
+    return (await client.memory(request, timeout_s=_MEMORY_TIMEOUT_S)).explained
 
 
 def _print(screen: Screen, view: TaskView, plan: PlanView, explained: list[Explained], why_not: str | None) -> None:

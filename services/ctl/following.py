@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Final
 
 from rich.console import Group
@@ -19,12 +19,18 @@ from rich.text import Text
 from protocol.client import AsyncClient
 from protocol.errors import BusError
 from protocol.messages.result import TaskEvent, TaskView
-from services.ctl.outcomes import CommandError, ExitCode
+from services.ctl.commands import Context
+from services.ctl.hub import listening
+from services.ctl.outcomes import CommandError, ExitCode, Unreachable
 from services.ctl.progress import COLUMNS, Progress, event_line
 from services.ctl.screen import Screen, grid
 from services.kit.clock import SteadyClock
 
 _REFRESH_S: Final = 0.2
+_WATCH_S: Final = 30 * 86_400.0
+"""As long as a task may take; that the hub is gone is noticed otherwise."""
+_LOOK_S: Final = 5.0
+_GONE_S: Final = 60.0
 
 
 class LeftAlone(CommandError):
@@ -34,16 +40,21 @@ class LeftAlone(CommandError):
 
 
 async def follow(
-    client: AsyncClient, task_id: str, screen: Screen, *, after_seq: int = 0, cancels: bool, records: bool = False
+    client: AsyncClient, task_id: str, context: Context, *, after_seq: int = 0, cancels: bool, records: bool = False
 ) -> TaskView:
     """Show the events of a task until it ends, and return it then.
 
-    `cancels` says whether Ctrl-C cancels the task; `records` prints one JSON object per event. Raises LeftAlone.
+    `cancels` says whether Ctrl-C cancels the task; `records` prints one JSON object per event. A hub that is restarted
+    meanwhile is waited for; Unreachable is raised when none has listened for a minute, LeftAlone after Ctrl-C.
     """
-    progress, clock = Progress(task_id), SteadyClock()
+    screen, progress, clock = context.screen, Progress(task_id), SteadyClock()
     with _live(screen) as live:
-        async with _interrupts(client, task_id, screen, cancels=cancels), _ticking(live, progress, clock):
-            async for item in client.watch(task_id, after_seq=after_seq):
+        async with (
+            _ended_by(client, task_id, context, cancels=cancels),
+            _ticking(live, progress, clock),
+            aclosing(client.watch(task_id, after_seq=after_seq, timeout_s=_WATCH_S)) as events,
+        ):
+            async for item in events:
                 if isinstance(item, TaskView):
                     progress.learn(item)
                     return item
@@ -99,14 +110,25 @@ async def _ticking(live: Live | None, progress: Progress, clock: SteadyClock) ->
 
 
 @asynccontextmanager
-async def _interrupts(client: AsyncClient, task_id: str, screen: Screen, *, cancels: bool) -> AsyncIterator[None]:
-    loop, following = asyncio.get_running_loop(), asyncio.current_task()
-    presses = 0
-    cancelling: list[asyncio.Task[None]] = []
+async def _ended_by(client: AsyncClient, task_id: str, context: Context, *, cancels: bool) -> AsyncIterator[None]:
+    """End what runs inside on Ctrl-C, or when the hub stays away."""
+    loop, following, screen = asyncio.get_running_loop(), asyncio.current_task(), context.screen
+    presses, gone = 0, False
+    helpers: list[asyncio.Task[None]] = []
+
+    async def look_for_hub() -> None:
+        nonlocal gone
+        missed = 0
+        while missed * _LOOK_S < _GONE_S:
+            await asyncio.sleep(_LOOK_S)
+            missed = 0 if listening(context.home) else missed + 1
+        gone = True
+        if following is not None:
+            following.cancel()
 
     async def cancel_task() -> None:
         try:
-            await client.cancel(task_id, "Ctrl-C at the terminal")
+            await client.cancel(task_id, reason="Ctrl-C at the terminal")
         except BusError as err:
             screen.note(f"the task could not be cancelled: {err}; try: tierline cancel {task_id}")
 
@@ -115,18 +137,22 @@ async def _interrupts(client: AsyncClient, task_id: str, screen: Screen, *, canc
         presses += 1
         if cancels and presses == 1:
             screen.note(f"cancelling {task_id}; Ctrl-C again leaves it to itself")
-            cancelling.append(asyncio.create_task(cancel_task()))
+            helpers.append(asyncio.create_task(cancel_task()))
         elif following is not None:
             following.cancel()
 
     loop.add_signal_handler(signal.SIGINT, pressed)
+    helpers.append(asyncio.create_task(look_for_hub()))
     try:
         yield
     except asyncio.CancelledError as err:
+        if gone:
+            message = f"no hub has listened for {_GONE_S:g} s; {task_id} goes on once the stack is up: tierline up"
+            raise Unreachable(message) from err
         if not presses:
             raise
         raise LeftAlone(f"left {task_id}; it goes on: tierline watch {task_id}, tierline cancel {task_id}") from err
     finally:
         loop.remove_signal_handler(signal.SIGINT)
-        for task in cancelling:
+        for task in helpers:
             task.cancel()

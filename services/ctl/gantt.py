@@ -89,7 +89,7 @@ def _segments(step: StepView) -> list[Segment]:
         for what, end in zip(("queueing", "inference", "gates"), ends, strict=True):
             if end is None or end < begin:
                 continue
-            found.append(Segment(step=step.id, what=what, start_ms=begin, end_ms=end))  # type: ignore[arg-type]  # the three words are in its Literal
+            found.append(Segment(step=step.id, what=what, start_ms=begin, end_ms=end))
             begin = end
     return found
 

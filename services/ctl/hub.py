@@ -6,8 +6,6 @@ stack is reported at once, with the command that starts it.
 
 from __future__ import annotations
 
-import asyncio
-import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,8 +18,7 @@ from protocol.messages.session import StatusReport
 from services.ctl.outcomes import BadInput, CommandError, Unreachable
 from services.kit.config import Home
 
-_CLIENT: Final = f"tierline-{os.getpid()}"
-"""Two commands at the same time are two clients: a second session of one name replaces the first."""
+_CLIENT: Final = "tierline"
 
 
 def listening(home: Home) -> bool:
@@ -61,7 +58,7 @@ async def try_status(home: Home, *, timeout_s: float) -> StatusReport | None:
     if not listening(home):
         return None
     try:
-        async with asyncio.timeout(timeout_s), AsyncClient(home.hub_address, name=_CLIENT) as client:
-            return await client.status()
-    except (TimeoutError, BusError):
+        async with AsyncClient(home.hub_address, name=_CLIENT) as client:
+            return await client.status(timeout_s=timeout_s)
+    except BusError:
         return None

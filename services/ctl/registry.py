@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
-from typing import Any
+from typing import Any, Final
 
 from protocol.messages.session import PeerReport
 from services.ctl.commands import Commands, Context
@@ -14,6 +14,11 @@ from services.ctl.screen import mebibytes, one_line
 from services.ctl.stack_files import checked_registry
 from services.ctl.status import speed
 from services.kit.config import Home
+
+_MODEL_COLUMNS: Final = (
+    *("model", "tier", "state", "engine", "slots", "context", "threads"),
+    *("file", "memory", "tokens/s", "roles", "path"),
+)
 
 
 def add(commands: Commands) -> None:
@@ -30,7 +35,7 @@ def _peers(home: Home) -> dict[str, PeerReport]:
     return {peer.service: peer for peer in report.peers} if report is not None else {}
 
 
-def _models(args: Namespace, context: Context) -> ExitCode:
+def _models(_args: Namespace, context: Context) -> ExitCode:
     registry = checked_registry(context.home, check_files=False)
     peers = _peers(context.home)
     rows, data = [], []
@@ -59,12 +64,11 @@ def _models(args: Namespace, context: Context) -> ExitCode:
     if context.screen.json:
         context.screen.document({"digest": registry.digest, "models": data})
     else:
-        columns = "model tier state engine slots context threads file memory tokens/s roles path".split()
-        context.screen.table(columns, rows)
+        context.screen.table(_MODEL_COLUMNS, rows)
     return ExitCode.OK
 
 
-def _roles(args: Namespace, context: Context) -> ExitCode:
+def _roles(_args: Namespace, context: Context) -> ExitCode:
     registry = checked_registry(context.home, check_files=False)
     peers = _peers(context.home)
     states = {

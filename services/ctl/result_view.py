@@ -105,7 +105,7 @@ def failure_line(failure: Failure) -> str:
 
 
 def _step_rows(steps: Sequence[StepView]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for step in steps:
         last = step.attempts[-1] if step.attempts else None
         took = step.ended_ms - step.attempts[0].queued_ms if step.ended_ms is not None and step.attempts else None

@@ -49,7 +49,7 @@ async def _run_task(task: TaskIR, context: Context) -> TaskView:
         accepted = await client.submit(task)
         if accepted.duplicate:
             context.screen.note(f"this idempotency key is known: {accepted.task_id} is the earlier task")
-        return await follow(client, accepted.task_id, context.screen, cancels=True)
+        return await follow(client, accepted.task_id, context, cancels=True)
 
 
 async def _submit_task(task: TaskIR, context: Context) -> Accepted:

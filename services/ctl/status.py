@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     commands.add("status", _status, "show every service: state, slots, memory, speed, queues")
 
 
-def _status(args: Namespace, context: Context) -> ExitCode:
+def _status(_args: Namespace, context: Context) -> ExitCode:
     home, screen = context.home, context.screen
     processes: list[ProcessInfo] = []
     supervised = True

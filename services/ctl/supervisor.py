@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-import xmlrpc.client  # noqa: S411  the peer is our own supervisord, behind a socket that only its owner can open
+import xmlrpc.client
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class ProcessInfo:
 
 
 class Supervisor:
-    """The supervisord of one home. Every call raises SupervisorGone where there is none, SupervisorStuck if it hangs."""
+    """The supervisord of one home. Every call raises SupervisorGone without one, SupervisorStuck if it hangs."""
 
     def __init__(self, home: Home) -> None:
         self._home = home

@@ -67,7 +67,7 @@ async def _watch_task(args: Namespace, context: Context) -> ExitCode:
         raise BadInput(f"--after {args.after}: must not be negative")
     screen = context.screen
     async with connect(context.home) as client:
-        view = await follow(client, args.task, screen, after_seq=args.after, cancels=False, records=screen.json)
+        view = await follow(client, args.task, context, after_seq=args.after, cancels=False, records=screen.json)
     if screen.json:
         screen.record(view)
     else:
@@ -87,7 +87,7 @@ def _cancel(args: Namespace, context: Context) -> ExitCode:
 
 async def _cancel_task(args: Namespace, context: Context) -> Cancelled:
     async with connect(context.home) as client:
-        return await client.cancel(args.task, args.reason)
+        return await client.cancel(args.task, reason=args.reason)
 
 
 def _list(args: Namespace, context: Context) -> ExitCode:
@@ -105,4 +105,4 @@ def _list(args: Namespace, context: Context) -> ExitCode:
 
 async def _list_tasks(args: Namespace, context: Context) -> Listing:
     async with connect(context.home) as client:
-        return await client.list(limit=args.limit, states=[TaskState(state) for state in args.states])
+        return await client.list(limit=args.limit, states=tuple(TaskState(state) for state in args.states))
