@@ -30,9 +30,10 @@ hold_lock() {
 
 # install_debian PACKAGE...: installs them where that needs no question (root and apt), else returns 1.
 install_debian() {
+  local output
   [[ $EUID -eq 0 ]] && command -v apt-get > /dev/null || return 1
-  note "installing $*"
-  # No 'a && b' list: the shell would not stop at a failure inside it.
-  apt-get -qq update >&2 || return 1
-  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@" >&2
+  note "installing $* with apt-get"
+  output=$({ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@"; } 2>&1) && return
+  printf '%s\n' "$output" >&2
+  return 1
 }

@@ -28,6 +28,7 @@ BATCH_HEAD_START_MS: Final = 30_000
 """A batch call that has waited this long goes before an interactive one that came now: overtaken, never starved."""
 REATTACH_MS: Final = 4_000
 """After a restart of the hub, running calls wait this long for their worker to bring them back."""
+CLIENT_KEPT_MS: Final = 60_000
 _KEPT_ENDINGS: Final = 4_096
 _DEADLINE_GRACE_MS: Final = 1_000
 """A worker enforces deadlines itself; the hub steps in when it has not."""
@@ -293,10 +294,21 @@ class Broker:
         """A worker's final or error. Anything but the first one from the worker that has it is a duplicate."""
         call = self.calls.get(header.key or "")
         if call is None or call.worker != peer.identity or not _ends(header.kind, call.kind):
-            if header.key in self._ended:
+            if self.has_ended(header.key):
                 self.counters["duplicates"] += 1
             return self.dispatch(at_ms)
         return [*self._end(call, header.kind, body, peer.service), *self.dispatch(at_ms)]
+
+    def has_ended(self, key: str | None) -> bool:
+        """True if a call with this key has ended lately: another ending for it is a duplicate."""
+        return key in self._ended and key not in self.calls
+
+    def forget_silent_clients(self, at_ms: int, keep: set[bytes]) -> None:
+        """Drop sessions of clients that want nothing and have been silent; they say HELLO again when they come back."""
+        waiting = {call.requester for call in self.calls.values()} | keep
+        for peer in list(self.peers.values()):
+            if not peer.is_worker and at_ms - peer.heard_ms >= CLIENT_KEPT_MS and peer.identity not in waiting:
+                del self.peers[peer.identity]
 
     def running(self, peer: Peer, key: str | None) -> Call | None:
         """The call behind a partial, if this peer has it."""
