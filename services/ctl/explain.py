@@ -31,7 +31,8 @@ def add(commands: Commands) -> None:
 def _explain(args: Namespace, context: Context) -> ExitCode:
     view, explained, why_not = asyncio.run(_ask(args.task, context))
     if view.plan is None:
-        raise CommandError(f"{view.task_id} is {view.state.value} and has no plan yet; ask again later")
+        later = "it never had a plan" if view.state.final else "it has no plan yet, ask again later"
+        raise CommandError(f"{view.task_id} is {view.state.value}: {later}")
     if context.screen.json:
         context.screen.document(
             {
