@@ -21,7 +21,7 @@ import pytest
 
 from services.kit.config import CHECKOUT
 
-WORKERS = '''
+WORKERS = """
 import asyncio, sys
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.failure import Category
@@ -62,7 +62,7 @@ service.answer("memory.request", memory)
 service.answer("infer.request", infer)
 service.answer("gate.request", gate)
 sys.exit(asyncio.run(service.run()))
-'''
+"""
 EXAMPLE = CHECKOUT / "deploy" / "example.yaml"
 
 
