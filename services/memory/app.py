@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import math
 import os
+import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -32,7 +33,7 @@ from protocol.messages.memory import (
 from services.kit.config import Home
 from services.kit.logs import LogEvent
 from services.kit.service import Call, Service
-from services.memory.embedding import Embedder, Unembeddable
+from services.memory.embedding import BadVector, Embedder, Unembeddable
 from services.memory.graph import files as graph_files
 from services.memory.graph import vouched
 from services.memory.graph_check import Checked, check_in_child
@@ -47,7 +48,10 @@ MEMORY_UNUSABLE: Final = LogEvent("memory.unusable", "reason", "error")
 PROJECTION_FAILED: Final = LogEvent("memory.projection_failed", "reason", "error")
 
 _LOCK_FILE: Final = "lock"
-_LOCK_WAIT_S: Final = 15.0  # a predecessor that is draining needs at most its drain time of 10 s
+_LOCK_WAIT_S: Final = 3.0  # supervisord starts a successor only after the end; the kernel closes files a moment later
+
+PROJECTION_TROUBLE: Final = (RuntimeError, ProjectionDoubt, BadVector, OSError, sqlite3.Error)
+"""What is left when rebuilding has not helped: no space, no memory, a log that cannot be read."""
 
 Write = RecordDecisions | RecordOutcomes
 Answer = MemoryFinal | Failure
@@ -137,7 +141,7 @@ class MemoryService:
             while self._behind:
                 self._behind = False
                 await asyncio.get_running_loop().run_in_executor(self._follower, self._opened().advance)
-        except (RuntimeError, ProjectionDoubt, OSError) as err:
+        except PROJECTION_TROUBLE as err:
             # Writes go on, the log is the truth; the next question tries again and fails with this reason if it must.
             self._service.log.write(PROJECTION_FAILED, reason=str(err))
         finally:
@@ -172,7 +176,7 @@ class MemoryService:
             return MemoryFinal(episodes=self._opened().retrieve(ask))
         except Unembeddable as err:
             raise CallFailed(_refusal("memory.unembeddable", f"ask.text: {err}")) from err
-        except (RuntimeError, ProjectionDoubt, OSError) as err:
+        except PROJECTION_TROUBLE as err:
             failure = Failure(
                 code="memory.projection",
                 category=Category.RESOURCE,

@@ -110,7 +110,7 @@ class Projector:
         return [_answer(episodes[each.task_id], each, known[each.task_id]) for each in best]
 
     def stats(self) -> dict[str, int]:
-        """Rows of the log, and how far each projection has followed it."""
+        """Rows of the log, and how far each projection has followed it so far; unlike `retrieve` it does not wait."""
         applied = {"vectors": len(self._vectors), "vectors_seq": self.vectors_seq, "graph_seq": self.graph_seq}
         return self._reader.counts() | applied
 

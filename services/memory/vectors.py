@@ -21,7 +21,7 @@ from services.memory.machine import Found
 from services.memory.manifest import Manifest, ProjectionDoubt, replace_file, sha256_of
 
 _MANIFEST: Final = "vectors.manifest.json"
-_SNAPSHOTS: Final = "vectors-*.faiss"
+_SNAPSHOTS: Final = "vectors-*"  # with what a crash left of a temporary file
 _SNAPSHOT_EVERY: Final = 256
 
 
