@@ -11,6 +11,8 @@ from protocol.header import Header
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.infer import InferRequest
+from protocol.messages.memory import MemoryFinal, MemoryRequest, RecordOutcomes
+from protocol.messages.plan import PlanFinal, RoutingDecision
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import StepState, TaskQuery, TaskState
 from protocol.messages.task import Submit
@@ -386,3 +388,46 @@ def test_every_task_ends_once_and_no_step_starts_before_its_inputs(
         assert done == set(needs)
     for peer in world.hub.broker.peers.values():  # type: ignore[union-attr]
         assert not [key for key in peer.calls if key in {a.key for step in result.steps for a in step.attempts}]
+
+
+def test_an_objective_that_memory_cannot_embed_loses_its_episode_but_not_its_outcomes() -> None:
+    asked: list[bool] = []
+    decision = {"decision_id": "d1", "subject": "role", "step": "S1", "choice": "worker", "propensity": 1}
+    told = RoutingDecision.model_validate(decision | {"rule": "test", "task_type": "chat"})
+
+    def planner(header: Header, body: bytes) -> Answer:
+        took, final = plan_as_given(header, body)
+        assert isinstance(final, PlanFinal)
+        return took, final.model_copy(update={"decisions": [told]})
+
+    def memory(header: Header, body: bytes) -> Answer:
+        ask = unpack_body(MemoryRequest, body).ask
+        assert isinstance(ask, RecordOutcomes)
+        asked.append(ask.episode is not None)
+        if ask.episode is not None:
+            return 1, fail(Category.POLICY, "memory.unembeddable")
+        return 1, MemoryFinal(stored=len(ask.outcomes))
+
+    world = stack()
+    world.peers["memory"].answer = memory
+    world.peers["planner"].answer = planner
+    task = world.submit(task_of([{"id": "S1"}], objective="???"))
+    world.run(lambda: any(kind == "OutcomesSettled" for _, _, kind, _ in world.journal))
+    settled = world.recorded_tasks()[task].events[-1]
+    assert asked == [True, False]
+    assert getattr(settled, "stored", None) == 1
+
+
+def test_a_fault_of_processes_teaches_nothing() -> None:
+    world = stack(lambda header, body: (10, fail(Category.RESOURCE)))
+    told: list[bytes] = []
+
+    def memory(header: Header, body: bytes) -> Answer:
+        told.append(body)
+        return 1, MemoryFinal()
+
+    world.peers["memory"].answer = memory
+    result = world.finish(world.submit(task_of([{"id": "S1"}])), limit_ms=300_000)
+    world.run_for(5_000)
+    assert result.state is TaskState.FAILED
+    assert told == []
