@@ -1,1 +1,1 @@
-"""The `tierline` command: what operators type."""
+"""The `tierline` command: starts and inspects a stack, runs tasks on it, explains what it did."""

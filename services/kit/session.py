@@ -27,6 +27,7 @@ _KEPT_RESULTS: Final = 512
 """Results kept for a hub that may ask again; more than any hub has in flight at one peer."""
 _JOIN_TIMEOUT_MS: Final = 3_000
 _SILENT_PINGS: Final = 3
+_PROBE_PINGS: Final = 1.2
 
 
 # Events
@@ -184,6 +185,7 @@ class PeerSession:
     asks: dict[str, Asked] = field(default_factory=dict)
     _heard_ms: int = 0
     _ping_ms: int = 1_000
+    _probed: bool = False
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
@@ -246,6 +248,7 @@ class PeerSession:
     def _on_received(self, event: Received) -> list[Command]:
         header = event.header
         self._heard_ms = event.at_ms
+        self._probed = False
         try:
             if header.kind == "session.welcome":
                 return self._on_welcome(unpack_body(Welcome, event.body))
@@ -347,8 +350,14 @@ class PeerSession:
     def _on_ticked(self, event: Ticked) -> list[Command]:
         silence = event.at_ms - self._heard_ms
         limit = self._ping_ms * _SILENT_PINGS if self.joined else _JOIN_TIMEOUT_MS
-        if not self.epoch or silence <= limit:
+        if not self.epoch:
             return []
+        if silence <= limit:
+            if not self.joined or self._probed or silence <= self._ping_ms * _PROBE_PINGS:
+                return []
+            # One missed ping: a restarted hub cannot know this peer, but it answers whoever speaks.
+            self._probed = True
+            return [ReportState(corr=None, credit=self.granted)]
         self._heard_ms = event.at_ms
         self.joined = False
         self.failures += 1

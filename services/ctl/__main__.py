@@ -1,0 +1,57 @@
+"""Entry point of `tierline`: builds the parser, runs one command, turns its errors into a message and an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+from services.ctl import bench, doctor, explain, plan, registry, run, stack, status, tail, tasks
+from services.ctl.commands import Commands, Context
+from services.ctl.outcomes import CommandError, ExitCode
+from services.ctl.screen import Screen
+from services.kit.config import load_home
+
+_EPILOG = """exit codes: 0 ok, 1 the task or a check failed, 2 bad usage or bad input, 3 the system is unreachable
+Every command takes --json. The stack lives in TIERLINE_HOME, its configuration in TIERLINE_REGISTRY."""
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="tierline",
+        description="Runs one job on many language models.",
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    commands = Commands(parser)
+    for group in (stack, status, doctor, run, tasks, plan, explain, tail, registry, bench):
+        group.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    screen = Screen(sys.stdout, sys.stderr, as_json=args.json)
+    try:
+        code: ExitCode = args.run(args, Context(load_home(), screen))
+    except CommandError as err:
+        if screen.json:
+            screen.document({"error": {"exit": int(err.code), "message": str(err), "details": list(err.details)}})
+        else:
+            screen.note(f"tierline: {err}")
+            for line in err.details:
+                screen.note(f"  {line}")
+        code = err.code
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        code = ExitCode.INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.OK
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""`tierline bench …`: every figure in a README comes from one of these commands.
+
+A benchmark is a module of this folder with a function that adds its command to the group; list that function in
+`BENCHMARKS` and the command exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from services.ctl.bench import overhead
+from services.ctl.commands import Commands
+
+#: Adds one benchmark's command to the group.
+BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (overhead.add,)
+
+
+def add(commands: Commands) -> None:
+    """Add `bench` with all its benchmarks."""
+    group = commands.group("bench", "measure this installation; every documented figure comes from here")
+    for add_benchmark in BENCHMARKS:
+        add_benchmark(group)

@@ -1,0 +1,280 @@
+"""`doctor`: whether this machine and this home can run a stack, one line per check with what to do about it.
+
+Checks look and change nothing. `fail` means that `tierline up` or a task would not work, `warn` that it would, but
+worse than it could. Each check is a function that yields results, so that one of them may report on several models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import stat
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final, Literal
+
+import psutil
+
+from services.ctl.commands import Commands, Context
+from services.ctl.hub import listening
+from services.ctl.outcomes import ExitCode
+from services.ctl.screen import mebibytes
+from services.ctl.stack import stray_processes
+from services.ctl.supervisor import CONFIG, Supervisor, SupervisorGone, SupervisorStuck
+from services.gates.sandbox import Sandbox
+from services.kit.config import Home
+from services.kit.registry import ModelEntry, Registry, RegistryError, load_registry
+
+MAX_SOCKET_PATH_BYTES: Final = 107
+"""Linux keeps a unix socket's path in 108 bytes, the last of them zero."""
+LONGEST_SOCKET: Final = "supervisor.sock.4194304"
+"""supervisord binds this name first (its pid appended) and links it afterwards."""
+
+_MIN_DISK_BYTES: Final = 200 * 1024**2
+_GOOD_DISK_BYTES: Final = 2 * 1024**3
+
+Verdict = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One result."""
+
+    name: str
+    verdict: Verdict
+    message: str
+    advice: str = ""
+    """What to do; empty for `ok`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What the checks look at; no registry where it could not be read."""
+
+    home: Home
+    registry: Registry | None
+    registry_problems: tuple[str, ...]
+
+
+def add(commands: Commands) -> None:
+    """Add the commands of this file."""
+    commands.add("doctor", _doctor, "check this machine: tools, engine, models, memory, sandbox, folders, leftovers")
+
+
+def _doctor(_args: Namespace, context: Context) -> ExitCode:
+    checks = run_checks(context.home)
+    failed = any(check.verdict == "fail" for check in checks)
+    if context.screen.json:
+        context.screen.document({"healthy": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        rows = [(c.verdict, c.name, c.message + (f"; {c.advice}" if c.advice else "")) for c in checks]
+        context.screen.table(("verdict", "check", "what was found, and what to do"), rows)
+    return ExitCode.FAILED if failed else ExitCode.OK
+
+
+def run_checks(home: Home) -> list[Check]:
+    """All checks, in the order of the list below."""
+    registry: Registry | None = None
+    problems: tuple[str, ...] = ()
+    try:
+        registry = load_registry(home.registry, home.models, check_files=False)
+    except RegistryError as err:
+        problems = tuple(str(problem) for problem in err.problems)
+    scene = Scene(home, registry, problems)
+    return [result for check in CHECKS for result in check(scene)]
+
+
+def _python(_scene: Scene) -> Iterator[Check]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < (3, 11):  # noqa: UP036  started with another Python than the one it was installed for
+        yield Check("python", "fail", f"{version}", "install Python 3.11 or newer and call deploy/setup")
+    else:
+        yield Check("python", "ok", f"{version} at {sys.executable}")
+
+
+def _user(_scene: Scene) -> Iterator[Check]:
+    if os.geteuid() == 0:
+        advice = "see 'Running as a service user' in deploy/README.md"
+        yield Check("user", "warn", "you are root, and so will be the services", advice)
+    else:
+        yield Check("user", "ok", f"uid {os.geteuid()}")
+
+
+def _registry(scene: Scene) -> Iterator[Check]:
+    if scene.registry is None:
+        count = len(scene.registry_problems)
+        yield Check("registry", "fail", f"{count} problems, the first: {scene.registry_problems[0]}", "repair it")
+        return
+    yield Check("registry", "ok", f"{scene.home.registry}: {len(scene.registry.models)} models")
+    for note in scene.registry.notes:
+        yield Check("registry", "warn", str(note), "worth a look, it stops nothing")
+
+
+def _models(scene: Scene) -> Iterator[Check]:
+    for model in _entries(scene):
+        if model.path is None:
+            continue
+        if not model.path.is_file():
+            yield Check(f"model {model.name}", "fail", f"{model.path} is missing", "call deploy/fetch-model")
+        else:
+            yield Check(f"model {model.name}", "ok", f"{model.path.name}, {mebibytes(model.path.stat().st_size)}")
+
+
+def _engines(scene: Scene) -> Iterator[Check]:
+    embedded = find_spec("xllamacpp") is not None
+    for model in _entries(scene):
+        name, binary = f"engine {model.name}", _native_binary(model, scene.home)
+        if model.engine == "noop":
+            yield Check(name, "ok", "noop: answers at once, without a model")
+        elif binary is not None and model.engine in ("auto", "llama-server"):
+            yield Check(name, "ok", f"llama-server at {binary}")
+        elif embedded and model.engine in ("auto", "embedded"):
+            yield Check(name, "ok", "embedded llama.cpp (xllamacpp)")
+        elif model.engine == "llama-server":
+            yield Check(name, "fail", "no llama-server is found", "call deploy/build-native, or use engine: auto")
+        else:
+            yield Check(name, "fail", "no llama.cpp is found", "call deploy/setup; it installs xllamacpp")
+
+
+def _native_binary(model: ModelEntry, home: Home) -> Path | None:
+    if model.binary is not None:
+        return model.binary if os.access(model.binary, os.X_OK) else None
+    built = home.cache / "native" / "current" / "bin" / "llama-server"
+    if os.access(built, os.X_OK):
+        return built
+    found = shutil.which("llama-server")
+    return Path(found) if found else None
+
+
+def _cores(scene: Scene) -> Iterator[Check]:
+    usable = len(os.sched_getaffinity(0))
+    threads = sum(model.threads for model in _entries(scene))
+    message = f"{usable} usable, the models want {threads} threads together"
+    if usable < 2:
+        yield Check("cores", "warn", message, "services and models share one core: expect long waits")
+    else:
+        yield Check("cores", "ok", message)
+
+
+def _memory(scene: Scene) -> Iterator[Check]:
+    memory = psutil.virtual_memory()
+    needed = sum(
+        model.path.stat().st_size for model in _entries(scene) if model.path is not None and model.path.is_file()
+    )
+    message = f"{mebibytes(memory.available)} available of {mebibytes(memory.total)}; model files {mebibytes(needed)}"
+    if needed > memory.total:
+        yield Check("memory", "fail", message, "take smaller models, or fewer entries in models.yaml")
+    elif needed > memory.available and not listening(scene.home):
+        yield Check("memory", "warn", message, "end other programs, or the models will be slow to load")
+    else:
+        yield Check("memory", "ok", message)
+
+
+def _disk(scene: Scene) -> Iterator[Check]:
+    folder = next(path for path in [scene.home.root, *scene.home.root.parents] if path.exists())
+    free = shutil.disk_usage(folder).free
+    message = f"{mebibytes(free)} free at {folder}"
+    if free < _MIN_DISK_BYTES:
+        yield Check("disk", "fail", message, "the journal needs room: free some, or set TIERLINE_HOME elsewhere")
+    elif free < _GOOD_DISK_BYTES:
+        yield Check("disk", "warn", message, "a model or a native build may not fit")
+    else:
+        yield Check("disk", "ok", message)
+
+
+def _home(scene: Scene) -> Iterator[Check]:
+    root, run = scene.home.root, scene.home.run
+    if not root.exists():
+        yield Check("home", "ok", f"{root} does not exist yet; 'tierline up' makes it")
+        return
+    status = root.stat()
+    if status.st_uid != os.geteuid():
+        yield Check("home", "fail", f"{root} belongs to uid {status.st_uid}", "use the user that owns it")
+    elif not os.access(root, os.W_OK | os.X_OK):
+        yield Check("home", "fail", f"{root} cannot be written", f"chmod u+rwx {root}")
+    elif run.exists() and stat.S_IMODE(run.stat().st_mode) & 0o077:
+        yield Check("home", "fail", f"others can enter {run} and reach the bus", f"chmod 700 {run}")
+    else:
+        yield Check("home", "ok", str(root))
+
+
+def _socket_path(scene: Scene) -> Iterator[Check]:
+    length = len(os.fsencode(scene.home.run / LONGEST_SOCKET))
+    message = f"{length} of {MAX_SOCKET_PATH_BYTES} bytes for the longest socket path"
+    if length > MAX_SOCKET_PATH_BYTES:
+        yield Check("socket path", "fail", message, "set TIERLINE_HOME to a shorter path")
+    else:
+        yield Check("socket path", "ok", message)
+
+
+def _sandbox(scene: Scene) -> Iterator[Check]:
+    reason = asyncio.run(Sandbox([scene.home.root]).probe())
+    if reason is None:
+        yield Check("sandbox", "ok", "bubblewrap works here")
+    else:
+        advice = "gates that run code will refuse; see 'Sandbox' in deploy/README.md"
+        yield Check("sandbox", "fail", reason, advice)
+
+
+def _tools(_scene: Scene) -> Iterator[Check]:
+    missing = [name for name in ("ruff", "pytest", "supervisor") if find_spec(name) is None]
+    if missing:
+        yield Check("tools", "fail", f"not installed: {', '.join(missing)}", "call deploy/setup")
+    elif not CONFIG.is_file():
+        yield Check("tools", "fail", f"{CONFIG} is missing", "'tierline up' works from a checkout of the project")
+    else:
+        yield Check("tools", "ok", "ruff, pytest, supervisor")
+
+
+def _leftovers(scene: Scene) -> Iterator[Check]:
+    """A lock or socket file without its process is removed at the next start; a process without supervisor is not."""
+    try:
+        pid = Supervisor(scene.home).pid()
+    except SupervisorStuck as err:
+        yield Check("leftovers", "fail", str(err), "tierline down")
+        return
+    except SupervisorGone:
+        left = stray_processes(scene.home)
+        if left:
+            pids = ", ".join(str(process.pid) for process in left)
+            yield Check("leftovers", "fail", f"processes of this home without supervisord: {pids}", "tierline down")
+            return
+        run = scene.home.run
+        stale = [name for name in ("supervisord.pid", "supervisor.sock", "hub.sock") if (run / name).exists()]
+        if stale and not listening(scene.home):
+            advice = "no harm: the next 'tierline up' replaces them"
+            yield Check("leftovers", "warn", f"stale in {run}: {', '.join(stale)}", advice)
+            return
+        yield Check("leftovers", "ok", "none; the stack is stopped")
+        return
+    if listening(scene.home):
+        yield Check("leftovers", "ok", f"none; the stack runs under supervisord {pid}")
+    else:
+        advice = "tierline tail scheduler; tierline status"
+        yield Check("leftovers", "warn", f"supervisord {pid} runs, but no hub listens", advice)
+
+
+def _entries(scene: Scene) -> list[ModelEntry]:
+    return list(scene.registry.models.values()) if scene.registry is not None else []
+
+
+CHECKS: Final[tuple[Callable[[Scene], Iterator[Check]], ...]] = (
+    _python,
+    _user,
+    _tools,
+    _home,
+    _socket_path,
+    _disk,
+    _memory,
+    _cores,
+    _registry,
+    _models,
+    _engines,
+    _sandbox,
+    _leftovers,
+)

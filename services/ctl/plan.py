@@ -1,0 +1,124 @@
+"""`plan`: what a task would become, without a hub, a model or anything executed.
+
+The planner's own machine makes the plan; its questions to memory and to the front door are answered with silence, as
+if both were down. So this is the rules' plan, or the client's own, after the discovery of parallelism: what a run would
+do, except that a run may use a plan that the front door made.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict
+
+from protocol.messages.plan import PlanFinal
+from protocol.messages.result import PlanView
+from protocol.messages.task import TaskIR
+from services.ctl.commands import Commands, Context
+from services.ctl.forecast import TOKENS_PER_S, Forecast, forecast
+from services.ctl.outcomes import BadInput, ExitCode
+from services.ctl.result_view import print_plan_choices
+from services.ctl.screen import Screen, mebibytes, one_line, seconds
+from services.ctl.stack_files import checked_registry
+from services.ctl.task_inputs import add_task_arguments, task_from
+from services.kit.registry import Registry
+from services.planner.machine import Finish, Planning, Refuse, Requested, Unanswered
+
+
+def add(commands: Commands) -> None:
+    """Add the commands of this file."""
+    parser = commands.add("plan", _plan, "dry run: the steps, what runs side by side, expected time, tokens and memory")
+    add_task_arguments(parser)
+    parser.add_argument(
+        "--tokens-per-s",
+        type=float,
+        default=TOKENS_PER_S,
+        metavar="N",
+        help=f"speed of one slot in generated tokens per second, for the expected times ({TOKENS_PER_S:g})",
+    )
+
+
+def _plan(args: Namespace, context: Context) -> ExitCode:
+    if args.tokens_per_s <= 0:
+        raise BadInput(f"--tokens-per-s {args.tokens_per_s:g}: must be above 0")
+    task = task_from(args)
+    registry = checked_registry(context.home, check_files=False)
+    final = dry_run(task, registry)
+    if final.task.plan is None:
+        raise BadInput("the planner made no plan")
+    expected = forecast(final.task, final.task.plan, registry, args.tokens_per_s)
+    if context.screen.json:
+        context.screen.document({**final.model_dump(mode="json"), "forecast": asdict(expected)})
+    else:
+        _print(context.screen, final, expected, args.tokens_per_s)
+    return ExitCode.OK
+
+
+def dry_run(task: TaskIR, registry: Registry) -> PlanFinal:
+    """The plan that the planner would make with memory and model away. Raises BadInput for a task that cannot run."""
+    planning = Planning(registry)
+    # Without an id the planner records nothing: no outcome will ever come for these decisions.
+    command = planning.handle(Requested(0, task.model_copy(update={"task_id": None}), None))
+    while not isinstance(command, Finish):
+        if isinstance(command, Refuse):
+            problems = command.failure.evidence.get("problems", [])
+            raise BadInput("the task cannot run as written", details=tuple(map(str, problems)))
+        command = planning.handle(Unanswered(0, "dry run"))
+    return command.final
+
+
+def _print(screen: Screen, final: PlanFinal, expected: Forecast, tokens_per_s: float) -> None:
+    screen.line(f"dry run, nothing is executed: {one_line(final.task.objective, 200)}")
+    screen.heading("steps")
+    actions = {step.id: step.action for step in final.task.plan.steps} if final.task.plan else {}
+    screen.table(
+        ("level", "step", "critical", "role", "model", "waits for", "gates", "persona", "tokens", "expected", "action"),
+        [
+            (
+                str(step.level),
+                step.id,
+                "*" if step.critical else "",
+                step.role,
+                step.model,
+                ", ".join(step.needs),
+                ", ".join(step.gates),
+                step.persona or "",
+                str(step.max_tokens),
+                seconds(step.expected_s * 1000),
+                one_line(actions.get(step.id, ""), 50),
+            )
+            for step in sorted(expected.steps, key=lambda step: step.level)
+        ],
+    )
+    screen.heading("expected, at most")
+    screen.line(f"{len(expected.steps)} steps on {expected.levels} levels, up to {expected.width} side by side")
+    screen.line(
+        f"critical path {seconds(expected.critical_s * 1000)}: {' -> '.join(expected.critical)} "
+        f"(at {tokens_per_s:g} tokens/s per slot, a prior; every step writes all it may)"
+    )
+    screen.line(
+        f"work {seconds(expected.work_s * 1000)}, no schedule is faster than {seconds(expected.bound_s * 1000)}"
+    )
+    screen.line(f"tokens {expected.tokens} with one attempt each, never more than {expected.most_tokens}")
+    screen.table(
+        ("model", "steps", "slots", "busy", "file"),
+        [
+            (
+                model.name,
+                str(model.steps),
+                str(model.slots),
+                seconds(model.busy_s * 1000),
+                mebibytes(model.file_bytes) if model.file_bytes is not None else "missing",
+            )
+            for model in expected.models
+        ],
+    )
+    sizes = [model.file_bytes for model in expected.models if model.file_bytes is not None]
+    screen.line(f"memory: at least {mebibytes(sum(sizes))} for the models involved, plus their contexts")
+    plan = PlanView(
+        source=final.source,
+        reason=final.reason,
+        removed_edges=final.removed_edges,
+        decisions=final.decisions,
+        similar=final.similar,
+    )
+    print_plan_choices(screen, plan)

@@ -1,0 +1,176 @@
+"""A task for people: its result with artefacts, gates, routing, critical path and usage; a list of tasks.
+
+Takes what the hub said and prints it; asks nothing and decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from protocol.messages.artefact import Artefact
+from protocol.messages.failure import Failure
+from protocol.messages.gate import GateResult
+from protocol.messages.result import PlanView, StepView, TaskState, TaskSummary, TaskView
+from services.ctl.gantt import LEGEND, gantt, path_rows, path_summary
+from services.ctl.outcomes import ExitCode
+from services.ctl.screen import STYLES, Screen, one_line, seconds
+
+_MAX_LINES = 200
+
+
+def exit_code_of(state: TaskState) -> ExitCode:
+    """0 for a success, 1 for a failed or cancelled task; a task that still runs has not failed."""
+    return ExitCode.FAILED if state in (TaskState.FAILED, TaskState.CANCELLED) else ExitCode.OK
+
+
+def print_task(screen: Screen, view: TaskView, files: Sequence[Path] = ()) -> None:
+    """Everything about a task, the most wanted first; `files` says where artefacts were written."""
+    screen.line(f"{view.task_id}: {view.state.value}", style=STYLES.get(view.state.value))
+    screen.line(f"objective: {one_line(view.objective, 200)}")
+    if view.failure is not None:
+        _print_failure(screen, view.failure)
+    if view.steps:
+        screen.heading("steps")
+        screen.table(("step", "state", "role", "model", "tries", "tokens", "took", "action"), _step_rows(view.steps))
+        for step in view.steps:
+            _print_troubles(screen, step)
+    for index, artefact in enumerate(view.artefacts):
+        _print_artefact(screen, artefact, files[index] if index < len(files) else None)
+    _print_gates(screen, view)
+    if view.plan is not None:
+        print_plan_choices(screen, view.plan)
+    if view.critical_path is not None:
+        screen.heading("critical path")
+        screen.line(path_summary(view.critical_path))
+        width = 60 if screen.rich is None else max(20, min(100, screen.rich.width - 24))
+        for line in gantt(view, width):
+            screen.line(line)
+        screen.line(LEGEND, style="dim")
+        screen.table(("step", "what", "took", "share"), path_rows(view.critical_path))
+    screen.heading("usage")
+    usage = view.usage
+    screen.line(
+        f"{usage.generated_tokens} tokens generated, {usage.prompt_tokens} read ({usage.cached_tokens} from cache), "
+        f"{usage.attempts} attempts"
+    )
+
+
+def print_plan_choices(screen: Screen, plan: PlanView) -> None:
+    """Who planned, what was chosen, which edges went."""
+    screen.heading("routing decisions")
+    screen.line(f"plan by {plan.source}: {plan.reason}")
+    if plan.decisions:
+        screen.table(
+            ("step", "subject", "choice", "instead of", "chance", "why"),
+            [
+                (
+                    item.step or "task",
+                    item.subject,
+                    item.choice,
+                    ", ".join(other for other in item.alternatives if other != item.choice),
+                    f"{item.propensity:.2f}",
+                    one_line(item.rule, 100),
+                )
+                for item in plan.decisions
+            ],
+        )
+    for edge in plan.removed_edges:
+        screen.line(f"dropped: {edge.step} does not wait for {edge.depends_on}: {edge.reason}")
+
+
+def print_listing(screen: Screen, tasks: Sequence[TaskSummary]) -> None:
+    """Tasks, newest first."""
+    screen.table(
+        ("task", "state", "type", "steps", "created", "took", "objective"),
+        [
+            (
+                task.task_id,
+                task.state.value,
+                task.task_type,
+                f"{task.steps_done}/{task.steps_total}",
+                datetime.fromtimestamp(task.created_ms / 1000, UTC).astimezone().strftime("%m-%d %H:%M:%S"),
+                seconds(task.ended_ms - task.created_ms) if task.ended_ms is not None else "",
+                one_line(task.objective, 60),
+            )
+            for task in tasks
+        ],
+    )
+
+
+def failure_line(failure: Failure) -> str:
+    """A failure in one line."""
+    return one_line(f"{failure.category.value} {failure.code} ({failure.origin}): {failure.message}", 400)
+
+
+def _step_rows(steps: Sequence[StepView]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for step in steps:
+        last = step.attempts[-1] if step.attempts else None
+        took = step.ended_ms - step.attempts[0].queued_ms if step.ended_ms is not None and step.attempts else None
+        rows.append(
+            (
+                step.id,
+                step.state.value,
+                last.role if last else step.actor,
+                last.model if last else "",
+                str(len(step.attempts)),
+                str(sum(attempt.generated_tokens for attempt in step.attempts)),
+                seconds(took),
+                one_line(step.action, 60),
+            )
+        )
+    return rows
+
+
+def _print_troubles(screen: Screen, step: StepView) -> None:
+    if step.losses:
+        screen.line(f"{step.id}: lost {step.losses} workers and was run again", style="yellow")
+    for attempt in step.attempts:
+        if attempt.failure is not None:
+            action = f" -> {attempt.action}" if attempt.action else ""
+            screen.line(f"{step.id} attempt {attempt.number}: {failure_line(attempt.failure)}{action}", style="yellow")
+    if step.failure is not None:
+        screen.line(f"{step.id} failed: {failure_line(step.failure)}", style="red")
+
+
+def _print_failure(screen: Screen, failure: Failure) -> None:
+    screen.line(f"failure: {failure_line(failure)}", style="red")
+    for finding in failure.findings:
+        place = ":".join(str(part) for part in (finding.file, finding.line, finding.column) if part is not None)
+        screen.line(f"  {finding.gate} {place} {finding.rule or ''} {one_line(finding.message, 200)}")
+
+
+def _print_artefact(screen: Screen, artefact: Artefact, file: Path | None) -> None:
+    screen.heading(f"artefact {artefact.name} ({artefact.kind.value}){f' -> {file}' if file else ''}")
+    lines = artefact.text().splitlines()
+    for line in lines[:_MAX_LINES]:
+        screen.line(line)
+    if len(lines) > _MAX_LINES:
+        screen.line(f"… {len(lines) - _MAX_LINES} more lines; the whole text: --output DIR", style="dim")
+
+
+def _print_gates(screen: Screen, view: TaskView) -> None:
+    results: list[tuple[str, GateResult]] = [
+        (step.id if len(step.attempts) == 1 else f"{step.id}#{attempt.number}", result)
+        for step in view.steps
+        for attempt in step.attempts
+        for result in attempt.gates
+    ]
+    results += [("task", result) for result in view.gates]
+    if results:
+        screen.heading("gates")
+        screen.table(
+            ("of", "gate", "verdict", "took", "message"),
+            [
+                (
+                    where,
+                    result.gate,
+                    result.verdict.value,
+                    seconds(result.ended_ms - result.started_ms),
+                    one_line(result.message, 120),
+                )
+                for where, result in results
+            ],
+        )

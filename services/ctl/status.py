@@ -1,0 +1,101 @@
+"""`status`: every service with what supervisord and the hub say about it, and the hub's queues and totals."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
+
+from protocol.messages.session import StatusReport
+from services.ctl.commands import Commands, Context
+from services.ctl.hub import try_status
+from services.ctl.outcomes import ExitCode
+from services.ctl.readiness import HUB, ServiceRow, merge
+from services.ctl.screen import Screen, mebibytes, seconds
+from services.ctl.supervisor import ProcessInfo, Supervisor, SupervisorGone
+
+COLUMNS = ("service", "state", "process", "pid", "slots", "memory", "tokens/s", "queued", "lag", "reason")
+
+
+def add(commands: Commands) -> None:
+    """Add the commands of this file."""
+    commands.add("status", _status, "show every service: state, slots, memory, speed, queues")
+
+
+def _status(_args: Namespace, context: Context) -> ExitCode:
+    home, screen = context.home, context.screen
+    processes: list[ProcessInfo] = []
+    supervised = True
+    try:
+        processes = Supervisor(home).processes()
+    except SupervisorGone:
+        supervised = False
+    report = asyncio.run(try_status(home, timeout_s=5.0))
+    rows = merge(processes, report)
+    if screen.json:
+        screen.document(
+            {
+                "home": str(home.root),
+                "supervised": supervised,
+                "hub": report,
+                "services": [_as_data(row) for row in rows],
+            }
+        )
+    else:
+        _print(screen, rows, report, supervised=supervised)
+    return ExitCode.OK if report is not None else ExitCode.UNREACHABLE
+
+
+def _print(screen: Screen, rows: list[ServiceRow], report: StatusReport | None, *, supervised: bool) -> None:
+    if rows:
+        screen.table(COLUMNS, [_cells(row, report) for row in rows])
+    if not supervised:
+        screen.line("no supervisord runs at this home; start the stack with: tierline up", style="yellow")
+    if report is None:
+        screen.line("the hub does not answer; see: tierline tail scheduler", style="red")
+        return
+    screen.heading("hub")
+    screen.line(f"epoch {report.hub_epoch}, pid {report.hub_pid}, up {seconds(report.uptime_ms)}")
+    for name, figures in (("tasks", report.tasks), ("queued", report.queued), ("counters", report.counters)):
+        screen.line(f"{name}: {', '.join(f'{key} {value}' for key, value in sorted(figures.items())) or 'none'}")
+    clients = [peer for peer in report.peers if not peer.capabilities]
+    screen.line(f"clients: {len(clients)}")
+
+
+def _cells(row: ServiceRow, report: StatusReport | None) -> tuple[str, ...]:
+    peer = row.peer
+    pid = row.process_info.pid if row.process_info else peer.pid if peer else 0
+    if peer is None:
+        return (row.name, row.state, row.process, str(pid or ""), "", "", "", "", "", row.reason)
+    queued = sum(report.queued.get(capability, 0) for capability in peer.capabilities) if report else 0
+    return (
+        row.name,
+        row.state,
+        row.process,
+        str(pid or ""),
+        f"{peer.used}/{peer.granted}",
+        mebibytes(peer.rss_bytes),
+        speed(peer.metrics),
+        str(queued),
+        f"{peer.loop_lag_ms:.0f} ms",
+        row.reason,
+    )
+
+
+def speed(metrics: dict[str, Any]) -> str:
+    """Generated tokens per second as the service reports them; empty for services without a model."""
+    value = metrics.get("tokens_per_s")
+    return f"{value:.1f}" if isinstance(value, int | float) else ""
+
+
+def _as_data(row: ServiceRow) -> dict[str, Any]:
+    process = row.process_info
+    return {
+        "name": row.name,
+        "state": row.state,
+        "reason": row.reason,
+        "is_hub": row.name == HUB,
+        "process": None if process is None else {**asdict(process), "output": str(process.output)},
+        "peer": row.peer,
+    }

@@ -1,0 +1,141 @@
+"""Reads a TaskIR that a person wrote, and says about every mistake in which field and line it is.
+
+The hub checks a submitted task again; checking here first costs no round trip, works without a hub (`tierline plan`),
+and can name the line, which the hub cannot since it never sees the file. What the words mean is up to
+`protocol.messages.task`, whether the plan is a graph that can run to `protocol.plan_graph`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel, ValidationError
+
+from protocol.messages.task import TaskIR
+from protocol.plan_graph import find_problems
+from services.ctl.outcomes import BadInput
+from services.kit.registry.yaml_lines import MAX_FILE_BYTES, Document, UnreadableFileError, read_document
+
+MAX_TASK_BYTES: Final = MAX_FILE_BYTES
+"""Largest task file; longer texts come with --input."""
+
+_MAX_PROBLEMS: Final = 20
+
+
+def read_task_fields(path: Path) -> Document:
+    """Read a task file, .json as JSON and anything else as YAML, into fields. Raises BadInput."""
+    try:
+        size = path.stat().st_size
+        text = path.read_text(encoding="utf-8") if size <= MAX_TASK_BYTES and path.suffix == ".json" else ""
+    except FileNotFoundError as err:
+        raise BadInput(f"there is no task file {path}") from err
+    except (OSError, UnicodeDecodeError) as err:
+        raise BadInput(f"the task file {path} cannot be read: {err}") from err
+    if size > MAX_TASK_BYTES:
+        raise BadInput(
+            f"the task file {path} has {size} bytes, the limit is {MAX_TASK_BYTES}; give long texts with --input FILE"
+        )
+    if path.suffix == ".json":
+        document = Document(path.name, _parse_json(path, text), {})
+    else:
+        try:
+            document = read_document(path)
+        except UnreadableFileError as err:
+            raise BadInput(f"the task file {path} is not usable", details=tuple(map(str, err.problems))) from err
+    if not isinstance(document.data, dict):
+        raise BadInput(f"the task file {path} must hold fields at the top, such as 'objective: …'")
+    return document
+
+
+def checked_task(document: Document) -> TaskIR:
+    """The task in these fields. Raises BadInput with every problem as `file:line: field: message`."""
+    try:
+        task = TaskIR.model_validate(document.data)
+    except ValidationError as err:
+        details = [_problem(document, tuple(item["loc"]), _message(item)) for item in err.errors(include_url=False)]
+        raise BadInput(_headline(document, details), details=_bounded(details)) from err
+    details = []
+    for found in find_problems(task):
+        steps = task.plan.steps if task.plan else []
+        at: tuple[int | str, ...] = ("inputs",) if found.field == "inputs" and found.step is None else ("plan", "steps")
+        index = next((index for index, step in enumerate(steps) if step.id == found.step), None)
+        if index is not None:
+            at = ("plan", "steps", index, found.field)
+        details.append(_problem(document, at, found.message))
+    if details:
+        raise BadInput(_headline(document, details), details=_bounded(details))
+    return task
+
+
+def _parse_json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as err:
+        raise BadInput(f"the task file {path} is not valid JSON: {err}") from err
+
+
+def _headline(document: Document, details: Sequence[str]) -> str:
+    return f"{document.file} is not a task that can run: {len(details)} problem{'s' if len(details) > 1 else ''}"
+
+
+def _bounded(details: Sequence[str]) -> tuple[str, ...]:
+    more = len(details) - _MAX_PROBLEMS
+    return (*details[:_MAX_PROBLEMS], *([f"and {more} more"] if more > 0 else ()))
+
+
+def _problem(document: Document, at: tuple[int | str, ...], message: str) -> str:
+    line = f":{document.line_of(at)}" if document.lines else ""
+    field = _dotted(document.data, at)
+    return f"{document.file}{line}: {field + ': ' if field else ''}{message}"
+
+
+def _dotted(data: Any, at: tuple[int | str, ...]) -> str:
+    """`plan.steps[S3].inputs[0]`: list items by id or name where they have one, else by position."""
+    text = ""
+    for part in at:
+        inside = None
+        if isinstance(data, Mapping):
+            inside = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            inside = data[part]
+        if isinstance(part, int):
+            named = (inside.get("id") or inside.get("name")) if isinstance(inside, Mapping) else None
+            text += f"[{named if isinstance(named, str) else part}]"
+        else:
+            text += f".{part}" if text else part
+        data = inside
+    return text
+
+
+def _message(item: Mapping[str, Any]) -> str:
+    if item["type"] == "missing":
+        return "the field is missing"
+    if item["type"] == "extra_forbidden":
+        known = _known_fields(tuple(item["loc"])[:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        return f"unknown field; did you mean {near[0]!r}?" if near else f"unknown field; there are: {', '.join(known)}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = json.dumps(item["input"], default=str, ensure_ascii=False)
+    return f"{message[:1].lower()}{message[1:]}, got {given if len(given) <= 60 else given[:57] + '...'}"
+
+
+def _known_fields(at: tuple[int | str, ...]) -> list[str]:
+    """Fields of the model at this place of a TaskIR."""
+    model: type[BaseModel] = TaskIR
+    for part in at:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model in `Model`, `Model | None`, `list[Model]` or an Annotated of these."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next((found for inner in typing.get_args(annotation) if (found := _model_in(inner)) is not None), None)

@@ -1,0 +1,30 @@
+"""Wiring of the planner: `python -m services.planner`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from services.kit.config import load_home
+from services.kit.registry import RegistryError, load_registry
+from services.kit.service import Service
+from services.planner.app import PlannerApp
+
+SLOTS = 4  # planning mostly waits for other services
+
+
+async def main() -> int:
+    home = load_home().make()
+    try:
+        # Model files are the business of those who load them.
+        registry = load_registry(home.registry, home.models, check_files=False)
+    except RegistryError as err:
+        sys.stderr.write(f"planner: {err}\n")
+        return 1
+    service = Service(home, "planner", ("planner",), slots=SLOTS)
+    PlannerApp(service, registry)
+    return await service.run()
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

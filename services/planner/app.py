@@ -1,0 +1,132 @@
+"""Carries the planning machine's questions to the bus and their endings back; knows sockets only through the kit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from protocol.errors import BadFrame, CallError, CallFailed, CallRefused
+from protocol.messages.base import Message
+from protocol.messages.infer import InferFinal
+from protocol.messages.memory import MemoryFinal, MemoryRequest
+from protocol.messages.plan import PlanFinal, PlanRequest
+from services.kit.logs import LogEvent
+from services.kit.registry import Registry
+from services.kit.service import Call, Service
+from services.planner.machine import (
+    AskMemory,
+    AskModel,
+    Command,
+    Event,
+    Finish,
+    MemoryAnswered,
+    ModelAnswered,
+    ModelOutcome,
+    Planning,
+    Record,
+    Refuse,
+    Requested,
+    Unanswered,
+)
+
+PLAN_MADE = LogEvent("plan.made", "task source template steps removed decisions similar model generated_tokens took_ms")
+PLAN_REFUSED = LogEvent("plan.refused", "task code problems", "warning")
+QUESTION_UNANSWERED = LogEvent("plan.unanswered", "task asked why", "warning")
+
+
+class PlannerApp:
+    """Answers `plan.request`; stateless between calls but for its counters."""
+
+    def __init__(self, service: Service, registry: Registry) -> None:
+        self._service = service
+        self._registry = registry
+        self._counters: Counter[str] = Counter()
+        service.answer("plan.request", self._plan)
+        service.metrics = self.metrics
+
+    def metrics(self) -> dict[str, Any]:
+        """Totals since the start: plans by source, what became of asking the model, questions without an answer."""
+        return dict(self._counters)
+
+    async def _plan(self, call: Call) -> Message:
+        task = call.read(PlanRequest).task
+        started_ms = self._service.clock.now_ms()
+        planning = Planning(self._registry)
+        command = planning.handle(Requested(started_ms, task, call.header.deadline))
+        while True:
+            match command:
+                case Finish(final):
+                    self._note(final, planning.model_outcome, started_ms)
+                    return final
+                case Refuse(failure):
+                    self._counters["refused"] += 1
+                    problems = failure.evidence["problems"]
+                    self._service.log.write(PLAN_REFUSED, task=task.task_id, code=failure.code, problems=problems)
+                    raise CallFailed(failure)
+                case AskMemory() | AskModel() | Record():
+                    command = planning.handle(await self._ask(command, call))
+
+    async def _ask(self, command: AskMemory | AskModel | Record, call: Call) -> Event:
+        asked = _target(command)
+        try:
+            answer = await self._send(command, call)
+        except (CallError, BadFrame) as err:
+            # Going on is safe: the machine has a way without each answer, and says so in the plan's reason.
+            why = _why(err)
+            self._counters[f"unanswered_{asked.partition('.')[0]}"] += 1
+            self._service.log.write(QUESTION_UNANSWERED, task=call.header.task, asked=asked, why=why)
+            return Unanswered(self._service.clock.now_ms(), why)
+        at_ms = self._service.clock.now_ms()
+        match answer:
+            case InferFinal():
+                return ModelAnswered(at_ms, answer)
+            case MemoryFinal():
+                return MemoryAnswered(at_ms, answer)
+            case _:
+                return Unanswered(at_ms, f"a {type(answer).__name__} instead of an answer")
+
+    async def _send(self, command: AskMemory | AskModel | Record, call: Call) -> Message:
+        service, timeout_s, dst = self._service, command.timeout_s, _target(command)
+        match command:
+            case AskModel(request=request):
+                return await service.ask("infer.request", request, dst=dst, timeout_s=timeout_s, call=call)
+            case AskMemory(retrieve=retrieve):
+                body = MemoryRequest(ask=retrieve)
+            case Record(request=decisions):
+                body = MemoryRequest(ask=decisions)
+        return await service.ask("memory.request", body, dst=dst, timeout_s=timeout_s, call=call)
+
+    def _note(self, final: PlanFinal, model: ModelOutcome, started_ms: int) -> None:
+        self._counters[f"plans_{final.source}"] += 1
+        self._counters[f"model_{model}"] += 1
+        self._counters["decisions"] += len(final.decisions)
+        self._counters["removed_edges"] += len(final.removed_edges)
+        self._service.log.write(
+            PLAN_MADE,
+            task=final.task.task_id,
+            source=final.source,
+            template=next((item.choice for item in final.decisions if item.subject == "decomposition"), None),
+            steps=len(final.task.plan.steps) if final.task.plan is not None else 0,
+            removed=len(final.removed_edges),
+            decisions=len(final.decisions),
+            similar=len(final.similar),
+            model=model.value,
+            generated_tokens=final.generated_tokens,
+            took_ms=self._service.clock.now_ms() - started_ms,
+        )
+
+
+def _target(command: Command) -> str:
+    return f"infer.{command.model}" if isinstance(command, AskModel) else "memory"
+
+
+def _why(err: Exception) -> str:
+    match err:
+        case CallFailed(failure=failure):
+            return failure.code
+        case CallRefused():
+            return "refused by the hub"
+        case BadFrame(code=code):
+            return code
+        case _:
+            return "deadline"

@@ -1,0 +1,314 @@
+"""The course of one planning call: what to ask next, how long to wait, what to do without an answer.
+
+    Requested -> [AskMemory] -> [AskModel] -> Record -> Finish          a client's plan skips the first two
+              -> Refuse                                                 a plan or a registry reference that cannot run
+
+Pure: time comes in with the events, questions go out as commands, and exactly one command answers each event. Every
+question has a bound of its own and an ending without an answer, so a plan comes out in time whoever is down: without
+memory there are no earlier tasks and no decisions (their outcomes could not be booked), without the front door there
+is the rules' plan. The deadline of the call is shared out here; the app only keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, TypeAlias
+
+from protocol.messages.failure import Category, Failure
+from protocol.messages.infer import InferFinal, InferRequest
+from protocol.messages.memory import DecisionRecord, Episode, MemoryFinal, RecordDecisions, Retrieve
+from protocol.messages.plan import PlanFinal, RoutingDecision
+from protocol.messages.task import Plan, TaskIR
+from protocol.plan_graph import PlanProblem
+from services.kit.registry import Registry, RoleEntry
+from services.planner.cast import ROLES_FOR, Work
+from services.planner.choose import Decomposition, Source, choose, records
+from services.planner.discovery import discover
+from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
+from services.planner.rules import RulePlan, plan_by_rules
+from services.planner.soundness import plan_problems
+
+MEMORY_S: Final = 1.0
+"""Longest wait for memory, for each of its two questions, in seconds."""
+MODEL_S: Final = 15.0
+"""Longest wait for the front door, in seconds: longer than this is better spent on working than on planning."""
+MIN_MODEL_S: Final = 1.0
+"""A wait shorter than this is not worth a slot."""
+_MODEL_SHARE: Final = 0.3
+_TASK_SHARE: Final = 0.1
+_MEMORY_SHARE: Final = 0.1
+_NO_DEADLINE_S: Final = 60.0
+_MAX_OBJECTIVE_CHARS: Final = 4_000
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """The call has come in."""
+
+    at_ms: int
+    task: TaskIR
+    deadline_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryAnswered:
+    """The answer to AskMemory or Record."""
+
+    at_ms: int
+    answer: MemoryFinal
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnswered:
+    """The answer to AskModel."""
+
+    at_ms: int
+    answer: InferFinal
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """The question has ended without an answer."""
+
+    at_ms: int
+    why: str
+    """Code of the failure, or `deadline`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskMemory:
+    """Ask which finished tasks resemble this one."""
+
+    retrieve: Retrieve
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AskModel:
+    """Ask the front door for a plan."""
+
+    model: str
+    """Entry of models.yaml."""
+    request: InferRequest
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Have memory store the decisions before anybody acts on them."""
+
+    request: RecordDecisions
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Answer the call with a plan."""
+
+    final: PlanFinal
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Answer the call with a failure."""
+
+    failure: Failure
+
+
+Event: TypeAlias = Requested | MemoryAnswered | ModelAnswered | Unanswered
+Command: TypeAlias = AskMemory | AskModel | Record | Finish | Refuse
+
+
+class Phase(StrEnum):
+    """What the call waits for."""
+
+    NEW = "new"
+    REMEMBERING = "remembering"
+    MODELLING = "modelling"
+    RECORDING = "recording"
+    DONE = "done"
+
+
+class ModelOutcome(StrEnum):
+    """What became of asking the model, for figures and logs."""
+
+    NOT_ASKED = "not_asked"
+    UNANSWERED = "unanswered"
+    REFUSED = "refused"
+    USED = "used"
+
+
+class OutOfTurn(Exception):
+    """An event that this phase does not wait for: a bug of the caller; nothing was changed."""
+
+
+class Planning:
+    """One planning call, from Requested to Finish or Refuse."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.phase = Phase.NEW
+        self.model_outcome = ModelOutcome.NOT_ASKED
+        self._registry = registry
+        self._deadline_ms = 0
+        self._task: TaskIR
+        self._rules: RulePlan
+        self._similar: list[Episode] = []
+        self._reasons: list[str] = []
+        self._generated_tokens = 0
+        self._draft: PlanFinal
+        self._decisions: list[RoutingDecision] = []
+
+    def handle(self, event: Event) -> Command:
+        """Take one event, return what to do next. Raises OutOfTurn."""
+        match self.phase, event:
+            case Phase.NEW, Requested():
+                return self._on_requested(event)
+            case Phase.REMEMBERING, MemoryAnswered(answer=answer):
+                self._similar = answer.episodes[:16]
+                return self._model_or_rules(event.at_ms)
+            case Phase.REMEMBERING, Unanswered():
+                self._reasons.append(f"memory did not answer ({event.why}), so no earlier task informed the plan")
+                return self._model_or_rules(event.at_ms)
+            case Phase.MODELLING, ModelAnswered():
+                return self._on_model_answered(event)
+            case Phase.MODELLING, Unanswered():
+                self.model_outcome = ModelOutcome.UNANSWERED
+                self._reasons.append(f"the model gave no answer ({event.why})")
+                return self._use_rules(event.at_ms)
+            case Phase.RECORDING, MemoryAnswered(answer=answer):
+                return self._on_recorded(answer)
+            case Phase.RECORDING, Unanswered():
+                return self._finish_unrecorded(f"memory did not take them ({event.why})")
+            case _:
+                raise OutOfTurn(f"{type(event).__name__} while {self.phase}; so far: {'; '.join(self._reasons)}")
+
+    def _on_requested(self, event: Requested) -> Command:
+        task = self._task = event.task
+        left_ms = int(_NO_DEADLINE_S * 1000)
+        self._deadline_ms = event.at_ms + left_ms if event.deadline_ms is None else event.deadline_ms
+        if task.plan is not None:
+            problems = plan_problems(task, self._registry)
+            if problems:
+                return self._refuse(problems)
+            self._reasons.append("the task brought its plan")
+            choice = Decomposition(f"client/{len(task.plan.steps)}", (), "the client's plan")
+            return self._settle(event.at_ms, task.plan, "client", choice)
+        self._rules = plan_by_rules(task, self._registry.roles)
+        problems = plan_problems(task.model_copy(update={"plan": self._rules.plan}), self._registry)
+        if problems:  # what templates cannot mend: inputs named twice, gates of the task that do not exist
+            return self._refuse(problems)
+        self.phase = Phase.REMEMBERING
+        text = task.objective[:_MAX_OBJECTIVE_CHARS]
+        return AskMemory(Retrieve(text=text, task_type=task.task_type.value), self._memory_s(event.at_ms))
+
+    def _model_or_rules(self, at_ms: int) -> Command:
+        worth = worth_asking(self._task, len(self._rules.plan.steps))
+        planner = self._planner()
+        timeout_s = self._model_s(at_ms)
+        if not worth.ask:
+            self._reasons.append(f"the model was not asked: {worth.because}")
+        elif planner is None:
+            wanted = ", ".join(ROLES_FOR[Work.PLAN])
+            self._reasons.append(f"the model was not asked: the registry has no role {wanted} and no model of tier A")
+        elif timeout_s < MIN_MODEL_S:
+            self._reasons.append(f"the model was not asked: {timeout_s:.1f} s is all the time there is for it")
+        else:
+            self._reasons.append(f"the model was asked: {worth.because}")
+            self.phase = Phase.MODELLING
+            request = planning_request(self._task, self._registry.roles, planner, self._similar)
+            return AskModel(planner.model, request, timeout_s)
+        return self._use_rules(at_ms)
+
+    def _on_model_answered(self, event: ModelAnswered) -> Command:
+        answer = event.answer
+        self._generated_tokens = answer.generated_tokens
+        try:
+            plan = read_plan(answer.text, answer.finish_reason, self._task, self._registry.roles)
+        except ModelPlanRefused as err:
+            self.model_outcome = ModelOutcome.REFUSED
+            self._reasons.append(f"its plan was refused: {err}")
+            return self._use_rules(event.at_ms)
+        self.model_outcome = ModelOutcome.USED
+        self._reasons.append(f"its plan of {len(plan.steps)} steps is valid, acyclic and within budget")
+        choice = Decomposition(
+            f"{self._task.task_type.value}.model/{len(plan.steps)}", (self._rules.template,), self._reasons[-1]
+        )
+        return self._settle(event.at_ms, plan, "model", choice)
+
+    def _use_rules(self, at_ms: int) -> Command:
+        rules = self._rules
+        self._reasons += [f"rules: {rules.template}, because {rules.because}", *rules.notes]
+        single = f"{self._task.task_type.value}.single/1"
+        choice = Decomposition(rules.template, () if rules.template == single else (single,), rules.because)
+        return self._settle(at_ms, rules.plan, "rules", choice)
+
+    def _settle(self, at_ms: int, plan: Plan, source: Source, choice: Decomposition) -> Command:
+        """The plan is chosen: discover its parallelism, fill it in, have the decisions recorded."""
+        found = discover(plan)
+        chosen = choose(self._task, found.plan, choice, self._registry, source)
+        self._decisions = list(chosen.decisions)
+        self._draft = PlanFinal(
+            task=self._task.model_copy(update={"plan": chosen.plan}),
+            source=source,
+            reason="",
+            removed_edges=list(found.removed),
+            similar=self._similar,
+            generated_tokens=self._generated_tokens,
+        )
+        if self._task.task_id is None:
+            # Nothing will run under this id, so no outcome will ever come; the decisions are shown all the same.
+            self._reasons.append("dry run: the decisions are not recorded")
+            return self._finish(self._decisions)
+        self.phase = Phase.RECORDING
+        rows: list[DecisionRecord] = records(self._task, self._decisions, self._registry.digest)
+        return Record(RecordDecisions(decisions=rows), self._memory_s(at_ms))
+
+    def _on_recorded(self, answer: MemoryFinal) -> Command:
+        known = answer.stored + answer.duplicates
+        if known < len(self._decisions):
+            return self._finish_unrecorded(f"memory confirmed {known} of {len(self._decisions)}")
+        return self._finish(self._decisions)
+
+    def _finish_unrecorded(self, why: str) -> Command:
+        self._reasons.append(f"the decisions were not recorded: {why}")
+        return self._finish([])
+
+    def _finish(self, decisions: list[RoutingDecision]) -> Command:
+        self.phase = Phase.DONE
+        return Finish(self._draft.model_copy(update={"reason": "; ".join(self._reasons), "decisions": decisions}))
+
+    def _refuse(self, problems: list[PlanProblem]) -> Command:
+        self.phase = Phase.DONE
+        shown = [str(problem)[:400] for problem in problems[:10]]
+        more = f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        message = f"the task cannot run as written, change it and submit it again: {'; '.join(shown)}{more}"
+        return Refuse(
+            Failure(
+                code="plan.invalid",
+                category=Category.POLICY,
+                origin="planner",
+                message=message,
+                evidence={"problems": shown},
+            )
+        )
+
+    def _planner(self) -> RoleEntry | None:
+        """The role that plans: the front door, else any role on a model of tier A."""
+        roles = self._registry.roles
+        for name in ROLES_FOR[Work.PLAN]:
+            if name in roles:
+                return roles[name]
+        return next((role for role in roles.values() if self._registry.model_of(role.name).tier == "A"), None)
+
+    def _left_s(self, at_ms: int) -> float:
+        return max(0.0, (self._deadline_ms - at_ms) / 1000)
+
+    def _memory_s(self, at_ms: int) -> float:
+        return min(MEMORY_S, self._left_s(at_ms) * _MEMORY_SHARE)
+
+    def _model_s(self, at_ms: int) -> float:
+        bounds = [MODEL_S, self._left_s(at_ms) * _MODEL_SHARE]
+        if self._task.deadline_s is not None:
+            bounds.append(self._task.deadline_s * _TASK_SHARE)
+        return min(bounds)

@@ -1,0 +1,320 @@
+"""Plans by rule: for every type of task a template that always gives a valid plan, however odd the task.
+
+The model's plan is a bonus; this one is the promise. A template decides the shape (what runs side by side, what joins
+it), `cast` who does the work, `parts` what an objective lists, `naming` what results are called. Gates, personas and
+token shares are chosen later, in `choose`, the same way as for any other plan.
+
+Shapes: one step where nothing suggests more; a map (one step per input or part) with a join above it; for code a
+draft, a review and a revision, unless tests came along, since then tests judge and a review by a small model adds
+noise; for manage a breakdown, workstreams beside each other, a summary. Everything fits `room`, the number of steps
+that the budget allows: a map that is too wide takes several inputs a step, and a budget of one step gets one step.
+Contexts are small: the objective is quoted in part where a step needs it for orientation only, and no join reads more
+than eight results, so that wide maps get a tree of joins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Final, TypeVar
+
+from protocol.limits import MAX_STEPS
+from protocol.messages.artefact import ArtefactKind
+from protocol.messages.task import Plan, Step, TaskIR, TaskType
+from services.planner.cast import Work, cast
+from services.planner.naming import Names, stem
+from services.planner.parts import MAX_PARTS, find_parts
+from services.planner.tests_given import given_tests, module_under_test
+
+MIN_STEP_TOKENS: Final = 64
+"""A step that may write less than this is not worth having; bounds the steps by `budget.max_tokens`."""
+
+_JOIN_FAN_IN: Final = 8
+_QUOTE_BYTES: Final = 1_500
+_PYTHON: Final = "text/x-python"
+_VIEWS: Final = (
+    "the tasks that have to be done, in a useful order",
+    "the risks: what can go wrong, and what to do about it",
+    "the means: people, time and material that are needed",
+)
+
+#: What the facts of an ingested input look like. Small models give valid JSON only under a schema.
+FACTS_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {
+        "facts": {
+            "type": "array",
+            "maxItems": 24,
+            "items": {
+                "type": "object",
+                "properties": {"name": {"type": "string"}, "value": {"type": "string"}},
+                "required": ["name", "value"],
+                "additionalProperties": False,
+            },
+        }
+    },
+    "required": ["facts"],
+    "additionalProperties": False,
+}
+
+#: What the result of a task is called, by type; the last artefact of every plan of ours bears it.
+RESULT_NAMES: Final[dict[TaskType, str]] = {
+    TaskType.CHAT: "answer",
+    TaskType.DOC: "document",
+    TaskType.CODE: "solution",
+    TaskType.INGEST: "facts",
+    TaskType.MANAGE: "summary",
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RulePlan:
+    """A valid plan and how it came about."""
+
+    plan: Plan
+    template: str
+    """Type, shape and width, such as `doc.map-join/3`."""
+    because: str
+    """What in the task asked for this shape."""
+    notes: tuple[str, ...]
+    """Replaced roles."""
+
+
+def room(task: TaskIR) -> int:
+    """How many steps the budget of a task allows, at least one."""
+    return max(1, min(task.budget.max_steps, MAX_STEPS, task.budget.max_tokens // MIN_STEP_TOKENS))
+
+
+def result_name(task: TaskIR) -> str:
+    """What the result of a task is called; for code with tests the module that these import."""
+    if task.task_type is TaskType.CODE and (module := module_under_test(task.inputs)) is not None:
+        return module
+    return RESULT_NAMES[task.task_type]
+
+
+def quoted(text: str, max_bytes: int = _QUOTE_BYTES) -> str:
+    """The beginning of a text, at most so many bytes of UTF-8: bytes bound the tokens of any script."""
+    data = text.encode()
+    return text if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore") + " …"
+
+
+def for_orientation(task: TaskIR) -> str:
+    """The closing lines of the action of a step that does only a part."""
+    return f"\n\nThe whole objective, for orientation only:\n{quoted(task.objective)}"
+
+
+def plan_by_rules(task: TaskIR, roles: Collection[str]) -> RulePlan:
+    """Plan a task whose input names are distinct. Any `task.plan` is ignored."""
+    draft = _Draft(task, roles)
+    match task.task_type:
+        case TaskType.CODE:
+            shape, because = _code(draft)
+        case TaskType.INGEST:
+            shape, because = _ingest(draft)
+        case TaskType.MANAGE:
+            shape, because = _manage(draft)
+        case TaskType.CHAT | TaskType.DOC:
+            shape, because = _prose(draft)
+    return RulePlan(
+        Plan(steps=draft.steps), f"{task.task_type.value}.{shape}", because, tuple(dict.fromkeys(draft.notes))
+    )
+
+
+@dataclass(slots=True)
+class _Draft:
+    """Steps under construction."""
+
+    task: TaskIR
+    roles: Collection[str]
+    steps: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    names: Names = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = Names(self.task.inputs)
+
+    @property
+    def given(self) -> list[str]:
+        return [artefact.name for artefact in self.task.inputs]
+
+    @property
+    def room(self) -> int:
+        return room(self.task)
+
+    def add(
+        self,
+        work: Work,
+        action: str,
+        inputs: Sequence[str],
+        wish: str,
+        kind: ArtefactKind = ArtefactKind.TEXT,
+        json_schema: dict[str, Any] | None = None,
+    ) -> str:
+        """Append a step with one output; returns the name of that output."""
+        casting = cast(work, self.roles)
+        if casting.note is not None:
+            self.notes.append(casting.note)
+        output = self.names.new(wish, kind, _PYTHON if kind is ArtefactKind.CODE else None)
+        self.steps.append(
+            Step(
+                id=f"S{len(self.steps) + 1}",
+                actor=casting.role,
+                action=action,
+                inputs=list(inputs),
+                outputs=[output],
+                json_schema=json_schema,
+            )
+        )
+        return output.name
+
+
+def _prose(draft: _Draft) -> tuple[str, str]:
+    task, given = draft.task, draft.given
+    found = find_parts(task.objective)
+    items = _matched_to_inputs(found.items, given) if found is not None else []
+    if len(given) > 1 and not (items and any(inputs for _, inputs in items)):
+        return _map_inputs(draft, Work.READ, None)
+    if found is None or draft.room < 3:
+        work = Work.ANSWER if task.task_type is TaskType.CHAT else Work.JOIN
+        draft.add(work, task.objective, given, result_name(task))
+        return "single/1", "one thing is asked for" if found is None else "the budget allows no fan-out"
+    groups = _grouped(items, _map_width(min(len(items), MAX_PARTS), draft.room))
+    made, read = [], set[str]()
+    for number, group in enumerate(groups, 1):
+        asked = "\n".join(f"- {item}" for item, _ in group)
+        own = list(dict.fromkeys(name for _, inputs in group for name in inputs)) or given
+        read.update(own)
+        made.append(draft.add(Work.READ, f"Do only this part:\n{asked}{for_orientation(task)}", own, f"part_{number}"))
+    unnamed = [name for name in given if name not in read]
+    _join(draft, made, Work.JOIN, f"parts of {len(found.items)}", unnamed)
+    return f"fan-join/{len(made)}", f"the objective names {len(found.items)} things ({found.how})"
+
+
+def _map_inputs(draft: _Draft, work: Work, json_schema: dict[str, Any] | None) -> tuple[str, str]:
+    """One step per input, or per group of inputs where the budget allows fewer, and a join."""
+    task, given = draft.task, draft.given
+    kind = ArtefactKind.TEXT if json_schema is None else ArtefactKind.JSON
+    what = "Note what matters for the objective" if json_schema is None else "Extract the facts the objective asks for"
+    if draft.room < 3 or len(given) < 2:
+        sole = Work.JOIN if json_schema is None else work
+        draft.add(sole, task.objective, given, result_name(task), kind, json_schema)
+        return "single/1", f"{len(given)} inputs" if len(given) < 2 else "the budget allows no fan-out"
+    made = []
+    for group in _grouped(given, _map_width(len(given), draft.room)):
+        which = "this input" if len(group) == 1 else f"these {len(group)} inputs"
+        action = f"{what}, from {which} only. Name the input: {', '.join(group)}.{for_orientation(task)}"
+        made.append(draft.add(work, action, group, f"notes_{stem(group[0])}", kind, json_schema))
+    _join(
+        draft, made, Work.JOIN if json_schema is None else work, f"notes on {len(given)} inputs", (), kind, json_schema
+    )
+    return f"map-join/{len(made)}", f"{len(given)} inputs"
+
+
+def _code(draft: _Draft) -> tuple[str, str]:
+    task, given = draft.task, draft.given
+    tests = [artefact.name for artefact in given_tests(task.inputs)]
+    found = find_parts(task.objective, explicit_only=True)
+    items = list(found.items) if found is not None else []
+    if items and draft.room >= 3:
+        material = [name for name in given if name not in tests]
+        made = []
+        for number, group in enumerate(_grouped(items, min(len(items), MAX_PARTS, draft.room - 1)), 1):
+            asked = "\n".join(f"- {item}" for item in group)
+            action = f"Write the code for this part only:\n{asked}{for_orientation(task)}"
+            made.append(draft.add(Work.IMPLEMENT, action, material, f"part_{number}", ArtefactKind.CODE))
+        action = f"Join the parts into one complete module. Keep what works, resolve what clashes.\n{task.objective}"
+        draft.add(Work.IMPLEMENT, _bounded(action), [*made, *tests], result_name(task), ArtefactKind.CODE)
+        return f"parts-join/{len(made)}", f"the objective names {len(items)} parts"
+    if tests or draft.room < 3:
+        draft.add(Work.IMPLEMENT, task.objective, given, result_name(task), ArtefactKind.CODE)
+        return "single/1", "the tests judge the code" if tests else "the budget allows no review"
+    code = draft.add(Work.IMPLEMENT, task.objective, given, "draft", ArtefactKind.CODE)
+    action = (
+        f"Review the code. Name each mistake, and each thing that was asked for and is missing.{for_orientation(task)}"
+    )
+    review = draft.add(Work.REVIEW, action, [code], "review")
+    action = "Repair every mistake that the review names, where it is right, and return the complete code."
+    draft.add(Work.IMPLEMENT, action + for_orientation(task), [code, review], result_name(task), ArtefactKind.CODE)
+    return "draft-review-revise/1", "no tests judge the code, so a review does"
+
+
+def _ingest(draft: _Draft) -> tuple[str, str]:
+    return _map_inputs(draft, Work.EXTRACT, FACTS_SCHEMA)
+
+
+def _manage(draft: _Draft) -> tuple[str, str]:
+    task, given = draft.task, draft.given
+    if draft.room < 4:
+        draft.add(Work.BREAK_DOWN, task.objective, given, result_name(task))
+        return "single/1", "the budget allows no workstreams"
+    found = find_parts(task.objective)
+    items = list(found.items) if found is not None else list(_VIEWS)
+    action = f"Break this down into workstreams that do not wait for each other:\n{task.objective}"
+    breakdown = draft.add(Work.BREAK_DOWN, _bounded(action), given, "breakdown")
+    made = []
+    for number, group in enumerate(_grouped(items, _map_width(min(len(items), MAX_PARTS), draft.room - 1)), 1):
+        asked = "\n".join(f"- {item}" for item in group)
+        action = f"Work out this workstream only:\n{asked}{for_orientation(task)}"
+        made.append(draft.add(Work.READ, action, [breakdown], f"workstream_{number}"))
+    _join(draft, made, Work.JOIN, f"{len(items)} workstreams")
+    because = (
+        "tasks, risks and means" if found is None else f"the objective names {len(items)} workstreams ({found.how})"
+    )
+    return f"breakdown-join/{len(made)}", because
+
+
+def _join(
+    draft: _Draft,
+    made: list[str],
+    work: Work,
+    what: str,
+    also: Sequence[str] = (),
+    kind: ArtefactKind = ArtefactKind.TEXT,
+    json_schema: dict[str, Any] | None = None,
+) -> None:
+    """Join results into the result of the task, in a tree where there are more than one join should read.
+
+    `also` names inputs of the task that only the last join reads.
+    """
+    while len(made) > _JOIN_FAN_IN:
+        action = f"Join these into one, without losing a fact: {what}.{for_orientation(draft.task)}"
+        groups = _grouped(made, -(-len(made) // _JOIN_FAN_IN))
+        made = [draft.add(work, action, group, "joined", kind, json_schema) for group in groups]
+    action = f"Join the inputs ({what}) into one result that fulfils this objective:\n{draft.task.objective}"
+    draft.add(work, _bounded(action), [*made, *also], result_name(draft.task), kind, json_schema)
+
+
+def _joins(width: int) -> int:
+    """How many joins a map of this width needs: see `_join`."""
+    count = 1
+    while width > _JOIN_FAN_IN:
+        width = -(-width // _JOIN_FAN_IN)
+        count += width
+    return count
+
+
+def _map_width(wished: int, room: int) -> int:
+    """The widest map, of at least two, that fits the room together with its joins; the room is at least three."""
+    width = min(wished, room - 1)
+    while width > 2 and width + _joins(width) > room:
+        width -= 1
+    return width
+
+
+def _grouped(items: Sequence[T], groups: int) -> list[list[T]]:
+    """Split into so many runs of nearly equal length, in order; none is empty while groups <= len(items)."""
+    base, extra = divmod(len(items), groups)
+    cuts = [number * base + min(number, extra) for number in range(groups + 1)]
+    return [list(items[start:end]) for start, end in pairwise(cuts)]
+
+
+def _matched_to_inputs(items: Sequence[str], given: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each part with the inputs that it names; none where it names none and thus may need them all."""
+    return [(item, [name for name in given if name in item]) for item in items]
+
+
+def _bounded(action: str) -> str:
+    return quoted(action, 60_000)

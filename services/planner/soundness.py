@@ -1,0 +1,41 @@
+"""Every reason why a plan cannot run here: those of the graph, and those of this registry.
+
+Asked about every plan before the planner hands it out, whoever made it. A client's plan with a problem is refused;
+the planner replaces roles only in plans of its own, since a client that names a role means it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from protocol.messages.task import TaskIR
+from protocol.plan_graph import PlanProblem, find_problems
+from services.kit.registry import Registry
+
+MAX_CONTROL_EDGES: Final = 20_000
+"""Edges of `depends_on` in one plan: each one that is dropped is reported, and a report must fit into a message."""
+
+
+def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
+    """Return the problems of the plan of a task, which has one, each with step and field; empty = it can run."""
+    steps = task.plan.steps if task.plan is not None else []
+    edges = sum(len(step.depends_on) for step in steps)
+    if edges > MAX_CONTROL_EDGES:
+        return [PlanProblem(None, "depends_on", f"{edges} control dependencies, at most {MAX_CONTROL_EDGES} are taken")]
+    found = find_problems(task)
+    for step in steps:
+        found += _unknown(step.id, "actor", [step.actor], registry.roles)
+        found += _unknown(step.id, "gates", step.gates or [], registry.gates)
+        found += _unknown(step.id, "persona", [step.persona] if step.persona else [], registry.personas)
+    found += _unknown(None, "gates (of the task)", task.gates, registry.gates)
+    return found
+
+
+def _unknown(step: str | None, field: str, names: list[str], known: Mapping[str, object]) -> Iterator[PlanProblem]:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+            yield PlanProblem(step, field, f"the registry has no {name!r}; {hint[:300]}")

@@ -1,0 +1,588 @@
+"""Runs the graphs: which step is ready, what its answer means, what follows a failure, when a task has ended.
+
+Pure: it takes what happened with its time and returns effects, in order. A fact is applied to the state the moment
+it is made, so that state and journal cannot differ. Calls are the broker's; which facts exist is `facts.py`; what
+follows a failure is `failures.py`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from protocol.codec import pack_body, unpack_body
+from protocol.errors import BadFrame, CallFailed
+from protocol.messages.failure import Category, Failure
+from protocol.messages.gate import GateFinal, GateRequest
+from protocol.messages.infer import InferFinal
+from protocol.messages.memory import MemoryFinal
+from protocol.messages.plan import PlanFinal, PlanRequest
+from protocol.messages.reply import ErrorReply
+from protocol.messages.result import StepState, TaskState
+from protocol.messages.task import Priority, TaskIR
+from protocol.plan_graph import final_artefacts
+from services.kit.identity import work_key
+from services.kit.registry import Registry
+from services.scheduler import facts as f
+from services.scheduler.answers import cut_outputs
+from services.scheduler.broker import REATTACH_MS, Call
+from services.scheduler.failures import Action, Past, decide
+from services.scheduler.outcomes import outcomes_of
+from services.scheduler.plan_check import find_plan_problems
+from services.scheduler.requests import infer_request
+from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
+from services.scheduler.verdicts import gate_failure
+
+PLANNER: Final = "planner"
+GATE: Final = "gate"
+MEMORY: Final = "memory"
+_KEPT_ENDED: Final = 200
+"""Ended tasks kept in memory; older ones are read from the journal when somebody asks."""
+UNEMBEDDABLE: Final = "memory.unembeddable"
+"""Memory's word for an objective without any word in it: such a task cannot be an episode."""
+MAX_UNSETTLED: Final = 200
+"""Ended tasks that wait for memory at once; further ones wait in the journal."""
+_PLAN_TRIES: Final = 5
+_RETRY_MS: Final = 1_000
+_BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled"})
+"""PEER failures in which no worker died: they do not count towards poison."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Write this fact to the journal and tell the task's watchers."""
+
+    fact: f.Fact
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Queue this call at the broker."""
+
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Cancel the call with this key, if it is still there."""
+
+    key: str
+
+
+Effect = Record | Ask | Drop
+
+
+@dataclass(slots=True)
+class Engine:
+    """All tasks that matter now. Methods named `on_…` take an event; all return effects through `take`."""
+
+    registry: Registry
+    live: dict[str, TaskRecord] = field(default_factory=dict)
+    """Tasks that are not final, or whose outcomes memory does not have yet."""
+    ended: OrderedDict[str, TaskRecord] = field(default_factory=OrderedDict)
+    unsettled: set[str] = field(default_factory=set)
+    """Ended tasks whose outcomes are on their way to memory."""
+    deferred: bool = False
+    """Some ended tasks are only in the journal and still to be told to memory."""
+    watched: set[str] = field(default_factory=set)
+    """Tasks somebody watches: their answers are streamed."""
+    _effects: list[Effect] = field(default_factory=list)
+    _calls: dict[str, set[str]] = field(default_factory=dict)
+    """Task -> keys of its calls at the broker."""
+    _plan_tries: dict[str, int] = field(default_factory=dict)
+
+    def take(self) -> list[Effect]:
+        """Effects since the last call, in order."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    def find(self, task_id: str) -> TaskRecord | None:
+        """A task that is in memory."""
+        return self.live.get(task_id) or self.ended.get(task_id)
+
+    # Tasks
+
+    def submit(self, task_id: str, ir: TaskIR, client: str, at_ms: int) -> None:
+        """Accept a task whose IR has been checked; `ir` carries task_id and created_at."""
+        fact = f.TaskAccepted(
+            task=task_id, at_ms=at_ms, ir=ir.model_dump(mode="json", exclude_none=True), client=client
+        )
+        task = begin(fact)
+        self.live[task_id] = task
+        self._effects.append(Record(fact, task.seq))
+        self._ask_plan(task, at_ms)
+
+    def restore(self, task: TaskRecord, at_ms: int) -> None:
+        """Take up a task from the journal where it stood; work in flight may be brought back by its worker."""
+        self.live[task.id] = task
+        if task.state.final:
+            self._settle_outcomes(task, at_ms)
+        elif task.state is TaskState.PLANNING:
+            self._ask_plan(task, at_ms)
+        elif task.state is TaskState.CHECKING or task.unfinished == 0:
+            self._finish(task, at_ms)
+        else:
+            for step in task.steps.values():
+                if step.state in (StepState.READY, StepState.INFERRING):
+                    hold = at_ms + REATTACH_MS if step.state is StepState.INFERRING else 0
+                    self._ask_inference(task, step, at_ms, hold_until_ms=hold)
+                elif step.state is StepState.CHECKING:
+                    self._ask_gates(task, step, at_ms)
+
+    def cancel(self, task_id: str, reason: str, at_ms: int) -> None:
+        """Stop a task; finished steps stay, a finished task stays what it is."""
+        task = self.live.get(task_id)
+        if task is not None and not task.state.final:
+            self._end(task, TaskState.CANCELLED, None, at_ms, why=reason or "cancelled by a client")
+
+    def on_tick(self, at_ms: int) -> None:
+        """Fail the tasks whose deadline has passed."""
+        for task in list(self.live.values()):
+            deadline = task.deadline_ms
+            if deadline is not None and deadline <= at_ms and not task.state.final:
+                message = f"the deadline of {task.ir.deadline_s:g} s has passed"
+                failure = Failure(code="task.deadline", category=Category.TIMEOUT, origin="scheduler", message=message)
+                self._end(task, TaskState.FAILED, failure, at_ms, why="task deadline")
+
+    # Calls
+
+    def on_started(self, call: Call, worker: str, at_ms: int, *, reattached: bool = False) -> None:
+        """A worker has taken the call, or has brought it back."""
+        task, step = self._locate(call)
+        if task is None or step is None or call.kind != "infer.request":
+            return
+        if step.state in (StepState.READY, StepState.INFERRING):
+            number = step.attempt.number
+            self._emit(
+                task,
+                f.AttemptStarted(
+                    task=task.id, at_ms=at_ms, step=step.spec.id, number=number, worker=worker, reattached=reattached
+                ),
+            )
+
+    def on_lost(self, call: Call, worker: str, at_ms: int) -> None:
+        """The worker died with the call; the broker has queued it again unless the step counts as poisoned."""
+        task, step = self._locate(call)
+        if task is None or step is None:
+            return
+        self._lose(task, step, "peer.lost", f"{worker} died or fell silent with this step", at_ms, blame=True)
+        action = self._decide(task, step, Category.PEER)
+        if action.kind == "fail":
+            self._effects.append(Drop(call.key))
+            message = f"{step.losses} workers died with this step; the last one was {worker}"
+            failure = Failure(code="step.poisoned", category=Category.PEER, origin="scheduler", message=message)
+            self._fail_attempt(task, step, failure, action, at_ms)
+
+    def on_ended(self, call: Call, kind: str, body: bytes, worker: str, at_ms: int) -> None:
+        """One of the hub's own calls has its ending."""
+        self._calls.get(call.task or "", set()).discard(call.key)
+        task, step = self._locate(call)
+        if task is None:
+            return
+        try:
+            failure = unpack_body(ErrorReply, body).failure if kind == "error" else None
+            if call.kind == "memory.request":
+                self._on_settled(task, body, failure, at_ms)
+            elif task.state.final:
+                return
+            elif call.kind == "plan.request":
+                self._on_planned(task, body, failure, at_ms)
+            elif step is None:
+                self._on_task_gates(task, body, failure, at_ms)
+            elif step.state.final:
+                return
+            elif call.kind == "gate.request":
+                self._on_gates(task, step, body, failure, at_ms)
+            else:
+                self._on_answer(task, step, body, failure, at_ms)
+        except BadFrame as err:
+            # A lying worker: its bytes say nothing about the work. Same path as a worker that died.
+            lie = Failure(
+                code="peer.bad_body",
+                category=Category.PEER,
+                origin=worker,
+                message=f"{worker} sent a bad {kind}: {err}",
+            )
+            self.on_ended(call, "error", pack_body(ErrorReply(failure=lie)), worker, at_ms)
+
+    def on_duplicate(self, task_id: str, step: str | None, key: str, worker: str, at_ms: int) -> None:
+        """A second ending for a key of this task: recorded, without effect."""
+        task = self.live.get(task_id)
+        if task is not None:
+            self._emit(task, f.DuplicateSeen(task=task_id, at_ms=at_ms, step=step, key=key, worker=worker))
+
+    def body_of(self, call: Call, at_ms: int) -> bytes:
+        """Compose the body of one of the hub's own calls, when it starts."""
+        task, step = self._locate(call)
+        if task is None or step is None:
+            raise KeyError(f"call {call.key} belongs to no step")
+        request = infer_request(task, step, self.registry, stream=task.id in self.watched)
+        return pack_body(request)
+
+    # Planning
+
+    def _ask_plan(self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0) -> None:
+        tries = self._plan_tries.get(task.id, 0)
+        body = pack_body(PlanRequest(task=task.ir))
+        self._ask(task, None, "plan.request", PLANNER, ("plan", tries), at_ms, body, hold_until_ms, timeout_ms=120_000)
+
+    def _on_planned(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
+        if failure is not None:
+            rule = self.registry.failures.rules[failure.category]
+            tries = self._plan_tries[task.id] = self._plan_tries.get(task.id, 0) + 1
+            if rule.action == "fail" or tries >= _PLAN_TRIES:
+                self._end(task, TaskState.FAILED, failure, at_ms, why="planning failed")
+            else:
+                self._ask_plan(task, at_ms, hold_until_ms=at_ms + _RETRY_MS * tries)
+            return
+        final = unpack_body(PlanFinal, body)
+        problems = find_plan_problems(final.task, self.registry)
+        if final.task.plan is None or problems:
+            message = "; ".join(str(problem) for problem in problems[:5]) or "the planner returned no plan"
+            bad = Failure(code="plan.invalid", category=Category.PEER, origin=PLANNER, message=message)
+            self._on_planned(task, b"", bad, at_ms)
+            return
+        self._plan_tries.pop(task.id, None)
+        planned = final.task.model_copy(
+            update={"task_id": task.id, "created_at": task.ir.created_at, "idempotency_key": task.ir.idempotency_key}
+        )
+        self._emit(
+            task,
+            f.TaskPlanned(
+                task=task.id,
+                at_ms=at_ms,
+                ir=planned.model_dump(mode="json", exclude_none=True),
+                source=final.source,
+                reason=final.reason,
+                removed_edges=[edge.model_dump(mode="json") for edge in final.removed_edges],
+                decisions=[one.model_dump(mode="json", exclude_none=True) for one in final.decisions],
+                similar=[one.model_dump(mode="json", exclude_none=True) for one in final.similar],
+                generated_tokens=final.generated_tokens,
+            ),
+        )
+        for step in list(task.steps.values()):
+            if not step.waiting_for:
+                self._begin_attempt(task, step, step.spec.actor, at_ms)
+
+    # Steps
+
+    def _begin_attempt(
+        self, task: TaskRecord, step: StepRecord, role: str, at_ms: int, *, delay_ms: int = 0, constrained: bool = False
+    ) -> None:
+        if task.state.final or step.state.final:
+            return
+        if task.generated_tokens >= task.ir.budget.max_tokens:
+            message = f"budget.max_tokens {task.ir.budget.max_tokens} is spent ({task.generated_tokens} generated)"
+            failure = Failure(code="budget.tokens", category=Category.POLICY, origin="scheduler", message=message)
+            self._fail_step(task, step, failure, at_ms)
+            return
+        number = len(step.attempts) + 1
+        inputs = [(name, task.artefacts[name].text()) for name in step.spec.inputs]
+        key = work_key(task.id, step.spec.id, number, role, step.spec.action, inputs)
+        model = self.registry.roles[role].model
+        self._emit(
+            task,
+            f.AttemptQueued(
+                task=task.id,
+                at_ms=at_ms,
+                step=step.spec.id,
+                number=number,
+                role=role,
+                model=model,
+                key=key,
+                constrained=constrained,
+            ),
+        )
+        self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + delay_ms if delay_ms else 0)
+
+    def _ask_inference(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
+        attempt = step.attempt
+        timeout_s = step.spec.timeout_s or self.registry.roles[attempt.role].timeout_s
+        self._queue_call(
+            task,
+            Call(
+                key=attempt.key,
+                kind="infer.request",
+                target=f"infer.{attempt.model}",
+                queued_ms=at_ms,
+                interactive=task.ir.priority is Priority.INTERACTIVE,
+                outer_ms=task.deadline_ms,
+                timeout_ms=int(timeout_s * 1000),
+                task=task.id,
+                step=step.spec.id,
+                attempt=attempt.number,
+                retry_lost=True,
+                hold_until_ms=hold_until_ms,
+            ),
+        )
+
+    def _on_answer(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
+        if failure is not None:
+            self._on_failure(task, step, failure, at_ms)
+            return
+        final = unpack_body(InferFinal, body)
+        try:
+            made = cut_outputs(final.text, step.spec.outputs)
+        except CallFailed as err:
+            self._on_failure(task, step, err.failure, at_ms, generated_tokens=final.generated_tokens)
+            return
+        self._emit(
+            task,
+            f.AttemptAnswered(
+                task=task.id,
+                at_ms=at_ms,
+                step=step.spec.id,
+                number=step.attempt.number,
+                artefacts=[artefact.model_dump(mode="json", exclude_none=True) for artefact in made],
+                prompt_tokens=final.prompt_tokens,
+                cached_tokens=final.cached_tokens,
+                generated_tokens=final.generated_tokens,
+                first_token_ms=final.first_token_ms,
+            ),
+        )
+        if step.spec.gates:
+            self._ask_gates(task, step, at_ms)
+        else:
+            self._finish_step(task, step, at_ms)
+
+    def _ask_gates(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
+        request = GateRequest(
+            gates=step.spec.gates or [],
+            artefacts=step.attempt.artefacts,
+            context=[task.artefacts[name] for name in step.spec.inputs],
+            json_schema=step.spec.json_schema,
+        )
+        parts = ("gates", step.spec.id, step.attempt.number)
+        self._ask(task, step, "gate.request", GATE, parts, at_ms, pack_body(request), hold_until_ms)
+
+    def _on_gates(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
+        if failure is not None:
+            if failure.category is Category.PEER:
+                self._rerun_gates(task, step, failure, at_ms)
+            else:
+                self._on_failure(task, step, failure, at_ms)
+            return
+        results = unpack_body(GateFinal, body).results
+        self._emit(
+            task,
+            f.AttemptChecked(
+                task=task.id,
+                at_ms=at_ms,
+                step=step.spec.id,
+                number=step.attempt.number,
+                gates=[result.model_dump(mode="json", exclude_none=True) for result in results],
+            ),
+        )
+        verdict = gate_failure(step.spec.gates or [], results)
+        if verdict is None:
+            self._finish_step(task, step, at_ms)
+        else:
+            self._on_failure(task, step, verdict, at_ms)
+
+    def _rerun_gates(self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int) -> None:
+        blame = failure.code not in _BLAMELESS
+        self._lose(task, step, failure.code, failure.message, at_ms, blame=blame)
+        action = self._decide(task, step, Category.PEER)
+        if action.kind == "fail":
+            self._fail_attempt(task, step, failure, action, at_ms)
+        else:
+            self._ask_gates(task, step, at_ms, hold_until_ms=at_ms + max(action.delay_ms, _RETRY_MS))
+
+    def _on_failure(
+        self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int, generated_tokens: int = 0
+    ) -> None:
+        action = self._decide(task, step, failure.category)
+        if action.kind == "rerun":
+            self._lose(task, step, failure.code, failure.message, at_ms, blame=failure.code not in _BLAMELESS)
+            action = self._decide(task, step, failure.category)
+            if action.kind == "rerun":
+                self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + action.delay_ms)
+                return
+        self._fail_attempt(task, step, failure, action, at_ms, generated_tokens)
+
+    def _decide(self, task: TaskRecord, step: StepRecord, category: Category) -> Action:
+        past = [Past(one.role, one.failure.category) for one in step.attempts if one.failure is not None]
+        past.append(Past(step.attempt.role, category))
+        return decide(self.registry, past, losses=step.losses, max_level=task.ir.escalation.max_level)
+
+    def _lose(self, task: TaskRecord, step: StepRecord, code: str, message: str, at_ms: int, *, blame: bool) -> None:
+        number = step.attempt.number
+        self._emit(
+            task,
+            f.AttemptLost(
+                task=task.id, at_ms=at_ms, step=step.spec.id, number=number, code=code, message=message, blame=blame
+            ),
+        )
+
+    def _fail_attempt(
+        self,
+        task: TaskRecord,
+        step: StepRecord,
+        failure: Failure,
+        action: Action,
+        at_ms: int,
+        generated_tokens: int = 0,
+    ) -> None:
+        self._emit(
+            task,
+            f.AttemptFailed(
+                task=task.id,
+                at_ms=at_ms,
+                step=step.spec.id,
+                number=step.attempt.number,
+                failure=failure.model_dump(mode="json", exclude_none=True),
+                action=action.kind,
+                rule=action.rule,
+                generated_tokens=generated_tokens,
+            ),
+        )
+        if action.kind == "fail":
+            self._fail_step(task, step, failure, at_ms)
+        else:
+            self._begin_attempt(
+                task, step, action.role, at_ms, delay_ms=action.delay_ms, constrained=action.constrained
+            )
+
+    def _fail_step(self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int) -> None:
+        value = failure.model_dump(mode="json", exclude_none=True)
+        self._emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
+        told = failure.model_copy(update={"message": f"step {step.spec.id}: {failure.message}"[:8_000]})
+        self._end(task, TaskState.FAILED, told, at_ms, why=f"step {step.spec.id} failed")
+
+    def _finish_step(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
+        number = step.attempt.number
+        self._emit(task, f.StepDone(task=task.id, at_ms=at_ms, step=step.spec.id, number=number))
+        for other in task.dependents[step.spec.id]:
+            follower = task.steps[other]
+            if not follower.waiting_for and follower.state is StepState.WAITING:
+                self._begin_attempt(task, follower, follower.spec.actor, at_ms)
+        if task.unfinished == 0 and not task.state.final:
+            self._finish(task, at_ms)
+
+    # The end of a task
+
+    def _finish(self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0) -> None:
+        """All steps are done: check what was made, or end."""
+        plan = task.ir.plan
+        if not task.ir.gates or plan is None:
+            self._end(task, TaskState.SUCCEEDED, None, at_ms, why="")
+            return
+        request = GateRequest(
+            gates=task.ir.gates,
+            artefacts=[task.artefacts[name] for name in final_artefacts(plan)],
+            context=task.ir.inputs,
+        )
+        self._ask(task, None, "gate.request", GATE, ("gates",), at_ms, pack_body(request), hold_until_ms)
+
+    def _on_task_gates(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
+        if failure is not None:
+            if failure.category is Category.PEER:
+                self._finish(task, at_ms, hold_until_ms=at_ms + _RETRY_MS)
+            else:
+                self._end(task, TaskState.FAILED, failure, at_ms, why="the final checks could not be made")
+            return
+        results = unpack_body(GateFinal, body).results
+        values = [result.model_dump(mode="json", exclude_none=True) for result in results]
+        self._emit(task, f.TaskChecked(task=task.id, at_ms=at_ms, gates=values))
+        verdict = gate_failure(task.ir.gates, results)
+        state = TaskState.SUCCEEDED if verdict is None else TaskState.FAILED
+        self._end(task, state, verdict, at_ms, why="the final checks failed")
+
+    def _end(self, task: TaskRecord, state: TaskState, failure: Failure | None, at_ms: int, *, why: str) -> None:
+        for key in sorted(self._calls.pop(task.id, ())):
+            self._effects.append(Drop(key))
+        dropped = "cancelled" if state is TaskState.CANCELLED else "skipped"
+        for step in task.steps.values():
+            if not step.state.final:
+                self._emit(
+                    task, f.StepDropped(task=task.id, at_ms=at_ms, step=step.spec.id, state=dropped, reason=why[:500])
+                )
+        value = None if failure is None else failure.model_dump(mode="json", exclude_none=True)
+        self._emit(task, f.TaskEnded(task=task.id, at_ms=at_ms, state=state.value, failure=value))
+        self._plan_tries.pop(task.id, None)
+        self._settle_outcomes(task, at_ms)
+
+    def _settle_outcomes(
+        self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0, *, with_episode: bool = True
+    ) -> None:
+        """Tell memory what became of the decisions; the task leaves `live` when memory has them."""
+        request = outcomes_of(task, self.registry, with_episode=with_episode)
+        if request is None:
+            self._emit(task, f.OutcomesSettled(task=task.id, at_ms=at_ms, stored=0, reason="nothing to learn"))
+            self._retire(task)
+            return
+        if task.id not in self.unsettled and len(self.unsettled) >= MAX_UNSETTLED:
+            self.deferred = True  # memory is away for long: the journal keeps it, `restore` brings it back later
+            self._retire(task)
+            return
+        self.unsettled.add(task.id)
+        parts = ("outcomes", "episode" if with_episode else "bare")
+        self._ask(task, None, "memory.request", MEMORY, parts, at_ms, pack_body(request), hold_until_ms)
+
+    def _on_settled(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
+        if failure is not None and self.registry.failures.rules[failure.category].action in ("rerun", "backoff"):
+            self._settle_outcomes(task, at_ms, hold_until_ms=at_ms + _RETRY_MS)
+            return
+        if failure is not None and failure.code == UNEMBEDDABLE and task.plan is not None and task.plan.decisions:
+            self._settle_outcomes(task, at_ms, with_episode=False)  # the outcomes still teach
+            return
+        stored = 0 if failure is not None else unpack_body(MemoryFinal, body).stored
+        reason = "" if failure is None else f"{failure.code}: {failure.message}"[:1_000]
+        self._emit(task, f.OutcomesSettled(task=task.id, at_ms=at_ms, stored=stored, reason=reason))
+        self._retire(task)
+
+    def _retire(self, task: TaskRecord) -> None:
+        self.unsettled.discard(task.id)
+        self.live.pop(task.id, None)
+        self._calls.pop(task.id, None)
+        self.ended[task.id] = task
+        while len(self.ended) > _KEPT_ENDED:
+            self.ended.popitem(last=False)
+
+    # Inside
+
+    def _emit(self, task: TaskRecord, fact: f.Fact) -> None:
+        apply(task, fact)
+        self._effects.append(Record(fact, task.seq))
+
+    def _locate(self, call: Call) -> tuple[TaskRecord | None, StepRecord | None]:
+        task = self.live.get(call.task or "")
+        return task, None if task is None or call.step is None else task.steps.get(call.step)
+
+    def _ask(
+        self,
+        task: TaskRecord,
+        step: StepRecord | None,
+        kind: str,
+        target: str,
+        parts: Iterable[str | int],
+        at_ms: int,
+        body: bytes,
+        hold_until_ms: int = 0,
+        timeout_ms: int = 600_000,
+    ) -> None:
+        self._queue_call(
+            task,
+            Call(
+                key=work_key(task.id, *parts),
+                kind=kind,
+                target=target,
+                queued_ms=at_ms,
+                interactive=task.ir.priority is Priority.INTERACTIVE,
+                body=body,
+                outer_ms=None if task.state.final else task.deadline_ms,
+                timeout_ms=timeout_ms,
+                task=task.id,
+                step=None if step is None else step.spec.id,
+                attempt=None if step is None else step.attempt.number,
+                retry_lost=True,
+                hold_until_ms=hold_until_ms,
+            ),
+        )
+
+    def _queue_call(self, task: TaskRecord, call: Call) -> None:
+        self._calls.setdefault(task.id, set()).add(call.key)
+        self._effects.append(Ask(call))

@@ -1,0 +1,629 @@
+"""The hub as one pure machine: frames, time and lookups in; messages, facts and notes out.
+
+It joins the broker (peers and calls) with the engine (tasks), answers clients, and checks everything that comes
+from a peer before it is used. The driver (`app.py`) owns socket, journal, clock and log; it must write the facts of
+a batch before it sends the messages of that batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from protocol.codec import describe, pack_body, unpack_body
+from protocol.errors import BadFrame
+from protocol.header import Header, pack_header, unpack_header
+from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, UNKNOWN_PEER, family
+from protocol.limits import MAX_BODY_BYTES, PROTOCOL_VERSION
+from protocol.messages.base import Message
+from protocol.messages.failure import Category, Failure
+from protocol.messages.infer import InferPartial
+from protocol.messages.reply import ErrorReply, Refused
+from protocol.messages.result import ArtefactQuery, ArtefactReply, Cancelled, ListQuery, TaskEvent, TaskQuery, Watch
+from protocol.messages.session import Hello, Ping, Pong, Reject, StatusReport, Welcome
+from protocol.messages.task import Accepted, Submit, TaskIR
+from services.kit.identity import work_key
+from services.kit.logs import LogEvent
+from services.kit.registry import Registry
+from services.scheduler import broker as b
+from services.scheduler import engine as e
+from services.scheduler import facts as f
+from services.scheduler.peers import PING_MS, Peer
+from services.scheduler.plan_check import find_plan_problems
+from services.scheduler.tasks import TaskRecord
+from services.scheduler.views import event, view
+
+MAX_ACTIVE_TASKS: Final = 1_000
+"""Tasks that are not final; beyond it a submit is refused with the time after which one should have ended."""
+MAX_WATCHES: Final = 2_000
+_DEFAULT_DEADLINE_MS: Final = 600_000
+_TICKS_BETWEEN_CLEANUPS_MS: Final = 5_000
+
+PEER_JOINED = LogEvent("peer.joined", "peer epoch capabilities in_flight reattached dropped resend")
+PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
+FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
+TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
+RESULT_DUPLICATE = LogEvent("result.duplicate", "peer key task step", "warning")
+CALL_DISPATCHED = LogEvent("call.dispatched", "task step attempt kind key peer queue_wait_ms", "debug")
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class FrameIn:
+    """A message arrived on the socket."""
+
+    identity: bytes
+    frames: list[bytes]
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Undeliverable:
+    """Sending to this peer failed: it is gone."""
+
+    identity: bytes
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A task from the journal, to be taken up where it stood."""
+
+    task: TaskRecord
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """What the journal knows about the task that a message is about."""
+
+    identity: bytes
+    header: Header
+    body: bytes
+    task: TaskRecord | None
+    at_ms: int
+
+
+Event = FrameIn | Undeliverable | Tick | Restored | LookedUp
+
+
+# Commands
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this message once all facts before it are written."""
+
+    identity: bytes
+    header: bytes
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """Read this task from the journal and come back with LookedUp."""
+
+    task_id: str
+    identity: bytes
+    header: Header
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReadListing:
+    """Answer a `task.list` from the journal's index."""
+
+    identity: bytes
+    header: Header
+    query: ListQuery
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStatus:
+    """Answer a `session.status`: the report needs the journal's counts."""
+
+    identity: bytes
+    header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadUnsettled:
+    """Bring back ended tasks whose outcomes memory does not have, as Restored."""
+
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A line for the log."""
+
+    event: LogEvent
+    fields: dict[str, Any]
+
+
+Command = Send | e.Record | LookUp | ReadListing | ReadStatus | ReloadUnsettled | Noted
+
+
+@dataclass(slots=True)
+class Hub:
+    """State of the hub. `handle` is the only door."""
+
+    epoch: str
+    registry: Registry
+    pid: int = 0
+    started_ms: int = 0
+    broker: b.Broker = field(default_factory=b.Broker)
+    engine: e.Engine = field(init=False)
+    _out: list[Command] = field(default_factory=list)
+    _watches: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
+    """Task -> (identity, request id) -> request."""
+    _sent: int = 0
+    _ends_ms: deque[int] = field(default_factory=lambda: deque(maxlen=32))
+    """When the newest tasks ended: the measured drain rate behind `retry_after_ms`."""
+    _cleaned_ms: int = 0
+
+    def __post_init__(self) -> None:
+        """The engine shares the registry."""
+        self.engine = e.Engine(self.registry)
+
+    def handle(self, happened: Event) -> list[Command]:
+        """Take one event; return what to do, in order."""
+        match happened:
+            case FrameIn(identity, frames, at_ms):
+                self._on_frame(identity, frames, at_ms)
+            case LookedUp(identity, header, body, task, at_ms):
+                self._on_looked_up(identity, header, body, task, at_ms)
+            case Tick(at_ms):
+                self._on_tick(at_ms)
+            case Undeliverable(identity, at_ms):
+                self._settle(self.broker.on_unreachable(identity), at_ms)
+            case Restored(task, at_ms):
+                if self.engine.find(task.id) is None or not task.state.final:
+                    self.engine.ended.pop(task.id, None)
+                    self.engine.restore(task, at_ms)
+                    self._settle([], at_ms)
+        commands, self._out = self._out, []
+        return commands
+
+    def status(self, task_counts: dict[str, int], at_ms: int) -> StatusReport:
+        """The report of `session.status`."""
+        return StatusReport(
+            hub_epoch=self.epoch,
+            hub_pid=self.pid,
+            uptime_ms=max(0, at_ms - self.started_ms),
+            peers=[peer.report(at_ms) for peer in self.broker.peers.values() if peer.is_worker],
+            queued=self.broker.queue_lengths(),
+            tasks=task_counts,
+            counters=dict(self.broker.counters),
+        )
+
+    def reply(self, identity: bytes, request: Header, kind: str, body: Message) -> Send:
+        """A message that answers `request`."""
+        header = Header(kind=kind, id=self._next_id(), corr=request.id, epoch=self.epoch, task=request.task)
+        return Send(identity, pack_header(header), pack_body(body))
+
+    # Frames
+
+    def _on_frame(self, identity: bytes, frames: list[bytes], at_ms: int) -> None:
+        header: Header | None = None
+        try:
+            if len(frames) != 2:
+                raise BadFrame("frame.count", f"{len(frames)} frames after the identity, expected header and body")
+            header = unpack_header(frames[0])
+            if len(frames[1]) > MAX_BODY_BYTES:
+                raise BadFrame("body.too_large", f"body of {len(frames[1])} bytes, at most {MAX_BODY_BYTES} are read")
+            if header.kind not in BODIES:
+                raise BadFrame("kind.unknown", f"there is no kind {header.kind!r} in protocol version {header.v}")
+            self._on_message(identity, header, frames[1], at_ms)
+        except BadFrame as err:
+            peer = self.broker.peers.get(identity)
+            name = peer.service if peer else identity.hex()
+            self._note(FRAME_REFUSED, peer=name, code=err.code, reason=str(err)[:500])
+            self._error(identity, header, err.code, Category.POLICY, str(err))
+
+    def _on_message(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
+        if header.kind == "session.hello":
+            self._on_hello(identity, header, unpack_body(Hello, body), at_ms)
+            return
+        peer = self.broker.peers.get(identity)
+        if peer is None:
+            self._error(
+                identity, header, UNKNOWN_PEER, Category.PEER, "say session.hello first: this hub has not met you"
+            )
+            return
+        if header.epoch is not None and header.epoch != peer.epoch:
+            raise BadFrame("header.epoch", f"epoch {header.epoch} is over, this session is {peer.epoch}")
+        if header.seq is not None:
+            if header.seq <= peer.last_seq:
+                return  # a repeat within the epoch: it was handled the first time
+            peer.last_seq = header.seq
+        self.broker.on_heard(peer, header.credit, at_ms)
+        self._route(peer, header, body, at_ms)
+
+    def _route(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
+        kind = header.kind
+        if kind == "session.pong":
+            self.broker.on_pong(peer, unpack_body(Pong, body))
+            self._settle([], at_ms)
+        elif kind == "session.goodbye":
+            self.broker.on_goodbye(peer)
+        elif kind in HUB_REQUESTS:
+            self._on_hub_request(peer.identity, header, body, at_ms)
+        elif kind in CALL_REQUESTS:
+            self._on_call_request(peer, header, body, at_ms)
+        elif kind.endswith(".cancel"):
+            call = self.broker.calls.get(header.key or "")
+            if call is not None and call.requester == peer.identity:
+                self._settle(self.broker.cancel(call.key), at_ms)
+        elif kind.endswith(".partial"):
+            self._on_partial(peer, header, body, at_ms)
+        elif kind == "error" or kind.endswith(".final"):
+            if self.broker.has_ended(header.key):
+                self._note(RESULT_DUPLICATE, peer=peer.service, key=header.key, task=header.task, step=header.step)
+                self.engine.on_duplicate(header.task or "", header.step, header.key or "", peer.service, at_ms)
+            self._settle(self.broker.on_ending(peer, header, body), at_ms)
+        else:
+            raise BadFrame("kind.direction", f"{kind} is for peers, not for the hub")
+
+    def _on_hello(self, identity: bytes, header: Header, hello: Hello, at_ms: int) -> None:
+        if not hello.protocol_min <= PROTOCOL_VERSION <= hello.protocol_max:
+            offered = f"{hello.protocol_min}-{hello.protocol_max}"
+            reject = Reject(code="version", message=f"this hub speaks {PROTOCOL_VERSION}, you offer {offered}")
+            self._out.append(self.reply(identity, header, "session.reject", reject))
+            return
+        epoch = header.epoch or identity.hex()
+        welcoming, commands = self.broker.on_hello(identity, hello, epoch, header.credit or 0, at_ms)
+        if header.seq is not None:
+            self.broker.peers[identity].last_seq = header.seq
+        welcome = Welcome(
+            protocol=PROTOCOL_VERSION,
+            hub_epoch=self.epoch,
+            ping_ms=PING_MS,
+            drop=welcoming.drop,
+            resend=welcoming.resend,
+        )
+        self._out.append(self.reply(identity, header, "session.welcome", welcome))
+        self._note(
+            PEER_JOINED,
+            peer=hello.service,
+            epoch=epoch,
+            capabilities=hello.capabilities,
+            in_flight=len(hello.in_flight),
+            reattached=sum(1 for command in commands if isinstance(command, b.Attached)),
+            dropped=len(welcoming.drop),
+            resend=len(welcoming.resend),
+        )
+        self._settle(commands, at_ms)
+
+    def _on_call_request(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
+        if header.key is None or header.dst is None:
+            raise BadFrame("call.incomplete", f"{header.kind} needs the header fields key and dst")
+        if self.broker.is_full(header.dst):
+            refused = Refused(reason=f"{header.dst} has {b.MAX_QUEUED} calls waiting", retry_after_ms=1_000)
+            self._out.append(self.reply(peer.identity, header, "refused", refused))
+            return
+        call = b.Call(
+            key=header.key,
+            kind=header.kind,
+            target=header.dst,
+            queued_ms=at_ms,
+            interactive=header.prio != "batch",
+            body=body,
+            requester=peer.identity,
+            corr=header.id,
+            outer_ms=header.deadline or at_ms + _DEFAULT_DEADLINE_MS,
+            task=header.task,
+            step=header.step,
+            attempt=header.attempt,
+            parent=header.parent,
+            trace=header.trace,
+        )
+        known = self.broker.calls.get(call.key)
+        if known is not None and known.requester is None:
+            raise BadFrame("call.key", "this key belongs to a call of the hub itself")
+        self.broker.ask(call)
+        self._settle([], at_ms)
+
+    def _on_partial(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
+        call = self.broker.running(peer, header.key)
+        if call is None:
+            return  # its call has ended or was cancelled
+        if call.requester is not None:
+            forward = Header(kind=header.kind, id=self._next_id(), corr=call.corr, key=call.key, epoch=self.epoch)
+            self._out.append(Send(call.requester, pack_header(forward), body))
+            return
+        task = self.engine.live.get(call.task or "")
+        if task is None or task.id not in self._watches:
+            return
+        partial = unpack_body(InferPartial, body)
+        fields = {"generated_tokens": partial.generated_tokens, "text": partial.text}
+        told = TaskEvent(
+            task_id=task.id,
+            seq=task.seq,
+            at_ms=at_ms,
+            event="step.tokens",
+            step=call.step,
+            attempt=call.attempt,
+            fields=fields,
+        )
+        for (identity, _), request in self._watches[task.id].items():
+            self._out.append(self.reply(identity, request, "task.event", told))
+
+    # Clients
+
+    def _on_hub_request(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
+        match header.kind:
+            case "session.status":
+                self._out.append(ReadStatus(identity, header))
+            case "task.list":
+                self._out.append(ReadListing(identity, header, unpack_body(ListQuery, body)))
+            case "task.submit":
+                self._on_submit(identity, header, body, at_ms)
+            case _:
+                task_id = self._task_asked_for(header.kind, body)
+                known = self.engine.find(task_id)
+                if known is None:
+                    self._out.append(LookUp(task_id, identity, header, body))
+                else:
+                    self._answer_about(identity, header, body, known, at_ms)
+
+    @staticmethod
+    def _task_asked_for(kind: str, body: bytes) -> str:
+        if kind == "task.watch":
+            return unpack_body(Watch, body).task_id
+        if kind == "task.artefact":
+            return unpack_body(ArtefactQuery, body).task_id
+        return unpack_body(TaskQuery, body).task_id
+
+    def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
+        ir = self._read_task(body)
+        peer = self.broker.peers[identity]
+        if ir.idempotency_key is None:
+            task_id = f"t-{work_key('task', self.epoch, self._sent, at_ms)[:16]}"
+        else:
+            task_id = f"t-{work_key('task', ir.idempotency_key)[:16]}"
+        if self.engine.find(task_id) is not None:
+            self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id, duplicate=True)))
+        elif ir.idempotency_key is not None:
+            self._out.append(LookUp(task_id, identity, header, body))
+        else:
+            self._accept(identity, header, ir, task_id, peer.service, at_ms)
+
+    def _read_task(self, body: bytes) -> TaskIR:
+        submit = unpack_body(Submit, body)
+        try:
+            ir = TaskIR.model_validate(submit.task)
+        except ValidationError as err:
+            raise BadFrame("task.invalid", f"the TaskIR is not valid: {describe(err)}") from err
+        problems = find_plan_problems(ir, self.registry)
+        if problems:
+            shown = "; ".join(str(problem) for problem in problems[:10])
+            more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+            raise BadFrame("task.invalid", f"the plan cannot run: {shown}{more}")
+        return ir
+
+    def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
+        active = sum(1 for task in self.engine.live.values() if not task.state.final)
+        if active >= MAX_ACTIVE_TASKS:
+            refused = Refused(reason=f"{active} tasks are active", retry_after_ms=self._retry_after_ms())
+            self._note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
+            self._out.append(self.reply(identity, header, "refused", refused))
+            return
+        accepted = ir.model_copy(update={"task_id": task_id, "created_at": at_ms})
+        self.engine.submit(task_id, accepted, client, at_ms)
+        self._settle([], at_ms)
+        self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id)))
+
+    def _retry_after_ms(self) -> int:
+        """Mean time between the newest ends of tasks: when a place should be free."""
+        if len(self._ends_ms) < 2:
+            return 1_000
+        mean = (self._ends_ms[-1] - self._ends_ms[0]) // (len(self._ends_ms) - 1)
+        return max(100, min(30_000, mean))
+
+    def _on_looked_up(self, identity: bytes, header: Header, body: bytes, task: TaskRecord | None, at_ms: int) -> None:
+        peer = self.broker.peers.get(identity)
+        if peer is None:
+            return
+        try:
+            if header.kind == "task.submit":
+                ir = self._read_task(body)
+                task_id = f"t-{work_key('task', ir.idempotency_key)[:16]}"
+                if task is not None or self.engine.find(task_id) is not None:
+                    accepted = Accepted(task_id=task_id, duplicate=True)
+                    self._out.append(self.reply(identity, header, "task.accepted", accepted))
+                else:
+                    self._accept(identity, header, ir, task_id, peer.service, at_ms)
+            elif task is None:
+                wanted = self._task_asked_for(header.kind, body)
+                raise BadFrame("task.unknown", f"there is no task {wanted!r}; `tierline list` shows them")
+            else:
+                self._answer_about(identity, header, body, task, at_ms)
+        except BadFrame as err:
+            self._error(identity, header, err.code, Category.POLICY, str(err))
+
+    def _answer_about(self, identity: bytes, header: Header, body: bytes, task: TaskRecord, at_ms: int) -> None:
+        match header.kind:
+            case "task.show":
+                self._out.append(self.reply(identity, header, "task.detail", view(task)))
+            case "task.cancel":
+                query = unpack_body(TaskQuery, body)
+                self.engine.cancel(task.id, query.reason, at_ms)
+                self._settle([], at_ms)
+                cancelled = Cancelled(task_id=task.id, state=task.state)
+                self._out.append(self.reply(identity, header, "task.cancelled", cancelled))
+            case "task.artefact":
+                name = unpack_body(ArtefactQuery, body).name
+                if name not in task.artefacts:
+                    have = ", ".join(sorted(task.artefacts)[:50]) or "none yet"
+                    raise BadFrame("artefact.unknown", f"task {task.id} has no artefact {name!r}; it has: {have}")
+                self._out.append(
+                    self.reply(identity, header, "task.content", ArtefactReply(artefact=task.artefacts[name]))
+                )
+            case _:
+                self._watch(identity, header, unpack_body(Watch, body), task)
+
+    def _watch(self, identity: bytes, header: Header, query: Watch, task: TaskRecord) -> None:
+        for seq, fact in enumerate(task.events[query.after_seq :], query.after_seq + 1):
+            self._out.append(self.reply(identity, header, "task.event", event(fact, seq)))
+        if task.state.final:
+            self._out.append(self.reply(identity, header, "task.result", view(task)))
+            return
+        if sum(len(watches) for watches in self._watches.values()) >= MAX_WATCHES:
+            refused = Refused(reason=f"{MAX_WATCHES} watches are open", retry_after_ms=1_000)
+            self._out.append(self.reply(identity, header, "refused", refused))
+            return
+        self._watches.setdefault(task.id, {})[identity, header.id] = header
+        self.engine.watched.add(task.id)
+
+    # Time
+
+    def _on_tick(self, at_ms: int) -> None:
+        self.engine.on_tick(at_ms)
+        self._settle(self.broker.on_tick(at_ms), at_ms)
+        if at_ms - self._cleaned_ms >= _TICKS_BETWEEN_CLEANUPS_MS:
+            self._cleaned_ms = at_ms
+            self.broker.forget_silent_clients(at_ms, {who for watches in self._watches.values() for who, _ in watches})
+            if self.engine.deferred and len(self.engine.unsettled) < e.MAX_UNSETTLED // 2:
+                self.engine.deferred = False
+                self._out.append(ReloadUnsettled(e.MAX_UNSETTLED // 2))
+
+    # Joining broker and engine
+
+    def _settle(self, commands: Iterable[b.Command], at_ms: int) -> None:
+        """Carry out the broker's commands and the engine's effects until neither has any, then hand out calls."""
+        todo = deque(commands)
+        while True:
+            for effect in self.engine.take():
+                match effect:
+                    case e.Record(fact, seq):
+                        self._out.append(effect)
+                        self._tell_watchers(fact, seq)
+                    case e.Ask(call):
+                        self.broker.ask(call)
+                    case e.Drop(key):
+                        todo.extend(self.broker.cancel(key))
+            if todo:
+                self._carry_out(todo.popleft(), at_ms)
+            elif (start := self.broker.next_start(at_ms)) is not None:
+                self._carry_out(start, at_ms)
+            else:
+                return
+
+    def _carry_out(self, command: b.Command, at_ms: int) -> None:
+        match command:
+            case b.Start(call, peer):
+                self._start(call, peer, at_ms)
+            case b.Ended(call, kind, body, worker):
+                if call.requester is None:
+                    self.engine.on_ended(call, kind, body, worker, at_ms)
+                else:
+                    header = Header(kind=kind, id=self._next_id(), corr=call.corr, key=call.key, epoch=self.epoch)
+                    self._out.append(Send(call.requester, pack_header(header), body))
+            case b.Lost(call, worker):
+                if call.requester is None:
+                    self.engine.on_lost(call, worker, at_ms)
+            case b.Attached(call, worker):
+                if call.requester is None:
+                    self.engine.on_started(call, worker, at_ms, reattached=True)
+            case b.CancelAt(call, identity):
+                header = Header(kind=f"{family(call.kind)}.cancel", id=self._next_id(), key=call.key, epoch=self.epoch)
+                self._out.append(Send(identity, pack_header(header), _EMPTY))
+            case b.SendPing(identity):
+                header = Header(kind="session.ping", id=self._next_id(), epoch=self.epoch)
+                self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms))))
+            case b.PeerGone(peer, why):
+                self._note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)
+                if not peer.is_worker:
+                    self._forget_client(peer.identity, at_ms)
+
+    def _start(self, call: b.Call, peer: Peer, at_ms: int) -> None:
+        body = call.body if call.body is not None else self.engine.body_of(call, at_ms)
+        header = Header(
+            kind=call.kind,
+            id=self._next_id(),
+            epoch=self.epoch,
+            dst=call.target,
+            key=call.key,
+            attempt=call.attempt,
+            deadline=call.deadline_ms,
+            task=call.task,
+            step=call.step,
+            parent=call.parent,
+            prio="interactive" if call.interactive else "batch",
+            trace=call.trace,
+        )
+        if call.requester is None:
+            self.engine.on_started(call, peer.service, at_ms)
+        self._note(
+            CALL_DISPATCHED,
+            task=call.task,
+            step=call.step,
+            attempt=call.attempt,
+            kind=call.kind,
+            key=call.key,
+            peer=peer.service,
+            queue_wait_ms=at_ms - call.queued_ms,
+        )
+        # After the fact that says so, hence written before it is sent.
+        for effect in self.engine.take():
+            if isinstance(effect, e.Record):
+                self._out.append(effect)
+                self._tell_watchers(effect.fact, effect.seq)
+        self._out.append(Send(peer.identity, pack_header(header), body))
+
+    def _tell_watchers(self, fact: f.Fact, seq: int) -> None:
+        if isinstance(fact, f.TaskEnded):
+            self._ends_ms.append(fact.at_ms)
+        watches = self._watches.get(fact.task)
+        if not watches:
+            return
+        told = event(fact, seq)
+        for (identity, _), request in watches.items():
+            self._out.append(self.reply(identity, request, "task.event", told))
+        if isinstance(fact, f.TaskEnded):
+            task = self.engine.find(fact.task)
+            for (identity, _), request in self._watches.pop(fact.task).items():
+                if task is not None:
+                    self._out.append(self.reply(identity, request, "task.result", view(task)))
+            self.engine.watched.discard(fact.task)
+
+    def _forget_client(self, identity: bytes, at_ms: int) -> None:
+        for task_id in list(self._watches):
+            watches = self._watches[task_id]
+            for key in [key for key in watches if key[0] == identity]:
+                del watches[key]
+            if not watches:
+                del self._watches[task_id]
+                self.engine.watched.discard(task_id)
+        for command in self.broker.cancel_for(identity):
+            self._carry_out(command, at_ms)
+
+    def _next_id(self) -> str:
+        self._sent += 1
+        return f"{self.epoch}-{self._sent}"
+
+    def _note(self, happened: LogEvent, **fields: Any) -> None:
+        self._out.append(Noted(happened, fields))
+
+    def _error(self, identity: bytes, request: Header | None, code: str, category: Category, message: str) -> None:
+        failure = Failure(code=code, category=category, origin="scheduler", message=message[:8_000])
+        corr = None if request is None else request.id
+        header = Header(kind="error", id=self._next_id(), corr=corr, epoch=self.epoch)
+        self._out.append(Send(identity, pack_header(header), pack_body(ErrorReply(failure=failure))))
+
+
+_EMPTY: Final = b"\x80"

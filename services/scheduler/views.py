@@ -1,0 +1,185 @@
+"""A task as clients see it. Pure: from the state to the message, nothing the other way."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from protocol.messages.gate import GateResult
+from protocol.messages.memory import Episode
+from protocol.messages.plan import RemovedEdge, RoutingDecision
+from protocol.messages.result import (
+    AttemptView,
+    PlanView,
+    StepState,
+    StepView,
+    TaskEvent,
+    TaskSummary,
+    TaskView,
+    Usage,
+)
+from protocol.plan_graph import final_artefacts
+from services.scheduler import facts as f
+from services.scheduler.critical_path import critical_path
+from services.scheduler.tasks import Attempt, StepRecord, TaskRecord
+
+_MAX_INLINE_CHARS: Final = 4 * 1024 * 1024
+"""Final artefacts that travel inside a view, in characters; `task.artefact` fetches the others."""
+
+
+def view(task: TaskRecord) -> TaskView:
+    """Everything about a task that fits one message."""
+    steps = [_step(step) for step in task.steps.values()]
+    return TaskView(
+        task_id=task.id,
+        state=task.state,
+        objective=task.ir.objective,
+        task_type=task.ir.task_type.value,
+        priority=task.ir.priority.value,
+        created_ms=task.created_ms,
+        ended_ms=task.ended_ms,
+        last_seq=task.seq,
+        plan=_plan(task.plan),
+        steps=steps,
+        artefacts=_final_artefacts(task),
+        gates=task.gates,
+        failure=task.failure,
+        usage=_usage(task),
+        critical_path=critical_path(task),
+    )
+
+
+def summary(task: TaskRecord) -> TaskSummary:
+    """One line of a listing."""
+    return TaskSummary(
+        task_id=task.id,
+        state=task.state,
+        task_type=task.ir.task_type.value,
+        objective=task.ir.objective[:200],
+        created_ms=task.created_ms,
+        ended_ms=task.ended_ms,
+        steps_done=sum(1 for step in task.steps.values() if step.state is StepState.DONE),
+        steps_total=len(task.steps),
+    )
+
+
+def event(fact: f.Fact, seq: int) -> TaskEvent:
+    """A fact as watchers see it: what happened, without the contents of artefacts."""
+    return TaskEvent(
+        task_id=fact.task,
+        seq=seq,
+        at_ms=fact.at_ms,
+        event=fact.EVENT,
+        step=fact.step,
+        attempt=fact.number,
+        fields=_event_fields(fact),
+    )
+
+
+def _event_fields(fact: f.Fact) -> dict[str, Any]:
+    match fact:
+        case f.TaskPlanned():
+            steps = [{"id": step["id"], "actor": step["actor"]} for step in fact.ir["plan"]["steps"]]
+            return {"source": fact.source, "reason": fact.reason, "steps": steps}
+        case f.AttemptQueued():
+            return {"role": fact.role, "model": fact.model}
+        case f.AttemptStarted():
+            return {"worker": fact.worker, "reattached": fact.reattached}
+        case f.AttemptLost():
+            return {"code": fact.code, "message": fact.message}
+        case f.AttemptAnswered():
+            return {"generated_tokens": fact.generated_tokens, "outputs": [one["name"] for one in fact.artefacts]}
+        case f.AttemptChecked() | f.TaskChecked():
+            return {"verdicts": {gate["gate"]: gate["verdict"] for gate in fact.gates}}
+        case f.AttemptFailed():
+            failure = fact.failure
+            return {
+                "code": failure["code"],
+                "category": failure["category"],
+                "message": failure["message"][:500],
+                "action": fact.action,
+                "rule": fact.rule,
+            }
+        case f.StepFailed():
+            return {"code": fact.failure["code"], "message": fact.failure["message"][:500]}
+        case f.StepDropped():
+            return {"state": fact.state, "reason": fact.reason}
+        case f.TaskEnded():
+            return {"state": fact.state}
+        case f.OutcomesSettled():
+            return {"stored": fact.stored, "reason": fact.reason}
+        case _:
+            return {}
+
+
+def _plan(plan: f.TaskPlanned | None) -> PlanView | None:
+    if plan is None:
+        return None
+    return PlanView(
+        source=plan.source,
+        reason=plan.reason,
+        removed_edges=[RemovedEdge.model_validate(edge) for edge in plan.removed_edges],
+        decisions=[RoutingDecision.model_validate(one) for one in plan.decisions],
+        similar=[Episode.model_validate(one) for one in plan.similar],
+    )
+
+
+def _step(step: StepRecord) -> StepView:
+    return StepView(
+        id=step.spec.id,
+        actor=step.spec.actor,
+        action=step.spec.action[:500],
+        state=step.state,
+        persona=step.spec.persona,
+        needs=sorted(step.needs),
+        ready_ms=step.ready_ms,
+        ended_ms=step.ended_ms,
+        losses=step.losses,
+        attempts=[_attempt(attempt) for attempt in step.attempts],
+        failure=step.failure,
+    )
+
+
+def _attempt(attempt: Attempt) -> AttemptView:
+    gates: list[GateResult] = attempt.gates
+    return AttemptView(
+        number=attempt.number,
+        role=attempt.role,
+        model=attempt.model,
+        key=attempt.key,
+        queued_ms=attempt.queued_ms,
+        started_ms=attempt.started_ms,
+        inferred_ms=attempt.inferred_ms,
+        ended_ms=attempt.ended_ms,
+        worker=attempt.worker,
+        prompt_tokens=attempt.prompt_tokens,
+        cached_tokens=attempt.cached_tokens,
+        generated_tokens=attempt.generated_tokens,
+        first_token_ms=attempt.first_token_ms,
+        gates=gates,
+        failure=attempt.failure,
+        action=attempt.action,
+    )
+
+
+def _final_artefacts(task: TaskRecord) -> list[Any]:
+    if task.ir.plan is None:
+        return []
+    chosen, room = [], _MAX_INLINE_CHARS
+    for name in final_artefacts(task.ir.plan):
+        artefact = task.artefacts.get(name)
+        if artefact is None:
+            continue
+        room -= len(artefact.text())
+        if room >= 0:
+            chosen.append(artefact)
+    return chosen
+
+
+def _usage(task: TaskRecord) -> Usage:
+    attempts = [attempt for step in task.steps.values() for attempt in step.attempts]
+    return Usage(
+        prompt_tokens=sum(attempt.prompt_tokens for attempt in attempts),
+        cached_tokens=sum(attempt.cached_tokens for attempt in attempts),
+        generated_tokens=task.generated_tokens,
+        attempts=len(attempts),
+    )

@@ -1,0 +1,284 @@
+"""The task commands against the real hub and planner as real processes; models, gates and memory are one scripted one.
+
+The scripted service speaks the real protocol through the real kit, so everything from the command line to the hub and
+back is what users run. What models answer is not the point here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.kit.config import CHECKOUT
+
+WORKERS = """
+import asyncio, sys
+from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
+from protocol.messages.failure import Category
+from protocol.messages.infer import InferFinal, InferRequest
+from protocol.messages.memory import Explained, MemoryFinal, MemoryRequest, Value
+from services.kit.config import load_home
+from services.kit.service import Service
+
+async def infer(call):
+    request = call.read(InferRequest)
+    await asyncio.sleep(float(sys.argv[1]))
+    text = '{"cheapest": "The Old Mill", "largest": "Tower Rooms", "by_the_water": "Harbour House"}'
+    if request.json_schema is None:
+        text = "An answer with an escape \\x1b[31msequence\\x1b[0m from a hostile model."
+    model = call.header.dst.removeprefix("infer.")
+    return InferFinal(text=text, finish_reason="stop", model=model, engine="scripted", prompt_tokens=9,
+                      generated_tokens=7)
+
+async def gate(call):
+    names = call.read(GateRequest).gates
+    return GateFinal(results=[GateResult(gate=name, verdict=Verdict.PASS, category=Category.SCHEMA, started_ms=1,
+                                         ended_ms=2) for name in names])
+
+async def memory(call):
+    ask = call.read(MemoryRequest).ask
+    if ask.op == "decide":
+        decisions.update({item.decision_id: item for item in ask.decisions})
+        return MemoryFinal(stored=len(ask.decisions))
+    if ask.op == "explain":
+        value = Value(subject="role", task_type="doc", choice="worker", q=0.75, count=3, mean_seconds=1.5)
+        known = [Explained(decision=decisions[ident], values=[value]) for ident in ask.decision_ids]
+        return MemoryFinal(explained=known)
+    return MemoryFinal()
+
+decisions = {}
+targets = ("infer.front", "infer.specialist", "infer.worker", "gate", "memory")
+service = Service(load_home().make(), "scripted", targets, slots=8)
+service.answer("memory.request", memory)
+service.answer("infer.request", infer)
+service.answer("gate.request", gate)
+sys.exit(asyncio.run(service.run()))
+"""
+EXAMPLE = CHECKOUT / "deploy" / "example.yaml"
+
+
+class Stack:
+    """Hub, planner and scripted service of one home."""
+
+    def __init__(self, root: Path, answer_s: float) -> None:
+        self.root = root
+        self.environment = {**os.environ, "TIERLINE_HOME": str(root), "PYTHONPATH": str(CHECKOUT)}
+        self.environment.pop("SUPERVISOR_ENABLED", None)
+        argvs = (["-m", "services.scheduler"], ["-m", "services.planner"], ["-c", WORKERS, str(answer_s)])
+        self._output = (root / "services.out").open("wb")
+        self.processes = [
+            subprocess.Popen([sys.executable, *argv], env=self.environment, stdout=self._output, stderr=self._output)
+            for argv in argvs
+        ]
+
+    def await_ready(self) -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            done = self.tierline("status", "--json")
+            peers = json.loads(done.stdout)["services"]
+            if {peer["name"] for peer in peers if peer["state"] == "ready"} >= {"planner", "scripted"}:
+                return
+            time.sleep(0.2)
+        raise TimeoutError((self.root / "services.out").read_text())
+
+    def tierline(self, *argv: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "services.ctl", *argv],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._output.close()
+
+
+def started(answer_s: float) -> Iterator[Stack]:
+    with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp") as folder:
+        stack = Stack(Path(folder), answer_s)
+        try:
+            stack.await_ready()
+            yield stack
+        finally:
+            stack.stop()
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    yield from started(0.05)
+
+
+@pytest.fixture
+def slow_stack() -> Iterator[Stack]:
+    yield from started(60)
+
+
+def run_example(stack: Stack, *more: str) -> dict[str, Any]:
+    done = stack.tierline("run", "--file", str(EXAMPLE), "--json", *more)
+    assert done.returncode == 0, done.stderr + done.stdout
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def test_run_brings_the_example_to_its_end_and_its_artefacts_into_the_folder(stack: Stack, tmp_path: Path) -> None:
+    view = run_example(stack, "--output", str(tmp_path / "out"))
+    assert view["state"] == "succeeded"
+    assert sorted(Path(name).name for name in view["files"]) == ["comparison.md", "facts.json"]
+    facts = json.loads((tmp_path / "out" / "facts.json").read_text())
+    assert facts["cheapest"] == "The Old Mill"
+    assert view["usage"]["generated_tokens"] > 0
+    assert view["critical_path"]["overlapping_steps"] >= 2
+    assert [edge["step"] for edge in view["plan"]["removed_edges"]] == ["S6"]
+
+
+def test_run_in_a_pipe_prints_progress_and_result_without_any_escape_code(stack: Stack) -> None:
+    done = stack.tierline("run", "--file", str(EXAMPLE))
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    for event in ("task.planned", "step.started S2", "step.done S6", "task.ended state=succeeded"):
+        assert event in done.stderr, done.stderr
+    for section in ("== steps", "== artefact comparison", "== gates", "== routing decisions", "== critical path"):
+        assert section in done.stdout, done.stdout
+    assert "dropped: S6 does not wait for S5" in done.stdout
+
+
+def test_run_on_a_terminal_draws_a_table_and_passes_no_escape_of_a_model(stack: Stack) -> None:
+    reader, writer = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "services.ctl", "run", "--file", str(EXAMPLE)],
+        env={**stack.environment, "TERM": "xterm-256color", "COLUMNS": "120"},
+        stdout=writer,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(writer)
+    shown = b""
+    while True:
+        try:
+            data = os.read(reader, 65536)
+        except OSError:  # the other end of a terminal is closed
+            break
+        if not data:
+            break
+        shown += data
+    os.close(reader)
+    assert process.wait(60) == 0
+    assert b"\x1b[" in shown  # it is a terminal, there is colour
+    assert b"[31msequence" in shown
+    assert b"\x1b[31msequence" not in shown
+
+
+def test_submit_watch_show_list_explain_and_artefact_speak_of_the_same_task(stack: Stack) -> None:
+    submitted = stack.tierline("submit", "--file", str(EXAMPLE))
+    task = submitted.stdout.strip()
+    assert submitted.returncode == 0
+    watched = stack.tierline("watch", task, "--json")
+    assert watched.returncode == 0, watched.stderr
+    records = [json.loads(line) for line in watched.stdout.splitlines()]
+    assert records[0]["event"] == "task.accepted"
+    assert records[-1]["state"] == "succeeded"
+    assert json.loads(stack.tierline("show", task, "--json").stdout)["state"] == "succeeded"
+    assert "hostile model" in stack.tierline("show", task, "--artefact", "mill-summary").stdout
+    listed = json.loads(stack.tierline("list", "--state", "succeeded", "--json").stdout)
+    assert task in [item["task_id"] for item in listed["tasks"]]
+    explained = stack.tierline("explain", task)
+    assert explained.returncode == 0, explained.stderr
+    assert "the client's plan names it" in explained.stdout
+    assert "worker Q=0.75 n=3" in explained.stdout
+
+
+def test_an_objective_with_inputs_is_planned_by_the_planner(stack: Stack, tmp_path: Path) -> None:
+    for name in ("a.md", "b.md"):
+        (tmp_path / name).write_text(f"Text of {name}\n")
+    given = [word for name in ("a.md", "b.md") for word in ("--input", str(tmp_path / name))]
+    done = stack.tierline("run", "summarize both files", "--type", "doc", *given, "--json")
+    assert done.returncode == 0, done.stderr + done.stdout
+    view = json.loads(done.stdout)
+    assert view["plan"]["source"] in ("rules", "model")
+    assert view["artefacts"]
+
+
+def test_an_unknown_task_is_bad_input(stack: Stack) -> None:
+    done = stack.tierline("show", "t-never")
+    assert done.returncode == 2
+    assert "t-never" in done.stderr
+
+
+def test_what_the_hub_refuses_is_bad_input_and_named(stack: Stack) -> None:
+    done = stack.tierline("run", "say hello", "--gates", "no-such-gate")
+    assert done.returncode != 0
+    assert "no-such-gate" in done.stderr + done.stdout
+
+
+def test_status_shows_the_hub_and_its_services(stack: Stack) -> None:
+    done = stack.tierline("status")
+    assert done.returncode == 0
+    assert "planner" in done.stdout
+    assert "scripted" in done.stdout
+    assert "== hub" in done.stdout
+
+
+def test_tail_shows_the_lines_of_a_task_and_only_those(stack: Stack) -> None:
+    task = run_example(stack)["task_id"]
+    done = stack.tierline("tail", "scripted", "--of-task", task, "--lines", "1000", "--no-follow", "--json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines
+    assert {line["task"] for line in lines} == {task}
+
+
+def test_the_first_ctrl_c_cancels_the_task(slow_stack: Stack) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "services.ctl", "run", "--file", str(EXAMPLE), "--json"],
+        env=slow_stack.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while "running" not in slow_stack.tierline("list").stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 1, err
+    assert json.loads(out)["state"] == "cancelled"
+    assert "cancelling" in err
+
+
+def test_ctrl_c_leaves_a_watched_task_running(slow_stack: Stack) -> None:
+    task = slow_stack.tierline("submit", "--file", str(EXAMPLE)).stdout.strip()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "services.ctl", "watch", task],
+        env=slow_stack.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert "task.accepted" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "goes on" in err
+    view = json.loads(slow_stack.tierline("show", task, "--json").stdout)
+    assert view["state"] in ("planning", "running")

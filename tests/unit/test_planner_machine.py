@@ -1,0 +1,273 @@
+"""One planning call from its events: whoever is silent, a plan comes out, in time and with its reasons."""
+
+import json
+from dataclasses import replace
+from types import MappingProxyType
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from protocol.messages.infer import InferFinal
+from protocol.messages.memory import Episode, MemoryFinal
+from protocol.messages.plan import PlanFinal
+from protocol.messages.task import TaskIR
+from protocol.plan_graph import find_problems
+from services.planner.machine import (
+    MEMORY_S,
+    MODEL_S,
+    AskMemory,
+    AskModel,
+    Command,
+    Finish,
+    MemoryAnswered,
+    ModelAnswered,
+    ModelOutcome,
+    OutOfTurn,
+    Planning,
+    Record,
+    Refuse,
+    Requested,
+    Unanswered,
+)
+from tests.unit.planner_tasks import SHIPPED, task, tasks
+
+DOC = task("Compare the two reports", "doc", "a.md", "b.md")
+GOOD = json.dumps(
+    {
+        "steps": [
+            {"role": "extractor", "action": "List the claims of the first", "reads": ["a.md"]},
+            {"role": "worker", "action": "List the claims of the second", "reads": ["b.md"]},
+            {"role": "writer", "action": "Compare both lists", "reads": ["step1", "step2"]},
+        ]
+    }
+)
+CHAIN = {
+    "steps": [
+        {"id": "S1", "actor": "worker", "action": "one", "outputs": [{"name": "a"}]},
+        {"id": "S2", "actor": "worker", "action": "two", "outputs": [{"name": "b"}], "depends_on": ["S1"]},
+    ]
+}
+
+
+def says(text: str) -> ModelAnswered:
+    final = InferFinal(
+        text=text, finish_reason="stop", model="front", engine="noop", prompt_tokens=9, generated_tokens=7
+    )
+    return ModelAnswered(3, final)
+
+
+def stored(command: Command) -> MemoryAnswered:
+    assert isinstance(command, Record)
+    return MemoryAnswered(9, MemoryFinal(stored=len(command.request.decisions)))
+
+
+def finish(command: Command) -> PlanFinal:
+    assert isinstance(command, Finish)
+    return command.final
+
+
+def asked(task_: TaskIR = DOC, deadline_ms: int | None = None) -> tuple[Planning, Command]:
+    planning = Planning(SHIPPED)
+    command = planning.handle(Requested(0, task_, deadline_ms))
+    assert isinstance(command, AskMemory)
+    return planning, planning.handle(MemoryAnswered(1, MemoryFinal()))
+
+
+def test_a_good_plan_of_the_model_is_used() -> None:
+    planning, command = asked()
+    assert isinstance(command, AskModel)
+    assert command.model == SHIPPED.model_of("frontdoor").name
+    final = finish(planning.handle(stored(planning.handle(says(GOOD)))))
+    assert (final.source, final.generated_tokens) == ("model", 7)
+    assert "valid, acyclic and within budget" in final.reason
+    assert final.task.plan is not None
+    assert [step.actor for step in final.task.plan.steps] == ["extractor", "worker", "writer"]
+    decomposition = final.decisions[0]
+    assert (decomposition.choice, decomposition.alternatives) == ("doc.model/3", ["doc.map-join/2"])
+    assert planning.model_outcome is ModelOutcome.USED
+
+
+@pytest.mark.parametrize(
+    "text", ["no JSON", '{"steps": []}', GOOD.replace("worker", "wizard"), GOOD.replace("a.md", "step3")]
+)
+def test_a_bad_plan_of_the_model_is_replaced_by_the_rules_with_the_reason(text: str) -> None:
+    planning, _ = asked()
+    final = finish(planning.handle(stored(planning.handle(says(text)))))
+    assert (final.source, final.generated_tokens) == ("rules", 7)
+    assert "its plan was refused: " in final.reason
+    assert "rules: doc.map-join/2, because 2 inputs" in final.reason
+    assert planning.model_outcome is ModelOutcome.REFUSED
+
+
+def test_a_silent_model_is_replaced_by_the_rules() -> None:
+    planning, _ = asked()
+    final = finish(planning.handle(stored(planning.handle(Unanswered(16_000, "deadline")))))
+    assert final.source == "rules"
+    assert "the model gave no answer (deadline)" in final.reason
+
+
+def test_a_task_of_one_step_costs_no_model_time() -> None:
+    planning, command = asked(task("Say hello"))
+    final = finish(planning.handle(stored(command)))
+    assert "the model was not asked: one step does it" in final.reason
+    assert planning.model_outcome is ModelOutcome.NOT_ASKED
+
+
+def test_earlier_tasks_are_handed_on_and_hinted_to_the_model() -> None:
+    planning = Planning(SHIPPED)
+    planning.handle(Requested(0, DOC, None))
+    episode = Episode(task_id="e1", task_type="doc", objective="Contrast two memos", succeeded=True, seconds=2)
+    command = planning.handle(MemoryAnswered(1, MemoryFinal(episodes=[episode])))
+    assert isinstance(command, AskModel)
+    assert "Contrast two memos" in command.request.messages[1].content
+    final = finish(planning.handle(stored(planning.handle(says(GOOD)))))
+    assert final.similar == [episode]
+
+
+def test_without_memory_the_plan_comes_without_decisions_and_says_so() -> None:
+    planning = Planning(SHIPPED)
+    planning.handle(Requested(0, task("Say hello"), None))
+    command = planning.handle(Unanswered(1_000, "deadline"))
+    assert isinstance(command, Record)
+    final = finish(planning.handle(Unanswered(2_000, "deadline")))
+    assert (final.decisions, final.similar) == ([], [])
+    assert "memory did not answer" in final.reason
+    assert "the decisions were not recorded" in final.reason
+
+
+def test_decisions_that_memory_did_not_confirm_are_not_handed_out() -> None:
+    planning, command = asked(task("Say hello"))
+    assert isinstance(command, Record)
+    final = finish(planning.handle(MemoryAnswered(5, MemoryFinal(stored=1))))
+    assert final.decisions == []
+    assert f"memory confirmed 1 of {len(command.request.decisions)}" in final.reason
+
+
+def test_decisions_known_from_an_earlier_try_count_as_recorded() -> None:
+    planning, command = asked(task("Say hello"))
+    assert isinstance(command, Record)
+    final = finish(planning.handle(MemoryAnswered(5, MemoryFinal(duplicates=len(command.request.decisions)))))
+    assert len(final.decisions) == len(command.request.decisions)
+
+
+def test_a_client_plan_loses_its_useless_edges_and_nobody_is_asked_about_it() -> None:
+    planning = Planning(SHIPPED)
+    command = planning.handle(Requested(0, task("x", "doc", plan=CHAIN), None))
+    final = finish(planning.handle(stored(command)))
+    assert (final.source, final.reason) == ("client", "the task brought its plan")
+    assert [(edge.step, edge.depends_on) for edge in final.removed_edges] == [("S2", "S1")]
+    assert final.task.plan is not None
+    assert final.task.plan.steps[1].depends_on == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says_"),
+    [
+        ({"depends_on": ["S2"]}, "plan.steps[S2].depends_on: a step cannot wait for itself"),
+        ({"actor": "workr"}, "plan.steps[S2].actor: the registry has no 'workr'; did you mean 'worker'?"),
+        ({"gates": ["lintt"]}, "plan.steps[S2].gates: the registry has no 'lintt'; did you mean 'lint'?"),
+        ({"persona": "nobody"}, "plan.steps[S2].persona: the registry has no 'nobody'"),
+        ({"inputs": ["ghost"]}, "plan.steps[S2].inputs: no step makes 'ghost'"),
+    ],
+)
+def test_a_client_plan_that_cannot_run_is_refused_by_step_and_field(change: dict[str, object], says_: str) -> None:
+    plan = {"steps": [CHAIN["steps"][0], {**CHAIN["steps"][1], **change}]}
+    command = Planning(SHIPPED).handle(Requested(0, task("x", "doc", plan=plan), None))
+    assert isinstance(command, Refuse)
+    assert says_ in command.failure.message
+    assert command.failure.code == "plan.invalid"
+
+
+def test_what_no_template_can_mend_is_refused_too() -> None:
+    twice = task("x", "doc", "a", "a")
+    unknown_gate = task("x", "doc", gates=["ghost"])
+    for task_, says_ in (
+        (twice, "named twice: a"),
+        (unknown_gate, "plan.gates (of the task): the registry has no 'ghost'"),
+    ):
+        command = Planning(SHIPPED).handle(Requested(0, task_, None))
+        assert isinstance(command, Refuse)
+        assert says_ in command.failure.message
+
+
+def test_a_dry_run_shows_decisions_without_recording_them() -> None:
+    _, command = asked(task("Say hello", task_id=None))
+    final = finish(command)
+    assert final.decisions
+    assert "dry run" in final.reason
+
+
+def test_waits_are_shares_of_the_deadline() -> None:
+    planning = Planning(SHIPPED)
+    command = planning.handle(Requested(0, DOC, 5_000))
+    assert isinstance(command, AskMemory)
+    assert command.timeout_s == pytest.approx(0.5)
+    command = planning.handle(Unanswered(500, "deadline"))
+    assert isinstance(command, AskModel)
+    assert command.timeout_s == pytest.approx(1.35)
+    generous = Planning(SHIPPED).handle(Requested(0, DOC, None))
+    assert isinstance(generous, AskMemory)
+    assert generous.timeout_s == MEMORY_S
+    hurried, command = asked(DOC.model_copy(update={"deadline_s": 5.0}))
+    assert isinstance(command, Record)
+    assert "0.5 s is all the time" in finish(hurried.handle(stored(command))).reason
+    _, command = asked(DOC, 10**9)
+    assert isinstance(command, AskModel)
+    assert command.timeout_s == MODEL_S
+
+
+def test_without_a_front_door_role_another_of_tier_a_plans_and_without_tier_a_nobody() -> None:
+    roles = {name: role for name, role in SHIPPED.roles.items() if name != "frontdoor"}
+    planning = Planning(replace(SHIPPED, roles=MappingProxyType(roles)))
+    planning.handle(Requested(0, DOC, None))
+    command = planning.handle(MemoryAnswered(1, MemoryFinal()))
+    assert isinstance(command, AskModel)
+    assert command.model == "front"
+    roles = {name: role for name, role in roles.items() if role.model != "front"}
+    planning = Planning(replace(SHIPPED, roles=MappingProxyType(roles)))
+    planning.handle(Requested(0, DOC, None))
+    command = planning.handle(MemoryAnswered(1, MemoryFinal()))
+    final = finish(planning.handle(stored(command)))
+    assert "no model of tier A" in final.reason
+    assert "the registry has no role 'writer'" in final.reason
+
+
+def test_an_event_out_of_turn_is_refused_and_changes_nothing() -> None:
+    planning, command = asked(task("Say hello"))
+    phase = planning.phase
+    with pytest.raises(OutOfTurn, match="ModelAnswered while recording"):
+        planning.handle(says(GOOD))
+    assert planning.phase is phase
+    assert finish(planning.handle(stored(command))).decisions
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(tasks(), st.lists(st.sampled_from(["answer", "silence", "nonsense"]), min_size=4, max_size=4))
+def test_every_course_ends_in_a_runnable_plan_and_the_same_events_in_the_same_one(
+    task_: TaskIR, course: list[str]
+) -> None:
+    def run() -> Command:
+        planning = Planning(SHIPPED)
+        command = planning.handle(Requested(0, task_, 60_000))
+        for happens in course:
+            match command, happens:
+                case ((Finish() | Refuse()), _):
+                    break
+                case _, "silence":
+                    command = planning.handle(Unanswered(10, "deadline"))
+                case AskMemory(), _:
+                    command = planning.handle(MemoryAnswered(10, MemoryFinal()))
+                case AskModel(), "answer":
+                    command = planning.handle(says(GOOD))
+                case AskModel(), _:
+                    command = planning.handle(says("\ud800" * 9))
+                case Record(), _:
+                    command = planning.handle(stored(command))
+        return command
+
+    final = finish(run())
+    assert final.task.plan is not None
+    assert find_problems(final.task) == []
+    assert final.reason
+    assert finish(run()) == final

@@ -1,0 +1,170 @@
+"""What a model says becomes a plan only if every word of it makes sense for this task and this registry."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.messages.memory import Episode
+from protocol.messages.task import TaskIR
+from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
+from services.planner.soundness import plan_problems
+from tests.unit.planner_tasks import SHIPPED, task
+
+DOC = task("Compare the two reports", "doc", "a.md", "b.md")
+GOOD: list[dict[str, Any]] = [
+    {"role": "worker", "action": "List the claims of the first", "reads": ["a.md"]},
+    {"role": "worker", "action": "List the claims of the second", "reads": ["b.md"]},
+    {"role": "writer", "action": "Compare both lists", "reads": ["step1", "step2"]},
+]
+
+
+def answer(*steps: dict[str, Any]) -> str:
+    return json.dumps({"steps": list(steps)})
+
+
+def refusal(text: str, task_: TaskIR = DOC, finish: str = "stop") -> str:
+    with pytest.raises(ModelPlanRefused) as refused:
+        read_plan(text, finish, task_, SHIPPED.roles)
+    assert len(str(refused.value)) < 1_200
+    return str(refused.value)
+
+
+def test_a_good_answer_becomes_a_plan_with_the_result_named_as_the_rules_name_it() -> None:
+    plan = read_plan(answer(*GOOD), "stop", DOC, SHIPPED.roles)
+    assert plan_problems(DOC.model_copy(update={"plan": plan}), SHIPPED) == []
+    assert [step.inputs for step in plan.steps] == [["a.md"], ["b.md"], ["step1", "step2"]]
+    assert [step.outputs[0].name for step in plan.steps] == ["step1", "step2", "document"]
+    assert "Compare the two reports" in plan.steps[0].action
+
+
+def test_an_input_called_like_a_label_is_not_mistaken_for_a_result() -> None:
+    odd = task("Compare the two reports", "doc", "step1", "b.md")
+    steps = [{**GOOD[0], "reads": ["step1"]}, GOOD[1], {**GOOD[2], "reads": ["step_1", "step_2"]}]
+    plan = read_plan(answer(*steps), "stop", odd, SHIPPED.roles)
+    assert [step.inputs for step in plan.steps] == [["step1"], ["b.md"], ["step_1", "step_2"]]
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ([{**GOOD[0], "role": "wizard"}, *GOOD[1:]], "no role 'wizard'"),
+        ([{**GOOD[0], "reads": ["../etc/passwd"]}, *GOOD[1:]], "no input or result '../etc/passwd'"),
+        ([{**GOOD[0], "reads": ["a.md", "step2"]}, {**GOOD[1], "reads": ["b.md", "step1"]}, GOOD[2]], "wait for each"),
+        ([{**GOOD[0], "reads": ["a.md", "step1"]}, *GOOD[1:]], "output of this very step"),
+        ([GOOD[0], {**GOOD[2], "reads": ["step1", "step3"]}], "no input or result 'step3'"),
+        ([GOOD[0], {**GOOD[2], "reads": ["step1"]}], "'b.md' is read by no step"),
+        ([*GOOD[:2], {**GOOD[2], "reads": ["step1"]}], "2 results are left"),
+        ([GOOD[0], GOOD[0], {**GOOD[2], "reads": ["step1", "step2", "b.md"]}], "repeats an earlier step"),
+        ([{**GOOD[2], "reads": ["a.md", "b.md"]}], "a single step"),
+        ([], "at least 1"),
+        ([GOOD[0]] * 9, "at most 8"),
+        ([{**GOOD[0], "action": "x" * 601}, *GOOD[1:]], "at most 600"),
+        ([{**GOOD[0], "reads": 3}, *GOOD[1:]], "list"),
+        ([{**GOOD[0], "depends_on": ["S2"]}, *GOOD[1:]], "depends_on"),
+        ([{**GOOD[0], "action": "\ud800 is half a character"}, *GOOD[1:]], "unicode"),
+    ],
+)
+def test_senseless_plans_are_refused_with_the_problem_named(steps: list[dict[str, Any]], says: str) -> None:
+    assert says in refusal(answer(*steps))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Sure! Here is a plan:",
+        "[" * 100_000,
+        "[" * 10_000,
+        "[1]",
+        "null",
+        '{"steps": 1}',
+        "9" * 10_000,
+        "{" * 9_000,
+        "x" * 10**7,
+    ],
+)
+def test_answers_that_are_no_plan_at_all_are_refused(text: str) -> None:
+    assert refusal(text)
+
+
+def test_an_answer_cut_at_its_token_limit_says_so() -> None:
+    assert "token limit" in refusal(answer(*GOOD)[:-20], finish="length")
+
+
+def test_a_plan_over_the_step_budget_is_refused() -> None:
+    small = task("Compare the two reports", "doc", "a.md", "b.md", budget={"max_steps": 2})
+    assert "the budget allows 2" in refusal(answer(*GOOD), small)
+
+
+def test_the_result_of_a_code_task_is_made_by_a_role_that_writes_code() -> None:
+    code = task("Write a queue", "code")
+    draft = {"role": "coder", "action": "Write the queue", "reads": []}
+    assert "writes code" in refusal(answer(draft, {**GOOD[2], "reads": ["step1"]}), code)
+    plan = read_plan(
+        answer(draft, {**draft, "action": "Repair it all", "reads": ["step1"]}), "stop", code, SHIPPED.roles
+    )
+    assert [step.outputs[0].kind.value for step in plan.steps] == ["code", "code"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=20), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_no_json_value_gets_past_the_checks(value: Any) -> None:
+    refusal(json.dumps(value))
+    refusal(json.dumps({"steps": value}))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "role": st.sampled_from(["worker", "writer", "nobody"]),
+                "action": st.text(min_size=8, max_size=40),
+                "reads": st.lists(st.sampled_from(["a.md", "b.md", "step1", "step2", "step3", "x"]), max_size=4),
+            }
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_whatever_is_accepted_can_run(steps: list[dict[str, Any]]) -> None:
+    try:
+        plan = read_plan(json.dumps({"steps": steps}), "stop", DOC, SHIPPED.roles)
+    except ModelPlanRefused:
+        return
+    assert plan_problems(DOC.model_copy(update={"plan": plan}), SHIPPED) == []
+
+
+def test_the_question_is_small_whatever_the_task_and_lists_roles_and_names_only() -> None:
+    huge = task("面" * 60_000, "doc", *[f"in{number}.md" for number in range(12)], context="c" * 60_000)
+    hints = [Episode(task_id="e", task_type="doc", objective="o" * 9_000, succeeded=True, seconds=1)] * 16
+    request = planning_request(huge, SHIPPED.roles, SHIPPED.roles["frontdoor"], hints)
+    assert sum(len(message.content.encode()) for message in request.messages) < 6_000
+    assert request.max_tokens <= 512
+    step = (request.json_schema or {})["properties"]["steps"]["items"]["properties"]
+    assert step["role"]["enum"] == list(SHIPPED.roles)
+    assert "x = 1" not in request.messages[1].content  # the content of an input
+
+
+@pytest.mark.parametrize(
+    ("task_", "rule_steps", "ask"),
+    [
+        (task("Say hello"), 1, False),
+        (task("Write a stack", "code"), 3, True),
+        (task("Dates", "ingest", "a", "b"), 3, False),
+        (task("Write a stack", "code", budget={"max_steps": 1}), 1, False),
+        (task("Write a stack", "code", budget={"max_tokens": 1_000}), 3, False),
+        (task("Summarise", "doc", *[f"n{number}" for number in range(13)]), 15, False),
+    ],
+)
+def test_the_model_is_asked_only_where_it_could_improve_the_plan(task_: TaskIR, rule_steps: int, ask: bool) -> None:
+    worth = worth_asking(task_, rule_steps)
+    assert worth.ask is ask
+    assert worth.because
