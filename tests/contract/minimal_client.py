@@ -14,7 +14,7 @@ import zmq
 
 address, objective = sys.argv[1:3]
 me, numbers = f"minimal-{os.urandom(6).hex()}", itertools.count(1)
-socket = zmq.Context.instance().socket(zmq.DEALER)
+socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
 socket.identity = b"\x01" + os.urandom(12)
 socket.linger = 500
 socket.connect(address)

@@ -178,8 +178,19 @@ def test_a_restarted_hub_learns_what_is_in_flight_and_drops_what_nobody_wants() 
     assert commands[0] == CancelWork("K1")
 
 
+def test_after_one_missed_ping_the_hub_is_spoken_to_once_per_silence() -> None:
+    peer = ready()
+    assert peer.feed(Ticked(1_200)) == []
+    assert peer.feed(Ticked(1_201)) == [ReportState(corr=None, credit=2)]
+    assert peer.feed(Ticked(1_400)) == []
+    peer.now_ms = 1_500
+    peer.get("session.ping", Ping(at_ms=1))
+    assert peer.feed(Ticked(2_701)) == [ReportState(corr=None, credit=2)]
+
+
 def test_a_silent_hub_is_left_after_three_pings_and_an_unanswered_hello_after_three_seconds() -> None:
     peer = ready()
+    peer.feed(Ticked(2_000))
     assert peer.feed(Ticked(3_000)) == []
     assert peer.feed(Ticked(3_001)) == [Reopen(failures=1)]
     peer.now_ms = 10_000
