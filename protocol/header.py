@@ -47,7 +47,9 @@ class Header:
     deadline: int | None = None
     """Unix time in milliseconds after which the work is dropped at dequeue on both sides."""
     task: str | None = None
+    """Task for which this is done, for logs and figures."""
     step: str | None = None
+    """Step of that task."""
     parent: str | None = None
     """Key of the call during which this call was made: it is cancelled with its parent."""
     credit: int | None = None
