@@ -183,6 +183,8 @@ class PeerSession:
     in_flight: dict[str, Header] = field(default_factory=dict)
     finished: OrderedDict[str, tuple[str, bytes, Header]] = field(default_factory=OrderedDict)
     asks: dict[str, Asked] = field(default_factory=dict)
+    _slots_granted: bool = False
+    """True once the idle slots were granted in this epoch; from then on only endings add to the total."""
     _heard_ms: int = 0
     _ping_ms: int = 1_000
     _probed: bool = False
@@ -224,12 +226,15 @@ class PeerSession:
         self.joined = False
         self._heard_ms = event.at_ms
         self.granted = self._free_slots()
+        self._slots_granted = self._usable()
         return [self._hello()]
+
+    def _usable(self) -> bool:
+        return self.state in (PeerState.READY, PeerState.DEGRADED)
 
     def _free_slots(self) -> int:
         """Slots to grant in a new epoch: those that running work does not hold; each grants itself when it ends."""
-        usable = self.state in (PeerState.READY, PeerState.DEGRADED)
-        return max(0, self.slots - len(self.in_flight)) if usable else 0
+        return max(0, self.slots - len(self.in_flight)) if self._usable() else 0
 
     def _hello(self) -> Transmit:
         body = Hello(
@@ -300,7 +305,9 @@ class PeerSession:
         header = event.header
         key = header.key
         if key is None:
-            return [Transmit(_answer(header, "error"), _error(Category.POLICY, "call.no_key", "a call needs a key"))]
+            self.granted += 1
+            ending = replace(_answer(header, "error"), credit=self.granted)
+            return [Transmit(ending, _error(Category.POLICY, "call.no_key", "a call needs a key"))]
         if key in self.in_flight:
             self.in_flight[key] = header  # re-attached: the answer goes to the newest request
             return []
@@ -341,10 +348,11 @@ class PeerSession:
     def _on_state_changed(self, event: StateChanged) -> list[Command]:
         if self.state is PeerState.DRAINING or self.state is event.state:
             return []
-        first_ready = self.granted == 0 and not self.in_flight
         self.state = event.state
-        if first_ready:
-            self.granted = self._free_slots()
+        if self._usable() and not self._slots_granted:
+            # Nothing was spent before, and what ended before is among the free slots now.
+            self._slots_granted = True
+            self.granted = max(self.granted, self._free_slots())
         return [ReportState(corr=None, credit=self.granted)] if self.joined else []
 
     def _on_ticked(self, event: Ticked) -> list[Command]:
@@ -387,7 +395,10 @@ def _answer(request: Header, kind: str) -> Header:
 
 
 def _is_unknown_peer(body: bytes) -> bool:
-    return unpack_body(ErrorReply, body).failure.code == UNKNOWN_PEER
+    try:
+        return unpack_body(ErrorReply, body).failure.code == UNKNOWN_PEER
+    except BadFrame:
+        return False  # the hub hands on what another service wrote: whoever asked that one will find it unreadable
 
 
 def _error(category: Category, code: str, message: str) -> bytes:

@@ -232,6 +232,28 @@ def test_a_dropped_question_is_cancelled() -> None:
     assert peer.feed(AskDropped("a1")) == []
 
 
+def test_a_request_without_a_key_is_refused_and_gives_its_slot_back() -> None:
+    assert sent(ready().request(None)) == [("error", "r1", 3)]
+
+
+def test_a_hub_restart_while_the_model_is_reloaded_costs_no_slot() -> None:
+    peer = ready()
+    peer.request("K1")
+    peer.feed(StateChanged(PeerState.LOADING))
+    peer.get("error", UNKNOWN)
+    assert sent(peer.open("e2")) == [("session.hello", None, 0)]
+    peer.join()
+    peer.feed(WorkEnded("K1", "error", b"the child died"))
+    assert peer.feed(StateChanged(PeerState.READY)) == [ReportState(corr=None, credit=2)]
+
+
+def test_an_unreadable_error_of_another_service_is_an_answer_and_does_not_stop_this_one() -> None:
+    peer = ready()
+    peer.feed(Asked(Header(kind="memory.request", id="a1", key="Q"), b"?"))
+    (answer,) = peer.get("error", WELCOME, corr="a1")
+    assert isinstance(answer, Deliver)
+
+
 KEYS = st.sampled_from(["K1", "K2", "K3", "K4"])
 
 
@@ -352,16 +374,23 @@ class SessionStory(RuleBasedStateMachine):
     @precondition(lambda self: not self.closed)
     @rule(
         kind=st.sampled_from(["infer.final", "error", "session.report", "task.event", "nobody.knows"]),
+        readable=st.booleans(),
     )
-    def stray_message(self, kind: str) -> None:
+    def stray_message(self, kind: str, readable: bool) -> None:
         body = ErrorReply(failure=UNKNOWN.failure.model_copy(update={"code": "x"}))
-        self.look(self.peer.get(kind, body, corr="stranger"))
+        self.look(self.peer.get(kind, body if readable else WELCOME, corr="stranger"))
 
     @invariant()
     def each_request_has_at_most_one_ending(self) -> None:
         if self.peer.session.joined:
             for key, count in self.owed.items():
                 assert count == (1 if key in self.running else 0), f"{key} is owed {count} endings"
+
+    @invariant()
+    def an_idle_ready_peer_can_be_given_as_much_as_it_has_slots(self) -> None:
+        session = self.peer.session
+        if session.joined and session.state is PeerState.READY and not self.running:
+            assert session.granted - self.spent == session.slots
 
     @invariant()
     def nothing_stops_it(self) -> None:
