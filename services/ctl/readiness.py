@@ -47,12 +47,14 @@ def merge(processes: Sequence[ProcessInfo], report: StatusReport | None) -> list
     peers = {peer.service: peer for peer in report.peers if peer.capabilities} if report is not None else {}
     known = {process.name: process for process in processes}
     rows = []
-    for name in sorted({*known, *peers}):
+    for name in sorted({*known, *peers, *([HUB] if report is not None else [])}):
         process, peer = known.get(name), peers.get(name)
         state, reason = process.state if process else "absent", process.description if process else ""
-        if process is not None and process.state == "running":
+        if name == HUB and report is not None:
+            state, reason = "ready", ""
+        elif process is not None and process.state == "running":
             if name == HUB:
-                state, reason = ("ready", "") if report else ("starting", "it does not answer yet")
+                state, reason = "starting", "it does not answer yet"
             else:
                 state, reason = "starting", "it has not said hello to the hub yet" if report else "the hub is not there"
         if peer is not None and (process is None or process.state == "running"):

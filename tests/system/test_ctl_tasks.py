@@ -1,4 +1,4 @@
-"""The task commands against the real hub and planner, as real processes; models, gates and memory are a scripted service.
+"""The task commands against the real hub and planner, as real processes; models, gates and memory are scripted.
 
 The scripted service speaks the real protocol through the real kit, so everything from the command line to the hub and
 back is what users run. What models answer is not the point here.
@@ -21,7 +21,7 @@ import pytest
 
 from services.kit.config import CHECKOUT
 
-WORKERS = '''
+WORKERS = """
 import asyncio, sys
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.failure import Category
@@ -52,7 +52,8 @@ async def memory(call):
         return MemoryFinal(stored=len(ask.decisions))
     if ask.op == "explain":
         value = Value(subject="role", task_type="doc", choice="worker", q=0.75, count=3, mean_seconds=1.5)
-        return MemoryFinal(explained=[Explained(decision=decisions[ident], values=[value]) for ident in ask.decision_ids])
+        known = [Explained(decision=decisions[ident], values=[value]) for ident in ask.decision_ids]
+        return MemoryFinal(explained=known)
     return MemoryFinal()
 
 decisions = {}
@@ -62,7 +63,7 @@ service.answer("memory.request", memory)
 service.answer("infer.request", infer)
 service.answer("gate.request", gate)
 sys.exit(asyncio.run(service.run()))
-'''
+"""
 EXAMPLE = CHECKOUT / "deploy" / "example.yaml"
 
 
