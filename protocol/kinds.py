@@ -81,10 +81,6 @@ UNKNOWN_PEER: Final = "peer.unknown"
 STEP_TOKENS: Final = "step.tokens"
 
 
-#: Failure code with which the hub answers a peer it has not met, or has given up: say HELLO again.
-UNKNOWN_PEER: Final = "peer.unknown"
-
-
 def family(kind: str) -> str:
     """The part before the dot: `infer` of `infer.request`."""
     return kind.partition(".")[0]

@@ -23,8 +23,9 @@ class PlanProblem:
 
     def __str__(self) -> str:
         """`plan.steps[S3].inputs: …`, the way errors name it."""
-        where = f"plan.steps[{self.step}]" if self.step else "plan"
-        return f"{where}.{self.field}: {self.message}"
+        if self.step is not None:
+            return f"plan.steps[{self.step}].{self.field}: {self.message}"
+        return f"plan.steps: {self.message}" if self.field == "steps" else f"{self.field}: {self.message}"
 
 
 def producers(plan: Plan) -> dict[str, str]:
@@ -52,21 +53,21 @@ def final_artefacts(plan: Plan) -> list[str]:
 
 
 def find_problems(task: TaskIR) -> list[PlanProblem]:
-    """Every reason why the plan of this task cannot run; empty for a task without a plan."""
-    if task.plan is None:
-        return []
-    steps = task.plan.steps
-    if len(steps) > task.budget.max_steps:
-        over = steps[task.budget.max_steps].id
-        message = f"{len(steps)} steps, but budget.max_steps is {task.budget.max_steps} (first step over it: {over})"
-        return [PlanProblem(None, "steps", message)]
+    """Every reason why this task cannot run; without a plan, only its inputs can be wrong."""
     found: list[PlanProblem] = []
-    ids: set[str] = set()
     given = {artefact.name for artefact in task.inputs}
     if len(given) < len(task.inputs):
         names = [artefact.name for artefact in task.inputs]
         twice = sorted({name for name in names if names.count(name) > 1})
         found.append(PlanProblem(None, "inputs", f"input artefacts named twice: {', '.join(twice)}"))
+    if task.plan is None:
+        return found
+    steps = task.plan.steps
+    if len(steps) > task.budget.max_steps:
+        over = steps[task.budget.max_steps].id
+        message = f"{len(steps)} steps, but budget.max_steps is {task.budget.max_steps} (first step over it: {over})"
+        return [*found, PlanProblem(None, "steps", message)]
+    ids: set[str] = set()
     made: dict[str, str] = {}
     for step in steps:
         if step.id in ids:

@@ -10,7 +10,7 @@ Leaves to others: what an answer means (`machine.py`), sockets and clocks (`app.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,7 +20,7 @@ from protocol.kinds import family
 from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState, Pong
-from services.scheduler.peers import DEAD_MS, PING_MS, Peer
+from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 
 MAX_QUEUED: Final = 10_000
 """Calls of other peers that may wait per capability; the hub's own steps are bounded by its tasks."""
@@ -154,6 +154,8 @@ class Broker:
     _children: dict[str, set[str]] = field(default_factory=dict)
     """Key of a call -> keys of the calls made during it."""
     _deadlines: list[tuple[int, str]] = field(default_factory=list)
+    _dirty: dict[str, None] = field(default_factory=dict)
+    """Capabilities for which something may have become possible, in the order in which it did."""
     _pinged_ms: int = 0
 
     # Peers
@@ -192,29 +194,38 @@ class Broker:
                 self._attach(call, peer)
                 commands.append(Attached(call, peer.service))
                 welcome.resend.append(key)
-        commands.extend(self.dispatch(at_ms))
+        self._touch(peer.capabilities)
         return welcome, commands
 
-    def on_pong(self, peer: Peer, pong: Pong, at_ms: int) -> list[Command]:
+    def on_heard(self, peer: Peer, credit: int | None, at_ms: int) -> None:
+        """Any message of a peer: it lives, and may grant more slots (a running total, so a repeat does no harm)."""
+        if at_ms - peer.heard_ms >= SUSPECT_MS:
+            self._touch(peer.capabilities)
+        peer.heard_ms = at_ms
+        if credit is not None and credit > peer.granted:
+            peer.granted = credit
+            self._touch(peer.capabilities)
+
+    def on_pong(self, peer: Peer, pong: Pong) -> None:
         """Take the state a peer reports."""
+        if pong.state is not peer.state:
+            self._touch(peer.capabilities)
         peer.state = pong.state
         peer.reason = pong.reason
         peer.loop_lag_ms = pong.loop_lag_ms
         peer.rss_bytes = pong.rss_bytes
         peer.metrics = pong.metrics
-        return self.dispatch(at_ms)
 
-    def on_goodbye(self, peer: Peer) -> list[Command]:
+    def on_goodbye(self, peer: Peer) -> None:
         """The peer takes no new work; what it has, it may finish."""
         peer.state = PeerState.DRAINING
-        return []
 
-    def on_unreachable(self, identity: bytes, at_ms: int) -> list[Command]:
+    def on_unreachable(self, identity: bytes) -> list[Command]:
         """Sending failed: the connection is gone."""
         peer = self.peers.get(identity)
         if peer is None:
             return []
-        return [*self._remove(peer, "disconnected", blame=peer.state is not PeerState.DRAINING), *self.dispatch(at_ms)]
+        return self._remove(peer, "disconnected", blame=peer.state is not PeerState.DRAINING)
 
     def on_tick(self, at_ms: int) -> list[Command]:
         """Time: pings, silent peers, deadlines, calls whose hold is over."""
@@ -238,24 +249,23 @@ class Broker:
                 heapq.heappush(self._deadlines, (limit, key))
                 continue
             commands.extend(self._expire(call))
-        commands.extend(self.dispatch(at_ms))
+        self._touch(self._queues)  # holds may be over
         return commands
 
     # Calls
 
-    def ask(self, call: Call, at_ms: int) -> list[Command]:
+    def ask(self, call: Call) -> None:
         """Queue a call. The same key again attaches the new requester to the call that is there."""
         known = self.calls.get(call.key)
         if known is not None:
             known.requester, known.corr = call.requester, call.corr
-            return []
+            return
         self.calls[call.key] = call
         if call.parent is not None:
             self._children.setdefault(call.parent, set()).add(call.key)
         call.deadline_ms = call.outer_ms
         self._watch_deadline(call)
         self._push(call)
-        return self.dispatch(at_ms)
 
     def queued(self, target: str) -> int:
         """Calls that wait for this capability."""
@@ -290,14 +300,14 @@ class Broker:
             commands.extend(self.cancel(key))
         return commands
 
-    def on_ending(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> list[Command]:
+    def on_ending(self, peer: Peer, header: Header, body: bytes) -> list[Command]:
         """A worker's final or error. Anything but the first one from the worker that has it is a duplicate."""
         call = self.calls.get(header.key or "")
         if call is None or call.worker != peer.identity or not _ends(header.kind, call.kind):
             if self.has_ended(header.key):
                 self.counters["duplicates"] += 1
-            return self.dispatch(at_ms)
-        return [*self._end(call, header.kind, body, peer.service), *self.dispatch(at_ms)]
+            return []
+        return list(self._end(call, header.kind, body, peer.service))
 
     def has_ended(self, key: str | None) -> bool:
         """True if a call with this key has ended lately: another ending for it is a duplicate."""
@@ -315,27 +325,40 @@ class Broker:
         call = self.calls.get(key or "")
         return call if call is not None and call.worker == peer.identity else None
 
-    def dispatch(self, at_ms: int) -> list[Command]:
-        """Hand out what can be handed out: per capability in order, each call to the peer with most free slots."""
-        commands: list[Command] = []
-        for target, queue in self._queues.items():
-            held: list[tuple[int, int, str]] = []
-            while queue:
-                if not self._is_queued(queue[0][2]):
-                    heapq.heappop(queue)
-                    continue
-                peer = self._freest(target, at_ms)
-                if peer is None:
-                    break
-                entry = heapq.heappop(queue)
-                call = self.calls[entry[2]]
-                if call.hold_until_ms > at_ms:
-                    held.append(entry)
-                    continue
-                commands.append(self._start(call, peer, at_ms))
-            for entry in held:
-                heapq.heappush(queue, entry)
-        return commands
+    def next_start(self, at_ms: int) -> Start | None:
+        """The next call to hand out: first in its queue, to the peer with most free slots; None when nothing can go.
+
+        One at a time, so that what follows from a start or a loss is known before the next choice.
+        """
+        while self._dirty:
+            target = next(iter(self._dirty))
+            start = self._start_one(target, at_ms)
+            if start is not None:
+                return start
+            del self._dirty[target]
+        return None
+
+    def _start_one(self, target: str, at_ms: int) -> Start | None:
+        queue = self._queues.get(target)
+        held: list[tuple[int, int, str]] = []
+        start: Start | None = None
+        while queue and start is None:
+            entry = queue[0]
+            if not self._is_queued(entry[2]):
+                heapq.heappop(queue)
+                continue
+            peer = self._freest(target, at_ms)
+            if peer is None:
+                break
+            heapq.heappop(queue)
+            call = self.calls[entry[2]]
+            if call.hold_until_ms > at_ms:
+                held.append(entry)
+            else:
+                start = self._start(call, peer, at_ms)
+        for entry in held:
+            heapq.heappush(self._queues[target], entry)
+        return start
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the state contradicts itself; called by tests after every event."""
@@ -360,6 +383,11 @@ class Broker:
         self._order += 1
         rank = call.queued_ms + (0 if call.interactive else BATCH_HEAD_START_MS)
         heapq.heappush(self._queues.setdefault(call.target, []), (rank, self._order, call.key))
+        self._touch((call.target,))
+
+    def _touch(self, targets: Iterable[str]) -> None:
+        for target in targets:
+            self._dirty[target] = None
 
     def _is_queued(self, key: str) -> bool:
         call = self.calls.get(key)

@@ -14,10 +14,9 @@ from typing import Final
 
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame, CallFailed
-from protocol.messages.artefact import ArtefactKind
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest
-from protocol.messages.infer import InferFinal, InferRequest, Sampling
+from protocol.messages.infer import InferFinal
 from protocol.messages.memory import MemoryFinal
 from protocol.messages.plan import PlanFinal, PlanRequest
 from protocol.messages.reply import ErrorReply
@@ -27,20 +26,22 @@ from protocol.plan_graph import final_artefacts
 from services.kit.identity import work_key
 from services.kit.registry import Registry
 from services.scheduler import facts as f
-from services.scheduler.answers import cut_outputs, schema_of_parts
+from services.scheduler.answers import cut_outputs
 from services.scheduler.broker import REATTACH_MS, Call
 from services.scheduler.failures import Action, Past, decide
 from services.scheduler.outcomes import outcomes_of
 from services.scheduler.plan_check import find_plan_problems
-from services.scheduler.prompting import compose
+from services.scheduler.requests import infer_request
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
-from services.scheduler.verdicts import earlier_findings, gate_failure
+from services.scheduler.verdicts import gate_failure
 
 PLANNER: Final = "planner"
 GATE: Final = "gate"
 MEMORY: Final = "memory"
 _KEPT_ENDED: Final = 200
 """Ended tasks kept in memory; older ones are read from the journal when somebody asks."""
+UNEMBEDDABLE: Final = "memory.unembeddable"
+"""Memory's word for an objective without any word in it: such a task cannot be an episode."""
 MAX_UNSETTLED: Final = 200
 """Ended tasks that wait for memory at once; further ones wait in the journal."""
 _PLAN_TRIES: Final = 5
@@ -218,37 +219,7 @@ class Engine:
         task, step = self._locate(call)
         if task is None or step is None:
             raise KeyError(f"call {call.key} belongs to no step")
-        attempt = step.attempt
-        role = self.registry.roles[attempt.role]
-        model = self.registry.models[attempt.model]
-        max_tokens = min(step.spec.max_tokens or role.max_tokens, max(1, model.context_tokens - 64))
-        left = max(1, task.ir.budget.max_tokens - task.generated_tokens)
-        schema = step.spec.json_schema
-        if schema is None and len(step.spec.outputs) > 1:
-            schema = schema_of_parts(step.spec.outputs)
-        if schema is None and attempt.constrained and step.spec.outputs[0].kind is ArtefactKind.JSON:
-            schema = {"type": "object"}
-        sampling = role.sampling.model_dump(exclude_none=True)
-        sampling.setdefault("seed", int(work_key(attempt.key, "seed")[:7], 16))
-        request = InferRequest(
-            role=attempt.role,
-            messages=compose(
-                role=role,
-                persona=self.registry.personas.get(step.spec.persona or ""),
-                task=task.ir,
-                step=step.spec,
-                inputs=[task.artefacts[name] for name in step.spec.inputs],
-                findings=earlier_findings(step),
-                attempt=attempt.number,
-                context_tokens=model.context_tokens,
-                max_tokens=max_tokens,
-            ),
-            max_tokens=min(max_tokens, left),
-            sampling=Sampling.model_validate(sampling),
-            json_schema=schema,
-            grammar=step.spec.grammar,
-            stream=task.id in self.watched,
-        )
+        request = infer_request(task, step, self.registry, stream=task.id in self.watched)
         return pack_body(request)
 
     # Planning
@@ -534,9 +505,11 @@ class Engine:
         self._plan_tries.pop(task.id, None)
         self._settle_outcomes(task, at_ms)
 
-    def _settle_outcomes(self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0) -> None:
+    def _settle_outcomes(
+        self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0, *, with_episode: bool = True
+    ) -> None:
         """Tell memory what became of the decisions; the task leaves `live` when memory has them."""
-        request = outcomes_of(task, self.registry)
+        request = outcomes_of(task, self.registry, with_episode=with_episode)
         if request is None:
             self._emit(task, f.OutcomesSettled(task=task.id, at_ms=at_ms, stored=0, reason="nothing to learn"))
             self._retire(task)
@@ -546,11 +519,15 @@ class Engine:
             self._retire(task)
             return
         self.unsettled.add(task.id)
-        self._ask(task, None, "memory.request", MEMORY, ("outcomes",), at_ms, pack_body(request), hold_until_ms)
+        parts = ("outcomes", "episode" if with_episode else "bare")
+        self._ask(task, None, "memory.request", MEMORY, parts, at_ms, pack_body(request), hold_until_ms)
 
     def _on_settled(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None and self.registry.failures.rules[failure.category].action in ("rerun", "backoff"):
             self._settle_outcomes(task, at_ms, hold_until_ms=at_ms + _RETRY_MS)
+            return
+        if failure is not None and failure.code == UNEMBEDDABLE and task.plan is not None and task.plan.decisions:
+            self._settle_outcomes(task, at_ms, with_episode=False)  # the outcomes still teach
             return
         stored = 0 if failure is not None else unpack_body(MemoryFinal, body).stored
         reason = "" if failure is None else f"{failure.code}: {failure.message}"[:1_000]

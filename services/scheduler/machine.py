@@ -189,7 +189,7 @@ class Hub:
             case Tick(at_ms):
                 self._on_tick(at_ms)
             case Undeliverable(identity, at_ms):
-                self._settle(self.broker.on_unreachable(identity, at_ms), at_ms)
+                self._settle(self.broker.on_unreachable(identity), at_ms)
             case Restored(task, at_ms):
                 if self.engine.find(task.id) is None or not task.state.final:
                     self.engine.ended.pop(task.id, None)
@@ -250,17 +250,16 @@ class Hub:
             if header.seq <= peer.last_seq:
                 return  # a repeat within the epoch: it was handled the first time
             peer.last_seq = header.seq
-        peer.heard_ms = at_ms
-        if header.credit is not None:
-            peer.granted = max(peer.granted, header.credit)
+        self.broker.on_heard(peer, header.credit, at_ms)
         self._route(peer, header, body, at_ms)
 
     def _route(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         kind = header.kind
         if kind == "session.pong":
-            self._settle(self.broker.on_pong(peer, unpack_body(Pong, body), at_ms), at_ms)
+            self.broker.on_pong(peer, unpack_body(Pong, body))
+            self._settle([], at_ms)
         elif kind == "session.goodbye":
-            self._settle(self.broker.on_goodbye(peer), at_ms)
+            self.broker.on_goodbye(peer)
         elif kind in HUB_REQUESTS:
             self._on_hub_request(peer.identity, header, body, at_ms)
         elif kind in CALL_REQUESTS:
@@ -275,7 +274,7 @@ class Hub:
             if self.broker.has_ended(header.key):
                 self._note(RESULT_DUPLICATE, peer=peer.service, key=header.key, task=header.task, step=header.step)
                 self.engine.on_duplicate(header.task or "", header.step, header.key or "", peer.service, at_ms)
-            self._settle(self.broker.on_ending(peer, header, body, at_ms), at_ms)
+            self._settle(self.broker.on_ending(peer, header, body), at_ms)
         else:
             raise BadFrame("kind.direction", f"{kind} is for peers, not for the hub")
 
@@ -335,7 +334,8 @@ class Hub:
         known = self.broker.calls.get(call.key)
         if known is not None and known.requester is None:
             raise BadFrame("call.key", "this key belongs to a call of the hub itself")
-        self._settle(self.broker.ask(call, at_ms), at_ms)
+        self.broker.ask(call)
+        self._settle([], at_ms)
 
     def _on_partial(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         call = self.broker.running(peer, header.key)
@@ -504,7 +504,7 @@ class Hub:
     # Joining broker and engine
 
     def _settle(self, commands: Iterable[b.Command], at_ms: int) -> None:
-        """Carry out the broker's commands and the engine's effects until neither has any."""
+        """Carry out the broker's commands and the engine's effects until neither has any, then hand out calls."""
         todo = deque(commands)
         while True:
             for effect in self.engine.take():
@@ -513,12 +513,15 @@ class Hub:
                         self._out.append(effect)
                         self._tell_watchers(fact, seq)
                     case e.Ask(call):
-                        todo.extend(self.broker.ask(call, at_ms))
+                        self.broker.ask(call)
                     case e.Drop(key):
                         todo.extend(self.broker.cancel(key))
-            if not todo:
+            if todo:
+                self._carry_out(todo.popleft(), at_ms)
+            elif (start := self.broker.next_start(at_ms)) is not None:
+                self._carry_out(start, at_ms)
+            else:
                 return
-            self._carry_out(todo.popleft(), at_ms)
 
     def _carry_out(self, command: b.Command, at_ms: int) -> None:
         match command:

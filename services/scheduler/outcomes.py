@@ -13,7 +13,7 @@ from services.kit.registry import Registry
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 
-def outcomes_of(task: TaskRecord, registry: Registry) -> MemoryRequest | None:
+def outcomes_of(task: TaskRecord, registry: Registry, *, with_episode: bool = True) -> MemoryRequest | None:
     """The request that settles a finished task with memory; None where there is nothing to learn."""
     if task.plan is None or task.ended_ms is None or task.state is TaskState.CANCELLED:
         return None
@@ -25,9 +25,10 @@ def outcomes_of(task: TaskRecord, registry: Registry) -> MemoryRequest | None:
         outcome = _of_task(task, decision, blameless) if step is None else _of_step(step, decision, registry)
         if outcome is not None:
             outcomes.append(outcome)
-    if not outcomes and blameless:
+    episode = _episode(task) if with_episode and not blameless else None
+    if not outcomes and episode is None:
         return None
-    return MemoryRequest(ask=RecordOutcomes(outcomes=outcomes, episode=None if blameless else _episode(task)))
+    return MemoryRequest(ask=RecordOutcomes(outcomes=outcomes, episode=episode))
 
 
 def _of_task(task: TaskRecord, decision: RoutingDecision, blameless: bool) -> Outcome | None:

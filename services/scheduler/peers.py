@@ -47,7 +47,7 @@ class Peer:
     @property
     def life(self) -> str:
         """The process behind the epoch: the same for all sessions of one boot."""
-        return self.epoch.partition("-")[0]
+        return self.epoch.rpartition("-")[0] or self.epoch
 
     def free(self, now_ms: int) -> int:
         """Calls it may be given now."""

@@ -1,27 +1,41 @@
-"""A hub for tests of one service: welcomes every peer, sends what the test asks for, collects what comes back.
+"""A hub for tests of one peer: welcomes every peer, sends what the test asks for, collects what comes back.
 
-It does no scheduling; tests of the real hub start `python -m services.scheduler`.
+For tests of a service the test drives it (`await_peer`, `request`, `collect`); for tests of a client it runs by itself
+in a thread (`serving`) and answers requests by script (`answer`). Like the real hub it tells a peer that has not said
+HELLO so, and pings services only. It does no scheduling; tests of the real hub start `python -m services.scheduler`.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from protocol.codec import pack_body, unpack_body
+from protocol.errors import StrandPeer
 from protocol.header import Header, pack_header, unpack_header
-from protocol.kinds import BODIES, ENDINGS
+from protocol.kinds import BODIES, ENDINGS, UNKNOWN_PEER
 from protocol.messages.base import Message
+from protocol.messages.failure import Category, Failure
+from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, Ping, Pong, Welcome
 from protocol.zmq_transport import ZmqRouter
+
+Script = Callable[[Header, bytes], Iterable[tuple[str, Message]]]
+"""Takes a request; gives the messages to answer with, each as kind and body. May be empty: the hub stays silent."""
 
 
 class ScriptedHub:
     """Bound ROUTER; `await_peer`, `request`, `collect`. Every wait has a deadline and raises TimeoutError."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, epoch: str = "scripted") -> None:
         self.port = ZmqRouter(address)
+        self.epoch = epoch
+        self.known: set[bytes] = set()
+        """Identities that have said HELLO."""
         self.peers: dict[str, bytes] = {}
         """Service name -> identity of its newest session."""
         self.hellos: dict[str, Hello] = {}
@@ -30,7 +44,40 @@ class ScriptedHub:
         self.received: list[tuple[bytes, Header, bytes]] = []
         """Everything that is not session traffic, in order of arrival."""
         self._answers: dict[str, list[tuple[Header, bytes]]] = defaultdict(list)
+        self._scripts: dict[str, Script] = {}
         self._pinged = 0.0
+
+    def answer(self, kind: str, script: Script) -> None:
+        """From now on, answer requests of this kind by script."""
+        self._scripts[kind] = script
+
+    @contextmanager
+    def serving(self) -> Iterator[ScriptedHub]:
+        """Run in a thread until the block ends, then close; nothing but attributes may be used from outside."""
+        stopping = threading.Event()
+        crash: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                while not stopping.is_set():
+                    self.pump(20)
+            except BaseException as err:  # noqa: BLE001  raised again in the test's own thread
+                crash.append(err)
+
+        thread = threading.Thread(target=run, name="scripted-hub", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            stopping.set()
+            thread.join(5)
+            self.close()
+        if crash:
+            raise crash[0]
+
+    def seen(self, kind: str) -> list[tuple[Header, bytes]]:
+        """Messages of this kind that came in, in order."""
+        return [(header, body) for _, header, body in list(self.received) if header.kind == kind]
 
     def close(self) -> None:
         self.port.close()
@@ -39,8 +86,9 @@ class ScriptedHub:
         """Answer sessions, ping once a second, file the rest."""
         if time.monotonic() - self._pinged > 1:
             self._pinged = time.monotonic()
-            for identity in self.peers.values():
-                self.send(identity, "session.ping", Ping(at_ms=int(time.time() * 1000)))
+            for service, identity in self.peers.items():
+                if self.hellos[service].capabilities:
+                    self.send(identity, "session.ping", Ping(at_ms=int(time.time() * 1000)))
         self.port.wait(timeout_ms)
         while (message := self.port.receive()) is not None:
             identity, frames = message
@@ -51,13 +99,24 @@ class ScriptedHub:
                 hello = unpack_body(Hello, frames[1])
                 self.peers[hello.service] = identity
                 self.hellos[hello.service] = hello
-                self.send(identity, "session.welcome", Welcome(protocol=1, hub_epoch="scripted", ping_ms=1_000))
+                self.known.add(identity)
+                welcome = Welcome(protocol=1, hub_epoch=self.epoch, ping_ms=1_000)
+                self.send(identity, "session.welcome", welcome, corr=header.id)
+            elif identity not in self.known:
+                self._reply(identity, header, "error", ErrorReply(failure=_UNKNOWN))
             elif header.kind == "session.pong":
                 self.pongs[header.src or ""] = unpack_body(Pong, frames[1])
             else:
                 self.received.append((identity, header, frames[1]))
                 if header.corr:
                     self._answers[header.corr].append((header, frames[1]))
+                if header.kind in self._scripts:
+                    for kind, body in self._scripts[header.kind](header, frames[1]):
+                        self._reply(identity, header, kind, body)
+
+    def _reply(self, identity: bytes, request: Header, kind: str, body: Message) -> None:
+        with suppress(StrandPeer):  # whoever asked has left meanwhile
+            self.send(identity, kind, body, corr=request.id, key=request.key)
 
     def send(self, identity: bytes, kind: str, body: Message, **fields: object) -> str:
         ident = uuid.uuid4().hex
@@ -94,3 +153,6 @@ class ScriptedHub:
     def ask(self, service: str, kind: str, body: Message, timeout_s: float = 30, **fields: object) -> Message:
         """Request and collect; returns the body of the ending, whatever it is."""
         return self.collect(self.request(service, kind, body, **fields), timeout_s)[1]
+
+
+_UNKNOWN = Failure(code=UNKNOWN_PEER, category=Category.PEER, origin="scripted hub", message="say HELLO first")

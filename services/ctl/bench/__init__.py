@@ -1,7 +1,7 @@
 """`tierline bench …`: every figure in a README comes from one of these commands.
 
 A benchmark is a module of this folder with a function that adds its command to the group; list that function in
-`BENCHMARKS` and the command exists. The group is shown only when there is something in it.
+`BENCHMARKS` and the command exists.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from services.ctl.bench import overhead
 from services.ctl.commands import Commands
 
 #: Adds one benchmark's command to the group.
-BENCHMARKS: Final[list[Callable[[Commands], None]]] = []
+BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (overhead.add,)
 
 
 def add(commands: Commands) -> None:
     """Add `bench` with all its benchmarks."""
-    if BENCHMARKS:
-        group = commands.group("bench", "measure this installation; every documented figure comes from here")
-        for add_benchmark in BENCHMARKS:
-            add_benchmark(group)
+    group = commands.group("bench", "measure this installation; every documented figure comes from here")
+    for add_benchmark in BENCHMARKS:
+        add_benchmark(group)

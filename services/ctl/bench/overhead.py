@@ -1,0 +1,165 @@
+"""`tierline bench overhead`: what bus, journal and scheduling add to a step, beside the bare socket in the same run.
+
+A stack with the noop engine answers at once, so that all the time is ours. The baseline is the same number of
+messages of the same kind over ROUTER and DEALER between two processes, with nothing around them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Final
+
+import msgpack
+
+from protocol.errors import StrandPeer
+from protocol.messages.result import TaskState, TaskView
+from protocol.zmq_transport import ZmqDealer, ZmqRouter
+from services.ctl.bench.bare_stack import BareStack
+from services.ctl.commands import Commands, Context
+from services.ctl.outcomes import ExitCode
+
+FANOUT_STEPS: Final = 1_000
+CHAIN_STEPS: Final = 200
+_WINDOW: Final = 64
+"""Messages under way at once in the raw fan-out: as many as the noop tier has slots."""
+_NOOP: Final = {
+    "front": {"tier": "A", "engine": "noop", "slots": 2, "context_tokens": 4096},
+    "specialist": {"tier": "B", "engine": "noop", "slots": 2, "context_tokens": 4096},
+    "worker": {"tier": "C", "engine": "noop", "slots": _WINDOW, "context_tokens": 4096},
+}
+
+
+class BenchmarkFailedError(Exception):
+    """A task of the benchmark did not succeed: its figures would mean nothing."""
+
+
+def add(commands: Commands) -> None:
+    """Add `bench overhead`."""
+    parser = commands.add("overhead", _run, "measure what a step costs beyond its inference, with a noop tier")
+    parser.add_argument("--runs", type=int, default=5, help="runs; every figure is the median (default 5)")
+
+
+def _run(arguments: Namespace, context: Context) -> ExitCode:
+    figures = measure(max(1, arguments.runs))
+    if context.screen.json:
+        context.screen.document(figures)
+    else:
+        context.screen.table(("figure", "median"), [(name, str(value)) for name, value in figures.items()])
+    return ExitCode.OK
+
+
+def measure(runs: int) -> dict[str, Any]:
+    """All figures as medians over `runs`; times in microseconds."""
+    rows: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=_NOOP) as stack:
+        _finished(stack, _fanout(50))  # first use of everything
+        for _ in range(runs):
+            rows.append(_raw(Path(folder)) | _task(stack, "fanout", _fanout(FANOUT_STEPS)))
+            rows[-1] |= _task(stack, "chain", _chain(CHAIN_STEPS))
+    medians = {name: round(statistics.median(row[name] for row in rows), 1) for name in rows[0]}
+    return {
+        **medians,
+        "fanout_ratio": round(medians["fanout_us_per_step"] / medians["raw_zmq_fanout_us"], 2),
+        "chain_ratio": round(medians["chain_us_per_step"] / medians["raw_zmq_chain_us"], 2),
+        "fanout_steps": FANOUT_STEPS,
+        "chain_steps": CHAIN_STEPS,
+        "runs": runs,
+    }
+
+
+def _task(stack: BareStack, name: str, task: dict[str, Any]) -> dict[str, float]:
+    """One task: per step from the adoption of the plan to the end, and all that the client waited."""
+    began = time.perf_counter()
+    view = _finished(stack, task)
+    waited = time.perf_counter() - began
+    steps = len(view.steps)
+    planning = next((s.end_ms - s.start_ms for s in _path(view) if s.what == "planning"), 0)
+    running_ms = (view.ended_ms or 0) - view.created_ms - planning
+    return {
+        f"{name}_us_per_step": running_ms * 1000 / steps,
+        f"{name}_client_us_per_step": waited * 1e6 / steps,
+    }
+
+
+def _path(view: TaskView) -> list[Any]:
+    return view.critical_path.path if view.critical_path else []
+
+
+def _finished(stack: BareStack, task: dict[str, Any]) -> TaskView:
+    view = stack.client.run(task, timeout_s=300)
+    if view.state is not TaskState.SUCCEEDED:
+        raise BenchmarkFailedError(f"a benchmark task {view.state.value}: {view.failure}")
+    return view
+
+
+def _fanout(count: int) -> dict[str, Any]:
+    return _ir([{"id": f"S{i}", "outputs": [{"name": f"o{i}"}]} for i in range(count)])
+
+
+def _chain(count: int) -> dict[str, Any]:
+    return _ir(
+        [{"id": f"S{i}", "outputs": [{"name": f"o{i}"}], "inputs": [f"o{i - 1}"] if i else []} for i in range(count)]
+    )
+
+
+def _ir(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    filled = [{"actor": "worker", "action": "answer", "gates": []} | step for step in steps]
+    return {"objective": "measure the overhead", "plan": {"steps": filled}}
+
+
+# The baseline
+
+
+def _raw(folder: Path) -> dict[str, float]:
+    """Microseconds per message round trip between two processes: with a window of messages, and one at a time."""
+    address = f"ipc://{folder}/raw/hub.sock"
+    router = ZmqRouter(address)
+    child = multiprocessing.get_context("spawn").Process(target=_echo, args=(address,))
+    child.start()
+    try:
+        while (message := router.receive()) is None:
+            router.wait(100)
+        identity = message[0]
+        header = msgpack.packb({"kind": "infer.request", "id": "x", "key": "k" * 32, "task": "t", "step": "S1"})
+        body = bytes(400)
+        return {
+            "raw_zmq_fanout_us": _exchange(router, identity, header, body, FANOUT_STEPS, _WINDOW),
+            "raw_zmq_chain_us": _exchange(router, identity, header, body, CHAIN_STEPS, 1),
+        }
+    finally:
+        router.send(identity, b"", b"")
+        child.join(5)
+        router.close()
+
+
+def _exchange(router: ZmqRouter, identity: bytes, header: bytes, body: bytes, count: int, window: int) -> float:
+    began = time.perf_counter()
+    sent = received = 0
+    while received < count:
+        while sent < count and sent - received < window:
+            router.send(identity, header, body)
+            sent += 1
+        router.wait(1_000)
+        while router.receive() is not None:
+            received += 1
+    return (time.perf_counter() - began) * 1e6 / count
+
+
+def _echo(address: str) -> None:
+    dealer = ZmqDealer(address)
+    dealer.send(b"ready", b"")
+    while True:
+        dealer.wait(10_000)
+        while (frames := dealer.receive()) is not None:
+            if not frames[0]:
+                dealer.close()
+                return
+            try:
+                dealer.send(frames[0], frames[1])
+            except StrandPeer:
+                return

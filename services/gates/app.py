@@ -1,0 +1,202 @@
+"""The gates service at work: requests in, gates started and killed as the machine commands, results out.
+
+Holds the clock, the tasks and the folders; `machine` decides what starts when, `judge` what a gate finds. A cancelled
+request ends only when every process of its gates is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import CallFailed
+from protocol.messages.base import Message
+from protocol.messages.failure import Category, Failure
+from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
+from protocol.messages.session import PeerState
+from services.gates import machine as m
+from services.gates.judge import Judge
+from services.gates.sandbox import Sandbox
+from services.gates.workspace import Workspace, make_workspace, private_folder
+from services.kit.config import CHECKOUT, Home
+from services.kit.logs import LogEvent
+from services.kit.registry import GateEntry, Registry
+from services.kit.service import Call, Service
+
+SANDBOX_PROBED = LogEvent("sandbox.probed", "available reason")
+GATE_ENDED = LogEvent("gate.ended", "task step attempt gate verdict category findings took_ms message")
+GATE_BUG = LogEvent("gate.bug", "task step attempt gate error", "error")
+
+
+@dataclass(slots=True)
+class _Running:
+    """One request being worked on."""
+
+    call: Call
+    workspace: Workspace
+    schema: Mapping[str, Any] | None
+    done: asyncio.Future[tuple[GateResult, ...]]
+    tasks: dict[str, asyncio.Task[GateResult]] = field(default_factory=dict)
+
+
+class GateService:
+    """Answers `gate.request`. `service` is run by the caller, with `load` as its loading."""
+
+    def __init__(self, home: Home, registry: Registry) -> None:
+        cores = max(1, registry.hardware.cores)
+        self.service = Service(home, "gates", ("gate",), slots=cores)
+        self.service.answer("gate.request", self._on_request)
+        self.service.metrics = self._metrics
+        self._gates = registry.gates
+        self._machine = m.GateMachine(cores)
+        self._home = home
+        self._folder: Path | None = None
+        self._judge = Judge("the sandbox has not been tried yet", self.service.clock)
+        self._runs: dict[str, _Running] = {}
+        self._asked = 0
+        self._verdicts: Counter[str] = Counter()
+
+    async def load(self) -> None:
+        """Try the sandbox. Without one the service is ready for builtin gates, and refuses to run any command."""
+        self._folder = private_folder(self._home.root)
+        sandbox = Sandbox(hidden=(self._home.root, self._home.registry, CHECKOUT / "registry"))
+        reason = await sandbox.probe()
+        self.service.log.write(SANDBOX_PROBED, available=reason is None, reason=reason)
+        self._judge = Judge(sandbox if reason is None else reason, self.service.clock)
+        self.service.set_state(PeerState.READY, None if reason is None else f"sandbox.unavailable: {reason}"[:1_000])
+
+    def close(self) -> None:
+        """Remove the folder of this process."""
+        if self._folder is not None:
+            self._folder.rmdir()
+
+    async def _on_request(self, call: Call) -> Message:
+        request = call.read(GateRequest)
+        if self._folder is None:
+            raise CallFailed(
+                Failure(code="gates.loading", category=Category.RESOURCE, origin="gates", message="not ready yet: wait")
+            )
+        left_s = call.seconds_left(self.service.clock.now_ms())
+        workspace = make_workspace(self._folder, request.artefacts, request.context)
+        self._asked += 1
+        name = f"run-{self._asked}"
+        run = _Running(call, workspace, request.json_schema, asyncio.get_running_loop().create_future())
+        self._runs[name] = run
+        try:
+            async with asyncio.timeout(left_s):
+                self._feed(m.RunAsked(name, self._plan(request, workspace), self.service.clock.now_ms()))
+                return GateFinal(results=list(await run.done))
+        except TimeoutError as err:
+            raise CallFailed(_too_late(request)) from err
+        finally:
+            # After an orderly end this changes nothing.
+            self._feed(m.Cancelled(name, self.service.clock.now_ms()))
+            await asyncio.gather(*run.tasks.values(), return_exceptions=True)
+            del self._runs[name]
+            workspace.remove()
+
+    def _plan(self, request: GateRequest, workspace: Workspace) -> tuple[m.PlannedGate, ...]:
+        """The gates of a request in its order, each once."""
+        return tuple(self._planned(name, workspace) for name in dict.fromkeys(request.gates))
+
+    def _planned(self, name: str, workspace: Workspace) -> m.PlannedGate:
+        gate = self._gates.get(name)
+        if gate is None:
+            message = f"gate.unknown: registry/gates.yaml has no {name!r}; it has: {', '.join(self._gates)}"
+            return self._settled(name, Verdict.ERROR, Category.POLICY, message)
+        if not workspace.judged_by(gate):
+            return self._settled(name, Verdict.SKIPPED, gate.category, _not_applicable(gate, workspace))
+        return m.PlannedGate(name, gate.category, gate.cores, gate.depends_on)
+
+    def _settled(self, name: str, verdict: Verdict, category: Category, message: str) -> m.PlannedGate:
+        now = self.service.clock.now_ms()
+        result = GateResult(
+            gate=name, verdict=verdict, category=category, message=message[:4_000], started_ms=now, ended_ms=now
+        )
+        return m.PlannedGate(name, category, 1, settled=result)
+
+    def _feed(self, event: m.Event) -> None:
+        for command in self._machine.handle(event):
+            match command:
+                case m.StartGate(run, gate):
+                    self._start(run, gate)
+                case m.KillGate(run, gate):
+                    self._runs[run].tasks[gate].cancel()
+                case m.Finish(run, results):
+                    self._finish(self._runs[run], results)
+
+    def _finish(self, run: _Running, results: tuple[GateResult, ...]) -> None:
+        header = run.call.header
+        for result in results:
+            self._verdicts[result.verdict.value] += 1
+            self.service.log.write(
+                GATE_ENDED,
+                task=header.task,
+                step=header.step,
+                attempt=header.attempt,
+                gate=result.gate,
+                verdict=result.verdict.value,
+                category=result.category.value,
+                findings=len(result.findings),
+                took_ms=result.ended_ms - result.started_ms,
+                # What a finding says quotes the artefact, which is not for logs.
+                message=result.message if result.verdict in (Verdict.ERROR, Verdict.SKIPPED) else None,
+            )
+        if not run.done.done():
+            run.done.set_result(results)
+
+    def _start(self, name: str, gate: str) -> None:
+        run = self._runs[name]
+        started_ms = self.service.clock.now_ms()
+        task = asyncio.create_task(self._judge.run(self._gates[gate], run.workspace, run.schema))
+        task.add_done_callback(lambda done: self._on_gate_done(name, gate, started_ms, done))
+        run.tasks[gate] = task
+
+    def _on_gate_done(self, name: str, gate: str, started_ms: int, task: asyncio.Task[GateResult]) -> None:
+        """Report the end of a gate, whatever it was: the machine waits for its cores."""
+        if task.cancelled():
+            result = self._failed(gate, started_ms, "cancelled")
+        elif (bug := task.exception()) is not None:
+            header = self._runs[name].call.header
+            self.service.log.write(
+                GATE_BUG, task=header.task, step=header.step, attempt=header.attempt, gate=gate, error=repr(bug)
+            )
+            result = self._failed(gate, started_ms, f"internal.bug: {bug!r}"[:1_000])
+        else:
+            result = task.result()
+        self._feed(m.GateEnded(name, gate, result, self.service.clock.now_ms()))
+
+    def _failed(self, gate: str, started_ms: int, message: str) -> GateResult:
+        return GateResult(
+            gate=gate,
+            verdict=Verdict.ERROR,
+            category=Category.RESOURCE,
+            message=message,
+            started_ms=started_ms,
+            ended_ms=self.service.clock.now_ms(),
+        )
+
+    def _metrics(self) -> dict[str, Any]:
+        return {
+            "gates_running": self._machine.running,
+            "gates_waiting": self._machine.waiting,
+            "cores_free": self._machine.free,
+            "requests": self._asked,
+            **{f"gates_{verdict.value}": self._verdicts[verdict.value] for verdict in Verdict},
+        }
+
+
+def _not_applicable(gate: GateEntry, workspace: Workspace) -> str:
+    wanted = "/".join(kind.value for kind in gate.kinds)
+    languages = f" in {'/'.join(gate.languages)}" if gate.languages else ""
+    there = ", ".join(f"{subject.file} ({subject.kind.value})" for subject in workspace.subjects if subject.judged)
+    return f"nothing to judge: {gate.name} is for {wanted}{languages}; under check: {there}"[:4_000]
+
+
+def _too_late(request: GateRequest) -> Failure:
+    message = f"the deadline of the request passed before {', '.join(request.gates)} had ended; all were killed"
+    return Failure(code="gates.deadline", category=Category.TIMEOUT, origin="gates", message=message)

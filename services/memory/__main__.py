@@ -1,0 +1,26 @@
+"""`python -m services.memory`: wiring only."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from services.kit.config import load_home
+from services.memory.app import FolderTaken, MemoryService
+from services.memory.log import LogDamaged
+
+
+def main() -> int:
+    try:
+        return asyncio.run(_serve())
+    except (LogDamaged, FolderTaken) as err:
+        sys.stderr.write(f"memory: {err}\n")
+        return 1
+
+
+async def _serve() -> int:
+    return await MemoryService(load_home().make()).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

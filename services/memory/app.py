@@ -1,0 +1,324 @@
+"""The memory service at its edges: handlers, two threads, the lock on the folder.
+
+The loop only validates and waits, so that pings are answered while SQLite and Kuzu write. The writer thread commits all
+requests that arrived during the last commit in one transaction (group commit: at most as many as there are slots). The
+projector thread follows after the acknowledgement, and answers questions in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import math
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+
+from protocol.codec import pack_body
+from protocol.errors import CallFailed
+from protocol.limits import MAX_BODY_BYTES
+from protocol.messages.failure import Category, Failure
+from protocol.messages.memory import (
+    Explain,
+    MemoryFinal,
+    MemoryRequest,
+    RecordDecisions,
+    RecordOutcomes,
+    Retrieve,
+    Stats,
+)
+from services.kit.config import Home
+from services.kit.logs import LogEvent
+from services.kit.service import Call, Service
+from services.memory.embedding import BadVector, Embedder, Unembeddable
+from services.memory.graph import files as graph_files
+from services.memory.graph import vouched
+from services.memory.graph_check import Checked, check_in_child
+from services.memory.log import Entry, MemoryLog
+from services.memory.machine import Found
+from services.memory.manifest import ProjectionDoubt
+from services.memory.projector import Projector
+
+SLOTS: Final = 16
+MEMORY_OPENED: Final = LogEvent("memory.opened", "log_id log_seq embedder reembedded")
+MEMORY_UNUSABLE: Final = LogEvent("memory.unusable", "reason", "error")
+PROJECTION_FAILED: Final = LogEvent("memory.projection_failed", "reason", "error")
+
+_LOCK_FILE: Final = "lock"
+_LOCK_WAIT_S: Final = 3.0  # supervisord starts a successor only after the end; the kernel closes files a moment later
+
+PROJECTION_TROUBLE: Final = (RuntimeError, ProjectionDoubt, BadVector, OSError, sqlite3.Error)
+"""What is left when rebuilding has not helped: no space, no memory, a log that cannot be read."""
+
+Write = RecordDecisions | RecordOutcomes
+Answer = MemoryFinal | Failure
+
+
+class FolderTaken(Exception):
+    """Another memory service of the same home is alive."""
+
+
+class MemoryService:
+    """One memory per home: owns `$TIERLINE_HOME/memory`."""
+
+    def __init__(self, home: Home) -> None:
+        self._folder = home.memory
+        self._service = Service(home, "memory", ("memory",), slots=SLOTS)
+        self._service.answer("memory.request", self._on_request)
+        self._service.metrics = self._metrics
+        self._writer = ThreadPoolExecutor(1, "memory-writer")
+        self._follower = ThreadPoolExecutor(1, "memory-projector")
+        self._log: MemoryLog | None = None
+        self._embedder: Embedder | None = None
+        self._projector: Projector | None = None
+        self._lock: int | None = None
+        self._pending: list[tuple[Write, asyncio.Future[Answer]]] = []
+        self._committing: asyncio.Task[None] | None = None
+        self._advancing: asyncio.Task[None] | None = None
+        self._behind = False
+        self._groups = 0
+
+    async def run(self) -> int:
+        """Serve until SIGTERM; returns the exit status."""
+        try:
+            return await self._service.run(self._load)
+        finally:
+            await self._close()
+
+    # Requests.
+
+    async def _on_request(self, call: Call) -> MemoryFinal:
+        ask = call.read(MemoryRequest).ask
+        match ask:
+            case RecordDecisions() | RecordOutcomes():
+                _refuse_infinite(ask)
+                return await self._write(ask)
+            case Retrieve():
+                return await self._ask_projector(partial(self._retrieve, ask))
+            case Explain():
+                return await self._ask_projector(partial(self._explain, ask))
+            case Stats():
+                return await self._ask_projector(self._stats)
+
+    async def _write(self, ask: Write) -> MemoryFinal:
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._pending.append((ask, answer))
+        if self._committing is None:
+            self._committing = asyncio.create_task(self._commit_all())
+        result = await answer
+        if isinstance(result, Failure):
+            raise CallFailed(result)
+        return result
+
+    async def _commit_all(self) -> None:
+        """Commit group after group until nobody waits; the next group gathers while one is being written."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._pending:
+                group, self._pending = self._pending, []
+                try:
+                    results = await loop.run_in_executor(self._writer, self._commit, [ask for ask, _ in group])
+                except Exception as err:  # noqa: BLE001  a bug there must end these calls, as one, and not all later ones
+                    for _, answer in group:
+                        if not answer.done():
+                            answer.set_exception(err)
+                    continue
+                self._groups += 1
+                for (_, answer), result in zip(group, results, strict=True):
+                    if not answer.done():  # done: cancelled by the hub; what was stored stays stored
+                        answer.set_result(result)
+                self._behind = True
+                if self._advancing is None:
+                    self._advancing = asyncio.create_task(self._advance())
+        finally:
+            self._committing = None
+
+    async def _advance(self) -> None:
+        try:
+            while self._behind:
+                self._behind = False
+                await asyncio.get_running_loop().run_in_executor(self._follower, self._opened().advance)
+        except PROJECTION_TROUBLE as err:
+            # Writes go on, the log is the truth; the next question tries again and fails with this reason if it must.
+            self._service.log.write(PROJECTION_FAILED, reason=str(err))
+        finally:
+            self._advancing = None
+
+    async def _ask_projector(self, work: Callable[[], MemoryFinal]) -> MemoryFinal:
+        return await asyncio.get_running_loop().run_in_executor(self._follower, work)
+
+    # In the writer thread.
+
+    def _commit(self, asks: Sequence[Write]) -> list[Answer]:
+        if self._log is None or self._embedder is None:
+            raise RuntimeError("the log is not open")
+        answers: dict[int, Answer] = {}
+        entries: dict[int, Entry] = {}
+        for position, ask in enumerate(asks):
+            try:
+                episode = ask.episode if isinstance(ask, RecordOutcomes) else None
+                entries[position] = Entry(ask, None if episode is None else self._embedder.embed(episode.objective))
+            except Unembeddable as err:
+                answers[position] = _refusal(
+                    "memory.unembeddable",
+                    f"ask.episode.objective: {err}; nothing of this request was stored. Send its outcomes without it.",
+                )
+        answers.update(zip(entries, self._log.commit(list(entries.values())), strict=True))
+        return [answers[position] for position in range(len(asks))]
+
+    # In the projector thread.
+
+    def _retrieve(self, ask: Retrieve) -> MemoryFinal:
+        try:
+            return MemoryFinal(episodes=self._opened().retrieve(ask))
+        except Unembeddable as err:
+            raise CallFailed(_refusal("memory.unembeddable", f"ask.text: {err}")) from err
+        except PROJECTION_TROUBLE as err:
+            failure = Failure(
+                code="memory.projection",
+                category=Category.RESOURCE,
+                origin="memory",
+                message=f"the projections in {self._folder} cannot be built: {err}; free disk space or memory there",
+            )
+            raise CallFailed(failure) from err
+
+    def _explain(self, ask: Explain) -> MemoryFinal:
+        answer = MemoryFinal(explained=self._opened().reader.explain(ask.decision_ids))
+        size = len(pack_body(answer))
+        if size > MAX_BODY_BYTES:
+            raise CallFailed(
+                _refusal("memory.answer_too_large", f"ask.decision_ids: the answer has {size} bytes; ask for fewer ids")
+            )
+        return answer
+
+    def _stats(self) -> MemoryFinal:
+        return MemoryFinal(stats=self._opened().stats())
+
+    # Opening and closing.
+
+    async def _load(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await self._take_folder()
+            self._embedder = await loop.run_in_executor(self._writer, Embedder)
+            opened = await loop.run_in_executor(self._writer, self._open_log)
+            manifest, checked, doubt = await self._judge_graph()
+            await loop.run_in_executor(self._follower, self._open_projector, loop, manifest, checked, doubt)
+        except Exception as err:
+            self._service.log.write(MEMORY_UNUSABLE, reason=f"{type(err).__name__}: {err}")
+            raise
+        self._service.log.write(MEMORY_OPENED, **opened)
+
+    async def _take_folder(self) -> None:
+        """Two memories on one folder would each miss what the other wrote. The lock ends with the process, even -9."""
+        self._lock = os.open(self._folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = asyncio.get_running_loop().time() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as err:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise FolderTaken(f"{self._folder} is held by another memory service: stop it first") from err
+                await asyncio.sleep(0.1)
+            else:
+                return
+
+    def _open_log(self) -> dict[str, Any]:
+        if self._embedder is None:
+            raise RuntimeError("the embedder is not loaded")
+        self._log = MemoryLog(self._folder)
+        reembedded = self._log.adopt_embedder(self._embedder.name, self._embedder.embed)
+        return {
+            "log_id": self._log.log_id,
+            "log_seq": self._log.seq,
+            "embedder": self._embedder.name,
+            "reembedded": reembedded,
+        }
+
+    async def _judge_graph(self) -> tuple[Found | None, Checked | None, str | None]:
+        """May the graph be opened in this process? What vouches for it, or why it must be rebuilt."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._follower, vouched, self._folder), None, None
+        except FileNotFoundError:
+            if not graph_files(self._folder):
+                return None, None, "there is no graph"
+        except ProjectionDoubt as err:
+            return None, None, str(err)
+        try:
+            return None, await check_in_child(self._folder), None
+        except ProjectionDoubt as err:
+            return None, None, str(err)
+
+    def _open_projector(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        manifest: Found | None,
+        checked: Checked | None,
+        doubt: str | None,
+    ) -> None:
+        if self._embedder is None:
+            raise RuntimeError("the embedder is not loaded")
+
+        def tell(event: LogEvent, **fields: object) -> None:
+            loop.call_soon_threadsafe(partial(self._service.log.write, event, **fields))
+
+        self._projector = Projector(self._folder, self._embedder, tell)
+        self._projector.start(manifest, checked, doubt)
+
+    def _opened(self) -> Projector:
+        if self._projector is None:
+            raise RuntimeError("the memory is not open yet")
+        return self._projector
+
+    async def _close(self) -> None:
+        """After the last call: let both threads finish, leave projections that the next start can trust."""
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(task for task in (self._committing, self._advancing) if task is not None))
+        await loop.run_in_executor(self._follower, self._close_projector)
+        await loop.run_in_executor(self._writer, self._close_log)
+        self._follower.shutdown()
+        self._writer.shutdown()
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _close_projector(self) -> None:
+        if self._projector is not None:
+            self._projector.close()
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def _metrics(self) -> dict[str, Any]:
+        if self._log is None or self._projector is None:
+            return {}
+        return {
+            "log_seq": self._log.seq,
+            "vectors_seq": self._projector.vectors_seq,
+            "graph_seq": self._projector.graph_seq,
+            "commit_groups": self._groups,
+            "vectors_rebuilt": self._projector.rebuilt["vectors"],
+            "graph_rebuilt": self._projector.rebuilt["graph"],
+        }
+
+
+def _refuse_infinite(ask: Write) -> None:
+    """JSON has no infinity, and one in a running mean stays for ever; names the first field that holds one."""
+    numbers: dict[str, float] = {}
+    if isinstance(ask, RecordDecisions):
+        for position, decision in enumerate(ask.decisions):
+            numbers |= {f"decisions.{position}.features.{name}": value for name, value in decision.features.items()}
+    else:
+        numbers |= {f"outcomes.{position}.seconds": outcome.seconds for position, outcome in enumerate(ask.outcomes)}
+        if ask.episode is not None:
+            numbers["episode.seconds"] = ask.episode.seconds
+    for field, value in numbers.items():
+        if not math.isfinite(value):
+            raise CallFailed(_refusal("memory.not_finite", f"ask.{field}: {value} is not a finite number"))
+
+
+def _refusal(code: str, message: str) -> Failure:
+    return Failure(code=code, category=Category.POLICY, origin="memory", message=message)

@@ -1,0 +1,219 @@
+"""What was chosen in which episode, and what failed: a property graph (Kuzu), a projection of the log.
+
+    (Episode)-[TOOK]->(Decision)-[OF_CHOICE]->(Choice)-[FAILED_WITH {times}]->(FailureMode)
+
+Retrieval asks it which failures the choices of a similar episode are known for. Failures are counted at the choice,
+so that a question costs what its episodes are large, not what the history is long. How far it follows the log is kept
+inside it, in the transaction that applies the rows. Kuzu may open a damaged file with silently wrong data or crash, so
+whether a file may be opened is decided outside (`projector.py`, `graph_check.py`); two open databases in one process
+lose rows, so there is one, in one thread.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import kuzu
+
+from services.memory.log_reader import Change, ChoiceFailed, DecisionAdded, EpisodeAdded
+from services.memory.machine import Found
+from services.memory.manifest import Manifest, ProjectionDoubt, sha256_of, sync_folder
+
+GRAPH_FILE: Final = "graph.kuzu"
+_MANIFEST: Final = "graph.manifest.json"
+_GIB: Final = 1 << 30
+_MAX_DB_BYTES: Final = 16 * _GIB  # the default reserves 8 TiB of addresses, which fails under a memory limit
+_BUFFER_BYTES: Final = 128 * 1024 * 1024
+
+_SCHEMA: Final = (
+    "CREATE NODE TABLE Episode(task_id STRING PRIMARY KEY)",
+    "CREATE NODE TABLE Decision(decision_id STRING PRIMARY KEY)",
+    "CREATE NODE TABLE Choice(id STRING PRIMARY KEY, subject STRING, task_type STRING, name STRING)",
+    "CREATE NODE TABLE FailureMode(code STRING PRIMARY KEY)",
+    "CREATE NODE TABLE Applied(id INT64 PRIMARY KEY, log_id STRING, seq INT64)",
+    "CREATE REL TABLE TOOK(FROM Episode TO Decision)",
+    "CREATE REL TABLE OF_CHOICE(FROM Decision TO Choice)",
+    "CREATE REL TABLE FAILED_WITH(FROM Choice TO FailureMode, times INT64)",
+)
+# One row a statement with its key as parameter: only so does Kuzu use the primary key index. UNWIND over rows scans
+# the tables, which made applying 2,000 decisions eight times slower once 50,000 were there.
+_ADD_EPISODE: Final = "MERGE (e:Episode {task_id: $task_id}) RETURN e.task_id"
+_ADD_CHOICE: Final = (
+    "MERGE (c:Choice {id: $choice_id}) "
+    "ON CREATE SET c.subject = $subject, c.task_type = $task_type, c.name = $name RETURN c.id"
+)
+_ADD_DECISION: Final = (
+    "MATCH (e:Episode {task_id: $task_id}), (c:Choice {id: $choice_id}) "
+    "CREATE (e)-[:TOOK]->(d:Decision {decision_id: $decision_id})-[:OF_CHOICE]->(c) RETURN d.decision_id"
+)
+_ADD_FAILURE_MODE: Final = "MERGE (m:FailureMode {code: $code}) RETURN m.code"
+_ADD_FAILURES: Final = (
+    "MATCH (c:Choice {id: $choice_id}), (m:FailureMode {code: $code}) MERGE (c)-[f:FAILED_WITH]->(m) "
+    "ON CREATE SET f.times = $times ON MATCH SET f.times = f.times + $times RETURN f.times"
+)
+# A fixed 40 ms, then 0.1 ms a row against 0.5 ms: for rebuilding and for the plans of large tasks.
+_COPY_DECISIONS: Final = (
+    "COPY Decision FROM (UNWIND $rows AS r RETURN r.decision_id)",
+    "COPY TOOK FROM (UNWIND $rows AS r RETURN r.task_id, r.decision_id)",
+    "COPY OF_CHOICE FROM (UNWIND $rows AS r RETURN r.decision_id, r.choice_id)",
+)
+_COPY_FROM_ROWS: Final = 100
+_KNOWN_FAILURES: Final = (
+    "MATCH (e:Episode)-[:TOOK]->(:Decision)-[:OF_CHOICE]->(c:Choice)-[f:FAILED_WITH]->(m:FailureMode) "
+    "WHERE e.task_id IN $task_ids RETURN DISTINCT e.task_id, c.id, m.code, f.times"
+)
+_LINEAGE: Final = (
+    (
+        "MATCH (e:Episode)-[:TOOK]->(d:Decision)-[:OF_CHOICE]->(c:Choice) "
+        "RETURN 'decision', d.decision_id, e.task_id, c.subject, c.task_type, c.name"
+    ),
+    (
+        "MATCH (c:Choice)-[f:FAILED_WITH]->(m:FailureMode) "
+        "RETURN 'failed', c.subject, c.task_type, c.name, m.code, f.times"
+    ),
+    "MATCH (e:Episode) RETURN 'episode', e.task_id",
+)
+
+
+class LineageGraph:
+    """The open graph; belongs to one thread. Kuzu reports every failure as RuntimeError."""
+
+    def __init__(self, folder: Path, new_for: str | None = None) -> None:
+        """Open the graph in `folder`, or make an empty one that follows the log with the identity `new_for`."""
+        self._folder = folder
+        if new_for is not None:
+            remove(folder)
+        else:
+            # From here on the files change, so what the manifest says of them is no longer true.
+            (folder / _MANIFEST).unlink(missing_ok=True)
+            sync_folder(folder)
+        self._database = kuzu.Database(
+            folder / GRAPH_FILE, buffer_pool_size=_BUFFER_BYTES, max_db_size=_MAX_DB_BYTES, max_num_threads=1
+        )
+        self._connection = kuzu.Connection(self._database, num_threads=1)
+        if new_for is not None:
+            for statement in _SCHEMA:
+                self._run(statement)
+            self._run("CREATE (:Applied {id: 0, log_id: $log_id, seq: 0})", {"log_id": new_for})
+        self.found = self._read_found()
+        """How far it follows which log."""
+
+    @property
+    def applied_seq(self) -> int:
+        """Number of the last row of the log that is in the graph."""
+        return self.found.applied_seq
+
+    def apply(self, upto: int, changes: Sequence[Change]) -> None:
+        """Add what the rows up to `upto` say, and `upto` itself, in one transaction."""
+        decisions = [change for change in changes if isinstance(change, DecisionAdded)]
+        tasks = dict.fromkeys(change.task_id for change in changes if isinstance(change, DecisionAdded | EpisodeAdded))
+        choices = {_choice_id(decision): decision for decision in decisions}
+        failures = Counter((_choice_id(c), c.code) for c in changes if isinstance(c, ChoiceFailed))
+        self._run("BEGIN TRANSACTION")
+        for task_id in tasks:
+            self._must(_ADD_EPISODE, {"task_id": task_id})
+        for choice_id, first in choices.items():
+            names = {"subject": first.subject, "task_type": first.task_type, "name": first.choice}
+            self._must(_ADD_CHOICE, {"choice_id": choice_id, **names})
+        self._add_decisions(decisions)
+        for code in dict.fromkeys(code for _, code in failures):
+            self._must(_ADD_FAILURE_MODE, {"code": code})
+        for (choice_id, code), times in failures.items():
+            self._must(_ADD_FAILURES, {"choice_id": choice_id, "code": code, "times": times})
+        self._must("MATCH (a:Applied {id: 0}) SET a.seq = $seq RETURN a.seq", {"seq": upto})
+        self._run("COMMIT")
+        self.found = Found(self.found.log_id, upto)
+
+    def known_failures(self, task_ids: Sequence[str]) -> dict[str, list[str]]:
+        """Per episode the failure codes its choices are known for in tasks of that type, most frequent first."""
+        times: dict[str, Counter[str]] = {task_id: Counter() for task_id in task_ids}
+        if task_ids:
+            for task_id, _, code, count in self._run(_KNOWN_FAILURES, {"task_ids": list(task_ids)}):
+                times[task_id][code] += count
+        return {
+            task_id: [code for _, code in sorted((-count, code) for code, count in counter.items())]
+            for task_id, counter in times.items()
+        }
+
+    def lineage(self) -> Iterator[tuple[str | int, ...]]:
+        """Everything in the graph, in the shape of `LogReader.lineage`; any order."""
+        for statement in _LINEAGE:
+            for row in self._run(statement):
+                yield tuple(row)
+
+    def close(self) -> None:
+        """Checkpoint, close, and write the manifest with which the next start need not check the content."""
+        found = self.found
+        self._connection.close()
+        self._database.close()
+        sync_folder(self._folder)
+        Manifest(found.log_id, found.applied_seq, {path.name: sha256_of(path) for path in files(self._folder)}).save(
+            self._folder / _MANIFEST
+        )
+
+    def abandon(self) -> None:
+        """Close without vouching for the files."""
+        self._connection.close()
+        self._database.close()
+
+    def _read_found(self) -> Found:
+        rows = self._run("MATCH (a:Applied {id: 0}) RETURN a.log_id, a.seq")
+        if len(rows) != 1:
+            raise ProjectionDoubt(f"{GRAPH_FILE} does not say how far it follows the log")
+        return Found(str(rows[0][0]), int(rows[0][1]))
+
+    def _add_decisions(self, decisions: Sequence[DecisionAdded]) -> None:
+        rows = [{"decision_id": d.decision_id, "task_id": d.task_id, "choice_id": _choice_id(d)} for d in decisions]
+        if len(rows) >= _COPY_FROM_ROWS:
+            for statement in _COPY_DECISIONS:  # fails by itself where a key is not found
+                self._run(statement, {"rows": rows})
+        else:
+            for row in rows:
+                self._must(_ADD_DECISION, row)
+
+    def _must(self, statement: str, parameters: dict[str, Any]) -> None:
+        """Run a statement that returns the row it has written. A damaged key index would make it write nothing."""
+        if len(self._run(statement, parameters)) != 1:
+            raise ProjectionDoubt(f"{statement.split(' RETURN ')[0]!r} did not write one row for {parameters}")
+
+    def _run(self, statement: str, parameters: dict[str, Any] | None = None) -> list[list[Any]]:
+        result: Any = self._connection.execute(statement, parameters or {})  # a list only for several statements
+        rows: list[list[Any]] = result.get_all()
+        result.close()
+        return rows
+
+
+def files(folder: Path) -> list[Path]:
+    """Files Kuzu keeps for the graph: the database, and after an unclean stop its write-ahead log."""
+    return sorted(folder.glob(f"{GRAPH_FILE}*"))
+
+
+def remove(folder: Path) -> None:
+    """Delete the graph and its manifest."""
+    (folder / _MANIFEST).unlink(missing_ok=True)
+    for path in files(folder):
+        path.unlink()
+    sync_folder(folder)
+
+
+def vouched(folder: Path) -> Found:
+    """What the manifest of a cleanly closed graph says, once its files have been compared with it.
+
+    Raises FileNotFoundError without a manifest (never there, or not closed), ProjectionDoubt if anything differs.
+    """
+    manifest = Manifest.load(folder / _MANIFEST)
+    names = {path.name for path in files(folder)}
+    if names != manifest.files.keys():
+        raise ProjectionDoubt(f"the files are {sorted(names)}, the manifest names {sorted(manifest.files)}")
+    for name, expected in manifest.files.items():
+        if sha256_of(folder / name) != expected:
+            raise ProjectionDoubt(f"{name} has been altered: its sha256 is not the one in the manifest")
+    return Found(manifest.log_id, manifest.applied_seq)
+
+
+def _choice_id(change: DecisionAdded | ChoiceFailed) -> str:
+    return json.dumps([change.subject, change.task_type, change.choice])

@@ -1,0 +1,189 @@
+"""Reading the log: what projections still have to apply, and the rows that answers are made of.
+
+A connection of its own, so that reading never waits for the writer (WAL). Nothing here changes the file.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.messages.memory import DecisionRecord, Episode, Explained, Outcome, Value
+from services.memory.embedding import Vector, from_bytes
+from services.memory.log import LOG_FILE
+from services.memory.machine import episode_value
+
+_ROWS_AT_ONCE: Final = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionAdded:
+    """Row of a decision, as far as the graph needs it."""
+
+    seq: int
+    decision_id: str
+    task_id: str
+    subject: str
+    task_type: str
+    choice: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFailed:
+    """An outcome with a failure code, joined with the choice it speaks about."""
+
+    seq: int
+    decision_id: str
+    subject: str
+    task_type: str
+    choice: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeAdded:
+    """Row of an episode with the vector of its objective."""
+
+    seq: int
+    task_id: str
+    vector: Vector
+
+
+Change = DecisionAdded | ChoiceFailed | EpisodeAdded
+
+_CHANGES: Final = (
+    "SELECT seq, decision_id, task_id, subject, task_type, choice FROM decisions WHERE seq > ? AND seq <= ?",
+    (
+        "SELECT o.seq, o.decision_id, d.subject, d.task_type, d.choice, o.failure_code FROM outcomes o "
+        "JOIN decisions d USING (decision_id) WHERE o.failure_code IS NOT NULL AND o.seq > ? AND o.seq <= ?"
+    ),
+    "SELECT seq, task_id, vector FROM episodes WHERE seq > ? AND seq <= ?",
+)
+
+
+class LogReader:
+    """A read-only view of the log; belongs to one thread. Numbers and rows are those of the last commit."""
+
+    def __init__(self, folder: Path) -> None:
+        self._db = sqlite3.connect(
+            f"{(folder / LOG_FILE).as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=10
+        )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._db.close()
+
+    @property
+    def log_id(self) -> str:
+        """Identity of the log."""
+        return str(self._meta("log_id"))
+
+    @property
+    def seq(self) -> int:
+        """Number of the last committed row."""
+        return int(self._meta("seq"))
+
+    def changes(self, after: int, upto: int) -> Iterator[tuple[int, list[Change]]]:
+        """What follows row `after` up to and including row `upto`: pairs of (last seq covered, changes in order)."""
+        while after < upto:
+            last = min(upto, after + _ROWS_AT_ONCE)
+            decisions, failures, episodes = (self._db.execute(query, (after, last)).fetchall() for query in _CHANGES)
+            found: list[Change] = [DecisionAdded(*row) for row in decisions]
+            found += [ChoiceFailed(*row) for row in failures]
+            found += [EpisodeAdded(seq, task_id, from_bytes(vector)) for seq, task_id, vector in episodes]
+            yield last, sorted(found, key=lambda change: change.seq)
+            after = last
+
+    def lineage(self, upto: int) -> Iterator[tuple[str | int, ...]]:
+        """The rows that the graph stands for at `upto`, in the shape of `graph.lineage`; any order."""
+        for row in self._db.execute(
+            "SELECT decision_id, task_id, subject, task_type, choice FROM decisions WHERE seq <= ?", (upto,)
+        ):
+            yield ("decision", *row)
+        for row in self._db.execute(
+            "SELECT d.subject, d.task_type, d.choice, o.failure_code, count(*) FROM outcomes o "
+            "JOIN decisions d USING (decision_id) WHERE o.failure_code IS NOT NULL AND o.seq <= ? GROUP BY 1, 2, 3, 4",
+            (upto,),
+        ):
+            yield ("failed", *row)
+        for (task_id,) in self._db.execute(
+            "SELECT task_id FROM episodes WHERE seq <= ?1 UNION SELECT task_id FROM decisions WHERE seq <= ?1", (upto,)
+        ):
+            yield ("episode", task_id)
+
+    def episode_seqs(self, upto: int) -> npt.NDArray[np.int64]:
+        """Row numbers of all episodes up to `upto`, rising: the ids that the vector index must hold."""
+        rows = self._db.execute("SELECT seq FROM episodes WHERE seq <= ? ORDER BY seq", (upto,)).fetchall()
+        return np.array([row[0] for row in rows], dtype=np.int64)
+
+    def episode_seqs_of(self, task_type: str) -> npt.NDArray[np.int64]:
+        """Row numbers of the episodes of one task type."""
+        rows = self._db.execute("SELECT seq FROM episodes WHERE task_type = ? ORDER BY seq", (task_type,)).fetchall()
+        return np.array([row[0] for row in rows], dtype=np.int64)
+
+    def episode(self, seq: int) -> Episode:
+        """The episode at this row, with the value of what was done in it."""
+        record = self._db.execute("SELECT record FROM episodes WHERE seq = ?", (seq,)).fetchone()[0]
+        episode = Episode.model_validate_json(record)
+        rows = self._db.execute(
+            "SELECT DISTINCT v.subject, v.task_type, v.choice, v.q FROM decisions d "
+            "JOIN outcomes USING (decision_id) JOIN choice_values v USING (subject, task_type, choice) "
+            "WHERE d.task_id = ?",
+            (episode.task_id,),
+        ).fetchall()
+        return episode.model_copy(update={"q": episode_value([row[3] for row in rows], episode.succeeded)})
+
+    def explain(self, decision_ids: Sequence[str]) -> list[Explained]:
+        """Decisions in the order asked for, unknown ids left out, each with its outcome and the values to compare."""
+        return [explained for ident in decision_ids if (explained := self._explain(ident)) is not None]
+
+    def counts(self) -> dict[str, int]:
+        """Rows per table, and the duplicates that had no effect."""
+        tables = {"decisions": "decisions", "outcomes": "outcomes", "episodes": "episodes", "values": "choice_values"}
+        counts = {
+            name: int(self._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608  literals above
+            for name, table in tables.items()
+        }
+        return counts | {"duplicates": int(self._meta("duplicates")), "log_seq": self.seq}
+
+    def _explain(self, decision_id: str) -> Explained | None:
+        row = self._db.execute(
+            "SELECT d.record, o.record FROM decisions d LEFT JOIN outcomes o USING (decision_id) WHERE decision_id = ?",
+            (decision_id,),
+        ).fetchone()
+        if row is None:
+            return None
+        decision = DecisionRecord.model_validate_json(row[0])
+        outcome = None if row[1] is None else Outcome.model_validate_json(row[1])
+        values = self._values(decision, dict.fromkeys([decision.choice, *decision.alternatives]))
+        return Explained(decision=decision, outcome=outcome, values=values)
+
+    def _values(self, decision: DecisionRecord, choices: Collection[str]) -> list[Value]:
+        values = []
+        for choice in choices:
+            row = self._db.execute(
+                "SELECT q, count, mean_seconds FROM choice_values WHERE subject = ? AND task_type = ? AND choice = ?",
+                (decision.subject, decision.task_type, choice),
+            ).fetchone()
+            if row is not None:
+                values.append(
+                    Value(
+                        subject=decision.subject,
+                        task_type=decision.task_type,
+                        choice=choice,
+                        q=row[0],
+                        count=row[1],
+                        mean_seconds=row[2],
+                    )
+                )
+        return values
+
+    def _meta(self, key: str) -> str | int:
+        value: str | int = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
+        return value

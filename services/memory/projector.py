@@ -1,0 +1,223 @@
+"""Keeps both projections in step with the log, and answers from them.
+
+All of it runs in one thread, in order: a write is acknowledged after its commit, its projection follows, and a question
+that comes after the acknowledgement is answered after that. A projection that is missing, damaged, ahead of the log or
+fails while it is used is rebuilt from the log, and the log file of the service says so. So deleting or damaging both
+changes no answer, only how long the start takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from protocol.messages.memory import Episode, Retrieve
+from services.kit.logs import LogEvent
+from services.memory.embedding import BadVector, Embedder
+from services.memory.graph import LineageGraph
+from services.memory.graph_check import Checked
+from services.memory.log_reader import EpisodeAdded, LogReader
+from services.memory.machine import Candidate, Found, Recovery, RetrievalPolicy, lineage_digest, ranked, recovery
+from services.memory.manifest import ProjectionDoubt
+from services.memory.vectors import VectorIndex
+
+PROJECTION_OPENED: Final = LogEvent("memory.projection_opened", "projection verdict reason applied_seq log_seq")
+PROJECTION_REBUILT: Final = LogEvent("memory.projection_rebuilt", "projection reason applied_seq", "warning")
+SNAPSHOT_FAILED: Final = LogEvent("memory.snapshot_failed", "reason", "warning")
+
+_MAX_CODES: Final = 64  # bound of Episode.failure_codes
+
+
+class Tell(Protocol):
+    """Writes a line to the service's log; may be called from any thread."""
+
+    def __call__(self, event: LogEvent, **fields: object) -> None:
+        """Write one line."""
+        ...
+
+
+class Projector:
+    """Owns the reader, the vectors and the graph. Every method belongs to one thread."""
+
+    def __init__(self, folder: Path, embedder: Embedder, tell: Tell) -> None:
+        self._folder = folder
+        self._embedder = embedder
+        self._tell = tell
+        self._policy = RetrievalPolicy()
+        self._reader = LogReader(folder)
+        self._vectors = VectorIndex(folder, self._reader.log_id)
+        self._graph: LineageGraph | None = None
+        self.rebuilt = {"vectors": 0, "graph": 0}
+        """How often each projection was built from the whole log by this process, for the service's metrics."""
+
+    @property
+    def vectors_seq(self) -> int:
+        """Last row of the log that is in the vector index."""
+        return self._vectors.applied_seq
+
+    @property
+    def graph_seq(self) -> int:
+        """Last row of the log that is in the graph; 0 while there is none."""
+        return 0 if self._graph is None else self._graph.applied_seq
+
+    def start(self, vouched: Found | None, checked: Checked | None, doubt: str | None) -> None:
+        """Open both projections and bring them up to the log.
+
+        The graph was judged before, since that may need a child process: `vouched` is what its manifest says,
+        `checked` what a child read in it, `doubt` why it has to be rebuilt.
+        """
+        self._open_vectors()
+        self._open_graph(vouched, checked, doubt)
+        self.advance()
+
+    def advance(self) -> None:
+        """Apply what the log holds beyond the projections. Raises RuntimeError if even a rebuilt graph fails."""
+        upto = self._reader.seq
+        self._guarded("vectors", lambda: self._advance_vectors(upto), self._new_vectors)
+        self._guarded("graph", lambda: self._advance_graph(upto), self._new_graph)
+        if self._vectors.snapshot_is_due():
+            try:
+                self._vectors.snapshot()
+            except OSError as err:  # the log holds everything; only the next start takes longer
+                self._tell(SNAPSHOT_FAILED, reason=str(err))
+
+    def retrieve(self, ask: Retrieve) -> list[Episode]:
+        """Finished tasks that resemble the text, best first; see `machine.ranked`. Raises Unembeddable.
+
+        `failure_codes` of an answer are the episode's own, then those its choices are known for in tasks of its type.
+        """
+        self.advance()
+        query = self._embedder.embed(ask.text)
+        among = None if ask.task_type is None else self._reader.episode_seqs_of(ask.task_type)
+        nearest = self._vectors.nearest(query, self._policy.pool(ask.k), among)
+        episodes = {}
+        candidates = []
+        for seq, similarity in nearest:
+            if similarity > self._policy.floor:
+                episode = self._reader.episode(seq)
+                episodes[episode.task_id] = episode
+                candidates.append(Candidate(episode.task_id, similarity, episode.q or 0.0))
+        best = ranked(candidates, ask.k, self._policy)
+        known: dict[str, list[str]] = {}
+
+        def look_up() -> None:
+            known.update(self._open().known_failures([each.task_id for each in best]))
+
+        self._guarded("graph", look_up, self._new_graph)
+        return [_answer(episodes[each.task_id], each, known[each.task_id]) for each in best]
+
+    def stats(self) -> dict[str, int]:
+        """Rows of the log, and how far each projection has followed it so far; unlike `retrieve` it does not wait."""
+        applied = {"vectors": len(self._vectors), "vectors_seq": self.vectors_seq, "graph_seq": self.graph_seq}
+        return self._reader.counts() | applied
+
+    @property
+    def reader(self) -> LogReader:
+        """The log as this thread reads it."""
+        return self._reader
+
+    def close(self) -> None:
+        """Leave both projections on disk such that the next start need not rebuild them."""
+        if self._graph is not None:
+            self._vectors.snapshot()
+            self._graph.close()
+        self._reader.close()
+
+    # Opening.
+
+    def _open_vectors(self) -> None:
+        found, why = None, None
+        try:
+            index = VectorIndex.load(self._folder)
+            found = index.found
+            if not np.array_equal(index.ids(), self._reader.episode_seqs(found.applied_seq)):
+                found, why = None, "its rows are not those of the log"
+        except FileNotFoundError:
+            why = "there is no snapshot"
+        except ProjectionDoubt as err:
+            why = str(err)
+        if self._judge("vectors", found, why) is not Recovery.REBUILD:
+            self._vectors = index
+
+    def _open_graph(self, vouched: Found | None, checked: Checked | None, doubt: str | None) -> None:
+        found = vouched
+        if checked is not None:
+            found = checked.found
+            if checked.digest != lineage_digest(self._reader.lineage(found.applied_seq)):
+                found, doubt = None, "its content is not that of the log"
+        if self._judge("graph", found, doubt) is Recovery.REBUILD:
+            self._new_graph()
+            return
+        try:
+            self._graph = LineageGraph(self._folder)
+        except (RuntimeError, ProjectionDoubt) as err:
+            self._rebuild("graph", str(err), self._new_graph)
+
+    def _judge(self, projection: str, found: Found | None, why: str | None) -> Recovery:
+        log_seq = self._reader.seq
+        verdict, reason = recovery(found, self._reader.log_id, log_seq)
+        if verdict is Recovery.REBUILD and log_seq > 0:
+            self.rebuilt[projection] += 1
+            self._tell(PROJECTION_REBUILT, projection=projection, reason=why or reason, applied_seq=0)
+        else:
+            applied = 0 if found is None else found.applied_seq
+            self._tell(
+                PROJECTION_OPENED,
+                projection=projection,
+                verdict=verdict.value,
+                reason=why or reason,
+                applied_seq=applied,
+                log_seq=log_seq,
+            )
+        return verdict
+
+    # Following the log.
+
+    def _guarded(self, projection: str, work: Callable[[], None], renew: Callable[[], None]) -> None:
+        """Do the work; if the projection fails at it, rebuild it from the log once and do the work again."""
+        try:
+            work()
+        except (RuntimeError, ProjectionDoubt, BadVector) as err:
+            self._rebuild(projection, str(err), renew)
+            work()
+
+    def _rebuild(self, projection: str, reason: str, renew: Callable[[], None]) -> None:
+        self.rebuilt[projection] += 1
+        self._tell(PROJECTION_REBUILT, projection=projection, reason=reason, applied_seq=0)
+        renew()
+        upto = self._reader.seq
+        if projection == "vectors":
+            self._advance_vectors(upto)
+        else:
+            self._advance_graph(upto)
+
+    def _advance_vectors(self, upto: int) -> None:
+        for last, changes in self._reader.changes(self._vectors.applied_seq, upto):
+            self._vectors.apply(last, [change for change in changes if isinstance(change, EpisodeAdded)])
+
+    def _advance_graph(self, upto: int) -> None:
+        opened = self._open()
+        for last, changes in self._reader.changes(opened.applied_seq, upto):
+            opened.apply(last, changes)
+
+    def _open(self) -> LineageGraph:
+        if self._graph is None:
+            raise ProjectionDoubt("there is no open graph")
+        return self._graph
+
+    def _new_vectors(self) -> None:
+        self._vectors = VectorIndex(self._folder, self._reader.log_id)
+
+    def _new_graph(self) -> None:
+        if self._graph is not None:
+            broken, self._graph = self._graph, None
+            broken.abandon()
+        self._graph = LineageGraph(self._folder, new_for=self._reader.log_id)
+
+
+def _answer(episode: Episode, candidate: Candidate, known: list[str]) -> Episode:
+    codes = list(dict.fromkeys([*episode.failure_codes, *known]))[:_MAX_CODES]
+    return episode.model_copy(update={"similarity": candidate.similarity, "q": candidate.q, "failure_codes": codes})
