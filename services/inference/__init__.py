@@ -1,1 +1,1 @@
-"""Wraps one llama.cpp server: one credit per slot, streamed answers, cancellation that frees the slot."""
+"""The wrapper of one llama.cpp server per entry of registry/models.yaml: its life, its slots, its answers."""

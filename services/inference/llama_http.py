@@ -1,0 +1,237 @@
+"""The HTTP API of a llama.cpp server as values and typed errors.
+
+Everything the server sends is bounded and checked here: a broken engine is an EngineError, never a KeyError further
+up. Which failure the hub is told, what counts as healthy for how long, and what is generated, others decide.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final
+
+import httpx
+
+from protocol.limits import MAX_ARTEFACT_CHARS
+
+_MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
+"""One event may hold a whole answer, escaped; anything larger is no answer."""
+
+_MAX_ERROR_BYTES: Final = 64 * 1024
+_PROBE_TIMEOUT_S: Final = 5.0
+_METRIC: Final = re.compile(r"^llamacpp:([a-z_]+) ([0-9.eE+-]+)$", re.MULTILINE)
+_TOO_LONG: Final = "exceed_context_size_error"
+_CALLERS_FAULT: Final = frozenset({"invalid_request_error", "not_supported_error"})
+
+
+class EngineError(Exception):
+    """Something went wrong between us and the engine."""
+
+
+class EngineGone(EngineError):
+    """The connection broke or could not be made: the child died, hangs, or is being replaced."""
+
+
+class EngineFaulty(EngineError):
+    """The engine answered with an error of its own or with something that is no answer."""
+
+
+class RequestInvalid(EngineError):
+    """The engine calls the request wrong, such as a grammar that cannot be read: the same request fails again."""
+
+
+class PromptTooLong(EngineError):
+    """The prompt does not fit the context of one slot. Both numbers in tokens."""
+
+    def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
+        super().__init__(f"the prompt has {prompt_tokens} tokens, a slot's context {context_tokens}")
+        self.prompt_tokens = prompt_tokens
+        self.context_tokens = context_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One event of a streamed answer; a field is None where the event does not carry it."""
+
+    text: str
+    finish_reason: str | None
+    generated_tokens: int | None
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer has cost, as llama.cpp counts it."""
+
+    prompt_tokens: int
+    """Cached ones included."""
+    cached_tokens: int
+    generated_tokens: int
+    prompt_ms: float
+    generate_ms: float
+
+
+class LlamaServer:
+    """Client of one child. Raises only EngineError."""
+
+    def __init__(self, port: int, api_key: str) -> None:
+        self._http = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}",
+            headers={"Authorization": f"Bearer {api_key}"},
+            timeout=_PROBE_TIMEOUT_S,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=4),
+            trust_env=False,  # a proxy for the outside world must not see this
+        )
+
+    async def close(self) -> None:
+        """Close all connections; running answers end with EngineGone."""
+        await self._http.aclose()
+
+    async def ready(self, slots: int) -> bool:
+        """True once the model is loaded and it is our server: it takes our key and has the slots we asked for."""
+        try:
+            health = await self._http.get("/health")
+        except httpx.HTTPError as err:
+            raise EngineGone(f"no answer to /health: {type(err).__name__}") from err
+        return health.status_code == 200 and len(await self._slots()) == slots
+
+    async def alive(self) -> bool:
+        """True if the server answers at all that it is well; costs it nothing."""
+        try:
+            return (await self._http.get("/health")).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    async def busy_slots(self) -> int:
+        """Number of slots that are decoding. Answered between two batches, so it may take as long as one."""
+        return sum(1 for slot in await self._slots() if slot.get("is_processing") is True)
+
+    async def metrics(self) -> dict[str, float]:
+        """Counters and gauges by their name without prefix."""
+        response = await self._get("/metrics")
+        return {name: float(value) for name, value in _METRIC.findall(response.text)}
+
+    async def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+        """Stream one answer; closing the iterator closes the connection, which cancels the generation."""
+        try:
+            async with self._http.stream(
+                "POST", "/v1/chat/completions", json=payload, timeout=httpx.Timeout(_PROBE_TIMEOUT_S, read=None)
+            ) as response:
+                if response.status_code != 200:
+                    raise _refusal(response.status_code, await _read_bounded(response))
+                async with aclosing(_events(response)) as events:
+                    async for data in events:
+                        if data == b"[DONE]":
+                            return
+                        yield _piece(data)
+        except httpx.HTTPError as err:
+            raise EngineGone(f"the connection to the engine broke: {type(err).__name__}") from err
+
+    async def _slots(self) -> list[dict[str, Any]]:
+        response = await self._get("/slots")
+        slots = _json(response.content)
+        if not isinstance(slots, list) or not all(isinstance(slot, dict) for slot in slots):
+            raise EngineFaulty("the engine's /slots is not a list of slots")
+        return slots
+
+    async def _get(self, path: str) -> httpx.Response:
+        try:
+            response = await self._http.get(path)
+        except httpx.HTTPError as err:
+            raise EngineGone(f"no answer to {path}: {type(err).__name__}") from err
+        if response.status_code != 200:
+            raise EngineFaulty(f"the engine answered {path} with HTTP {response.status_code}")
+        return response
+
+
+async def _read_bounded(response: httpx.Response) -> bytes:
+    body = bytearray()
+    async for part in response.aiter_bytes():
+        body += part
+        if len(body) > _MAX_ERROR_BYTES:
+            break
+    return bytes(body[:_MAX_ERROR_BYTES])
+
+
+async def _events(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    """Data of every server-sent event."""
+    rest = bytearray()
+    async for part in response.aiter_bytes():
+        rest += part
+        if len(rest) > _MAX_EVENT_BYTES:
+            raise EngineFaulty(f"the engine sent an event of more than {_MAX_EVENT_BYTES} bytes")
+        *lines, last = rest.split(b"\n")
+        rest = bytearray(last)
+        for line in lines:
+            name, _, data = bytes(line).partition(b":")
+            if name in (b"data", b"error"):
+                yield data.strip()
+            elif name.strip():
+                raise EngineFaulty(f"the engine sent {bytes(line[:80])!r} where an event belongs")
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as err:
+        raise EngineFaulty(f"the engine sent {data[:80]!r} where JSON belongs") from err
+
+
+def _refusal(status: int, body: bytes) -> EngineError:
+    """The typed error of an error body: decided by its `type`, not by its text."""
+    data = _json(body)
+    error = data.get("error") if isinstance(data, dict) else None
+    if not isinstance(error, dict):
+        return EngineFaulty(f"HTTP {status} from the engine without an error body")
+    kind, message = error.get("type"), str(error.get("message"))[:500]
+    if kind == _TOO_LONG:
+        return PromptTooLong(_count(error.get("n_prompt_tokens")), _count(error.get("n_ctx")))
+    if kind in _CALLERS_FAULT:
+        return RequestInvalid(message)
+    return EngineFaulty(f"HTTP {status} from the engine ({kind}): {message}")
+
+
+def _piece(data: bytes) -> Piece:
+    event = _json(data)
+    if not isinstance(event, dict):
+        raise EngineFaulty("the engine sent an event that is not an object")
+    if "error" in event or ("message" in event and "code" in event):
+        raise _refusal(200, data if "error" in event else json.dumps({"error": event}).encode())
+    text, finish_reason = "", None
+    choices = event.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        finish_reason = choices[0].get("finish_reason")
+        delta = choices[0].get("delta")
+        text = delta.get("content") or "" if isinstance(delta, dict) else ""
+    if not isinstance(text, str) or not isinstance(finish_reason, str | None):
+        raise EngineFaulty("the engine sent an answer whose text is no text")
+    timings = event.get("timings")
+    timings = timings if isinstance(timings, dict) else {}
+    return Piece(
+        text=text,
+        finish_reason=finish_reason,
+        generated_tokens=_count(timings.get("predicted_n")) if timings else None,
+        usage=_usage(event["usage"], timings) if isinstance(event.get("usage"), dict) else None,
+    )
+
+
+def _usage(usage: dict[str, Any], timings: dict[str, Any]) -> Usage:
+    details = usage.get("prompt_tokens_details")
+    return Usage(
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else 0,
+        generated_tokens=_count(usage.get("completion_tokens")),
+        prompt_ms=_duration(timings.get("prompt_ms")),
+        generate_ms=_duration(timings.get("predicted_ms")),
+    )
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else 0
+
+
+def _duration(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and value >= 0 else 0.0
