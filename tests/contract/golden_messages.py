@@ -1,0 +1,454 @@
+"""One example message per kind, each written to `golden/v1/<kind>.<n>.hex` as the bytes of its two frames.
+
+The files are the memory of the wire: what once was on it must be readable for ever, so a file is added and never
+edited. `python -m tests.contract.golden_messages` writes the files that are missing. When a body grows a field with a
+default, its bytes change while the old ones stay readable: append a second example here and keep the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from protocol.codec import pack_body
+from protocol.header import Header, pack_header
+from protocol.kinds import BODIES, Empty
+from protocol.messages.artefact import Artefact, ArtefactKind
+from protocol.messages.base import Message
+from protocol.messages.failure import Category, Failure, Finding
+from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
+from protocol.messages.infer import ChatMessage, InferFinal, InferPartial, InferRequest, Sampling
+from protocol.messages.memory import (
+    DecisionRecord,
+    Episode,
+    Explained,
+    MemoryFinal,
+    MemoryRequest,
+    Outcome,
+    RecordOutcomes,
+    Value,
+)
+from protocol.messages.plan import PlanFinal, PlanRequest, RemovedEdge, RoutingDecision
+from protocol.messages.reply import ErrorReply, Refused
+from protocol.messages.result import (
+    ArtefactQuery,
+    ArtefactReply,
+    AttemptView,
+    Cancelled,
+    CriticalPath,
+    Listing,
+    ListQuery,
+    PlanView,
+    Segment,
+    StepState,
+    StepView,
+    TaskEvent,
+    TaskQuery,
+    TaskState,
+    TaskSummary,
+    TaskView,
+    Usage,
+    Watch,
+)
+from protocol.messages.session import (
+    Goodbye,
+    Hello,
+    PeerReport,
+    PeerState,
+    Ping,
+    Pong,
+    Reject,
+    StatusReport,
+    StatusRequest,
+    Welcome,
+)
+from protocol.messages.task import (
+    Accepted,
+    Budget,
+    Escalation,
+    Output,
+    Plan,
+    Priority,
+    Step,
+    Submit,
+    TaskIR,
+    TaskType,
+)
+
+FOLDER: Final = Path(__file__).parent / "golden" / "v1"
+
+_FAILURE = Failure(
+    code="gate.unit",
+    category=Category.CODE,
+    origin="gates",
+    message="1 test failed: naïve.py",
+    evidence={"exit_status": 1},
+    findings=[Finding(gate="unit", category=Category.CODE, message="assert 3 == 4", file="test_sum.py", line=7)],
+)
+_GATE = GateResult(
+    gate="unit",
+    verdict=Verdict.FAIL,
+    category=Category.CODE,
+    message="1 failed",
+    findings=_FAILURE.findings,
+    started_ms=1_700_000_000_500,
+    ended_ms=1_700_000_000_900,
+)
+_TASK = TaskIR(
+    task_id="T-1",
+    created_at=1_700_000_000_000,
+    idempotency_key="order-42",
+    task_type=TaskType.CODE,
+    priority=Priority.BATCH,
+    deadline_s=600,
+    objective="Write sum.py and test it",
+    context="A small library",
+    constraints=["no dependencies"],
+    assumptions=["Python 3.11"],
+    definition_of_done=["the tests pass"],
+    inputs=[Artefact(name="spec", kind=ArtefactKind.JSON, value={"args": [1, 2.5, None], "ok": True})],
+    plan=Plan(
+        steps=[
+            Step(
+                id="S1",
+                actor="coder",
+                action="Write it",
+                inputs=["spec"],
+                outputs=[Output(name="sum.py", kind=ArtefactKind.CODE, content_type="text/x-python")],
+                gates=["format", "unit"],
+                persona="terse",
+                timeout_s=30,
+                max_tokens=512,
+            ),
+            Step(
+                id="S2",
+                actor="worker",
+                action="Say what it does",
+                inputs=["sum.py"],
+                outputs=[Output(name="facts", kind=ArtefactKind.JSON)],
+                depends_on=["S1"],
+                ordered=True,
+                json_schema={"type": "object"},
+            ),
+        ]
+    ),
+    gates=["schema"],
+    escalation=Escalation(max_level=1),
+    budget=Budget(max_tokens=10_000, max_steps=10),
+)
+_EPISODE = Episode(
+    task_id="T-0",
+    task_type="code",
+    objective="Write product.py",
+    plan_source="rules",
+    steps=2,
+    succeeded=True,
+    failure_codes=["gate.unit"],
+    seconds=12.5,
+    at_ms=1_690_000_000_000,
+    similarity=0.75,
+    q=0.5,
+)
+_DECISION = RoutingDecision(
+    decision_id="D-1",
+    subject="persona",
+    step="S1",
+    choice="terse",
+    alternatives=["terse", "careful"],
+    propensity=0.5,
+    rule="code prefers terse",
+    task_type="code",
+    features={"inputs": 1.0},
+)
+_RECORD = DecisionRecord(
+    decision_id="D-1",
+    task_id="T-1",
+    step="S1",
+    subject="persona",
+    choice="terse",
+    alternatives=["terse", "careful"],
+    propensity=0.5,
+    rule="code prefers terse",
+    task_type="code",
+    features={"inputs": 1.0},
+    registry_digest="abc123",
+)
+_OUTCOME = Outcome(decision_id="D-1", reward=1.0, seconds=4.5, attempts=2, at_ms=1_700_000_005_000)
+_EDGE = RemovedEdge(step="S2", depends_on="S1", reason="no data flows along it")
+_VIEW = TaskView(
+    task_id="T-1",
+    state=TaskState.SUCCEEDED,
+    objective="Write sum.py and test it",
+    task_type="code",
+    priority="batch",
+    created_ms=1_700_000_000_000,
+    ended_ms=1_700_000_002_000,
+    last_seq=9,
+    plan=PlanView(source="rules", reason="no model", removed_edges=[_EDGE], decisions=[_DECISION], similar=[_EPISODE]),
+    steps=[
+        StepView(
+            id="S1",
+            actor="coder",
+            action="Write it",
+            state=StepState.DONE,
+            persona="terse",
+            needs=[],
+            ready_ms=1_700_000_000_100,
+            ended_ms=1_700_000_001_000,
+            attempts=[
+                AttemptView(
+                    number=1,
+                    role="coder",
+                    model="coder",
+                    key="0123456789abcdef0123456789abcdef",
+                    queued_ms=1_700_000_000_100,
+                    started_ms=1_700_000_000_110,
+                    inferred_ms=1_700_000_000_500,
+                    ended_ms=1_700_000_000_900,
+                    worker="inference-coder",
+                    prompt_tokens=20,
+                    cached_tokens=4,
+                    generated_tokens=30,
+                    first_token_ms=12.5,
+                    gates=[_GATE],
+                    failure=_FAILURE,
+                    action="retry: CODE",
+                )
+            ],
+        )
+    ],
+    artefacts=[Artefact(name="sum.py", kind=ArtefactKind.CODE, value="sum\n", content_type="text/x-python")],
+    gates=[_GATE],
+    usage=Usage(prompt_tokens=20, cached_tokens=4, generated_tokens=30, attempts=1),
+    critical_path=CriticalPath(
+        wall_ms=2_000,
+        work_ms=2_000,
+        parallelism=1.0,
+        path=[Segment(step="S1", what="inference", start_ms=1_700_000_000_000, end_ms=1_700_000_002_000)],
+        slack_ms={"S1": 0},
+        overlapping_steps=0,
+    ),
+)
+
+EXAMPLES: Final[Mapping[str, list[Message]]] = {
+    "session.hello": [
+        Hello(
+            service="inference-worker",
+            protocol_min=1,
+            protocol_max=1,
+            capabilities=["infer.worker"],
+            state=PeerState.LOADING,
+            pid=4242,
+            load_deadline_s=60,
+            in_flight=["0123456789abcdef0123456789abcdef"],
+            finished=["fedcba9876543210fedcba9876543210"],
+        )
+    ],
+    "session.welcome": [Welcome(protocol=1, hub_epoch="a1b2c3d4e5f6", ping_ms=1_000, drop=["k1"], resend=["k2"])],
+    "session.reject": [Reject(code="version", message="this hub speaks version 1")],
+    "session.ping": [Ping(at_ms=1_700_000_000_000)],
+    "session.pong": [
+        Pong(
+            state=PeerState.DEGRADED,
+            reason="child restarted",
+            in_flight=1,
+            loop_lag_ms=0.5,
+            rss_bytes=123_456_789,
+            metrics={"generated_tokens": 7},
+        )
+    ],
+    "session.goodbye": [Goodbye(reason="SIGTERM")],
+    "session.status": [StatusRequest()],
+    "session.report": [
+        StatusReport(
+            hub_epoch="a1b2c3d4e5f6",
+            hub_pid=4241,
+            uptime_ms=5_000,
+            peers=[
+                PeerReport(
+                    service="inference-worker",
+                    epoch="0a0b0c0d0e0f-1",
+                    state="ready",
+                    capabilities=["infer.worker"],
+                    granted=3,
+                    used=2,
+                    in_flight=["k1"],
+                    silent_ms=120,
+                    pid=4242,
+                    loop_lag_ms=0.5,
+                    rss_bytes=123_456_789,
+                    metrics={"generated_tokens": 7},
+                )
+            ],
+            queued={"infer.worker": 1},
+            tasks={"running": 1},
+            counters={"duplicates": 0},
+        )
+    ],
+    "task.submit": [Submit(task={"objective": "Say hello", "idempotency_key": "order-42", "context": None})],
+    "task.accepted": [Accepted(task_id="T-1", duplicate=True)],
+    "task.watch": [Watch(task_id="T-1", after_seq=3)],
+    "task.event": [
+        TaskEvent(
+            task_id="T-1",
+            seq=4,
+            at_ms=1_700_000_000_110,
+            event="step.started",
+            step="S1",
+            attempt=1,
+            fields={"model": "coder", "queued_ms": 10},
+        )
+    ],
+    "task.result": [_VIEW],
+    "task.show": [TaskQuery(task_id="T-1")],
+    "task.detail": [
+        TaskView(
+            task_id="T-2",
+            state=TaskState.FAILED,
+            objective="?",
+            task_type="chat",
+            priority="interactive",
+            created_ms=1,
+            last_seq=2,
+            failure=_FAILURE,
+        )
+    ],
+    "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
+    "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
+    "task.cancel": [TaskQuery(task_id="T-1", reason="changed my mind")],
+    "task.cancelled": [Cancelled(task_id="T-1", state=TaskState.CANCELLED)],
+    "task.list": [ListQuery(limit=10, states=[TaskState.RUNNING])],
+    "task.listing": [
+        Listing(
+            tasks=[
+                TaskSummary(
+                    task_id="T-1",
+                    state=TaskState.RUNNING,
+                    task_type="code",
+                    objective="Write sum.py",
+                    created_ms=1_700_000_000_000,
+                    steps_done=1,
+                    steps_total=2,
+                )
+            ]
+        )
+    ],
+    "plan.request": [PlanRequest(task=_TASK)],
+    "plan.final": [
+        PlanFinal(
+            task=_TASK,
+            source="model",
+            reason="valid",
+            removed_edges=[_EDGE],
+            decisions=[_DECISION],
+            similar=[_EPISODE],
+            generated_tokens=40,
+        )
+    ],
+    "plan.cancel": [Empty()],
+    "infer.request": [
+        InferRequest(
+            role="coder",
+            messages=[ChatMessage(role="system", content="Be terse."), ChatMessage(role="user", content="Say hi.")],
+            max_tokens=64,
+            sampling=Sampling(temperature=0, top_p=0.95, top_k=40, min_p=0.05, repeat_penalty=1.1, seed=7),
+            json_schema={"type": "object"},
+            stream=True,
+        )
+    ],
+    "infer.partial": [InferPartial(text="h", generated_tokens=1)],
+    "infer.final": [
+        InferFinal(
+            text="hi",
+            finish_reason="stop",
+            model="coder",
+            engine="llama-server",
+            prompt_tokens=20,
+            cached_tokens=4,
+            generated_tokens=2,
+            prompt_ms=10.5,
+            generate_ms=20.25,
+            first_token_ms=12.5,
+        )
+    ],
+    "infer.cancel": [Empty()],
+    "gate.request": [
+        GateRequest(
+            gates=["unit"],
+            artefacts=[Artefact(name="sum.py", kind=ArtefactKind.CODE, value="sum\n")],
+            context=[Artefact(name="test_sum.py", kind=ArtefactKind.CODE, value="assert True\n")],
+            json_schema={"type": "object"},
+        )
+    ],
+    "gate.final": [GateFinal(results=[_GATE])],
+    "gate.cancel": [Empty()],
+    "memory.request": [MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE))],
+    "memory.final": [
+        MemoryFinal(
+            stored=1,
+            duplicates=2,
+            episodes=[_EPISODE],
+            explained=[
+                Explained(
+                    decision=_RECORD,
+                    outcome=_OUTCOME,
+                    values=[
+                        Value(subject="persona", task_type="code", choice="terse", q=0.5, count=3, mean_seconds=4.5)
+                    ],
+                )
+            ],
+            stats={"episodes": 1},
+        )
+    ],
+    "memory.cancel": [Empty()],
+    "error": [ErrorReply(failure=_FAILURE)],
+    "refused": [Refused(reason="10000 calls wait for infer.worker", retry_after_ms=500)],
+}
+
+
+def header_of(kind: str) -> Header:
+    """The header of every example: all fields set, so that each is frozen too."""
+    return Header(
+        kind=kind,
+        id="0a0b0c0d0e0f-7",
+        corr="1a1b1c1d1e1f-3",
+        src="inference-worker",
+        dst="infer.worker",
+        epoch="0a0b0c0d0e0f-1",
+        seq=7,
+        key="0123456789abcdef0123456789abcdef",
+        attempt=1,
+        deadline=1_700_000_060_000,
+        task="T-1",
+        step="S1",
+        parent="fedcba9876543210fedcba9876543210",
+        credit=3,
+        prio="interactive",
+        trace="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    )
+
+
+def path_of(kind: str, number: int) -> Path:
+    """File of example `number` (from 1) of a kind."""
+    return FOLDER / f"{kind}.{number}.hex"
+
+
+def write_missing() -> list[Path]:
+    """Write the files that are not there yet; returns them."""
+    written = []
+    for kind, examples in EXAMPLES.items():
+        for number, message in enumerate(examples, 1):
+            path = path_of(kind, number)
+            if not path.exists():
+                path.write_text(f"{pack_header(header_of(kind)).hex()}\n{pack_body(message).hex()}\n", "ascii")
+                written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    missing = sorted(BODIES.keys() - EXAMPLES.keys())
+    if missing:
+        raise SystemExit(f"no example for {', '.join(missing)}: add one to {__file__}")
+    for new in write_missing():
+        print(f"written: {new}")  # noqa: T201  a command-line tool
