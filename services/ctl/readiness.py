@@ -71,13 +71,13 @@ class Readiness:
     _starts: dict[str, set[int]] = field(default_factory=dict)
 
     def observe(self, processes: Sequence[ProcessInfo], report: StatusReport | None) -> list[ServiceRow]:
-        """Take one look; returns the rows that changed since the last one."""
-        before = {row.name: (row.state, row.reason) for row in self.rows}
+        """Take one look; returns the rows whose state changed since the last one."""
+        before = {row.name: row.state for row in self.rows}
         for process in processes:
             if process.pid:
                 self._starts.setdefault(process.name, set()).add(process.pid)
         self.rows = merge(processes, report)
-        return [row for row in self.rows if before.get(row.name) != (row.state, row.reason)]
+        return [row for row in self.rows if before.get(row.name) != row.state]
 
     @property
     def ready(self) -> bool:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from protocol.messages.session import PeerReport, StatusReport
 from services.ctl.readiness import CRASHES, Readiness, merge
 from services.ctl.service_logs import Follower, last_lines, telling_line
-from services.ctl.stack_files import write_programs
+from services.ctl.stack_files import registry_changed, write_programs
 from services.ctl.status import slots
 from services.ctl.supervisor import ProcessInfo
 from services.kit.config import CHECKOUT, Home, load_home
@@ -96,14 +97,23 @@ def test_every_model_gets_a_program_and_a_model_that_left_takes_its_own_along(tm
     (home.conf_d / "inference-gone.conf").write_text("[program:inference-gone]\n")
     (home.conf_d / "local.conf").write_text("; the operator's own\n")
     changed = write_programs(home, registry)
-    assert sorted(changed) == sorted(["inference-gone", *(f"inference-{name}" for name in registry.models)])
+    assert changed == {"inference-gone", *(f"inference-{name}" for name in registry.models)}
     text = (home.conf_d / "inference-worker.conf").read_text()
     assert "[program:inference-worker]" in text
     assert "services.inference --model worker" in text
     assert "@MODEL@" not in text
     assert (home.conf_d / "local.conf").exists()
     assert not (home.conf_d / "inference-gone.conf").exists()
-    assert write_programs(home, registry) == []
+    assert write_programs(home, registry) == set()
+
+
+def test_a_changed_registry_is_noticed_once_and_a_first_start_is_no_change(tmp_path: Path) -> None:
+    home = registry_home(tmp_path)
+    registry = load_registry(home.registry, home.models, check_files=False)
+    assert not registry_changed(home, registry)
+    assert not registry_changed(home, registry)
+    assert registry_changed(home, replace(registry, digest="another"))
+    assert not registry_changed(home, replace(registry, digest="another"))
 
 
 def log_line(event: str, level: str = "info", ts: str = "2026-01-01T00:00:02.000Z") -> str:
