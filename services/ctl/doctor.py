@@ -217,7 +217,7 @@ def _sandbox(scene: Scene) -> Iterator[Check]:
     if reason is None:
         yield Check("sandbox", "ok", "bubblewrap works here")
     else:
-        advice = "gates that run code will refuse; see 'Sandbox' in deploy/README.md"
+        advice = "gates that run code will refuse; install bubblewrap, or allow user namespaces"
         yield Check("sandbox", "fail", reason, advice)
 
 

@@ -102,7 +102,7 @@ async def _ticking(live: Live | None, progress: Progress, clock: SteadyClock) ->
             if len(rows) > room:
                 busy = [row for row in rows if row[1] not in ("done", "waiting")]
                 rows = (busy or rows)[:room]
-            live.update(Group(Text(progress.summary(clock.now_ms())), grid(COLUMNS, rows)), refresh=True)
+            live.update(Group(Text(progress.summary(clock.now_ms())), grid(COLUMNS, rows, live=True)), refresh=True)
             await asyncio.sleep(_REFRESH_S)
 
     task = asyncio.create_task(redraw())

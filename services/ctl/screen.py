@@ -104,11 +104,11 @@ class Screen:
             print(row, file=self._out, flush=True)
 
 
-def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
-    """The table for a terminal, states coloured."""
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, live: bool = False) -> RenderableType:
+    """The table for a terminal, states coloured; a `live` one cuts cells, so that every row stays one line."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="ellipsis" if live else "fold", no_wrap=live)
     for row in rows:
         table.add_row(*(Text(printable(cell), style=STYLES.get(cell, "")) for cell in row))
     return table

@@ -107,7 +107,7 @@ async def _await_ready(home: Home, screen: Screen, supervisor: Supervisor, timeo
             changed = readiness.observe(processes, report)
             if live is not None:
                 rows = [(row.name, row.state, row.reason, _memory(row)) for row in readiness.rows]
-                live.update(grid(("service", "state", "reason", "memory"), rows), refresh=True)
+                live.update(grid(("service", "state", "reason", "memory"), rows, live=True), refresh=True)
             elif not screen.json:
                 for row in changed:
                     screen.note(f"{row.name}: {row.state}{f' ({row.reason})' if row.reason else ''}")

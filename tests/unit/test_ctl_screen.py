@@ -4,8 +4,9 @@ import io
 import json
 
 import pytest
+from rich.console import Console
 
-from services.ctl.screen import Screen, aligned, one_line, printable, seconds
+from services.ctl.screen import Screen, aligned, grid, one_line, printable, seconds
 
 
 class Terminal(io.StringIO):
@@ -90,3 +91,10 @@ def test_long_and_broken_text_fits_on_one_line() -> None:
 )
 def test_durations_are_readable(ms: int | None, text: str) -> None:
     assert seconds(ms) == text
+
+
+def test_a_row_of_a_live_table_stays_one_line() -> None:
+    console = Console(file=io.StringIO(), width=30, force_terminal=True)
+    console.print(grid(("step", "action"), [("S1", "many words that do not fit into the width")], live=True))
+    assert isinstance(console.file, io.StringIO)
+    assert len(console.file.getvalue().splitlines()) == 2
