@@ -7,6 +7,7 @@ request ends only when every process of its gates is dead.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class GateService:
     def close(self) -> None:
         """Remove the folder of this process."""
         if self._folder is not None:
-            self._folder.rmdir()
+            shutil.rmtree(self._folder)
 
     async def _on_request(self, call: Call) -> Message:
         request = call.read(GateRequest)

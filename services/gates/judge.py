@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from protocol.messages.failure import Category, Finding
 from protocol.messages.gate import GateResult, Verdict
-from services.gates.process import Bounds, Ended, How, run_bounded
+from services.gates.process import Bounds, How, run_bounded
 from services.gates.sandbox import WORKSPACE, Limits, Sandbox, SandboxBroken
 from services.gates.tool_run import Reading, ToolRun, shortened
 from services.gates.tools import OTHER, TOOLS, Tool, missing, tool_name
@@ -91,54 +91,13 @@ class Judge:
         deadline_ms = self.clock.now_ms() + int(gate.timeout_s * 1000)
         found: list[Finding] = []
         for number, target in enumerate(targets):
-            limits = Limits(max(0.001, (deadline_ms - self.clock.now_ms()) / 1000), gate.cores)
             report = workspace.folder / f"report-{gate.name}-{number}" if tool.reports else None
-            ended = await self._in_sandbox(self.sandbox, gate, tool, target, workspace, limits, report)
-            found += self._read(gate, tool, target, workspace, ended, limits, report)
+            left_s = max(0.001, (deadline_ms - self.clock.now_ms()) / 1000)
+            reading = await _Job(gate, tool, target, workspace, report, Limits(left_s, gate.cores)).run(self.sandbox)
+            if reading.broken is not None:
+                raise CannotJudge("gate.tool_failed", Category.RESOURCE, reading.broken)
+            found += reading.findings
         return found
-
-    async def _in_sandbox(
-        self,
-        sandbox: Sandbox,
-        gate: GateEntry,
-        tool: Tool,
-        target: Subject,
-        workspace: Workspace,
-        limits: Limits,
-        report: Path | None,
-    ) -> Ended:
-        argv = gate.command(artefact=f"{WORKSPACE}/{target.file}", workspace=WORKSPACE, python=sandbox.python)
-        try:
-            return await sandbox.run([*argv, *tool.arguments], files=workspace.files(), limits=limits, report=report)
-        except SandboxBroken as err:
-            raise CannotJudge("sandbox.failed", Category.RESOURCE, str(err)) from err
-        except OSError as err:
-            raise CannotJudge("sandbox.failed", Category.RESOURCE, f"bwrap could not be started: {err}") from err
-
-    def _read(
-        self,
-        gate: GateEntry,
-        tool: Tool,
-        target: Subject,
-        workspace: Workspace,
-        ended: Ended,
-        limits: Limits,
-        report: Path | None,
-    ) -> tuple[Finding, ...]:
-        run = ToolRun(
-            gate=gate.name,
-            category=gate.category,
-            target=target.file,
-            artefacts=workspace.names(),
-            status=ended.status,
-            out=ended.out,
-            err=ended.err,
-            report=_head(report, limits.output_bytes) if report is not None else None,
-        )
-        reading = tool.read(run) if ended.how is How.EXITED else _cut_short(gate, tool, run, ended.how, limits)
-        if reading.broken is not None:
-            raise CannotJudge("gate.tool_failed", Category.RESOURCE, reading.broken)
-        return reading.findings
 
     async def _against_schema(
         self, gate: GateEntry, workspace: Workspace, schema: Mapping[str, Any] | None
@@ -172,17 +131,54 @@ class Judge:
         ]
 
 
-def _cut_short(gate: GateEntry, tool: Tool, run: ToolRun, how: How, limits: Limits) -> Reading:
-    """A run that was killed: the fault of the artefact if it was executed or provoked the output, else of the tool."""
-    bound = {
-        How.TIMED_OUT: f"{gate.timeout_s:g} s",
-        How.FLOODED: f"{limits.output_bytes} bytes of output",
-        How.GREW: f"{limits.memory_bytes} bytes of memory",
-    }[how]
-    message = f"killed: {how.value} (allowed: {bound})"
-    if tool.runs_artefact or how is How.FLOODED:
-        return Reading((run.finding(message, rule=how.name.lower().replace("_", "-")),))
-    return Reading(broken=message)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One call of a gate's tool, on one file."""
+
+    gate: GateEntry
+    tool: Tool
+    target: Subject
+    workspace: Workspace
+    report: Path | None
+    limits: Limits
+
+    async def run(self, sandbox: Sandbox) -> Reading:
+        path = f"{WORKSPACE}/{self.target.file}"
+        argv = self.gate.command(artefact=path, workspace=WORKSPACE, python=sandbox.python)
+        try:
+            ended = await sandbox.run(
+                [*argv, *self.tool.arguments],
+                files=self.workspace.files(),
+                limits=self.limits,
+                report=self.report,
+            )
+        except SandboxBroken as err:
+            raise CannotJudge("sandbox.failed", Category.RESOURCE, str(err)) from err
+        except OSError as err:
+            raise CannotJudge("sandbox.failed", Category.RESOURCE, f"bwrap could not be started: {err}") from err
+        run = ToolRun(
+            gate=self.gate.name,
+            category=self.gate.category,
+            target=self.target.file,
+            artefacts=self.workspace.names(),
+            status=ended.status,
+            out=ended.out,
+            err=ended.err,
+            report=_head(self.report, self.limits.output_bytes) if self.report is not None else None,
+        )
+        return self.tool.read(run) if ended.how is How.EXITED else self._cut_short(run, ended.how)
+
+    def _cut_short(self, run: ToolRun, how: How) -> Reading:
+        """A run that was killed: the artefact's fault if it was executed or provoked the output, else the tool's."""
+        bound = {
+            How.TIMED_OUT: f"{self.gate.timeout_s:g} s",
+            How.FLOODED: f"{self.limits.output_bytes} bytes of output",
+            How.GREW: f"{self.limits.memory_bytes} bytes of memory",
+        }[how]
+        message = f"killed: {how.value} (allowed: {bound})"
+        if self.tool.runs_artefact or how is How.FLOODED:
+            return Reading((run.finding(message, rule=how.name.lower().replace("_", "-")),))
+        return Reading(broken=message)
 
 
 def _head(path: Path, size: int) -> bytes:

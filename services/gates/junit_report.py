@@ -1,9 +1,10 @@
 """Reads the JUnit XML that pytest writes: the only proof that tests have run, have all run, and have passed.
 
 Exit status 0 alone proves nothing: `os._exit(0)` in a test gives it too. A report is believed when it is whole, when
-its counts agree with the cases in it, and when it agrees with the exit status. The report is written by the process
-that runs the code under test, so code that sets out to forge it can; what this rules out is every way of ending a
-run early, and runs in which nothing was tested.
+its counts agree with the cases in it and with the number of tests that pytest said it collected (`pytest.exit` in a
+fixture leaves out the rest without a trace in the report), and when it agrees with the exit status. The report is
+written by the process that runs the code under test, so code that sets out to forge it can; what this rules out is
+every way of ending a run early, and runs in which nothing was tested.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from protocol.messages.failure import Finding
 from services.gates.sandbox import REPORT, WORKSPACE
 from services.gates.tool_run import Reading, ToolRun
 
-ARGUMENTS: Final = ("--junit-xml", REPORT, "-o", "junit_family=xunit1")
-"""What pytest needs to write it; only the xunit1 family has files and lines."""
+ARGUMENTS: Final = ("--junit-xml", REPORT, "-o", "junit_family=xunit1", "--verbosity", "0")
+"""What pytest needs to write it; only the xunit1 family has files and lines, and -q hides how many were collected."""
+
+_COLLECTED: Final = re.compile(rb"^collected (\d{1,9}) items?(.*)$", re.MULTILINE)
 
 _PLACE: Final = re.compile(rf"^(?:{re.escape(WORKSPACE)}/)?([\w.\-]+):(\d+): ", re.MULTILINE | re.ASCII)
 """A line of a short traceback that lies in the workspace."""
@@ -44,6 +47,10 @@ def read(run: ToolRun) -> Reading:
     if counted != {"tests": len(cases), "failures": 0, "errors": 0, "skipped": skipped}:
         message = f"the report contradicts itself: it counts {counted}, and holds {len(cases)} cases"
         return Reading((run.finding(message, rule="inconsistent-report"),))
+    collected = _collected(run.out)
+    if collected != len(cases):
+        message = f"of {collected} collected tests {len(cases)} are reported: something ended the run early"
+        return Reading((run.finding(message, rule="inconsistent-report"),))
     if len(cases) == skipped:
         message = f"no test has run ({skipped} skipped): add functions test_… with assertions to the file"
         return Reading((run.finding(message, rule="no-tests"),))
@@ -67,6 +74,15 @@ def _suites(report: bytes) -> list[ElementTree.Element] | None:
         return None
     suites = list(root) if root.tag == "testsuites" else []
     return suites if suites and all(suite.tag == "testsuite" for suite in suites) else None
+
+
+def _collected(out: bytes) -> int | None:
+    """How many cases a report must have; a file skipped as a whole is one, though no item was collected from it."""
+    line = _COLLECTED.search(out)
+    if line is None:
+        return None
+    extra = {name: int(number) for number, name in re.findall(rb"(\d{1,9}) (deselected|skipped)", line[2])}
+    return int(line[1]) - extra.get(b"deselected", 0) + extra.get(b"skipped", 0)
 
 
 def _count(suite: ElementTree.Element, name: str) -> int:

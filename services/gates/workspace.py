@@ -117,7 +117,7 @@ def private_folder(home: Path) -> Path:
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for old in parent.iterdir():
         if not Path(f"/proc/{old.name}").exists():
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # another one that starts now may remove it as well
     own = parent / str(os.getpid())
     own.mkdir(mode=0o700, exist_ok=True)
     return own

@@ -132,7 +132,8 @@ class Generation:
             schema = self._request.json_schema
             failure = await judge(text, schema, cut_off=finish == "length", origin=self._service)
             if failure is not None:
-                raise CallFailed(failure)
+                spent = {"generated_tokens": self._usage.generated_tokens}  # paid for, though of no use
+                raise CallFailed(failure.model_copy(update={"evidence": failure.evidence | spent}))
         return InferFinal(
             text=text,
             finish_reason=finish,

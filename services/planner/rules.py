@@ -39,16 +39,20 @@ _VIEWS: Final = (
     "the means: people, time and material that are needed",
 )
 
-#: What the facts of an ingested input look like. Small models give valid JSON only under a schema.
+#: What the facts of an ingested input look like. Small models give valid JSON only under a schema, and end only where
+#: it is bounded: twelve facts of this size fit the tokens of the shipped extractor.
 FACTS_SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {
         "facts": {
             "type": "array",
-            "maxItems": 24,
+            "maxItems": 12,
             "items": {
                 "type": "object",
-                "properties": {"name": {"type": "string"}, "value": {"type": "string"}},
+                "properties": {
+                    "name": {"type": "string", "maxLength": 40},
+                    "value": {"type": "string", "maxLength": 120},
+                },
                 "required": ["name", "value"],
                 "additionalProperties": False,
             },

@@ -321,7 +321,8 @@ class Engine:
 
     def _on_answer(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
-            self._on_failure(task, step, failure, at_ms)
+            spent = failure.evidence.get("generated_tokens", 0)
+            self._on_failure(task, step, failure, at_ms, generated_tokens=spent if isinstance(spent, int) else 0)
             return
         final = unpack_body(InferFinal, body)
         try:

@@ -199,7 +199,12 @@ class Handler(BaseHTTPRequestHandler):
         self.slots.predicted_s += took_ms / 1000
         figures = {
             "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(words)},
-            "timings": {"prompt_n": prompt_tokens, "prompt_ms": 1.0, "predicted_n": len(words), "predicted_ms": took_ms},
+            "timings": {
+                "prompt_n": prompt_tokens,
+                "prompt_ms": 1.0,
+                "predicted_n": len(words),
+                "predicted_ms": took_ms,
+            },
         }
         if not stream:
             message = {"role": "assistant", "content": "".join(words)}
@@ -260,7 +265,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         return  # quiet, as the real one is at the verbosity we ask for
 
 

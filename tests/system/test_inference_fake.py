@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from protocol.messages.failure import Category, Failure
-from protocol.messages.infer import InferFinal, InferPartial, InferRequest
+from protocol.messages.infer import InferFinal, InferPartial
 from protocol.messages.reply import ErrorReply
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY, InferenceStack, ask_for
@@ -62,7 +62,9 @@ def test_partials_are_joined_and_the_final_repeats_everything(stack: InferenceSt
     assert pieces[-1].generated_tokens > 30
 
 
-@pytest.mark.parametrize("answer", ["no JSON at all", '{"n": "three"}', '{"n": 1, "extra": 2}', '{"n": 1', "[" * 100_000])
+@pytest.mark.parametrize(
+    "answer", ["no JSON at all", '{"n": "three"}', '{"n": 1, "extra": 2}', '{"n": 1', "[" * 100_000]
+)
 def test_an_answer_that_breaks_its_schema_is_a_schema_failure(stack: InferenceStack, answer: str) -> None:
     stack.script("m", {"default": answer})
     stack.start("m")

@@ -39,7 +39,12 @@ def only_rule(run: ToolRun) -> str | None:
 
 
 def test_a_whole_report_with_exit_0_is_a_pass() -> None:
-    assert junit_report.read(tool_run(report=junit(PASSED, tests=1))).findings == ()
+    assert junit_report.read(tool_run(out="collected 1 item\n", report=junit(PASSED, tests=1))).findings == ()
+
+
+@pytest.mark.parametrize("out", ["", "collected 2 items\n", "collected 1 item / 1 skipped\n"])
+def test_a_report_with_fewer_tests_than_were_collected_is_not_believed(out: str) -> None:
+    assert only_rule(tool_run(out=out, report=junit(PASSED, tests=1))) == "inconsistent-report"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,8 @@ def test_a_whole_report_with_exit_0_is_a_pass() -> None:
     ],
 )
 def test_anything_less_is_not(report: str, status: int, rule: str) -> None:
-    assert only_rule(tool_run(report=report, status=status)) == rule
+    collected = f"collected {report.count('<testcase')} items\n"
+    assert only_rule(tool_run(out=collected, report=report, status=status)) == rule
 
 
 def test_a_failure_is_found_at_the_innermost_line_of_the_workspace() -> None:

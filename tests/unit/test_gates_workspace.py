@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,15 @@ async def test_the_sandbox_takes_names_and_no_paths(name: str, tmp_path: Path) -
     assert await sandbox.probe() is None
     with pytest.raises(ValueError, match="is a path"):
         await sandbox.run(["true"], files={name: tmp_path}, limits=Limits(1))
+
+
+@pytest.mark.skipif(
+    not (Path(sys.prefix) / "pyvenv.cfg").exists(), reason="needs a virtual environment to hide a part of"
+)
+async def test_a_home_below_a_visible_folder_is_still_hidden() -> None:
+    home = Path(sys.prefix) / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    sandbox = Sandbox((home,))
+    assert await sandbox.probe() is None
+    listing = f"import os; print(os.listdir({str(home)!r}))"
+    ended = await sandbox.run([sandbox.python, "-c", listing], files={}, limits=Limits(5))
+    assert ended.out.strip() == b"[]", ended.err

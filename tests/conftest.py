@@ -1,0 +1,22 @@
+"""Homes for tests: short, since the path of a unix socket has a limit of 107 bytes, and gone afterwards."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+@contextmanager
+def temporary_home() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    with temporary_home() as folder:
+        yield folder

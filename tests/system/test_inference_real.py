@@ -1,0 +1,194 @@
+"""The inference service on real llama.cpp, with each engine: what a scripted one cannot prove."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from protocol.kinds import Empty
+from protocol.messages.failure import Category
+from protocol.messages.infer import InferFinal, InferPartial, Sampling
+from protocol.messages.reply import ErrorReply
+from services.inference.engines import find_native
+from services.kit.config import load_home
+from tests.system.inference_stack import InferenceStack, ask_for
+
+DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def native_binary() -> str | None:
+    """The binary named in TIERLINE_TEST_LLAMA_SERVER, else the one that the service itself would find."""
+    named = os.environ.get("TIERLINE_TEST_LLAMA_SERVER")
+    found = named or find_native(load_home())
+    return None if found is None else str(found)
+
+
+ENDLESS = "root ::= [a-z ] root"
+"""A grammar that no answer can satisfy in the end: the model goes on until something stops it."""
+
+
+@pytest.fixture(scope="module", params=["embedded", "llama-server"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def stack(engine: str):
+    """One stack per engine: a start takes seconds. The last test of the file ends it."""
+    model = load_home().models / DEMO_MODEL
+    if not model.is_file():
+        pytest.skip(f"no demo model at {model}: run deploy/fetch-model, or set TIERLINE_CACHE")
+    fields: dict[str, object] = {"path": str(model), "slots": 2, "context_tokens": 1024, "engine": engine}
+    if engine == "llama-server":
+        binary = native_binary()
+        if binary is None:
+            pytest.skip("no llama-server: run deploy/build-native, or set TIERLINE_TEST_LLAMA_SERVER")
+        fields["binary"] = binary
+    with InferenceStack() as running:
+        running.entry("m", **fields)
+        running.start("m")
+        running.hub.await_peer("inference-m", timeout_s=120)
+        yield running
+
+
+def test_it_streams_and_counts(stack: InferenceStack, engine: str) -> None:
+    before = stack.figures("m", fresh_s=1.5)["tokens_predicted_total"]
+    sampling = Sampling(temperature=0, seed=1)
+    question = ask_for("Count from one to thirty in words.", max_tokens=40, stream=True, sampling=sampling)
+    request = stack.hub.request("inference-m", "infer.request", question)
+    _, final, partials = stack.hub.collect(request, timeout_s=60)
+    assert isinstance(final, InferFinal)
+    assert final.engine == engine
+    assert final.generated_tokens > 10
+    assert final.prompt_tokens > 10
+    assert final.generate_ms > 0
+    assert final.first_token_ms > 0
+    pieces = [piece for piece in partials if isinstance(piece, InferPartial)]
+    assert len(pieces) >= 2
+    assert final.text.startswith("".join(piece.text for piece in pieces))
+    again = stack.ask("m", question, timeout_s=60)
+    assert isinstance(again, InferFinal)
+    assert again.cached_tokens > 0
+    figures = stack.figures("m", fresh_s=2.5)
+    assert figures["tokens_predicted_total"] - before == final.generated_tokens + again.generated_tokens
+    assert figures["prompt_tokens_total"] > 0
+    assert figures["tokens_per_s"] > 0
+    assert figures["requests_processing"] == 0
+    assert figures["child_rss_bytes"] > 50_000_000
+    assert stack.hub.pongs["inference-m"].rss_bytes > figures["child_rss_bytes"]
+
+
+def test_a_cancel_frees_the_slot_and_generation_stops(stack: InferenceStack) -> None:
+    respawns = stack.figures("m")["respawns"]
+    question = ask_for("Write an endless story.", max_tokens=900, stream=True, grammar=ENDLESS)
+    request = stack.hub.request("inference-m", "infer.request", question, key="long")
+    deadline = time.monotonic() + 20
+    while not any(head.corr == request for _, head, _ in stack.hub.received) and time.monotonic() < deadline:
+        stack.hub.pump()
+    stack.hub.send(stack.hub.peers["inference-m"], "infer.cancel", Empty(), corr=request, key="long")
+    began = time.monotonic()
+    _, body, _ = stack.hub.collect(request, timeout_s=20)
+    assert isinstance(body, ErrorReply)
+    assert body.failure.code == "call.cancelled"
+    assert time.monotonic() - began < 2.5  # the answer comes once /slots has said that the slot is free
+    stopped = stack.figures("m", fresh_s=2.5)
+    assert stopped["requests_processing"] == 0
+    assert stopped["respawns"] == respawns
+    later = stack.figures("m", fresh_s=2.5)
+    assert later["tokens_predicted_total"] == stopped["tokens_predicted_total"]
+    assert isinstance(stack.ask("m", ask_for("Hi", max_tokens=3)), InferFinal)
+
+
+def test_decoding_is_constrained_by_the_schema(stack: InferenceStack) -> None:
+    sizes = {"type": "array", "items": {"enum": [1, 2, 3]}, "maxItems": 3}
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}, "sizes": sizes},
+        "required": ["colour", "sizes"],
+        "additionalProperties": False,
+    }
+    final = stack.ask("m", ask_for("Describe a car as JSON.", max_tokens=200, json_schema=schema), timeout_s=60)
+    assert isinstance(final, InferFinal), final
+    assert json.loads(final.text)["colour"] in ("red", "blue")
+
+
+def test_a_schema_the_converter_cannot_take_does_not_let_a_wrong_answer_pass(stack: InferenceStack) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)xq"}}, "required": ["a"]}
+    body = stack.ask("m", ask_for("Give JSON.", max_tokens=60, json_schema=schema), timeout_s=60)
+    assert isinstance(body, ErrorReply)
+    assert body.failure.category in (Category.SCHEMA, Category.POLICY)
+
+
+def test_what_the_engine_refuses_is_a_policy_failure(stack: InferenceStack) -> None:
+    body = stack.ask("m", ask_for("word " * 1_200))
+    assert isinstance(body, ErrorReply)
+    assert (body.failure.category, body.failure.code) == (Category.POLICY, "prompt.too_long")
+    assert body.failure.evidence["context_tokens"] == 1024
+    assert body.failure.evidence["prompt_tokens"] > 1_200
+    body = stack.ask("m", ask_for("hi", grammar="root ::= nothing"))
+    assert isinstance(body, ErrorReply)
+    assert (body.failure.category, body.failure.code) == (Category.POLICY, "engine.refused")
+
+
+def test_a_killed_engine_comes_back(stack: InferenceStack) -> None:
+    before = stack.figures("m")
+    pid = before["child_pid"]
+    question = ask_for("Write an endless story.", max_tokens=900, grammar=ENDLESS)
+    request = stack.hub.request("inference-m", "infer.request", question)
+    stack.figures("m", fresh_s=0.5)
+    os.kill(pid, signal.SIGKILL)
+    _, body, _ = stack.hub.collect(request)
+    assert isinstance(body, ErrorReply)
+    assert (body.failure.category, body.failure.code) == (Category.PEER, "engine.died")
+    stack.hub.await_peer("inference-m", "degraded")
+    stack.hub.await_peer("inference-m", "ready", timeout_s=60)
+    assert isinstance(stack.ask("m", ask_for("Hi", max_tokens=3)), InferFinal)
+    assert stack.figures("m", fresh_s=1.2)["respawns"] == before["respawns"] + 1
+
+
+def test_the_same_key_is_generated_once(stack: InferenceStack) -> None:
+    before = stack.figures("m", fresh_s=1.5)["tokens_predicted_total"]
+    question = ask_for("Say hello.", max_tokens=20)
+    finals = [
+        stack.hub.collect(stack.hub.request("inference-m", "infer.request", question, key="same"))[1] for _ in range(2)
+    ]
+    assert isinstance(finals[0], InferFinal)
+    assert finals[0] == finals[1]
+    assert stack.figures("m", fresh_s=2.5)["tokens_predicted_total"] - before == finals[0].generated_tokens
+
+
+def test_the_deadline_ends_a_long_answer(stack: InferenceStack) -> None:
+    question = ask_for("Write an endless story.", max_tokens=900, grammar=ENDLESS)
+    deadline = int((time.time() + 1) * 1000)
+    request = stack.hub.request("inference-m", "infer.request", question, deadline=deadline)
+    _, body, _ = stack.hub.collect(request, timeout_s=10)
+    assert isinstance(body, ErrorReply)
+    assert body.failure.category is Category.TIMEOUT
+    assert stack.figures("m", fresh_s=1.5)["requests_processing"] == 0
+
+
+def test_other_users_of_the_machine_are_turned_away(stack: InferenceStack) -> None:
+    child = psutil.Process(stack.figures("m")["child_pid"])
+    (listening,) = [item for item in child.net_connections("tcp") if item.status == psutil.CONN_LISTEN]
+    assert listening.laddr.ip == "127.0.0.1"
+    with httpx.Client(base_url=f"http://127.0.0.1:{listening.laddr.port}", trust_env=False) as stranger:
+        for path in ("/slots", "/metrics", "/props"):
+            assert stranger.get(path).status_code == 401, path
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+        assert stranger.post("/v1/chat/completions", json=chat).status_code == 401
+
+
+def test_the_child_dies_with_the_service(stack: InferenceStack) -> None:
+    pid = stack.figures("m")["child_pid"]
+    os.kill(stack.hub.hellos["inference-m"].pid, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
