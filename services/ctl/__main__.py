@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from services.ctl import bench, doctor, explain, plan, registry, run, stack, status, tail, tasks
 from services.ctl.commands import Commands, Context
@@ -34,6 +35,9 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a locale that lacks a character must not end a command
+            stream.reconfigure(errors="backslashreplace")
     screen = Screen(sys.stdout, sys.stderr, as_json=args.json)
     try:
         code: ExitCode = args.run(args, Context(load_home(), screen))

@@ -217,7 +217,7 @@ def _sandbox(scene: Scene) -> Iterator[Check]:
     if reason is None:
         yield Check("sandbox", "ok", "bubblewrap works here")
     else:
-        advice = "gates that run code will refuse; see 'Sandbox' in deploy/README.md"
+        advice = "gates that run code will refuse; install bubblewrap, or allow user namespaces"
         yield Check("sandbox", "fail", reason, advice)
 
 
@@ -245,7 +245,7 @@ def _leftovers(scene: Scene) -> Iterator[Check]:
             yield Check("leftovers", "fail", f"processes of this home without supervisord: {pids}", "tierline down")
             return
         run = scene.home.run
-        stale = [name for name in ("supervisord.pid", "supervisor.sock", "hub.sock") if (run / name).exists()]
+        stale = [name for name in ("supervisord.pid", "supervisor.sock") if (run / name).exists()]
         if stale and not listening(scene.home):
             advice = "no harm: the next 'tierline up' replaces them"
             yield Check("leftovers", "warn", f"stale in {run}: {', '.join(stale)}", advice)

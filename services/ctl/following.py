@@ -10,6 +10,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 from rich.console import Group
@@ -50,11 +51,12 @@ async def follow(
     screen, progress, clock = context.screen, Progress(task_id), SteadyClock()
     with _live(screen) as live:
         async with (
-            _ended_by(client, task_id, context, cancels=cancels),
+            _ended_by(client, task_id, context, cancels=cancels) as ending,
             _ticking(live, progress, clock),
             aclosing(client.watch(task_id, after_seq=after_seq, timeout_s=_WATCH_S)) as events,
         ):
             async for item in events:
+                ending.check()
                 if isinstance(item, TaskView):
                     progress.learn(item)
                     return item
@@ -65,6 +67,7 @@ async def follow(
                     _say(screen, item, progress, to_output=not cancels)
                 if item.event == "task.planned":
                     progress.learn(await client.show(task_id))
+                    ending.check()
     raise CommandError(f"the hub ended the stream of {task_id} without a result; see: tierline show {task_id}")
 
 
@@ -99,7 +102,7 @@ async def _ticking(live: Live | None, progress: Progress, clock: SteadyClock) ->
             if len(rows) > room:
                 busy = [row for row in rows if row[1] not in ("done", "waiting")]
                 rows = (busy or rows)[:room]
-            live.update(Group(Text(progress.summary(clock.now_ms())), grid(COLUMNS, rows)), refresh=True)
+            live.update(Group(Text(progress.summary(clock.now_ms())), grid(COLUMNS, rows, live=True)), refresh=True)
             await asyncio.sleep(_REFRESH_S)
 
     task = asyncio.create_task(redraw())
@@ -109,22 +112,36 @@ async def _ticking(live: Live | None, progress: Progress, clock: SteadyClock) ->
         task.cancel()
 
 
+@dataclass(slots=True)
+class _Ending:
+    """Why following ends before the task does; None while it does not."""
+
+    error: CommandError | None = None
+
+    def check(self) -> None:
+        """Raise the reason. Needed beside the cancellation: `wait_for` of Python 3.11 may swallow one."""
+        if self.error is not None:
+            raise self.error
+
+
 @asynccontextmanager
-async def _ended_by(client: AsyncClient, task_id: str, context: Context, *, cancels: bool) -> AsyncIterator[None]:
+async def _ended_by(client: AsyncClient, task_id: str, context: Context, *, cancels: bool) -> AsyncIterator[_Ending]:
     """End what runs inside on Ctrl-C, or when the hub stays away."""
     loop, following, screen = asyncio.get_running_loop(), asyncio.current_task(), context.screen
-    presses, gone = 0, False
+    ending, presses = _Ending(), 0
     helpers: list[asyncio.Task[None]] = []
 
+    def end(error: CommandError) -> None:
+        ending.error = error
+        if following is not None:
+            following.cancel()
+
     async def look_for_hub() -> None:
-        nonlocal gone
         missed = 0
         while missed * _LOOK_S < _GONE_S:
             await asyncio.sleep(_LOOK_S)
             missed = 0 if listening(context.home) else missed + 1
-        gone = True
-        if following is not None:
-            following.cancel()
+        end(Unreachable(f"no hub has listened for {_GONE_S:g} s; {task_id} goes on once it is back: tierline up"))
 
     async def cancel_task() -> None:
         try:
@@ -138,20 +155,17 @@ async def _ended_by(client: AsyncClient, task_id: str, context: Context, *, canc
         if cancels and presses == 1:
             screen.note(f"cancelling {task_id}; Ctrl-C again leaves it to itself")
             helpers.append(asyncio.create_task(cancel_task()))
-        elif following is not None:
-            following.cancel()
+        else:
+            end(LeftAlone(f"left {task_id}; it goes on: tierline watch {task_id}, tierline cancel {task_id}"))
 
     loop.add_signal_handler(signal.SIGINT, pressed)
     helpers.append(asyncio.create_task(look_for_hub()))
     try:
-        yield
+        yield ending
     except asyncio.CancelledError as err:
-        if gone:
-            message = f"no hub has listened for {_GONE_S:g} s; {task_id} goes on once the stack is up: tierline up"
-            raise Unreachable(message) from err
-        if not presses:
+        if ending.error is None:
             raise
-        raise LeftAlone(f"left {task_id}; it goes on: tierline watch {task_id}, tierline cancel {task_id}") from err
+        raise ending.error from err
     finally:
         loop.remove_signal_handler(signal.SIGINT)
         for task in helpers:

@@ -107,17 +107,17 @@ class Progress:
         settled = sum(line.state in _SETTLED for line in self.steps.values())
         tokens = sum(line.tokens for line in self.steps.values())
         elapsed = seconds(max(0, now_ms - self.began_ms)) if self.began_ms is not None else ""
-        words = f"{self.task_id}  {self.state}  {settled}/{len(self.steps)} steps  {tokens} tokens  {elapsed}"
-        return " ".join(words.split(" ")).strip()
+        return f"{self.task_id}  {self.state}  {settled}/{len(self.steps)} steps  {tokens} tokens  {elapsed}".rstrip()
 
     def _apply_to_step(self, line: StepLine, event: TaskEvent) -> None:
         if line.state in _SETTLED:
             return
         fields = event.fields
         line.state = STATE_OF.get(event.event, line.state)
+        # The attempt's role and model come with whichever event first knows them.
+        line.role = str(fields.get("role", line.role))
+        line.model = str(fields.get("model", line.model))
         if event.event == "step.started":
-            line.role = str(fields.get("role", line.role))
-            line.model = str(fields.get("model", line.model))
             line.attempt = event.attempt or line.attempt
             line.started_ms = line.started_ms if line.started_ms is not None else event.at_ms
             line.note = f"attempt {line.attempt}" if line.attempt > 1 else ""
@@ -148,5 +148,6 @@ def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ",".join(f"{name}:{one_line(str(item), 40)}" for name, item in value.items()) or "-"
     if isinstance(value, list | tuple):
-        return ",".join(one_line(str(item), 40) for item in value) or "-"
+        parts = ["/".join(map(str, item.values())) if isinstance(item, Mapping) else str(item) for item in value]
+        return ",".join(one_line(part, 40) for part in parts) or "-"
     return one_line(str(value), 80) or "-"

@@ -47,12 +47,14 @@ def merge(processes: Sequence[ProcessInfo], report: StatusReport | None) -> list
     peers = {peer.service: peer for peer in report.peers if peer.capabilities} if report is not None else {}
     known = {process.name: process for process in processes}
     rows = []
-    for name in sorted({*known, *peers}):
+    for name in sorted({*known, *peers, *([HUB] if report is not None else [])}):
         process, peer = known.get(name), peers.get(name)
         state, reason = process.state if process else "absent", process.description if process else ""
-        if process is not None and process.state == "running":
+        if name == HUB and report is not None:
+            state, reason = "ready", ""
+        elif process is not None and process.state == "running":
             if name == HUB:
-                state, reason = ("ready", "") if report else ("starting", "it does not answer yet")
+                state, reason = "starting", "it does not answer yet"
             else:
                 state, reason = "starting", "it has not said hello to the hub yet" if report else "the hub is not there"
         if peer is not None and (process is None or process.state == "running"):
@@ -69,13 +71,13 @@ class Readiness:
     _starts: dict[str, set[int]] = field(default_factory=dict)
 
     def observe(self, processes: Sequence[ProcessInfo], report: StatusReport | None) -> list[ServiceRow]:
-        """Take one look; returns the rows that changed since the last one."""
-        before = {row.name: (row.state, row.reason) for row in self.rows}
+        """Take one look; returns the rows whose state changed since the last one."""
+        before = {row.name: row.state for row in self.rows}
         for process in processes:
             if process.pid:
                 self._starts.setdefault(process.name, set()).add(process.pid)
         self.rows = merge(processes, report)
-        return [row for row in self.rows if before.get(row.name) != (row.state, row.reason)]
+        return [row for row in self.rows if before.get(row.name) != row.state]
 
     @property
     def ready(self) -> bool:

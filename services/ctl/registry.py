@@ -12,7 +12,7 @@ from services.ctl.hub import try_status
 from services.ctl.outcomes import ExitCode
 from services.ctl.screen import mebibytes, one_line
 from services.ctl.stack_files import checked_registry
-from services.ctl.status import speed
+from services.ctl.status import slots, speed
 from services.kit.config import Home
 
 _MODEL_COLUMNS: Final = (
@@ -49,7 +49,7 @@ def _models(_args: Namespace, context: Context) -> ExitCode:
                 model.tier,
                 peer.state if peer else "not running",
                 str(peer.metrics.get("engine", model.engine)) if peer else model.engine,
-                f"{peer.used}/{peer.granted}" if peer else str(model.slots),
+                slots(peer) if peer else str(model.slots),
                 str(model.context_tokens),
                 str(model.threads),
                 mebibytes(size) if size is not None else "missing" if model.path is not None else "",

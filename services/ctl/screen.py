@@ -58,7 +58,10 @@ def one_line(text: str, width: int) -> str:
 
 
 class Screen:
-    """Output of one command. `json` asks for one document, or one a line; `rich` is set on a real terminal only."""
+    """Output of one command. `json` asks for one document, or one a line; `rich` is set on a real terminal only.
+
+    JSON on a terminal is ASCII, since JSON itself escapes only some of the characters that can drive one.
+    """
 
     def __init__(self, out: TextIO, err: TextIO, *, as_json: bool) -> None:
         self.json = as_json
@@ -86,11 +89,11 @@ class Screen:
 
     def document(self, value: Any) -> None:
         """One JSON document, on several lines."""
-        print(json.dumps(_plain(value), ensure_ascii=False, indent=2), file=self._out, flush=True)
+        print(json.dumps(_plain(value), ensure_ascii=self._out.isatty(), indent=2), file=self._out, flush=True)
 
     def record(self, value: Any) -> None:
         """One JSON document on one line."""
-        print(json.dumps(_plain(value), ensure_ascii=False), file=self._out, flush=True)
+        print(json.dumps(_plain(value), ensure_ascii=self._out.isatty()), file=self._out, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; in a pipe its columns are separated by two spaces or more, the last one is free text."""
@@ -101,11 +104,11 @@ class Screen:
             print(row, file=self._out, flush=True)
 
 
-def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
-    """The table for a terminal, states coloured."""
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, live: bool = False) -> RenderableType:
+    """The table for a terminal, states coloured; a `live` one cuts cells, so that every row stays one line."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="ellipsis" if live else "fold", no_wrap=live)
     for row in rows:
         table.add_row(*(Text(printable(cell), style=STYLES.get(cell, "")) for cell in row))
     return table

@@ -46,7 +46,7 @@ def telling_line(
         for line in last_lines(own, 200)
         if line.fields.get("level") in ("warning", "error") and line.stamp >= since
     ]
-    said = [text for text in _tail(output) if text.strip()] if output is not None else []
+    said = [text for text in _tail(output)[0] if text.strip()] if output is not None else []
     if said and output is not None and (crashed or not written):
         return output, said[-1].strip()
     return (own, written[-1].raw) if written else None
@@ -54,7 +54,7 @@ def telling_line(
 
 def last_lines(path: Path, count: int) -> list[LogLine]:
     """The last lines of one log; empty where there is no such file."""
-    return [_parse(path, text) for text in _tail(path)[-count:]] if count else []
+    return [_parse(path, text) for text in _tail(path)[0][-count:]] if count else []
 
 
 class Follower:
@@ -76,9 +76,10 @@ class Follower:
         """The last `count` lines of each, merged by time; what comes later is new."""
         lines = []
         for path in self.paths():
-            lines += last_lines(path, count)
             if (status := _status(path)) is not None:
-                self._at[path] = (status.st_ino, status.st_size)
+                texts, end = _tail(path)
+                self._at[path] = (status.st_ino, end)
+                lines += [_parse(path, text) for text in texts[-count:] if count]
         return sorted(lines, key=lambda line: line.stamp)
 
     def new_lines(self) -> list[LogLine]:
@@ -111,20 +112,23 @@ def _status(path: Path) -> os.stat_result | None:
         return None
 
 
-def _tail(path: Path) -> list[str]:
+def _tail(path: Path) -> tuple[list[str], int]:
+    """The whole lines near the end of a file, and the offset after the last of them."""
     status = _status(path)
     if status is None:
-        return []
+        return [], 0
+    begin = max(0, status.st_size - _TAIL_BYTES)
     with path.open("rb") as stream:
-        stream.seek(max(0, status.st_size - _TAIL_BYTES))
+        stream.seek(begin)
         data = stream.read(_TAIL_BYTES)
-    lines = _lines(data)
-    return lines[1:] if status.st_size > _TAIL_BYTES else lines
+    whole = data.rfind(b"\n") + 1
+    lines = _lines(data[:whole])
+    return (lines[1:] if begin else lines), begin + whole
 
 
 def _lines(data: bytes) -> list[str]:
     """Lines that end in a line feed; `splitlines` would also split at characters that JSON leaves as they are."""
-    return data.decode("utf-8", "replace").removesuffix("\n").split("\n")
+    return data.decode("utf-8", "replace").removesuffix("\n").split("\n") if data else []
 
 
 def _parse(path: Path, text: str) -> LogLine:

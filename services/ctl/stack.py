@@ -23,7 +23,7 @@ from services.ctl.outcomes import CommandError, ExitCode
 from services.ctl.readiness import Readiness, ServiceRow
 from services.ctl.screen import Screen, grid, mebibytes
 from services.ctl.service_logs import telling_line
-from services.ctl.stack_files import checked_registry, stack_lock, write_programs
+from services.ctl.stack_files import checked_registry, registry_changed, stack_lock, write_programs
 from services.ctl.supervisor import ProcessInfo, Supervisor, SupervisorGone, SupervisorStuck
 from services.kit.config import Home
 
@@ -47,11 +47,12 @@ def _up(args: Namespace, context: Context) -> ExitCode:
     since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     supervisor = Supervisor(home)
     with stack_lock(home):
-        changed = write_programs(home, registry)
+        rewritten, all_anew = write_programs(home, registry), registry_changed(home, registry)
         try:
             supervisor.pid()
-            changed += supervisor.apply_config()
-            screen.note(f"a supervisord of {home.root} runs already; changed: {', '.join(sorted(set(changed))) or '-'}")
+            changed = supervisor.apply_config(None if all_anew else rewritten)
+            why = "the registry has changed, restarted: " if all_anew else "started or ended: "
+            screen.note(f"a supervisord of {home.root} runs already; {why}{', '.join(changed) or 'nothing'}")
         except SupervisorGone:
             if left := stray_processes(home):
                 _end(left, 10.0)
@@ -76,10 +77,12 @@ def _up(args: Namespace, context: Context) -> ExitCode:
         if not screen.json:
             screen.line(f"ready: {', '.join(row.name for row in readiness.rows)}")
         return ExitCode.OK
-    why = f"not ready within {timeout_s:g} s" if not readiness.hopeless else "starting failed"
+    why = f"not ready within {timeout_s:g} s" if not readiness.hopeless else "given up, since waiting would not help"
     raise CommandError(
-        f"{why}: {', '.join(row.name for row in readiness.missing) or 'no service'}",
-        details=tuple(line for row in readiness.missing for line in _explanation(home, row, since)),
+        f"{why}: {', '.join(row.name for row in readiness.hopeless or readiness.missing) or 'no service'}",
+        details=tuple(
+            line for row in readiness.hopeless or readiness.missing for line in _explanation(home, row, since)
+        ),
     )
 
 
@@ -104,7 +107,7 @@ async def _await_ready(home: Home, screen: Screen, supervisor: Supervisor, timeo
             changed = readiness.observe(processes, report)
             if live is not None:
                 rows = [(row.name, row.state, row.reason, _memory(row)) for row in readiness.rows]
-                live.update(grid(("service", "state", "reason", "memory"), rows), refresh=True)
+                live.update(grid(("service", "state", "reason", "memory"), rows, live=True), refresh=True)
             elif not screen.json:
                 for row in changed:
                     screen.note(f"{row.name}: {row.state}{f' ({row.reason})' if row.reason else ''}")

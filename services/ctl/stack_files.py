@@ -36,25 +36,33 @@ def checked_registry(home: Home, *, check_files: bool = True) -> Registry:
         ) from err
 
 
-def write_programs(home: Home, registry: Registry) -> list[str]:
+def registry_changed(home: Home, registry: Registry) -> bool:
+    """True where this home was started with another registry, which its services have read; remembers this one."""
+    path = home.conf_d / "registry.digest"
+    before = path.read_text(encoding="ascii") if path.is_file() else None
+    path.write_text(registry.digest, encoding="ascii")
+    return before not in (None, registry.digest)
+
+
+def write_programs(home: Home, registry: Registry) -> set[str]:
     """One program per model entry; returns the names of those whose file changed, came or went."""
     try:
         template = TEMPLATE.read_text(encoding="utf-8")
     except OSError as err:
         raise CommandError(f"{TEMPLATE}: {err.strerror}; 'tierline up' works from a checkout of the project") from err
     wanted = {f"inference-{name}.conf": template.replace(_PLACE, name) for name in registry.models}
-    changed = []
+    changed = set()
     for name, text in wanted.items():
         path = home.conf_d / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             draft = path.with_suffix(".part")
             draft.write_text(text, encoding="utf-8")
             draft.replace(path)
-            changed.append(path.stem)
+            changed.add(path.stem)
     for path in sorted(home.conf_d.glob("inference-*.conf")):
         if path.name not in wanted:
             path.unlink()
-            changed.append(path.stem)
+            changed.add(path.stem)
     return changed
 
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
-from protocol.messages.session import StatusReport
+from protocol.messages.session import PeerReport, StatusReport
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import try_status
 from services.ctl.outcomes import ExitCode
@@ -66,6 +66,8 @@ def _print(screen: Screen, rows: list[ServiceRow], report: StatusReport | None, 
 def _cells(row: ServiceRow, report: StatusReport | None) -> tuple[str, ...]:
     peer = row.peer
     pid = row.process_info.pid if row.process_info else peer.pid if peer else 0
+    if row.name == HUB and not pid and report is not None:
+        pid = report.hub_pid
     if peer is None:
         return (row.name, row.state, row.process, str(pid or ""), "", "", "", "", "", row.reason)
     queued = sum(report.queued.get(capability, 0) for capability in peer.capabilities) if report else 0
@@ -74,13 +76,19 @@ def _cells(row: ServiceRow, report: StatusReport | None) -> tuple[str, ...]:
         row.state,
         row.process,
         str(pid or ""),
-        f"{peer.used}/{peer.granted}",
+        slots(peer),
         mebibytes(peer.rss_bytes),
         speed(peer.metrics),
         str(queued),
         f"{peer.loop_lag_ms:.0f} ms",
         row.reason,
     )
+
+
+def slots(peer: PeerReport) -> str:
+    """Slots in use, of all it has now. `granted` and `used` are running totals; what is left of them is free."""
+    busy = len(peer.in_flight)
+    return f"{busy}/{max(0, peer.granted - peer.used) + busy}"
 
 
 def speed(metrics: dict[str, Any]) -> str:

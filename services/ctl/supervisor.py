@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -76,19 +76,23 @@ class Supervisor:
         ]
         return sorted(found, key=lambda process: process.name)
 
-    def apply_config(self) -> list[str]:
-        """Read the configuration again: stop what is gone, restart what changed, start what is new or stopped.
+    def apply_config(self, rewritten: Set[str] | None) -> list[str]:
+        """Read the configuration again: end what is gone, restart what was rewritten, start what is new or stopped.
 
-        Returns the names of programs that were stopped, restarted or added.
+        `rewritten` names programs, None means all. supervisord's own list of changed programs is of no use: it sets
+        the PATH of our configuration for itself, so every program looks changed when it reads that once more.
+        Returns the names of programs that were ended, restarted or added.
         """
-        ((added, changed, removed),) = self._call("supervisor.reloadConfig")
-        for name in [*removed, *changed]:
+        ((added, _, removed),) = self._call("supervisor.reloadConfig")
+        known = {process.name for process in self.processes()} - {*added, *removed}
+        again = known if rewritten is None else known & rewritten
+        for name in sorted({*removed, *again}):
             self._call("supervisor.stopProcessGroup", name)
             self._call("supervisor.removeProcessGroup", name)
-        for name in [*changed, *added]:
+        for name in sorted({*added, *again}):
             self._call("supervisor.addProcessGroup", name)
         self._call("supervisor.startAllProcesses", False)
-        return sorted({*added, *changed, *removed})
+        return sorted({*added, *removed, *again})
 
     def shut_down(self) -> None:
         """Ask for the end of all programs and of supervisord; returns before they have ended."""

@@ -1,4 +1,4 @@
-"""The task commands against the real hub and planner as real processes; models, gates and memory are one scripted one.
+"""The task commands against the real hub and planner, as real processes; models, gates and memory are scripted.
 
 The scripted service speaks the real protocol through the real kit, so everything from the command line to the hub and
 back is what users run. What models answer is not the point here.

@@ -1,0 +1,190 @@
+"""Exit codes and messages of the command line, through its entry point, without any service running."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from services.ctl.__main__ import build_parser, main
+from services.kit.config import CHECKOUT
+
+Out = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TIERLINE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TIERLINE_REGISTRY", raising=False)
+    monkeypatch.delenv("TIERLINE_MODELS", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def bad_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "registry"
+    shutil.copytree(CHECKOUT / "registry", folder)
+    text = (folder / "models.yaml").read_text()
+    (folder / "models.yaml").write_text(text.replace("slots: 2", "slots: none", 1))
+    (folder / "roles.yaml").write_text((folder / "roles.yaml").read_text().replace("model: worker", "model: wroker", 1))
+    monkeypatch.setenv("TIERLINE_REGISTRY", str(folder))
+    return folder
+
+
+def usage(out: Out, *argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    return out.readouterr().err
+
+
+def test_a_command_is_needed_and_the_wrong_one_is_met_with_the_list(capsys: Out) -> None:
+    assert "required: COMMAND" in usage(capsys)
+    assert "'doctor'" in usage(capsys, "docter")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["run", "x", "--priority", "urgent"], "'interactive', 'batch'"),
+        (["run", "x", "--max-tokens", "many"], "--max-tokens"),
+        (["run", "x", "--type", "poem"], "'chat'"),
+        (["show"], "TASK"),
+        (["registry"], "COMMAND"),
+    ],
+)
+def test_bad_usage_says_what_is_possible(capsys: Out, argv: list[str], words: str) -> None:
+    assert words in usage(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["run"], "give either an objective"),
+        (["run", "x", "--file", "task.yaml"], "give either an objective"),
+        (["submit", "--file", "missing.yaml"], "missing.yaml"),
+        (["run", "x", "--input", "missing.md"], "missing.md"),
+        (["run", "x", "--deadline", "-1"], "deadline_s: "),
+        (["run", "x", "--max-tokens", "0"], "budget.max_tokens: "),
+        (["plan", "x", "--tokens-per-s", "0"], "--tokens-per-s"),
+        (["plan", "x", "--gates", "no-such-gate"], "no-such-gate"),
+        (["list", "--limit", "0"], "--limit 0"),
+        (["tail", "nothing"], "nothing"),
+    ],
+)
+def test_bad_input_exits_2_and_says_what_is_wrong(capsys: Out, argv: list[str], words: str) -> None:
+    assert main(argv) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["run", "x"], ["submit", "x"], ["show", "t"], ["watch", "t"], ["cancel", "t"], ["list"], ["explain", "t"]],
+)
+def test_without_a_hub_every_task_command_exits_3_and_says_how_to_start_one(capsys: Out, argv: list[str]) -> None:
+    assert main(argv) == 3
+    assert "tierline up" in capsys.readouterr().err
+    assert main([*argv, "--json"]) == 3
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["exit"] == 3
+    assert "tierline up" in error["message"]
+
+
+def test_a_socket_that_nobody_listens_on_is_no_hub(home: Path, capsys: Out) -> None:
+    (home / "run").mkdir(parents=True)
+    (home / "run" / "hub.sock").touch()
+    assert main(["list"]) == 3
+    assert "tierline up" in capsys.readouterr().err
+
+
+def test_status_of_a_stopped_stack_exits_3(capsys: Out) -> None:
+    assert main(["status", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["hub"] is None
+
+
+def test_down_of_a_stopped_stack_is_no_error(capsys: Out) -> None:
+    assert main(["down"]) == 0
+    assert "nothing was running" in capsys.readouterr().out
+
+
+def test_up_refuses_a_bad_registry_with_file_and_line(bad_registry: Path, capsys: Out) -> None:
+    assert main(["up"]) == 2
+    assert "models.yaml:" in capsys.readouterr().err
+
+
+def test_registry_check_prints_every_problem_with_file_and_line(bad_registry: Path, capsys: Out) -> None:
+    assert main(["registry", "check", "--no-files"]) == 2
+    err = capsys.readouterr().err
+    assert "models.front.slots" in err
+    assert "wroker" in err
+    assert "models.yaml:" in err
+    assert "roles.yaml:" in err
+
+
+def test_registry_check_of_no_folder_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    monkeypatch.setenv("TIERLINE_REGISTRY", str(tmp_path / "nowhere"))
+    assert main(["registry", "check", "--json"]) == 2
+    assert "nowhere" in json.loads(capsys.readouterr().out)["error"]["details"][0]
+
+
+def test_the_shipped_registry_is_good(capsys: Out) -> None:
+    assert main(["registry", "check", "--no-files"]) == 0
+    assert main(["roles", "--json"]) == 0
+    assert main(["models"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_plan_shows_the_example_without_running_anything(home: Path, capsys: Out) -> None:
+    assert main(["plan", "--file", str(CHECKOUT / "deploy" / "example.yaml"), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["source"] == "client"
+    assert [(edge["step"], edge["depends_on"]) for edge in plan["removed_edges"]] == [("S6", "S5")]
+    forecast = plan["forecast"]
+    assert (forecast["levels"], forecast["width"]) == (3, 3)
+    assert forecast["critical"] == ["S1", "S2", "S6"]
+    assert forecast["critical_s"] == pytest.approx((60 + 60 + 160) / 30)
+    assert forecast["tokens"] == 600
+    assert {model["name"] for model in forecast["models"]} == {"front", "worker"}
+    assert not home.exists()
+
+
+def test_plan_of_an_objective_uses_the_rules_and_says_why(capsys: Out) -> None:
+    assert main(["plan", "compare apples, pears and plums", "--type", "doc"]) == 0
+    out = capsys.readouterr().out
+    assert "plan by rules" in out
+    assert "critical path" in out
+    assert "\x1b" not in out
+
+
+def test_json_may_stand_before_or_after_the_command() -> None:
+    parser = build_parser()
+    assert parser.parse_args(["--json", "list"]).json
+    assert parser.parse_args(["list", "--json"]).json
+    assert not parser.parse_args(["list"]).json
+
+
+def test_doctor_says_for_every_check_what_to_do(capsys: Out) -> None:
+    assert main(["doctor", "--json"]) == 1  # this home has no model files
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    names = {check["name"] for check in checks}
+    assert {"python", "socket path", "disk", "memory", "sandbox", "model front", "engine front"} <= names
+    assert all(check["advice"] for check in checks if check["verdict"] != "ok")
+    assert any(check["name"] == "model front" and check["verdict"] == "fail" for check in checks)
+
+
+def test_doctor_finds_a_home_whose_socket_paths_are_too_long(monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    monkeypatch.setenv("TIERLINE_HOME", "/tmp/" + "x" * 90)
+    main(["doctor", "--json"])
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["socket path"]["verdict"] == "fail"
+
+
+def test_doctor_finds_a_run_folder_that_others_can_enter(home: Path, capsys: Out) -> None:
+    (home / "run").mkdir(parents=True)
+    (home / "run").chmod(0o755)
+    main(["doctor", "--json"])
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["home"]["verdict"] == "fail"
+    assert "chmod 700" in checks["home"]["advice"]
