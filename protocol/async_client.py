@@ -277,7 +277,9 @@ class AsyncClient:
     async def _next(self, answers: asyncio.Queue[s.Deliver], kind: str, until: float, timeout_s: float) -> s.Deliver:
         """The next piece; raises DeadlineExceeded at the monotonic time `until`."""
         try:
-            return await asyncio.wait_for(answers.get(), max(0.0, until - time.monotonic()))
+            # Not wait_for: on Python 3.11 it can swallow a cancellation that comes together with the answer.
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                return await answers.get()
         except TimeoutError as err:
             if not self._session.joined:
                 raise HubUnreachable(

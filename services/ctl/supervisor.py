@@ -47,7 +47,7 @@ class ProcessInfo:
     description: str
     uptime_s: int
     output: Path
-    """Where its standard output and error go."""
+    """Where its standard error goes: what a crash printed."""
 
 
 class Supervisor:
@@ -70,7 +70,7 @@ class Supervisor:
                 pid=int(item["pid"]),
                 description=str(item["description"]),
                 uptime_s=max(0, int(item["now"]) - int(item["start"])) if item["pid"] else 0,
-                output=Path(str(item["stdout_logfile"])),
+                output=Path(str(item["stderr_logfile"])),
             )
             for item in self._call("supervisor.getAllProcessInfo")
         ]
@@ -79,13 +79,12 @@ class Supervisor:
     def apply_config(self, rewritten: Set[str] | None) -> list[str]:
         """Read the configuration again: end what is gone, restart what was rewritten, start what is new or stopped.
 
-        `rewritten` names programs, None means all. supervisord's own list of changed programs is of no use: it sets
-        the PATH of our configuration for itself, so every program looks changed when it reads that once more.
-        Returns the names of programs that were ended, restarted or added.
+        `rewritten` names programs beyond those whose configuration changed, None means all. Returns the names of
+        programs that were ended, restarted or added.
         """
-        ((added, _, removed),) = self._call("supervisor.reloadConfig")
+        ((added, changed, removed),) = self._call("supervisor.reloadConfig")
         known = {process.name for process in self.processes()} - {*added, *removed}
-        again = known if rewritten is None else known & rewritten
+        again = known if rewritten is None else known & {*rewritten, *changed}
         for name in sorted({*removed, *again}):
             self._call("supervisor.stopProcessGroup", name)
             self._call("supervisor.removeProcessGroup", name)

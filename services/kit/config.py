@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from services.kit.logs import LEVELS, Level
+
 CHECKOUT: Final = Path(__file__).resolve().parents[2]
 """The project's own folder: registry/, deploy/."""
 
@@ -23,6 +25,8 @@ class Home:
     registry: Path
     cache: Path
     models: Path
+    log_level: Level
+    """Least level that is written."""
     supervised: bool
     """True when supervisord started this process: it then dies with its supervisor."""
 
@@ -65,15 +69,23 @@ class Home:
 
 
 def load_home(environ: Mapping[str, str] | None = None) -> Home:
-    """Read TIERLINE_HOME, TIERLINE_REGISTRY, TIERLINE_CACHE and TIERLINE_MODELS; defaults as in DESIGN section 1."""
+    """Read TIERLINE_HOME, TIERLINE_REGISTRY, TIERLINE_CACHE, TIERLINE_MODELS and TIERLINE_LOG_LEVEL.
+
+    Defaults: `$XDG_STATE_HOME/tierline`, the checkout's registry, `<home>/cache`, `<cache>/models`, info. Raises
+    ValueError for a level that does not exist.
+    """
     env = os.environ if environ is None else environ
     state = Path(env.get("XDG_STATE_HOME") or Path(env.get("HOME", "/")) / ".local" / "state")
     root = Path(env.get("TIERLINE_HOME") or state / "tierline").absolute()
     cache = Path(env.get("TIERLINE_CACHE") or root / "cache").absolute()
+    level = next((known for known in LEVELS if known == env.get("TIERLINE_LOG_LEVEL", "info")), None)
+    if level is None:
+        raise ValueError(f"TIERLINE_LOG_LEVEL is {env['TIERLINE_LOG_LEVEL']!r}, expected one of {', '.join(LEVELS)}")
     return Home(
         root=root,
         registry=Path(env.get("TIERLINE_REGISTRY") or CHECKOUT / "registry").absolute(),
         cache=cache,
         models=Path(env.get("TIERLINE_MODELS") or cache / "models").absolute(),
+        log_level=level,
         supervised="SUPERVISOR_ENABLED" in env,
     )

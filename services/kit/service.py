@@ -40,7 +40,8 @@ SERVICE_STOPPED = LogEvent("service.stopped", "reason unfinished")
 SESSION_OPENED = LogEvent("session.opened", "epoch failures")
 FRAME_REFUSED = LogEvent("frame.refused", "code reason", "warning")
 CALL_STARTED = LogEvent("call.started", "task step attempt kind key", "debug")
-CALL_ENDED = LogEvent("call.ended", "task step attempt kind key code took_ms")
+CALL_ENDED = LogEvent("call.ended", "task step attempt kind key code took_ms", "debug")
+CALL_FAILED = LogEvent("call.failed", "task step attempt kind key code took_ms")
 CALL_BUG = LogEvent("call.bug", "task step attempt kind key error", "error")
 
 _TICK_S: Final = 0.25
@@ -92,7 +93,7 @@ class Service:
         self.home = home
         self.name = name
         self.clock = SteadyClock()
-        self.log = Log(home.logs, name, self.clock)
+        self.log = Log(home.logs, name, self.clock, level=home.log_level)
         self.metrics: Callable[[], dict[str, Any]] = dict
         self.resident_bytes: Callable[[], int] = lambda: psutil.Process().memory_info().rss
         self._drain_s = drain_s
@@ -368,7 +369,7 @@ class Service:
         header = call.header
         code = ending.code if isinstance(ending, Failure) else None
         self.log.write(
-            CALL_ENDED,
+            CALL_ENDED if code is None else CALL_FAILED,
             task=header.task,
             step=header.step,
             attempt=header.attempt,

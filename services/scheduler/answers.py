@@ -17,6 +17,8 @@ from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.task import Output
 
+#: Lines of our own prompt's frame that small models repeat at the edges of their answers.
+_FRAME: Final = re.compile(r"\A(?:\s*</?material[^>\n]*>[ \t]*\n)+|(?:\s*</?material[^>\n]*>\s*)+\Z")
 _FENCE: Final = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -55,7 +57,7 @@ def _cut_one(answer: str, output: Output) -> Any:
     if output.kind is ArtefactKind.JSON:
         return _parse_json(answer)
     if output.kind is ArtefactKind.TEXT:
-        return answer.strip()
+        return _FRAME.sub("", answer).strip() or answer.strip()
     blocks = [block for block in _FENCE.findall(answer) if block.strip()]
     # The longest block: models show usage examples and commands beside the code they were asked for.
     return max(blocks, key=len) if blocks else answer.strip("\n") + "\n"

@@ -58,7 +58,7 @@ class HubApp:
     def __init__(self, home: Home, registry: Registry) -> None:
         self._home = home
         self._clock = SteadyClock()
-        self._log = Log(home.logs, "scheduler", self._clock)
+        self._log = Log(home.logs, "scheduler", self._clock, level=home.log_level, batched=True)
         self._port = ZmqRouter(home.hub_address)
         self._journal = Journal(home.journal / "journal.sqlite")
         self._hub = Hub(epoch=boot_id(), registry=registry, pid=os.getpid(), started_ms=self._clock.now_ms())
@@ -82,6 +82,7 @@ class HubApp:
                     self._feed(Tick(self._clock.now_ms()))
                     next_tick = self._clock.now_ms() + _TICK_MS
                 self._flush()
+                self._log.flush()
         except sqlite3.Error as err:
             self._log.write(
                 JOURNAL_FAILED, error=f"{err}: free disk space or repair {self._home.journal}, then restart"

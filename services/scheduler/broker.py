@@ -217,8 +217,11 @@ class Broker:
         peer.metrics = pong.metrics
 
     def on_goodbye(self, peer: Peer) -> None:
-        """The peer takes no new work; what it has, it may finish."""
-        peer.state = PeerState.DRAINING
+        """A worker takes no new work and may finish what it has; a client is gone."""
+        if peer.is_worker:
+            peer.state = PeerState.DRAINING
+        else:
+            self.peers.pop(peer.identity, None)
 
     def on_unreachable(self, identity: bytes) -> list[Command]:
         """Sending failed: the connection is gone."""

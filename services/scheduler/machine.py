@@ -259,6 +259,8 @@ class Hub:
             self.broker.on_pong(peer, unpack_body(Pong, body))
             self._settle([], at_ms)
         elif kind == "session.goodbye":
+            if not peer.is_worker:
+                self._settle([b.PeerGone(peer, "said goodbye")], at_ms)
             self.broker.on_goodbye(peer)
         elif kind in HUB_REQUESTS:
             self._on_hub_request(peer.identity, header, body, at_ms)
