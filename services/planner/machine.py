@@ -21,13 +21,13 @@ from protocol.messages.memory import DecisionRecord, Episode, MemoryFinal, Recor
 from protocol.messages.plan import PlanFinal, RoutingDecision
 from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import PlanProblem
+from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry, RoleEntry
 from services.planner.cast import ROLES_FOR, Work
 from services.planner.choose import Decomposition, Source, choose, records
 from services.planner.discovery import discover
 from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
 from services.planner.rules import RulePlan, plan_by_rules
-from services.planner.soundness import plan_problems
 
 MEMORY_S: Final = 1.0
 """Longest wait for memory, for each of its two questions, in seconds."""

@@ -24,13 +24,13 @@ from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Priority, TaskIR
 from protocol.plan_graph import final_artefacts
 from services.kit.identity import work_key
+from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry
 from services.scheduler import facts as f
 from services.scheduler.answers import cut_outputs
 from services.scheduler.broker import REATTACH_MS, Call
 from services.scheduler.failures import Action, Past, decide
 from services.scheduler.outcomes import outcomes_of
-from services.scheduler.plan_check import find_plan_problems
 from services.scheduler.requests import infer_request
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
 from services.scheduler.verdicts import gate_failure
@@ -239,7 +239,7 @@ class Engine:
                 self._ask_plan(task, at_ms, hold_until_ms=at_ms + _RETRY_MS * tries)
             return
         final = unpack_body(PlanFinal, body)
-        problems = find_plan_problems(final.task, self.registry)
+        problems = plan_problems(final.task, self.registry)
         if final.task.plan is None or problems:
             message = "; ".join(str(problem) for problem in problems[:5]) or "the planner returned no plan"
             bad = Failure(code="plan.invalid", category=Category.PEER, origin=PLANNER, message=message)

@@ -28,12 +28,12 @@ from protocol.messages.session import Hello, Ping, Pong, Reject, StatusReport, W
 from protocol.messages.task import Accepted, Submit, TaskIR
 from services.kit.identity import work_key
 from services.kit.logs import LogEvent
+from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry
 from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
 from services.scheduler.peers import PING_MS, Peer
-from services.scheduler.plan_check import find_plan_problems
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
 
@@ -410,7 +410,7 @@ class Hub:
             ir = TaskIR.model_validate(submit.task)
         except ValidationError as err:
             raise BadFrame("task.invalid", f"the TaskIR is not valid: {describe(err)}") from err
-        problems = find_plan_problems(ir, self.registry)
+        problems = plan_problems(ir, self.registry)
         if problems:
             shown = "; ".join(str(problem) for problem in problems[:10])
             more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""

@@ -184,7 +184,7 @@ def test_what_no_template_can_mend_is_refused_too() -> None:
     unknown_gate = task("x", "doc", gates=["ghost"])
     for task_, says_ in (
         (twice, "named twice: a"),
-        (unknown_gate, "plan.gates (of the task): the registry has no 'ghost'"),
+        (unknown_gate, "gates: the registry has no 'ghost'"),
     ):
         command = Planning(SHIPPED).handle(Requested(0, task_, None))
         assert isinstance(command, Refuse)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from protocol.messages.memory import Episode
 from protocol.messages.task import TaskIR
+from services.kit.plan_check import plan_problems
 from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
-from services.planner.soundness import plan_problems
 from tests.unit.planner_tasks import SHIPPED, task
 
 DOC = task("Compare the two reports", "doc", "a.md", "b.md")

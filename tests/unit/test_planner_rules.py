@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import final_artefacts, find_problems, needs
+from services.kit.plan_check import plan_problems
 from services.planner.cast import ROLES_FOR, Work, alternatives, cast
 from services.planner.rules import plan_by_rules, room
-from services.planner.soundness import plan_problems
 from tests.unit.planner_tasks import SHIPPED, task, tasks
 
 TESTS = "from calc import add\n\n\ndef test_add():\n    assert add(1, 2) == 3\n"

@@ -1,7 +1,7 @@
 """Every reason why a plan cannot run here: those of the graph, and those of this registry.
 
-Asked about every plan before the planner hands it out, whoever made it. A client's plan with a problem is refused;
-the planner replaces roles only in plans of its own, since a client that names a role means it.
+The hub asks on submit and before it adopts a plan, the planner before it hands one out, the command-line tool before it
+sends one. The graph itself is checked by `protocol.plan_graph`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_CONTROL_EDGES: Final = 20_000
 
 
 def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
-    """Return the problems of the plan of a task, which has one, each with step and field; empty = it can run."""
+    """Return the problems of a task and of its plan, if it has one, each with step and field; empty = it can run."""
     steps = task.plan.steps if task.plan is not None else []
     edges = sum(len(step.depends_on) for step in steps)
     if edges > MAX_CONTROL_EDGES:
@@ -29,7 +29,7 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
         found += _unknown(step.id, "actor", [step.actor], registry.roles)
         found += _unknown(step.id, "gates", step.gates or [], registry.gates)
         found += _unknown(step.id, "persona", [step.persona] if step.persona else [], registry.personas)
-    found += _unknown(None, "gates (of the task)", task.gates, registry.gates)
+    found += _unknown(None, "gates", task.gates, registry.gates)
     return found
 
 
