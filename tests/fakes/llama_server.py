@@ -60,9 +60,9 @@ class Script:
     def answer(self, prompt: str) -> dict[str, Any]:
         script = self.read()
         chosen: Any = script.get("default", "ok")
-        for number, rule in enumerate(script.get("rules", [])):
+        for rule in script.get("rules", []):
             if rule["match"] in prompt and rule.get("model", self._alias) == self._alias:
-                turn = self._next_turn(str(number), bool(script.get("persist")))
+                turn = self._next_turn(f"{rule['match']}|{rule.get('model')}", bool(script.get("persist")))
                 chosen = rule["answers"][min(turn, len(rule["answers"]) - 1)]
                 break
         return {"text": chosen} if isinstance(chosen, str) else chosen
