@@ -1,0 +1,59 @@
+"""The prompt of an attempt: everything that belongs in it, in a stable order, within the context."""
+
+from __future__ import annotations
+
+from protocol.messages.artefact import Artefact
+from protocol.messages.failure import Category, Finding
+from protocol.messages.task import Step, TaskIR
+from services.scheduler.prompting import compose
+from tests.unit.simulation import shipped_registry
+
+REGISTRY = shipped_registry()
+TASK = TaskIR.model_validate(
+    {
+        "objective": "Compare the offers.",
+        "context": "For the spring meeting.",
+        "constraints": ["No more than 300 euros."],
+        "assumptions": ["Trains run."],
+        "definition_of_done": ["Every offer is named."],
+    }
+)
+
+
+def prompt(inputs: list[Artefact], *, findings: list[Finding] | None = None, context_tokens: int = 2048) -> str:
+    step = Step.model_validate({"id": "S1", "actor": "worker", "action": "Sum it up.", "outputs": [{"name": "o"}]})
+    messages = compose(
+        role=REGISTRY.roles["worker"],
+        persona=REGISTRY.personas["plain-writer"],
+        task=TASK,
+        step=step,
+        inputs=inputs,
+        findings=findings or [],
+        attempt=2 if findings else 1,
+        context_tokens=context_tokens,
+        max_tokens=128,
+    )
+    assert [message.role for message in messages] == ["system", "user"]
+    assert REGISTRY.roles["worker"].prompt in messages[0].content
+    assert REGISTRY.personas["plain-writer"].prompt in messages[0].content
+    return messages[1].content
+
+
+def test_every_part_of_the_task_has_its_place() -> None:
+    text = prompt([Artefact(name="a", value="The first offer.")])
+    parts = ["Compare the offers.", "spring meeting", "300 euros", "Trains run", "Every offer", "first offer", "Sum it"]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places), "what all steps share comes first, the step's own action last"
+
+
+def test_long_inputs_are_shortened_fairly_and_visibly() -> None:
+    text = prompt([Artefact(name="short", value="s" * 500), Artefact(name="long", value="l" * 50_000)])
+    assert "s" * 500 in text
+    assert "more characters left out" in text
+    assert len(text) < 2048 * 3
+
+
+def test_findings_of_earlier_attempts_are_listed_one_a_line() -> None:
+    finding = Finding(gate="lint", category=Category.CODE, message="undefined\nname", file="a.py", line=3, rule="F821")
+    assert "- lint [F821] a.py:3: undefined name" in prompt([], findings=[finding])
+    assert prompt([], findings=[finding]) == prompt([], findings=[finding])
