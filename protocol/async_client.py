@@ -155,7 +155,7 @@ class AsyncClient:
         if view.state.final:
             return view
         left_s = max(0.0, until - time.monotonic())
-        watch = Watch(task_id=task_id, after_seq=view.last_seq)
+        watch = Watch(task_id=task_id, after_seq=view.last_seq, quiet=True)
         return await self.ask("task.watch", watch, TaskView, timeout_s=left_s)
 
     async def run(self, task: TaskIR | Mapping[str, Any], timeout_s: float) -> TaskView:

@@ -192,6 +192,8 @@ class Watch(Message):
 
     task_id: str = Field(max_length=128)
     after_seq: int = Field(default=0, ge=0)
+    quiet: bool = False
+    """Only the result, no events: for whoever just waits."""
 
 
 class ArtefactQuery(Message):

@@ -169,7 +169,9 @@ class Hub:
     engine: e.Engine = field(init=False)
     _out: list[Command] = field(default_factory=list)
     _watches: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
-    """Task -> (identity, request id) -> request."""
+    """Task -> (identity, request id) -> request, of those who want the events."""
+    _waits: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
+    """The same, of those who want the result only."""
     _sent: int = 0
     _ends_ms: deque[int] = field(default_factory=lambda: deque(maxlen=32))
     """When the newest tasks ended: the measured drain rate behind `retry_after_ms`."""
@@ -479,17 +481,20 @@ class Hub:
                 self._watch(identity, header, unpack_body(Watch, body), task)
 
     def _watch(self, identity: bytes, header: Header, query: Watch, task: TaskRecord) -> None:
-        for seq, fact in enumerate(task.events[query.after_seq :], query.after_seq + 1):
-            self._out.append(self.reply(identity, header, "task.event", event(fact, seq)))
+        if not query.quiet:
+            for seq, fact in enumerate(task.events[query.after_seq :], query.after_seq + 1):
+                self._out.append(self.reply(identity, header, "task.event", event(fact, seq)))
         if task.state.final:
             self._out.append(self.reply(identity, header, "task.result", view(task)))
             return
-        if sum(len(watches) for watches in self._watches.values()) >= MAX_WATCHES:
+        if sum(len(watches) for kept in (self._watches, self._waits) for watches in kept.values()) >= MAX_WATCHES:
             refused = Refused(reason=f"{MAX_WATCHES} watches are open", retry_after_ms=1_000)
             self._out.append(self.reply(identity, header, "refused", refused))
             return
-        self._watches.setdefault(task.id, {})[identity, header.id] = header
-        self.engine.watched.add(task.id)
+        kept = self._waits if query.quiet else self._watches
+        kept.setdefault(task.id, {})[identity, header.id] = header
+        if not query.quiet:
+            self.engine.watched.add(task.id)
 
     # Time
 
@@ -498,7 +503,9 @@ class Hub:
         self._settle(self.broker.on_tick(at_ms), at_ms)
         if at_ms - self._cleaned_ms >= _TICKS_BETWEEN_CLEANUPS_MS:
             self._cleaned_ms = at_ms
-            self.broker.forget_silent_clients(at_ms, {who for watches in self._watches.values() for who, _ in watches})
+            kept = (self._watches, self._waits)
+            waiting = {who for tasks in kept for watches in tasks.values() for who, _ in watches}
+            self.broker.forget_silent_clients(at_ms, waiting)
             if self.engine.deferred and len(self.engine.unsettled) < e.MAX_UNSETTLED // 2:
                 self.engine.deferred = False
                 self._out.append(ReloadUnsettled(e.MAX_UNSETTLED // 2))
@@ -588,29 +595,33 @@ class Hub:
         self._out.append(Send(peer.identity, pack_header(header), body))
 
     def _tell_watchers(self, fact: f.Fact, seq: int) -> None:
-        if isinstance(fact, f.TaskEnded):
-            self._ends_ms.append(fact.at_ms)
         watches = self._watches.get(fact.task)
-        if not watches:
+        if watches:
+            told = event(fact, seq)
+            for (identity, _), request in watches.items():
+                self._out.append(self.reply(identity, request, "task.event", told))
+        if not isinstance(fact, f.TaskEnded):
             return
-        told = event(fact, seq)
-        for (identity, _), request in watches.items():
-            self._out.append(self.reply(identity, request, "task.event", told))
-        if isinstance(fact, f.TaskEnded):
-            task = self.engine.find(fact.task)
-            for (identity, _), request in self._watches.pop(fact.task).items():
-                if task is not None:
-                    self._out.append(self.reply(identity, request, "task.result", view(task)))
-            self.engine.watched.discard(fact.task)
+        self._ends_ms.append(fact.at_ms)
+        self.engine.watched.discard(fact.task)
+        waiting = self._watches.pop(fact.task, {}) | self._waits.pop(fact.task, {})
+        task = self.engine.find(fact.task)
+        if task is None or not waiting:
+            return
+        result = view(task)
+        for (identity, _), request in waiting.items():
+            self._out.append(self.reply(identity, request, "task.result", result))
 
     def _forget_client(self, identity: bytes, at_ms: int) -> None:
-        for task_id in list(self._watches):
-            watches = self._watches[task_id]
-            for key in [key for key in watches if key[0] == identity]:
-                del watches[key]
-            if not watches:
-                del self._watches[task_id]
-                self.engine.watched.discard(task_id)
+        for kept in (self._watches, self._waits):
+            for task_id in list(kept):
+                watches = kept[task_id]
+                for key in [key for key in watches if key[0] == identity]:
+                    del watches[key]
+                if not watches:
+                    del kept[task_id]
+                if task_id not in self._watches:
+                    self.engine.watched.discard(task_id)
         for command in self.broker.cancel_for(identity):
             self._carry_out(command, at_ms)
 

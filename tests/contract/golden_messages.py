@@ -288,7 +288,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
     ],
     "task.submit": [Submit(task={"objective": "Say hello", "idempotency_key": "order-42", "context": None})],
     "task.accepted": [Accepted(task_id="T-1", duplicate=True)],
-    "task.watch": [Watch(task_id="T-1", after_seq=3)],
+    "task.watch": [Watch(task_id="T-1", after_seq=3), Watch(task_id="T-1", quiet=True)],
     "task.event": [
         TaskEvent(
             task_id="T-1",
