@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import math
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -94,7 +93,6 @@ class MemoryService:
         ask = call.read(MemoryRequest).ask
         match ask:
             case RecordDecisions() | RecordOutcomes():
-                _refuse_infinite(ask)
                 return await self._write(ask)
             case Retrieve():
                 return await self._ask_projector(partial(self._retrieve, ask))
@@ -303,21 +301,6 @@ class MemoryService:
             "vectors_rebuilt": self._projector.rebuilt["vectors"],
             "graph_rebuilt": self._projector.rebuilt["graph"],
         }
-
-
-def _refuse_infinite(ask: Write) -> None:
-    """JSON has no infinity, and one in a running mean stays for ever; names the first field that holds one."""
-    numbers: dict[str, float] = {}
-    if isinstance(ask, RecordDecisions):
-        for position, decision in enumerate(ask.decisions):
-            numbers |= {f"decisions.{position}.features.{name}": value for name, value in decision.features.items()}
-    else:
-        numbers |= {f"outcomes.{position}.seconds": outcome.seconds for position, outcome in enumerate(ask.outcomes)}
-        if ask.episode is not None:
-            numbers["episode.seconds"] = ask.episode.seconds
-    for field, value in numbers.items():
-        if not math.isfinite(value):
-            raise CallFailed(_refusal("memory.not_finite", f"ask.{field}: {value} is not a finite number"))
 
 
 def _refusal(code: str, message: str) -> Failure:

@@ -321,7 +321,8 @@ def test_home_registry_bus_and_environment_are_not_there(stack: Stack) -> None:
     source = (
         "import os, pathlib\n"
         f"for path in ({str(stack.home)!r}, {str(stack.home / 'run' / 'hub.sock')!r}, {str(stack.registry)!r},\n"
-        f"             {str(CHECKOUT)!r}, '/etc/passwd', '/etc/shadow', '/var', '/home', '/proc/1/root/etc'):\n"
+        f"             {str(CHECKOUT / 'registry')!r}, {str(CHECKOUT / 'services')!r}, {str(CHECKOUT / '.git')!r},\n"
+        f"             '/etc/passwd', '/etc/shadow', '/var', '/home', '/proc/1/root/etc'):\n"
         "    try:\n"
         "        found = os.path.lexists(path)\n"
         "    except OSError:\n"

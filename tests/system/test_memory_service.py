@@ -223,13 +223,13 @@ def test_duplicates_are_counted_and_change_no_value(stand: MemoryStand) -> None:
         (Retrieve(text="   "), "memory.unembeddable", "ask.text"),
         (
             RecordDecisions(decisions=[decision(0, 0).model_copy(update={"features": {"x": float("nan")}})]),
-            "memory.not_finite",
-            "decisions.0.features.x",
+            "body.not_json",
+            "nan",
         ),
         (
             RecordOutcomes(outcomes=[outcomes(0, True)[0].model_copy(update={"seconds": float("inf")})]),
-            "memory.not_finite",
-            "outcomes.0.seconds",
+            "body.not_json",
+            "inf",
         ),
     ],
     ids=["unknown decision", "objective without a word", "text without a word", "nan feature", "infinite seconds"],

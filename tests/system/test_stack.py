@@ -72,7 +72,7 @@ def test_an_objective_of_every_type_is_planned_and_ends(stack: BareStack, task_t
         "objective": "Describe the harbour in one sentence.",
         "task_type": task_type,
         "inputs": [{"name": "notes.md", "value": "A small harbour with three boats and a lighthouse."}],
-        "budget": {"max_tokens": 3_000},
+        "budget": {"max_tokens": 1_200},
         "deadline_s": 150,
     }
     view = stack.client.run(task, timeout_s=170)

@@ -19,6 +19,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TIERLINE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TIERLINE_REGISTRY", raising=False)
     monkeypatch.delenv("TIERLINE_MODELS", raising=False)
+    monkeypatch.delenv("TIERLINE_CACHE", raising=False)
     return tmp_path / "home"
 
 
