@@ -21,11 +21,10 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState, Pong
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
+from services.scheduler.queues import Place, ReadyQueue
 
 MAX_QUEUED: Final = 10_000
 """Calls of other peers that may wait per capability; the hub's own steps are bounded by its tasks."""
-BATCH_HEAD_START_MS: Final = 30_000
-"""A batch call that has waited this long goes before an interactive one that came now: overtaken, never starved."""
 REATTACH_MS: Final = 4_000
 """After a restart of the hub, running calls wait this long for their worker to bring them back."""
 CLIENT_KEPT_MS: Final = 60_000
@@ -43,6 +42,10 @@ class Call:
     target: str
     queued_ms: int
     interactive: bool = True
+    client: str = ""
+    """Who it is for: clients share a capability fairly."""
+    rank_s: float = 0.0
+    """Upward rank in seconds; see `queues.Place`."""
     body: bytes | None = None
     """None = composed when it starts."""
     requester: bytes | None = None
@@ -147,8 +150,7 @@ class Broker:
     counters: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("started", "ended", "lost", "reattached", "duplicates", "expired"), 0)
     )
-    _queues: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
-    _order: int = 0
+    _queues: dict[str, ReadyQueue] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
     """Keys that have ended lately, to tell a duplicate from a stranger."""
     _children: dict[str, set[str]] = field(default_factory=dict)
@@ -272,7 +274,8 @@ class Broker:
 
     def queued(self, target: str) -> int:
         """Calls that wait for this capability."""
-        return sum(1 for _, _, key in self._queues.get(target, ()) if self._is_queued(key))
+        queue = self._queues.get(target)
+        return 0 if queue is None else sum(1 for key in set(queue.waiting_keys()) if self._is_queued(key))
 
     def queue_lengths(self) -> dict[str, int]:
         """Waiting calls per capability, those with any."""
@@ -281,7 +284,8 @@ class Broker:
 
     def is_full(self, target: str) -> bool:
         """True when no further call of another peer may wait for this capability."""
-        return len(self._queues.get(target, ())) >= MAX_QUEUED and self.queued(target) >= MAX_QUEUED
+        queue = self._queues.get(target)
+        return queue is not None and len(queue) >= MAX_QUEUED and self.queued(target) >= MAX_QUEUED
 
     def cancel(self, key: str) -> list[Command]:
         """End a call without an answer, and the calls made during it. Its worker is told; its slot stays counted."""
@@ -343,25 +347,19 @@ class Broker:
 
     def _start_one(self, target: str, at_ms: int) -> Start | None:
         queue = self._queues.get(target)
-        held: list[tuple[int, int, str]] = []
-        start: Start | None = None
-        while queue and start is None:
-            entry = queue[0]
-            if not self._is_queued(entry[2]):
-                heapq.heappop(queue)
+        if queue is None:
+            return None
+        queue.release(at_ms)
+        while (key := queue.first()) is not None:
+            if not self._is_queued(key):
+                queue.drop()
                 continue
             peer = self._freest(target, at_ms)
             if peer is None:
-                break
-            heapq.heappop(queue)
-            call = self.calls[entry[2]]
-            if call.hold_until_ms > at_ms:
-                held.append(entry)
-            else:
-                start = self._start(call, peer, at_ms)
-        for entry in held:
-            heapq.heappush(self._queues[target], entry)
-        return start
+                return None
+            queue.take()
+            return self._start(self.calls[key], peer, at_ms)
+        return None
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the state contradicts itself; called by tests after every event."""
@@ -371,9 +369,7 @@ class Broker:
                     raise AssertionError(f"{peer.service} is booked for {key}, which it does not have")
             if peer.used < 0:
                 raise AssertionError(f"{peer.service} has negative use")
-        queued = [key for queue in self._queues.values() for _, _, key in queue if self._is_queued(key)]
-        if len(queued) != len(set(queued)):
-            raise AssertionError("a call is queued twice")
+        queued = {key for queue in self._queues.values() for key in queue.waiting_keys() if self._is_queued(key)}
         for key, call in self.calls.items():
             if call.worker is None and key not in queued:
                 raise AssertionError(f"call {key} waits in no queue")
@@ -383,9 +379,8 @@ class Broker:
     # Inside
 
     def _push(self, call: Call) -> None:
-        self._order += 1
-        rank = call.queued_ms + (0 if call.interactive else BATCH_HEAD_START_MS)
-        heapq.heappush(self._queues.setdefault(call.target, []), (rank, self._order, call.key))
+        place = Place(call.client, call.interactive, call.rank_s, call.outer_ms)
+        self._queues.setdefault(call.target, ReadyQueue()).push(call.key, place, call.hold_until_ms)
         self._touch((call.target,))
 
     def _touch(self, targets: Iterable[str]) -> None:
@@ -466,6 +461,7 @@ class Broker:
         for key in sorted(peer.calls):
             call = self.calls[key]
             call.worker = None
+            call.hold_until_ms = 0
             call.deadline_ms = call.outer_ms
             self.counters["lost"] += 1
             if call.retry_lost:

@@ -31,6 +31,7 @@ from services.scheduler.answers import cut_outputs
 from services.scheduler.broker import REATTACH_MS, Call
 from services.scheduler.failures import Action, Past, decide
 from services.scheduler.outcomes import outcomes_of
+from services.scheduler.ranks import Ranking
 from services.scheduler.requests import infer_request
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
 from services.scheduler.verdicts import gate_failure
@@ -80,6 +81,7 @@ class Engine:
     """All tasks that matter now. Methods named `on_…` take an event; all return effects through `take`."""
 
     registry: Registry
+    ranking: Ranking
     live: dict[str, TaskRecord] = field(default_factory=dict)
     """Tasks that are not final, or whose outcomes memory does not have yet."""
     ended: OrderedDict[str, TaskRecord] = field(default_factory=OrderedDict)
@@ -309,6 +311,8 @@ class Engine:
                 target=f"infer.{attempt.model}",
                 queued_ms=at_ms,
                 interactive=task.ir.priority is Priority.INTERACTIVE,
+                client=task.client,
+                rank_s=self.ranking.rank_s(task, step),
                 outer_ms=task.deadline_ms,
                 timeout_ms=int(timeout_s * 1000),
                 task=task.id,
@@ -325,6 +329,8 @@ class Engine:
             self._on_failure(task, step, failure, at_ms, generated_tokens=spent if isinstance(spent, int) else 0)
             return
         final = unpack_body(InferFinal, body)
+        if step.attempt.started_ms is not None:
+            self.ranking.observe(task, step, (at_ms - step.attempt.started_ms) / 1000)
         try:
             made = cut_outputs(final.text, step.spec.outputs)
         except CallFailed as err:
@@ -504,6 +510,7 @@ class Engine:
         value = None if failure is None else failure.model_dump(mode="json", exclude_none=True)
         self._emit(task, f.TaskEnded(task=task.id, at_ms=at_ms, state=state.value, failure=value))
         self._plan_tries.pop(task.id, None)
+        self.ranking.forget(task.id)
         self._settle_outcomes(task, at_ms)
 
     def _settle_outcomes(
@@ -573,6 +580,8 @@ class Engine:
                 target=target,
                 queued_ms=at_ms,
                 interactive=task.ir.priority is Priority.INTERACTIVE,
+                client=task.client,
+                rank_s=0.0 if step is None else self.ranking.rank_s(task, step),
                 body=body,
                 outer_ms=None if task.state.final else task.deadline_ms,
                 timeout_ms=timeout_ms,

@@ -33,7 +33,9 @@ from services.kit.registry import Registry
 from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
+from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.peers import PING_MS, Peer
+from services.scheduler.ranks import Ranking
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
 
@@ -165,6 +167,7 @@ class Hub:
     registry: Registry
     pid: int = 0
     started_ms: int = 0
+    durations: Durations = field(default_factory=LearnedDurations)
     broker: b.Broker = field(default_factory=b.Broker)
     engine: e.Engine = field(init=False)
     _out: list[Command] = field(default_factory=list)
@@ -178,8 +181,8 @@ class Hub:
     _cleaned_ms: int = 0
 
     def __post_init__(self) -> None:
-        """The engine shares the registry."""
-        self.engine = e.Engine(self.registry)
+        """The engine shares the registry and what is known of durations."""
+        self.engine = e.Engine(self.registry, Ranking(self.registry, self.durations))
 
     def handle(self, happened: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
@@ -325,6 +328,7 @@ class Hub:
             target=header.dst,
             queued_ms=at_ms,
             interactive=header.prio != "batch",
+            client=peer.service,
             body=body,
             requester=peer.identity,
             corr=header.id,

@@ -1,0 +1,91 @@
+"""How long a step will take, learned from those that have been.
+
+Means of the logarithm of seconds in a hierarchy: role, role and task type, and these with the size of prompt and
+answer (powers of two). A finer level counts as much as it has observations; what it lacks comes from the coarser one,
+and at the top from a prior: the tokens the step may write, at `PRIOR_TOKENS_PER_S`. Logarithms, so that one stalled
+step does not spoil the estimate; old observations fade, so that a faster model is noticed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+PRIOR_TOKENS_PER_S: Final = 30.0
+"""Decoding speed that is assumed of a model nobody has seen: about that of a 7B on one socket."""
+_SHRINKAGE: Final = 3.0
+"""Observations after which a level outweighs the one above it."""
+_MEMORY: Final = 64.0
+"""Observations after which older ones fade: the mean becomes an exponential one."""
+_LEAST_S: Final = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is known of a step before it runs."""
+
+    role: str
+    task_type: str
+    prompt_chars: int
+    max_tokens: int
+    step: str = ""
+    """Id of the step; only estimators that know better than to generalise look at it."""
+
+
+class Durations(Protocol):
+    """Anything that can estimate, and learn from what happened."""
+
+    def expected_s(self, job: Job) -> float:
+        """Seconds of inference to expect, above zero."""
+        ...
+
+    def observe(self, job: Job, seconds: float) -> None:
+        """A job of this kind took so long."""
+        ...
+
+
+@dataclass(slots=True)
+class _Mean:
+    log_s: float = 0.0
+    count: float = 0.0
+
+    def add(self, log_s: float) -> None:
+        self.count = min(self.count + 1.0, _MEMORY)
+        self.log_s += (log_s - self.log_s) / self.count
+
+
+@dataclass(slots=True)
+class LearnedDurations:
+    """See the module. The tables are bounded by roles x task types x sizes."""
+
+    _means: dict[tuple[str, ...], _Mean] = field(default_factory=dict)
+
+    def expected_s(self, job: Job) -> float:
+        """See Durations."""
+        log_s = math.log(max(_LEAST_S, job.max_tokens / PRIOR_TOKENS_PER_S))
+        for level in _levels(job):
+            mean = self._means.get(level)
+            if mean is not None:
+                log_s = (mean.count * mean.log_s + _SHRINKAGE * log_s) / (mean.count + _SHRINKAGE)
+        return math.exp(log_s)
+
+    def observe(self, job: Job, seconds: float) -> None:
+        """See Durations."""
+        log_s = math.log(max(_LEAST_S, seconds))
+        for level in _levels(job):
+            self._means.setdefault(level, _Mean()).add(log_s)
+
+    def state(self) -> list[tuple[list[str], float, float]]:
+        """Everything learned, as plain values for the journal."""
+        return [(list(level), mean.log_s, mean.count) for level, mean in self._means.items()]
+
+    def restore(self, state: list[tuple[list[str], float, float]]) -> None:
+        """Take up what `state` gave."""
+        self._means = {tuple(level): _Mean(log_s, count) for level, log_s, count in state}
+
+
+def _levels(job: Job) -> tuple[tuple[str, ...], ...]:
+    """Coarse to fine."""
+    sizes = f"{max(1, job.prompt_chars).bit_length()}:{max(1, job.max_tokens).bit_length()}"
+    return (job.role,), (job.role, job.task_type), (job.role, job.task_type, sizes)

@@ -1,0 +1,130 @@
+"""Which waiting call goes next: class, client, rank, deadline, arrival, in this order of precedence.
+
+Interactive work overtakes batch work, but every `BATCH_EVERY`-th call is a batch one where any waits, so batch always
+makes progress. Between the clients of a class the one that was served least goes first. Within a client's calls
+the one with the longest expected path behind it does (upward rank), then the earliest deadline, then the first
+that came: ties are never broken by chance.
+
+Pure bookkeeping over keys; which call may run at all, and where, is the broker's business.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from typing import Final
+
+BATCH_EVERY: Final = 5
+"""At least one of so many calls is a batch call while any waits."""
+_NEVER: Final = 2**62
+
+Entry = tuple[float, int, int, str]
+"""Negative rank, deadline, arrival, key: the smallest goes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What decides the place of a call in the queue."""
+
+    client: str
+    interactive: bool
+    rank_s: float
+    """Upward rank in seconds: the longest expected path from the start of this call to the end of its task."""
+    deadline_ms: int | None
+
+
+@dataclass(slots=True)
+class _Class:
+    """Calls of one priority, by client."""
+
+    waiting: dict[str, list[Entry]] = field(default_factory=dict)
+    served: dict[str, float] = field(default_factory=dict)
+    """Calls handed out per waiting client since it came; a newcomer starts level with the least served."""
+
+    def push(self, client: str, entry: Entry) -> None:
+        heap = self.waiting.get(client)
+        if heap is None:
+            heap = self.waiting[client] = []
+            self.served[client] = min(self.served.values(), default=0.0)
+        heapq.heappush(heap, entry)
+
+    def first_client(self) -> str | None:
+        return min(self.waiting, key=lambda client: (self.served[client], self.waiting[client][0]), default=None)
+
+    def pop(self, client: str) -> None:
+        heap = self.waiting[client]
+        heapq.heappop(heap)
+        if not heap:
+            del self.waiting[client], self.served[client]
+
+
+@dataclass(slots=True)
+class ReadyQueue:
+    """Calls that wait for one capability. Entries whose call has ended meanwhile are dropped by `settle`."""
+
+    _interactive: _Class = field(default_factory=_Class)
+    _batch: _Class = field(default_factory=_Class)
+    _held: list[tuple[int, int, str, Place]] = field(default_factory=list)
+    """Due time, arrival, key: calls that must not go out yet."""
+    _since_batch: int = 0
+    _arrivals: int = 0
+
+    def push(self, key: str, place: Place, hold_until_ms: int = 0) -> None:
+        """Add a call; with `hold_until_ms` it joins the line when `release` is called at or after that time."""
+        self._arrivals += 1
+        if hold_until_ms:
+            heapq.heappush(self._held, (hold_until_ms, self._arrivals, key, place))
+        else:
+            self._enter(key, place, self._arrivals)
+
+    def release(self, at_ms: int) -> None:
+        """Let the calls whose time has come join the line."""
+        while self._held and self._held[0][0] <= at_ms:
+            _, arrival, key, place = heapq.heappop(self._held)
+            self._enter(key, place, arrival)
+
+    def first(self) -> str | None:
+        """Key of the call that goes next; None when nothing may go."""
+        chosen = self._choose()
+        return None if chosen is None else chosen[0].waiting[chosen[1]][0][3]
+
+    def take(self) -> None:
+        """Remove the call that `first` names, as handed out: its client has been served."""
+        chosen = self._choose()
+        if chosen is None:
+            raise IndexError("the queue is empty")
+        group, client = chosen
+        group.served[client] += 1
+        group.pop(client)
+        self._since_batch = 0 if group is self._batch else self._since_batch + 1
+
+    def drop(self) -> None:
+        """Remove the call that `first` names without serving anybody: it has ended while it waited."""
+        chosen = self._choose()
+        if chosen is None:
+            raise IndexError("the queue is empty")
+        chosen[0].pop(chosen[1])
+
+    def waiting_keys(self) -> list[str]:
+        """All keys, held ones included, in no particular order."""
+        lines = [heap for group in (self._interactive, self._batch) for heap in group.waiting.values()]
+        return [entry[3] for heap in lines for entry in heap] + [held[2] for held in self._held]
+
+    def __len__(self) -> int:
+        groups = (self._interactive, self._batch)
+        return len(self._held) + sum(len(heap) for group in groups for heap in group.waiting.values())
+
+    def _enter(self, key: str, place: Place, arrival: int) -> None:
+        deadline = _NEVER if place.deadline_ms is None else place.deadline_ms
+        group = self._interactive if place.interactive else self._batch
+        group.push(place.client, (-place.rank_s, deadline, arrival, key))
+
+    def _choose(self) -> tuple[_Class, str] | None:
+        order = [self._interactive, self._batch]
+        if self._since_batch >= BATCH_EVERY - 1:
+            order.reverse()
+        for group in order:
+            client = group.first_client()
+            if client is not None:
+                return group, client
+        return None
