@@ -22,6 +22,7 @@ from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState, Pong
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 from services.scheduler.queues import Place, ReadyQueue
+from services.scheduler.resources import NOTHING, Needs, Tokens
 
 MAX_QUEUED: Final = 10_000
 """Calls of other peers that may wait per capability; the hub's own steps are bounded by its tasks."""
@@ -46,6 +47,8 @@ class Call:
     """Who it is for: clients share a capability fairly."""
     rank_s: float = 0.0
     """Upward rank in seconds; see `queues.Place`."""
+    needs: Needs = NOTHING
+    """Tokens of the machine that it holds while it runs."""
     body: bytes | None = None
     """None = composed when it starts."""
     requester: bytes | None = None
@@ -145,6 +148,7 @@ class Welcoming:
 class Broker:
     """Peers and calls. Every method takes the time and returns commands, in order."""
 
+    tokens: Tokens
     peers: dict[bytes, Peer] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     counters: dict[str, int] = field(
@@ -293,6 +297,7 @@ class Broker:
         if call is None:
             return []
         self._remember(key)
+        self._release(call)
         commands: list[Command] = []
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(key)
@@ -356,13 +361,23 @@ class Broker:
                 continue
             peer = self._freest(target, at_ms)
             if peer is None:
+                self.tokens.unblock(target)  # it waits for a slot, not for tokens
+                return None
+            if not self.tokens.take(key, target, self.calls[key].needs, at_ms):
                 return None
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
+        self.tokens.unblock(target)
         return None
+
+    def _release(self, call: Call) -> None:
+        """A call that ran is over at its worker, as far as we know: its tokens are free."""
+        if self.tokens.give_back(call.key):
+            self._touch(self.tokens.blocked())
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the state contradicts itself; called by tests after every event."""
+        self.tokens.check_invariants()
         for peer in self.peers.values():
             for key in peer.calls:
                 if key not in self.calls or self.calls[key].worker != peer.identity:
@@ -412,7 +427,9 @@ class Broker:
         return Start(call, peer)
 
     def _attach(self, call: Call, peer: Peer) -> None:
-        # No credit is spent: in its new epoch the peer did not grant the slots that running work holds.
+        # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are
+        # taken whether or not they are free: the work runs already, and the account shows it as soon as it can.
+        self.tokens.book(call.key, call.needs)
         call.worker = peer.identity
         peer.calls.add(call.key)
         self.counters["reattached"] += 1
@@ -424,6 +441,7 @@ class Broker:
     def _end(self, call: Call, kind: str, body: bytes, worker: str) -> Iterator[Command]:
         del self.calls[call.key]
         self._remember(call.key)
+        self._release(call)
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(call.key)
         self.counters["ended"] += 1
@@ -461,6 +479,7 @@ class Broker:
         for key in sorted(peer.calls):
             call = self.calls[key]
             call.worker = None
+            self._release(call)
             call.hold_until_ms = 0
             call.deadline_ms = call.outer_ms
             self.counters["lost"] += 1

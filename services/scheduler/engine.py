@@ -33,6 +33,7 @@ from services.scheduler.failures import Action, Past, decide
 from services.scheduler.outcomes import outcomes_of
 from services.scheduler.ranks import Ranking
 from services.scheduler.requests import infer_request
+from services.scheduler.resources import NOTHING, Needs, gate_needs, inference_needs
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
 from services.scheduler.verdicts import gate_failure
 
@@ -313,6 +314,7 @@ class Engine:
                 interactive=task.ir.priority is Priority.INTERACTIVE,
                 client=task.client,
                 rank_s=self.ranking.rank_s(task, step),
+                needs=inference_needs(self.registry, f"infer.{attempt.model}"),
                 outer_ms=task.deadline_ms,
                 timeout_ms=int(timeout_s * 1000),
                 task=task.id,
@@ -363,7 +365,8 @@ class Engine:
             json_schema=step.spec.json_schema,
         )
         parts = ("gates", step.spec.id, step.attempt.number)
-        self._ask(task, step, "gate.request", GATE, parts, at_ms, pack_body(request), hold_until_ms)
+        needs = gate_needs(self.registry, request.gates)
+        self._ask(task, step, "gate.request", GATE, parts, at_ms, pack_body(request), hold_until_ms, needs=needs)
 
     def _on_gates(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -482,7 +485,8 @@ class Engine:
             artefacts=[task.artefacts[name] for name in final_artefacts(plan)],
             context=task.ir.inputs,
         )
-        self._ask(task, None, "gate.request", GATE, ("gates",), at_ms, pack_body(request), hold_until_ms)
+        needs = gate_needs(self.registry, request.gates)
+        self._ask(task, None, "gate.request", GATE, ("gates",), at_ms, pack_body(request), hold_until_ms, needs=needs)
 
     def _on_task_gates(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -571,6 +575,7 @@ class Engine:
         body: bytes,
         hold_until_ms: int = 0,
         timeout_ms: int = 600_000,
+        needs: Needs = NOTHING,
     ) -> None:
         self._queue_call(
             task,
@@ -582,6 +587,7 @@ class Engine:
                 interactive=task.ir.priority is Priority.INTERACTIVE,
                 client=task.client,
                 rank_s=0.0 if step is None else self.ranking.rank_s(task, step),
+                needs=needs,
                 body=body,
                 outer_ms=None if task.state.final else task.deadline_ms,
                 timeout_ms=timeout_ms,

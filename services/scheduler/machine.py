@@ -36,6 +36,7 @@ from services.scheduler import facts as f
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
+from services.scheduler.resources import Tokens, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
 
@@ -168,7 +169,7 @@ class Hub:
     pid: int = 0
     started_ms: int = 0
     durations: Durations = field(default_factory=LearnedDurations)
-    broker: b.Broker = field(default_factory=b.Broker)
+    broker: b.Broker = field(init=False)
     engine: e.Engine = field(init=False)
     _out: list[Command] = field(default_factory=list)
     _watches: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
@@ -182,6 +183,7 @@ class Hub:
 
     def __post_init__(self) -> None:
         """The engine shares the registry and what is known of durations."""
+        self.broker = b.Broker(Tokens(self.registry.hardware.cores))
         self.engine = e.Engine(self.registry, Ranking(self.registry, self.durations))
 
     def handle(self, happened: Event) -> list[Command]:
@@ -329,6 +331,7 @@ class Hub:
             queued_ms=at_ms,
             interactive=header.prio != "batch",
             client=peer.service,
+            needs=inference_needs(self.registry, header.dst),
             body=body,
             requester=peer.identity,
             corr=header.id,
