@@ -154,6 +154,8 @@ class Broker:
     counters: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("started", "ended", "lost", "reattached", "duplicates", "expired"), 0)
     )
+    gone_ms: dict[str, int] = field(default_factory=dict)
+    """Capability -> when a peer that had it was last lost, in unix ms."""
     _queues: dict[str, ReadyQueue] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
     """Keys that have ended lately, to tell a duplicate from a stranger."""
@@ -184,7 +186,7 @@ class Broker:
         # Same identity again, or an earlier session of the same process: that session is over. What it had is
         # queued first, so that the loop below finds it free to be attached.
         for old in [p for p in self.peers.values() if p.identity == identity or (p.is_worker and p.life == peer.life)]:
-            commands.extend(self._remove(old, "replaced by its own new session", blame=False))
+            commands.extend(self._remove(old, "replaced by its own new session", at_ms, blame=False))
         self.peers[identity] = peer
         welcome = Welcoming([], [])
         for key in hello.in_flight:
@@ -229,12 +231,12 @@ class Broker:
         else:
             self.peers.pop(peer.identity, None)
 
-    def on_unreachable(self, identity: bytes) -> list[Command]:
+    def on_unreachable(self, identity: bytes, at_ms: int) -> list[Command]:
         """Sending failed: the connection is gone."""
         peer = self.peers.get(identity)
         if peer is None:
             return []
-        return self._remove(peer, "disconnected", blame=peer.state is not PeerState.DRAINING)
+        return self._remove(peer, "disconnected", at_ms, blame=peer.state is not PeerState.DRAINING)
 
     def on_tick(self, at_ms: int) -> list[Command]:
         """Time: pings, silent peers, deadlines, calls whose hold is over."""
@@ -245,7 +247,7 @@ class Broker:
                 if not peer.is_worker:
                     continue
                 if at_ms - peer.heard_ms >= DEAD_MS:
-                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", blame=True))
+                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", at_ms, blame=True))
                 else:
                     commands.append(SendPing(peer.identity))
         while self._deadlines and self._deadlines[0][0] <= at_ms:
@@ -472,9 +474,11 @@ class Broker:
         commands.extend(self._end(call, "error", pack_body(ErrorReply(failure=failure)), "scheduler"))
         return commands
 
-    def _remove(self, peer: Peer, why: str, *, blame: bool) -> list[Command]:
+    def _remove(self, peer: Peer, why: str, at_ms: int, *, blame: bool) -> list[Command]:
         """End a session. Its calls are queued again or ended with PEER; `blame` says whether they count as killers."""
         self.peers.pop(peer.identity, None)
+        for target in peer.capabilities:
+            self.gone_ms[target] = at_ms
         commands: list[Command] = [PeerGone(peer, why)]
         for key in sorted(peer.calls):
             call = self.calls[key]

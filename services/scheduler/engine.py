@@ -8,7 +8,7 @@ follows a failure is `failures.py`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,7 +21,7 @@ from protocol.messages.memory import MemoryFinal
 from protocol.messages.plan import PlanFinal, PlanRequest
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Priority, TaskIR
+from protocol.messages.task import Priority, Step, TaskIR
 from protocol.plan_graph import final_artefacts
 from services.kit.identity import work_key
 from services.kit.plan_check import plan_problems
@@ -30,6 +30,7 @@ from services.scheduler import facts as f
 from services.scheduler.answers import cut_outputs
 from services.scheduler.broker import REATTACH_MS, Call
 from services.scheduler.failures import Action, Past, decide
+from services.scheduler.growth import items_of, join_of
 from services.scheduler.outcomes import outcomes_of
 from services.scheduler.ranks import Ranking
 from services.scheduler.requests import infer_request
@@ -140,6 +141,39 @@ class Engine:
         task = self.live.get(task_id)
         if task is not None and not task.state.final:
             self._end(task, TaskState.CANCELLED, None, at_ms, why=reason or "cancelled by a client")
+
+    def cancel_step(self, task_id: str, step_id: str, reason: str, at_ms: int) -> None:
+        """Stop one step and everything that needs it; the rest of the task goes on. A finished step stays."""
+        task = self.live.get(task_id)
+        step = None if task is None else task.steps.get(step_id)
+        if task is None or step is None or step.state.final or task.state.final:
+            return
+        todo, reached = [step_id], {step_id}
+        while todo:
+            record = task.steps[todo.pop()]
+            below = [other for other in record.needs if other.startswith(f"{record.spec.id}.")]  # of a mapped step
+            for other in (*task.dependents[record.spec.id], *below):
+                if other not in reached and not task.steps[other].state.final:
+                    reached.add(other)
+                    todo.append(other)
+        for name in sorted(reached):
+            for attempt in task.steps[name].attempts[-1:]:
+                self._effects.append(Drop(attempt.key))
+                self._effects.append(Drop(work_key(task.id, "gates", name, attempt.number)))
+            why = reason or "cancelled by a client"
+            self._emit(task, f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why[:500]))
+        if task.unfinished == 0:
+            self._finish(task, at_ms)
+
+    def extend(self, task: TaskRecord, steps: Sequence[Step], client: str, at_ms: int) -> None:
+        """Add steps that `growth.checked_extension` has let through."""
+        values = [step.model_dump(mode="json", exclude_none=True) for step in steps]
+        self._emit(task, f.StepsAdded(task=task.id, at_ms=at_ms, steps=values, client=client))
+        self.ranking.forget(task.id)
+        for step in steps:
+            record = task.steps[step.id]
+            if not record.waiting_for:
+                self._begin(task, record, at_ms)
 
     def on_tick(self, at_ms: int) -> None:
         """Fail the tasks whose deadline has passed."""
@@ -268,9 +302,38 @@ class Engine:
         )
         for step in list(task.steps.values()):
             if not step.waiting_for:
-                self._begin_attempt(task, step, step.spec.actor, at_ms)
+                self._begin(task, step, at_ms)
 
     # Steps
+
+    def _begin(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
+        """All inputs are there: start the step, or one sub-step per item."""
+        if step.spec.map_over is None:
+            self._begin_attempt(task, step, step.spec.actor, at_ms)
+            return
+        try:
+            items = items_of(task, step)
+        except CallFailed as err:
+            self._fail_step(task, step, err.failure, at_ms)
+            return
+        values = [item.model_dump(mode="json", exclude_none=True) for item in items]
+        self._emit(task, f.StepExpanded(task=task.id, at_ms=at_ms, step=step.spec.id, items=values))
+        self.ranking.forget(task.id)
+        for number in range(1, len(items) + 1):
+            self._begin(task, task.steps[f"{step.spec.id}.{number}"], at_ms)
+        if not items:
+            self._join(task, step, at_ms)
+
+    def _join(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
+        """The last sub-step of a mapped step is done: so is the step, once."""
+        try:
+            made = join_of(task, step, sum(1 for other in step.needs if other.startswith(f"{step.spec.id}.")))
+        except CallFailed as err:
+            self._fail_step(task, step, err.failure, at_ms)
+            return
+        value = made.model_dump(mode="json", exclude_none=True)
+        self._emit(task, f.StepJoined(task=task.id, at_ms=at_ms, step=step.spec.id, artefact=value))
+        self._finish_step(task, step, at_ms)
 
     def _begin_attempt(
         self, task: TaskRecord, step: StepRecord, role: str, at_ms: int, *, delay_ms: int = 0, constrained: bool = False
@@ -463,12 +526,16 @@ class Engine:
         self._end(task, TaskState.FAILED, told, at_ms, why=f"step {step.spec.id} failed")
 
     def _finish_step(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        number = step.attempt.number
+        number = step.attempt.number if step.attempts else None
         self._emit(task, f.StepDone(task=task.id, at_ms=at_ms, step=step.spec.id, number=number))
         for other in task.dependents[step.spec.id]:
             follower = task.steps[other]
-            if not follower.waiting_for and follower.state is StepState.WAITING:
-                self._begin_attempt(task, follower, follower.spec.actor, at_ms)
+            if follower.waiting_for or task.state.final:
+                continue
+            if follower.state is StepState.WAITING:
+                self._begin(task, follower, at_ms)
+            elif follower.state is StepState.EXPANDED:
+                self._join(task, follower, at_ms)
         if task.unfinished == 0 and not task.state.final:
             self._finish(task, at_ms)
 
@@ -477,14 +544,15 @@ class Engine:
     def _finish(self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0) -> None:
         """All steps are done: check what was made, or end."""
         plan = task.ir.plan
-        if not task.ir.gates or plan is None:
+        names = [] if plan is None else [name for name in final_artefacts(plan) if name in task.artefacts]
+        if not names:
+            self._end(task, TaskState.CANCELLED, None, at_ms, why="every result was cancelled")
+            return
+        if not task.ir.gates:
             self._end(task, TaskState.SUCCEEDED, None, at_ms, why="")
             return
-        request = GateRequest(
-            gates=task.ir.gates,
-            artefacts=[task.artefacts[name] for name in final_artefacts(plan)],
-            context=task.ir.inputs,
-        )
+        artefacts = [task.artefacts[name] for name in names]
+        request = GateRequest(gates=task.ir.gates, artefacts=artefacts, context=task.ir.inputs)
         needs = gate_needs(self.registry, request.gates)
         self._ask(task, None, "gate.request", GATE, ("gates",), at_ms, pack_body(request), hold_until_ms, needs=needs)
 

@@ -23,9 +23,19 @@ from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferPartial
 from protocol.messages.reply import ErrorReply, Refused
-from protocol.messages.result import ArtefactQuery, ArtefactReply, Cancelled, ListQuery, TaskEvent, TaskQuery, Watch
+from protocol.messages.result import (
+    ArtefactQuery,
+    ArtefactReply,
+    Cancelled,
+    CancelQuery,
+    ListQuery,
+    TaskEvent,
+    TaskQuery,
+    TaskView,
+    Watch,
+)
 from protocol.messages.session import Hello, Ping, Pong, Reject, StatusReport, Welcome
-from protocol.messages.task import Accepted, Submit, TaskIR
+from protocol.messages.task import Accepted, Extend, Extended, Submit, TaskIR
 from services.kit.identity import work_key
 from services.kit.logs import LogEvent
 from services.kit.plan_check import plan_problems
@@ -34,11 +44,13 @@ from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
 from services.scheduler.durations import Durations, LearnedDurations
+from services.scheduler.growth import checked_extension
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.resources import Tokens, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
+from services.scheduler.waiting import reasons
 
 MAX_ACTIVE_TASKS: Final = 1_000
 """Tasks that are not final; beyond it a submit is refused with the time after which one should have ended."""
@@ -196,7 +208,7 @@ class Hub:
             case Tick(at_ms):
                 self._on_tick(at_ms)
             case Undeliverable(identity, at_ms):
-                self._settle(self.broker.on_unreachable(identity), at_ms)
+                self._settle(self.broker.on_unreachable(identity, at_ms), at_ms)
             case Restored(task, at_ms):
                 if self.engine.find(task.id) is None or not task.state.final:
                     self.engine.ended.pop(task.id, None)
@@ -397,6 +409,10 @@ class Hub:
             return unpack_body(Watch, body).task_id
         if kind == "task.artefact":
             return unpack_body(ArtefactQuery, body).task_id
+        if kind == "task.cancel":
+            return unpack_body(CancelQuery, body).task_id
+        if kind == "task.extend":
+            return unpack_body(Extend, body).task_id
         return unpack_body(TaskQuery, body).task_id
 
     def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
@@ -469,13 +485,24 @@ class Hub:
     def _answer_about(self, identity: bytes, header: Header, body: bytes, task: TaskRecord, at_ms: int) -> None:
         match header.kind:
             case "task.show":
-                self._out.append(self.reply(identity, header, "task.detail", view(task)))
+                self._out.append(self.reply(identity, header, "task.detail", self._view(task, at_ms)))
             case "task.cancel":
-                query = unpack_body(TaskQuery, body)
-                self.engine.cancel(task.id, query.reason, at_ms)
+                query = unpack_body(CancelQuery, body)
+                if query.step is None:
+                    self.engine.cancel(task.id, query.reason, at_ms)
+                elif query.step in task.steps:
+                    self.engine.cancel_step(task.id, query.step, query.reason, at_ms)
+                else:
+                    raise BadFrame("step.unknown", f"task {task.id} has no step {query.step!r}")
                 self._settle([], at_ms)
                 cancelled = Cancelled(task_id=task.id, state=task.state)
                 self._out.append(self.reply(identity, header, "task.cancelled", cancelled))
+            case "task.extend":
+                steps = checked_extension(task, unpack_body(Extend, body).steps, self.registry)
+                self.engine.extend(task, steps, self.broker.peers[identity].service, at_ms)
+                self._settle([], at_ms)
+                extended = Extended(task_id=task.id, steps_total=len(task.steps))
+                self._out.append(self.reply(identity, header, "task.extended", extended))
             case "task.artefact":
                 name = unpack_body(ArtefactQuery, body).name
                 if name not in task.artefacts:
@@ -486,6 +513,10 @@ class Hub:
                 )
             case _:
                 self._watch(identity, header, unpack_body(Watch, body), task)
+
+    def _view(self, task: TaskRecord, at_ms: int) -> TaskView:
+        """The task as it stands, and why what could run does not."""
+        return view(task).model_copy(update={"waiting": reasons(self.broker, task, self.started_ms, at_ms)})
 
     def _watch(self, identity: bytes, header: Header, query: Watch, task: TaskRecord) -> None:
         if not query.quiet:
