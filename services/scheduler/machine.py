@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -63,7 +63,6 @@ PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
 FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
 TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
 RESULT_DUPLICATE = LogEvent("result.duplicate", "peer key task step", "warning")
-CALL_DISPATCHED = LogEvent("call.dispatched", "task step attempt kind key peer queue_wait_ms", "debug")
 
 
 # Events
@@ -120,11 +119,16 @@ Event = FrameIn | Undeliverable | Tick | Restored | LookedUp
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send this message once all facts before it are written."""
+    """Send this message; one that `promises` something goes out only when all facts before it are written.
+
+    Work for a peer promises nothing: keys follow from the inputs alone, so a hub that dies before it has written what
+    led to a call comes to the same call again, and its worker attaches it or answers from what it has finished.
+    """
 
     identity: bytes
     header: bytes
     body: bytes
+    promises: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +320,7 @@ class Hub:
             drop=welcoming.drop,
             resend=welcoming.resend,
         )
-        self._out.append(self.reply(identity, header, "session.welcome", welcome))
+        self._out.append(replace(self.reply(identity, header, "session.welcome", welcome), promises=False))
         self._note(
             PEER_JOINED,
             peer=hello.service,
@@ -588,10 +592,10 @@ class Hub:
                     self.engine.on_started(call, worker, at_ms, reattached=True)
             case b.CancelAt(call, identity):
                 header = Header(kind=f"{family(call.kind)}.cancel", id=self._next_id(), key=call.key, epoch=self.epoch)
-                self._out.append(Send(identity, pack_header(header), _EMPTY))
+                self._out.append(Send(identity, pack_header(header), _EMPTY, promises=False))
             case b.SendPing(identity):
                 header = Header(kind="session.ping", id=self._next_id(), epoch=self.epoch)
-                self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms))))
+                self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms)), promises=False))
             case b.PeerGone(peer, why):
                 self._note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)
                 if not peer.is_worker:
@@ -615,22 +619,11 @@ class Hub:
         )
         if call.requester is None:
             self.engine.on_started(call, peer.service, at_ms)
-        self._note(
-            CALL_DISPATCHED,
-            task=call.task,
-            step=call.step,
-            attempt=call.attempt,
-            kind=call.kind,
-            key=call.key,
-            peer=peer.service,
-            queue_wait_ms=at_ms - call.queued_ms,
-        )
-        # After the fact that says so, hence written before it is sent.
         for effect in self.engine.take():
             if isinstance(effect, e.Record):
                 self._out.append(effect)
                 self._tell_watchers(effect.fact, effect.seq)
-        self._out.append(Send(peer.identity, pack_header(header), body))
+        self._out.append(Send(peer.identity, pack_header(header), body, promises=False))
 
     def _tell_watchers(self, fact: f.Fact, seq: int) -> None:
         watches = self._watches.get(fact.task)

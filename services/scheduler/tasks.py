@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.messages.artefact import Artefact
+from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult
 from protocol.messages.result import StepState, TaskState
@@ -277,12 +277,20 @@ def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) ->
         raise JournalError(f"attempt {attempt.number} of {step.spec.id} in {task.id} was answered twice")
     step.state = StepState.CHECKING
     attempt.inferred_ms = fact.at_ms
-    attempt.artefacts = [Artefact.model_validate(value) for value in fact.artefacts]
+    attempt.artefacts = [_artefact(value) for value in fact.artefacts]
     attempt.prompt_tokens = fact.prompt_tokens
     attempt.cached_tokens = fact.cached_tokens
     attempt.generated_tokens = fact.generated_tokens
     attempt.first_token_ms = fact.first_token_ms
     task.generated_tokens += fact.generated_tokens
+
+
+def _artefact(value: dict[str, Any]) -> Artefact:
+    """An artefact from a fact: checked when it was cut out of the answer, before the fact was made."""
+    kind = ArtefactKind(value["kind"])
+    return Artefact.model_construct(
+        name=value["name"], kind=kind, value=value.get("value"), content_type=value.get("content_type")
+    )
 
 
 def _end_step(task: TaskRecord, step: StepRecord, state: StepState, at_ms: int) -> None:
