@@ -21,22 +21,11 @@ from services.kit.config import Home
 from services.kit.identity import boot_id
 from services.kit.logs import Log, LogEvent
 from services.kit.registry import Registry
-from services.scheduler.engine import Record
-from services.scheduler.facts import (
-    AttemptAnswered,
-    AttemptFailed,
-    AttemptQueued,
-    StepFailed,
-    TaskEnded,
-    TaskPlanned,
-)
-from services.scheduler.journal import Journal
-from services.scheduler.machine import (
-    MAX_ACTIVE_TASKS,
+from services.scheduler.effects import Record
+from services.scheduler.events import (
     Command,
     Event,
     FrameIn,
-    Hub,
     LookedUp,
     LookUp,
     Noted,
@@ -48,6 +37,16 @@ from services.scheduler.machine import (
     Tick,
     Undeliverable,
 )
+from services.scheduler.facts import (
+    AttemptAnswered,
+    AttemptFailed,
+    AttemptQueued,
+    StepFailed,
+    TaskEnded,
+    TaskPlanned,
+)
+from services.scheduler.journal import Journal
+from services.scheduler.machine import MAX_ACTIVE_TASKS, Hub
 
 HUB_STARTED = LogEvent("hub.started", "pid epoch restored unsettled registry")
 HUB_STOPPED = LogEvent("hub.stopped", "reason")

@@ -8,7 +8,7 @@ follows a failure is `failures.py`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,7 +21,7 @@ from protocol.messages.memory import MemoryFinal
 from protocol.messages.plan import PlanFinal, PlanRequest
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Priority, Step, TaskIR
+from protocol.messages.task import Step, TaskIR
 from protocol.plan_graph import final_artefacts
 from services.kit.identity import work_key
 from services.kit.plan_check import plan_problems
@@ -29,12 +29,14 @@ from services.kit.registry import Registry
 from services.scheduler import facts as f
 from services.scheduler.answers import cut_outputs
 from services.scheduler.broker import REATTACH_MS, Call
+from services.scheduler.effects import Ask, Drop, Effect, Record
 from services.scheduler.failures import Action, Past, decide
-from services.scheduler.growth import items_of, join_of
+from services.scheduler.growth import items_of, join_of, reach_of
 from services.scheduler.outcomes import outcomes_of
+from services.scheduler.own_calls import Wanted, inference_call, service_call
 from services.scheduler.ranks import Ranking
 from services.scheduler.requests import infer_request
-from services.scheduler.resources import NOTHING, Needs, gate_needs, inference_needs
+from services.scheduler.resources import gate_needs
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
 from services.scheduler.verdicts import gate_failure
 
@@ -51,31 +53,6 @@ _PLAN_TRIES: Final = 5
 _RETRY_MS: Final = 1_000
 _BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled"})
 """PEER failures in which no worker died: they do not count towards poison."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Write this fact to the journal and tell the task's watchers."""
-
-    fact: f.Fact
-    seq: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Queue this call at the broker."""
-
-    call: Call
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """Cancel the call with this key, if it is still there."""
-
-    key: str
-
-
-Effect = Record | Ask | Drop
 
 
 @dataclass(slots=True)
@@ -148,15 +125,7 @@ class Engine:
         step = None if task is None else task.steps.get(step_id)
         if task is None or step is None or step.state.final or task.state.final:
             return
-        todo, reached = [step_id], {step_id}
-        while todo:
-            record = task.steps[todo.pop()]
-            below = [other for other in record.needs if other.startswith(f"{record.spec.id}.")]  # of a mapped step
-            for other in (*task.dependents[record.spec.id], *below):
-                if other not in reached and not task.steps[other].state.final:
-                    reached.add(other)
-                    todo.append(other)
-        for name in sorted(reached):
+        for name in reach_of(task, step_id):
             for attempt in task.steps[name].attempts[-1:]:
                 self._effects.append(Drop(attempt.key))
                 self._effects.append(Drop(work_key(task.id, "gates", name, attempt.number)))
@@ -263,8 +232,10 @@ class Engine:
 
     def _ask_plan(self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0) -> None:
         tries = self._plan_tries.get(task.id, 0)
-        body = pack_body(PlanRequest(task=task.ir))
-        self._ask(task, None, "plan.request", PLANNER, ("plan", tries), at_ms, body, hold_until_ms, timeout_ms=120_000)
+        wanted = Wanted(
+            "plan.request", PLANNER, ("plan", tries), pack_body(PlanRequest(task=task.ir)), timeout_ms=120_000
+        )
+        self._ask(task, None, wanted, at_ms, hold_until_ms)
 
     def _on_planned(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -365,28 +336,7 @@ class Engine:
         self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + delay_ms if delay_ms else 0)
 
     def _ask_inference(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
-        attempt = step.attempt
-        timeout_s = step.spec.timeout_s or self.registry.roles[attempt.role].timeout_s
-        self._queue_call(
-            task,
-            Call(
-                key=attempt.key,
-                kind="infer.request",
-                target=f"infer.{attempt.model}",
-                queued_ms=at_ms,
-                interactive=task.ir.priority is Priority.INTERACTIVE,
-                client=task.client,
-                rank_s=self.ranking.rank_s(task, step),
-                needs=inference_needs(self.registry, f"infer.{attempt.model}"),
-                outer_ms=task.deadline_ms,
-                timeout_ms=int(timeout_s * 1000),
-                task=task.id,
-                step=step.spec.id,
-                attempt=attempt.number,
-                retry_lost=True,
-                hold_until_ms=hold_until_ms,
-            ),
-        )
+        self._queue_call(task, inference_call(task, step, self.registry, self.ranking, at_ms, hold_until_ms))
 
     def _on_answer(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -429,7 +379,7 @@ class Engine:
         )
         parts = ("gates", step.spec.id, step.attempt.number)
         needs = gate_needs(self.registry, request.gates)
-        self._ask(task, step, "gate.request", GATE, parts, at_ms, pack_body(request), hold_until_ms, needs=needs)
+        self._ask(task, step, Wanted("gate.request", GATE, parts, pack_body(request), needs), at_ms, hold_until_ms)
 
     def _on_gates(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -554,7 +504,7 @@ class Engine:
         artefacts = [task.artefacts[name] for name in names]
         request = GateRequest(gates=task.ir.gates, artefacts=artefacts, context=task.ir.inputs)
         needs = gate_needs(self.registry, request.gates)
-        self._ask(task, None, "gate.request", GATE, ("gates",), at_ms, pack_body(request), hold_until_ms, needs=needs)
+        self._ask(task, None, Wanted("gate.request", GATE, ("gates",), pack_body(request), needs), at_ms, hold_until_ms)
 
     def _on_task_gates(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -600,7 +550,7 @@ class Engine:
             return
         self.unsettled.add(task.id)
         parts = ("outcomes", "episode" if with_episode else "bare")
-        self._ask(task, None, "memory.request", MEMORY, parts, at_ms, pack_body(request), hold_until_ms)
+        self._ask(task, None, Wanted("memory.request", MEMORY, parts, pack_body(request)), at_ms, hold_until_ms)
 
     def _on_settled(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None and self.registry.failures.rules[failure.category].action in ("rerun", "backoff"):
@@ -636,36 +586,12 @@ class Engine:
         self,
         task: TaskRecord,
         step: StepRecord | None,
-        kind: str,
-        target: str,
-        parts: Iterable[str | int],
+        wanted: Wanted,
         at_ms: int,
-        body: bytes,
         hold_until_ms: int = 0,
-        timeout_ms: int = 600_000,
-        needs: Needs = NOTHING,
     ) -> None:
-        self._queue_call(
-            task,
-            Call(
-                key=work_key(task.id, *parts),
-                kind=kind,
-                target=target,
-                queued_ms=at_ms,
-                interactive=task.ir.priority is Priority.INTERACTIVE,
-                client=task.client,
-                rank_s=0.0 if step is None else self.ranking.rank_s(task, step),
-                needs=needs,
-                body=body,
-                outer_ms=None if task.state.final else task.deadline_ms,
-                timeout_ms=timeout_ms,
-                task=task.id,
-                step=None if step is None else step.spec.id,
-                attempt=None if step is None else step.attempt.number,
-                retry_lost=True,
-                hold_until_ms=hold_until_ms,
-            ),
-        )
+        rank_s = 0.0 if step is None else self.ranking.rank_s(task, step)
+        self._queue_call(task, service_call(task, step, wanted, rank_s, at_ms, hold_until_ms))
 
     def _queue_call(self, task: TaskRecord, call: Call) -> None:
         self._calls.setdefault(task.id, set()).add(call.key)

@@ -53,6 +53,19 @@ def join_of(task: TaskRecord, step: StepRecord, count: int) -> Artefact:
     return Artefact(name=output.name, kind=output.kind, value=value, content_type=output.content_type)
 
 
+def reach_of(task: TaskRecord, step_id: str) -> list[str]:
+    """A step and every unfinished step that cannot be without it: what needs it, and the sub-steps it is mapped to."""
+    todo, reached = [step_id], {step_id}
+    while todo:
+        record = task.steps[todo.pop()]
+        below = [other for other in record.needs if other.startswith(f"{record.spec.id}.")]
+        for other in (*task.dependents[record.spec.id], *below):
+            if other not in reached and not task.steps[other].state.final:
+                reached.add(other)
+                todo.append(other)
+    return sorted(reached)
+
+
 def checked_extension(task: TaskRecord, steps: Sequence[dict[str, Any]], registry: Registry) -> list[Step]:
     """Steps that may be added to this running task. Raises BadFrame naming step and field of every problem."""
     if task.state is not TaskState.RUNNING or task.ir.plan is None:

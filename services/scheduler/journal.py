@@ -15,7 +15,7 @@ from typing import Final
 
 from protocol.messages.result import TaskState, TaskSummary
 from services.scheduler import facts as f
-from services.scheduler.engine import Record
+from services.scheduler.effects import Record
 from services.scheduler.tasks import TaskRecord, fold
 
 _SCHEMA: Final = """

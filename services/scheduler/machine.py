@@ -44,6 +44,22 @@ from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
 from services.scheduler.durations import Durations, LearnedDurations
+from services.scheduler.effects import Ask, Drop, Record
+from services.scheduler.events import (
+    Command,
+    Event,
+    FrameIn,
+    LookedUp,
+    LookUp,
+    Noted,
+    ReadListing,
+    ReadStatus,
+    ReloadUnsettled,
+    Restored,
+    Send,
+    Tick,
+    Undeliverable,
+)
 from services.scheduler.growth import checked_extension
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
@@ -63,117 +79,6 @@ PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
 FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
 TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
 RESULT_DUPLICATE = LogEvent("result.duplicate", "peer key task step", "warning")
-
-
-# Events
-
-
-@dataclass(frozen=True, slots=True)
-class FrameIn:
-    """A message arrived on the socket."""
-
-    identity: bytes
-    frames: list[bytes]
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Undeliverable:
-    """Sending to this peer failed: it is gone."""
-
-    identity: bytes
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """A task from the journal, to be taken up where it stood."""
-
-    task: TaskRecord
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class LookedUp:
-    """What the journal knows about the task that a message is about."""
-
-    identity: bytes
-    header: Header
-    body: bytes
-    task: TaskRecord | None
-    at_ms: int
-
-
-Event = FrameIn | Undeliverable | Tick | Restored | LookedUp
-
-
-# Commands
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send this message; one that `promises` something goes out only when all facts before it are written.
-
-    Work for a peer promises nothing: keys follow from the inputs alone, so a hub that dies before it has written what
-    led to a call comes to the same call again, and its worker attaches it or answers from what it has finished.
-    """
-
-    identity: bytes
-    header: bytes
-    body: bytes
-    promises: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class LookUp:
-    """Read this task from the journal and come back with LookedUp."""
-
-    task_id: str
-    identity: bytes
-    header: Header
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ReadListing:
-    """Answer a `task.list` from the journal's index."""
-
-    identity: bytes
-    header: Header
-    query: ListQuery
-
-
-@dataclass(frozen=True, slots=True)
-class ReadStatus:
-    """Answer a `session.status`: the report needs the journal's counts."""
-
-    identity: bytes
-    header: Header
-
-
-@dataclass(frozen=True, slots=True)
-class ReloadUnsettled:
-    """Bring back ended tasks whose outcomes memory does not have, as Restored."""
-
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Noted:
-    """A line for the log."""
-
-    event: LogEvent
-    fields: dict[str, Any]
-
-
-Command = Send | e.Record | LookUp | ReadListing | ReadStatus | ReloadUnsettled | Noted
 
 
 @dataclass(slots=True)
@@ -560,12 +465,12 @@ class Hub:
         while True:
             for effect in self.engine.take():
                 match effect:
-                    case e.Record(fact, seq):
+                    case Record(fact, seq):
                         self._out.append(effect)
                         self._tell_watchers(fact, seq)
-                    case e.Ask(call):
+                    case Ask(call):
                         self.broker.ask(call)
-                    case e.Drop(key):
+                    case Drop(key):
                         todo.extend(self.broker.cancel(key))
             if todo:
                 self._carry_out(todo.popleft(), at_ms)
@@ -620,7 +525,7 @@ class Hub:
         if call.requester is None:
             self.engine.on_started(call, peer.service, at_ms)
         for effect in self.engine.take():
-            if isinstance(effect, e.Record):
+            if isinstance(effect, Record):
                 self._out.append(effect)
                 self._tell_watchers(effect.fact, effect.seq)
         self._out.append(Send(peer.identity, pack_header(header), body, promises=False))

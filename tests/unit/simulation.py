@@ -27,11 +27,10 @@ from protocol.messages.task import Plan, Step, Submit, TaskIR
 from services.kit import session as s
 from services.kit.registry import Registry, load_registry
 from services.scheduler import facts as f
-from services.scheduler.engine import Record
-from services.scheduler.machine import (
+from services.scheduler.effects import Record
+from services.scheduler.events import (
     Event,
     FrameIn,
-    Hub,
     LookedUp,
     LookUp,
     Noted,
@@ -41,6 +40,7 @@ from services.scheduler.machine import (
     Tick,
     Undeliverable,
 )
+from services.scheduler.machine import Hub
 from services.scheduler.tasks import TaskRecord, fold
 from services.scheduler.views import view
 
