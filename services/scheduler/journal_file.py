@@ -60,6 +60,8 @@ class JournalVersionError(Exception):
 def open_journal(path: Path) -> sqlite3.Connection:
     """Open the journal for writing, making or upgrading it. Raises JournalVersionError, sqlite3.Error."""
     database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
+    # Text that is no longer UTF-8 is damage of one task, to be found by its seal; as an error it would stop the hub.
+    database.text_factory = _lenient
     try:
         database.execute("PRAGMA auto_vacuum = INCREMENTAL")  # takes effect in a new file only
         database.execute("PRAGMA journal_mode = WAL")
@@ -88,6 +90,10 @@ def check_version(database: sqlite3.Connection, path: Path) -> int:
     if found > VERSION:
         raise JournalVersionError(f"{path} has journal version {found}, this build reads {VERSION}: use a newer one")
     return found
+
+
+def _lenient(text: bytes) -> str:
+    return text.decode("utf-8", "replace")
 
 
 def _run(database: sqlite3.Connection, script: str) -> None:
