@@ -42,7 +42,8 @@ def copy_of(path: Path) -> Iterator[sqlite3.Connection]:
                 yield copy
         except JournalVersionError as err:
             raise BadInput(str(err)) from err
-        except sqlite3.DatabaseError as err:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as err:
+            # The second where SQLite's own message quotes damaged bytes.
             raise DamagedFileError(f"{file}: {err}") from err
 
 

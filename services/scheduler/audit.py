@@ -70,13 +70,12 @@ def audit_file(database: sqlite3.Connection) -> list[Contradiction]:
     said = [line for (line,) in database.execute("PRAGMA quick_check(20)") if line != "ok"]
     told = dict(database.execute("SELECT state, tasks FROM tallies WHERE tasks <> 0").fetchall())
     counted = dict(database.execute("SELECT state, COUNT(*) FROM tasks GROUP BY state").fetchall())
-    return [
-        Contradiction(
-            "-", None, f"{told.get(state, 0)} tasks are counted as {state}, the index has {counted.get(state, 0)}"
-        )
-        for state in sorted(told.keys() | counted.keys())
-        if told.get(state, 0) != counted.get(state, 0)
-    ]
+    found = [Contradiction("-", None, line) for line in said]
+    for state in sorted(told.keys() | counted.keys()):
+        if told.get(state, 0) != counted.get(state, 0):
+            message = f"{told.get(state, 0)} tasks are counted as {state}, the index has {counted.get(state, 0)}"
+            found.append(Contradiction("-", None, message))
+    return found
 
 
 def problems_of(task: TaskRecord) -> Iterator[str]:

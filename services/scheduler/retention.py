@@ -134,7 +134,8 @@ def _shrink(database: sqlite3.Connection) -> int:
     (free,) = database.execute("PRAGMA freelist_count").fetchone()
     (mode,) = database.execute("PRAGMA auto_vacuum").fetchone()
     for _ in range(free // _PAGES_AT_ONCE + 1 if mode else 0):
-        database.execute(f"PRAGMA incremental_vacuum({_PAGES_AT_ONCE})").fetchall()
+        # `execute` would stop after the first page: the pragma frees one a step and returns no rows to ask for.
+        database.executescript(f"PRAGMA incremental_vacuum({_PAGES_AT_ONCE})")
         time.sleep(_BREATH_S)
     (after,) = database.execute("PRAGMA page_count").fetchone()
     return int(max(0, before - after) * page_bytes)

@@ -43,6 +43,7 @@ from services.scheduler.machine import (
     Tick,
     Undeliverable,
 )
+from services.scheduler.past import Past
 from services.scheduler.tasks import TaskRecord, fold
 from services.scheduler.views import view
 
@@ -166,6 +167,7 @@ class World:
         self.hub: Hub | None = None
         self.notes: list[str] = []
         self.page = 256
+        self.find: Callable[[str], TaskRecord | Past | None] = lambda task_id: self.recorded_tasks().get(task_id)
         self.boot_hub()
         self.tick()
 
@@ -236,7 +238,7 @@ class World:
                 case Send(identity, header, body):
                     self.deliver(identity, header, body)
                 case LookUp(task_id, identity, header, body):
-                    self.feed(LookedUp(identity, header, body, self.recorded_tasks().get(task_id), self.now))
+                    self.feed(LookedUp(identity, header, body, self.find(task_id), self.now))
                 case ReadEvents():
                     reads.append(command)
                 case ReloadUnsettled():

@@ -34,7 +34,7 @@ _COMPARED: Final = 5
 """Fan-outs of each kind behind the growth; it is the ratio of their medians."""
 _WINDOW: Final = 64
 """Messages under way at once in the raw fan-out: as many as the noop tier has slots."""
-_NOOP: Final = {
+NOOP_MODELS: Final = {
     "front": {"tier": "A", "engine": "noop", "slots": 2, "context_tokens": 4096},
     "specialist": {"tier": "B", "engine": "noop", "slots": 2, "context_tokens": 4096},
     "worker": {"tier": "C", "engine": "noop", "slots": _WINDOW, "context_tokens": 4096},
@@ -71,10 +71,10 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
 
 def growth(history: int) -> dict[str, Any]:
     """What a step costs after so many steps over what it costs a fresh hub, and the hub's resident memory then."""
-    with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=_NOOP) as old:
+    with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=NOOP_MODELS) as old:
         for _ in range(history // FANOUT_STEPS - _COMPARED):
             _finished(old, _fanout(FANOUT_STEPS))
-        with tempfile.TemporaryDirectory(prefix="tl-") as other, BareStack(Path(other), models=_NOOP) as fresh:
+        with tempfile.TemporaryDirectory(prefix="tl-") as other, BareStack(Path(other), models=NOOP_MODELS) as fresh:
             _finished(fresh, _fanout(50))
             first: list[float] = []
             last: list[float] = []
@@ -94,12 +94,13 @@ def growth(history: int) -> dict[str, Any]:
 def measure(runs: int) -> dict[str, Any]:
     """All figures as medians over `runs`; times in microseconds."""
     rows: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=_NOOP) as stack:
+    with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=NOOP_MODELS) as stack:
         _finished(stack, _fanout(50))  # first use of everything
         for _ in range(runs):
             rows.append(_raw(Path(folder)) | _task(stack, "fanout", _fanout(FANOUT_STEPS)))
             rows[-1] |= _task(stack, "chain", _chain(CHAIN_STEPS))
-    medians = {name: round(statistics.median(row[name] for row in rows), 3) for name in rows[0]}
+    digits = {name: 3 if name.endswith("_commits_per_step") else 1 for name in rows[0]}
+    medians = {name: round(statistics.median(row[name] for row in rows), digits[name]) for name in rows[0]}
     return {
         **medians,
         "fanout_ratio": round(medians["fanout_us_per_step"] / medians["raw_zmq_fanout_us"], 2),
