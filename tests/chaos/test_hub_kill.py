@@ -1,4 +1,4 @@
-"""kill -9 of the real scheduler under load, on a noop tier: promises, learned durations, and memory that does not grow."""
+"""kill -9 of the real scheduler under load, on a noop tier: promises, learned durations, bounded memory."""
 
 from __future__ import annotations
 
