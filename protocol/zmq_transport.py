@@ -133,7 +133,7 @@ def _send(socket: zmq.Socket[bytes], *frames: bytes) -> None:
 
 
 def _receive(socket: zmq.Socket[bytes]) -> list[bytes] | None:
-    """All frames of the next message. Asks first, since an exception for `nothing there` costs more than the question."""
+    """All frames of the next message. Asks first: an exception for `nothing there` costs more than the question."""
     if not int(_Backend.get(socket, zmq.EVENTS)) & zmq.POLLIN:
         return None
     try:

@@ -30,6 +30,7 @@ REATTACH_MS: Final = 4_000
 """After a restart of the hub, running calls wait this long for their worker to bring them back."""
 CLIENT_KEPT_MS: Final = 60_000
 _KEPT_ENDINGS: Final = 4_096
+_DEADLINES_SLACK: Final = 1_024
 _DEADLINE_GRACE_MS: Final = 1_000
 """A worker enforces deadlines itself; the hub steps in when it has not."""
 
@@ -437,8 +438,13 @@ class Broker:
         self.counters["reattached"] += 1
 
     def _watch_deadline(self, call: Call) -> None:
-        if call.deadline_ms is not None:
-            heapq.heappush(self._deadlines, (call.deadline_ms, call.key))
+        if call.deadline_ms is None:
+            return
+        heapq.heappush(self._deadlines, (call.deadline_ms, call.key))
+        if len(self._deadlines) > 2 * len(self.calls) + _DEADLINES_SLACK:
+            # Most calls end long before their deadline: without this the heap would hold all calls of ten minutes.
+            self._deadlines = [(one.deadline_ms, key) for key, one in self.calls.items() if one.deadline_ms is not None]
+            heapq.heapify(self._deadlines)
 
     def _end(self, call: Call, kind: str, body: bytes, worker: str) -> Iterator[Command]:
         del self.calls[call.key]

@@ -7,7 +7,6 @@ follows a failure is `failures.py`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -45,6 +44,8 @@ GATE: Final = "gate"
 MEMORY: Final = "memory"
 _KEPT_ENDED: Final = 200
 """Ended tasks kept in memory; older ones are read from the journal when somebody asks."""
+_KEPT_ENDED_STEPS: Final = 5_000
+"""Steps of all ended tasks kept in memory: what a task occupies grows with its steps."""
 UNEMBEDDABLE: Final = "memory.unembeddable"
 """Memory's word for an objective without any word in it: such a task cannot be an episode."""
 MAX_UNSETTLED: Final = 200
@@ -63,7 +64,8 @@ class Engine:
     ranking: Ranking
     live: dict[str, TaskRecord] = field(default_factory=dict)
     """Tasks that are not final, or whose outcomes memory does not have yet."""
-    ended: OrderedDict[str, TaskRecord] = field(default_factory=OrderedDict)
+    ended: dict[str, TaskRecord] = field(default_factory=dict)
+    """The newest of those that are over, oldest first."""
     unsettled: set[str] = field(default_factory=set)
     """Ended tasks whose outcomes are on their way to memory."""
     deferred: bool = False
@@ -74,10 +76,13 @@ class Engine:
     _calls: dict[str, set[str]] = field(default_factory=dict)
     """Task -> keys of its calls at the broker."""
     _plan_tries: dict[str, int] = field(default_factory=dict)
+    _ended_steps: int = 0
 
     def take(self) -> list[Effect]:
         """Effects since the last call, in order."""
         effects, self._effects = self._effects, []
+        if not effects:
+            self._evict()  # not before: whoever takes the effects may need the tasks that they end
         return effects
 
     def find(self, task_id: str) -> TaskRecord | None:
@@ -569,8 +574,17 @@ class Engine:
         self.live.pop(task.id, None)
         self._calls.pop(task.id, None)
         self.ended[task.id] = task
-        while len(self.ended) > _KEPT_ENDED:
-            self.ended.popitem(last=False)
+        self._ended_steps += len(task.steps)
+
+    def forget_ended(self, task_id: str) -> None:
+        """Drop an ended task from memory; the journal has it."""
+        task = self.ended.pop(task_id, None)
+        if task is not None:
+            self._ended_steps -= len(task.steps)
+
+    def _evict(self) -> None:
+        while len(self.ended) > _KEPT_ENDED or (self._ended_steps > _KEPT_ENDED_STEPS and self.ended):
+            self.forget_ended(next(iter(self.ended)))
 
     # Inside
 

@@ -73,9 +73,20 @@ class StepRecord:
         return self.attempts[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class PlanOrigin:
+    """How the plan came about; the plan itself is in the task's IR."""
+
+    source: str
+    reason: str
+    removed_edges: list[dict[str, Any]]
+    decisions: list[dict[str, Any]]
+    similar: list[dict[str, Any]]
+
+
 @dataclass(slots=True)
 class TaskRecord:
-    """A task with everything that happened to it."""
+    """A task as it stands. What led there is in the journal only, so that memory does not grow with history."""
 
     id: str
     ir: TaskIR
@@ -84,7 +95,7 @@ class TaskRecord:
     state: TaskState = TaskState.PLANNING
     planned_ms: int | None = None
     ended_ms: int | None = None
-    plan: f.TaskPlanned | None = None
+    plan: PlanOrigin | None = None
     steps: dict[str, StepRecord] = field(default_factory=dict)
     dependents: dict[str, list[str]] = field(default_factory=dict)
     """Step id -> steps that need it."""
@@ -99,8 +110,6 @@ class TaskRecord:
     """Memory knows the outcomes."""
     seq: int = 0
     """Facts so far; the newest event's number."""
-    events: list[f.Fact] = field(default_factory=list)
-    """All facts in order, for watchers that come late; `events[i]` has seq i + 1."""
 
     @property
     def deadline_ms(self) -> int | None:
@@ -113,7 +122,6 @@ def begin(fact: f.TaskAccepted) -> TaskRecord:
     ir = TaskIR.model_validate(fact.ir)
     record = TaskRecord(id=fact.task, ir=ir, client=fact.client, created_ms=fact.at_ms, seq=1)
     record.artefacts = {artefact.name: artefact for artefact in ir.inputs}
-    record.events.append(fact)
     return record
 
 
@@ -137,7 +145,6 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
     if task.state.final and not isinstance(fact, f.OutcomesSettled | f.DuplicateSeen):
         raise JournalError(f"{type(fact).__name__} after the end of task {task.id}")
     task.seq += 1
-    task.events.append(fact)
     match fact:
         case f.TaskPlanned():
             _adopt_plan(task, fact)
@@ -161,7 +168,7 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
 
 def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
     task.ir = TaskIR.model_validate(fact.ir)
-    task.plan = fact
+    task.plan = PlanOrigin(fact.source, fact.reason, fact.removed_edges, fact.decisions, fact.similar)
     task.planned_ms = fact.at_ms
     task.state = TaskState.RUNNING
     task.generated_tokens += fact.generated_tokens
