@@ -237,6 +237,7 @@ def test_critical_steps_count_the_attempts_of_the_busiest_step_of_each_stage() -
 def test_an_attempt_that_never_began_is_no_step_and_a_lost_run_is_no_second_one() -> None:
     world = stack(say("fine", 5_000))
     world.peers["inference-specialist"].kill()
+    world.run_for(2_000)  # the next ping shows it
     task = world.submit(task_of([{"id": "A"}, {"id": "B", "actor": "coder"}]))
     world.run_for(1_000)
     world.peers["inference-worker"].kill()
