@@ -83,6 +83,8 @@ class Start:
 
     call: Call
     peer: Peer
+    unserved_ms: tuple[int, int] | None = None
+    """The last stretch of its wait in which no worker of its target was READY; None if one always was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,10 @@ class Broker:
     _deadlines: list[tuple[int, str]] = field(default_factory=list)
     _dirty: dict[str, None] = field(default_factory=dict)
     """Capabilities for which something may have become possible, in the order in which it did."""
+    _unserved: dict[str, int] = field(default_factory=dict)
+    """Capability -> since when calls wait for it while none of its workers is READY."""
+    _unserved_last: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Capability -> the newest such stretch that is over."""
     _pinged_ms: int = 0
 
     # Peers
@@ -363,6 +369,7 @@ class Broker:
                 queue.drop()
                 continue
             peer = self._freest(target, at_ms)
+            self._note_served(target, peer, at_ms)
             if peer is None:
                 self.tokens.unblock(target)  # it waits for a slot, not for tokens
                 return None
@@ -371,6 +378,7 @@ class Broker:
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
+        self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
         return None
 
     def _release(self, call: Call) -> None:
@@ -418,6 +426,15 @@ class Broker:
                 best = peer
         return best
 
+    def _note_served(self, target: str, free: Peer | None, at_ms: int) -> None:
+        """Calls wait for this capability: is there a READY worker at all, be its slots taken or not?"""
+        if free is None and not any(
+            peer.state is PeerState.READY and target in peer.capabilities for peer in self.peers.values()
+        ):
+            self._unserved.setdefault(target, at_ms)
+        elif target in self._unserved:
+            self._unserved_last[target] = (self._unserved.pop(target), at_ms)
+
     def _start(self, call: Call, peer: Peer, at_ms: int) -> Start:
         peer.used += 1
         peer.calls.add(call.key)
@@ -427,7 +444,8 @@ class Broker:
             call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
             self._watch_deadline(call)
         self.counters["started"] += 1
-        return Start(call, peer)
+        unserved = self._unserved_last.get(call.target)
+        return Start(call, peer, unserved if unserved is not None and unserved[1] > call.queued_ms else None)
 
     def _attach(self, call: Call, peer: Peer) -> None:
         # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are

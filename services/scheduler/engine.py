@@ -160,8 +160,16 @@ class Engine:
 
     # Calls
 
-    def on_started(self, call: Call, worker: str, at_ms: int, *, reattached: bool = False) -> None:
-        """A worker has taken the call, or has brought it back."""
+    def on_started(
+        self,
+        call: Call,
+        worker: str,
+        at_ms: int,
+        *,
+        reattached: bool = False,
+        unserved_ms: tuple[int, int] | None = None,
+    ) -> None:
+        """A worker has taken the call, or has brought it back; `unserved_ms` is `broker.Start.unserved_ms`."""
         task, step = self._locate(call)
         if task is None or step is None or call.kind != "infer.request":
             return
@@ -170,7 +178,13 @@ class Engine:
             self._emit(
                 task,
                 f.AttemptStarted(
-                    task=task.id, at_ms=at_ms, step=step.spec.id, number=number, worker=worker, reattached=reattached
+                    task=task.id,
+                    at_ms=at_ms,
+                    step=step.spec.id,
+                    number=number,
+                    worker=worker,
+                    reattached=reattached,
+                    unserved_ms=None if unserved_ms is None else list(unserved_ms),
                 ),
             )
 
@@ -262,6 +276,8 @@ class Engine:
         planned = final.task.model_copy(
             update={"task_id": task.id, "created_at": task.ir.created_at, "idempotency_key": task.ir.idempotency_key}
         )
+        predicted = self.ranking.predict(task, planned)
+        models = {self.registry.roles[step.actor].model for step in final.task.plan.steps}
         self._emit(
             task,
             f.TaskPlanned(
@@ -274,6 +290,9 @@ class Engine:
                 decisions=[one.model_dump(mode="json", exclude_none=True) for one in final.decisions],
                 similar=[one.model_dump(mode="json", exclude_none=True) for one in final.similar],
                 generated_tokens=final.generated_tokens,
+                predicted_ms=predicted.length_ms,
+                predicted_steps=list(predicted.steps),
+                slots={name: self.registry.models[name].slots for name in sorted(models)},
             ),
         )
         for step in list(task.steps.values()):
@@ -336,6 +355,7 @@ class Engine:
                 model=model,
                 key=key,
                 constrained=constrained,
+                delay_ms=delay_ms or None,
             ),
         )
         self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + delay_ms if delay_ms else 0)

@@ -514,8 +514,8 @@ class Hub:
 
     def _carry_out(self, command: b.Command, at_ms: int) -> None:
         match command:
-            case b.Start(call, peer):
-                self._start(call, peer, at_ms)
+            case b.Start(call, peer, unserved_ms):
+                self._start(call, peer, unserved_ms, at_ms)
             case b.Ended(call, kind, body, worker):
                 if call.requester is None:
                     self.engine.on_ended(call, kind, body, worker, at_ms)
@@ -539,7 +539,7 @@ class Hub:
                 if not peer.is_worker:
                     self._forget_client(peer.identity, at_ms)
 
-    def _start(self, call: b.Call, peer: Peer, at_ms: int) -> None:
+    def _start(self, call: b.Call, peer: Peer, unserved_ms: tuple[int, int] | None, at_ms: int) -> None:
         body = call.body if call.body is not None else self.engine.body_of(call, at_ms)
         header = Header(
             kind=call.kind,
@@ -556,7 +556,7 @@ class Hub:
             trace=call.trace,
         )
         if call.requester is None:
-            self.engine.on_started(call, peer.service, at_ms)
+            self.engine.on_started(call, peer.service, at_ms, unserved_ms=unserved_ms)
         for effect in self.engine.take():
             if isinstance(effect, Record):
                 self._out.append(effect)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Final
 
+from protocol.messages.task import Step, TaskIR
+from protocol.plan_graph import needs
 from services.kit.registry import Registry
 from services.scheduler.durations import Durations, Job
 from services.scheduler.tasks import StepRecord, TaskRecord
@@ -30,6 +32,15 @@ def upward_rank(successors: Mapping[str, Iterable[str]], cost_s: Mapping[str, fl
     return rank
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The longest chain of a plan as it was expected when the plan was adopted."""
+
+    length_ms: int
+    """Inference only: queueing, gates and retries are what the achieved path shows beside it."""
+    steps: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class Ranking:
     """Ranks of the steps of all live tasks, and the estimates behind them."""
@@ -44,22 +55,44 @@ class Ranking:
         known = self._ranks.get(task.id)
         if known is None or known[0] - task.unfinished >= max(_RERANK_STEPS, _RERANK_SHARE * known[0]):
             open_steps = {name: one for name, one in task.steps.items() if not one.state.final}
-            cost_s = {name: self.durations.expected_s(self._job(task, one)) for name, one in open_steps.items()}
+            cost_s = {
+                name: self.durations.expected_s(self._job(task, task.ir, one.spec, one.role))
+                for name, one in open_steps.items()
+            }
             followers = {name: [other for other in task.dependents[name] if other in cost_s] for name in cost_s}
             known = self._ranks[task.id] = (task.unfinished, upward_rank(followers, cost_s))
         return known[1].get(step.spec.id, 0.0)
 
+    def predict(self, task: TaskRecord, planned: TaskIR) -> Prediction:
+        """The longest chain of the plan that `task` is about to adopt; its ranks are kept for `rank_s`."""
+        plan = planned.plan
+        if plan is None:
+            raise ValueError(f"task {task.id} has no plan to predict")
+        specs = {step.id: step for step in plan.steps}
+        followers: dict[str, list[str]] = {name: [] for name in specs}
+        for name, others in needs(plan).items():
+            for other in others:
+                followers[other].append(name)
+        cost_s = {
+            name: self.durations.expected_s(self._job(task, planned, step, step.actor)) for name, step in specs.items()
+        }
+        ranks = upward_rank(followers, cost_s)
+        self._ranks[task.id] = (len(specs), ranks)
+        chain = [max(ranks, key=lambda name: (ranks[name], name))]
+        while followers[chain[-1]]:
+            chain.append(max(followers[chain[-1]], key=lambda name: (ranks[name], name)))
+        return Prediction(round(1000 * ranks[chain[0]]), tuple(chain))
+
     def observe(self, task: TaskRecord, step: StepRecord, seconds: float) -> None:
         """The inference of this step's newest attempt took so long."""
-        self.durations.observe(self._job(task, step), seconds)
+        self.durations.observe(self._job(task, task.ir, step.spec, step.role), seconds)
 
     def forget(self, task_id: str) -> None:
         """The task has ended."""
         self._ranks.pop(task_id, None)
 
-    def _job(self, task: TaskRecord, step: StepRecord) -> Job:
-        name = step.attempts[-1].role if step.attempts else step.spec.actor
+    def _job(self, task: TaskRecord, ir: TaskIR, step: Step, name: str) -> Job:
         role = self.registry.roles[name]
-        given = sum(len(task.artefacts[one].text()) for one in step.spec.inputs if one in task.artefacts)
-        chars = given + len(step.spec.action) + len(role.prompt)
-        return Job(name, task.ir.task_type.value, chars, step.spec.max_tokens or role.max_tokens, step.spec.id)
+        given = sum(len(task.artefacts[one].text()) for one in step.inputs if one in task.artefacts)
+        chars = given + len(step.action) + len(role.prompt)
+        return Job(name, ir.task_type.value, chars, step.max_tokens or role.max_tokens, step.id)
