@@ -8,6 +8,7 @@ promised is compared with what they got and with what the journal says.
 from __future__ import annotations
 
 import random
+import statistics
 import tempfile
 import threading
 import time
@@ -72,26 +73,22 @@ class Residence:
         if self._thread is not None:
             self._thread.join()
 
-    def growth_mb(self) -> float:
-        """Peak of the whole stack in the last third of the run less that in the first third after the warm-up.
+    def growth_mb(self) -> dict[str, float]:
+        """Peak of each process in the last third of the run less that in the first third, in MiB.
 
-        Peaks, since a killed process begins anew; the whole stack, so that nothing can hide in another process.
+        Peaks, since a killed process begins anew; every process, so that nothing can hide in another one.
         """
         third = max(1, len(self.samples) // 3)
-        return round((self.peak_mb(self.samples[-third:]) - self.peak_mb(self.samples[:third])), 1)
+        first, last = self.peaks_mb(self.samples[:third]), self.peaks_mb(self.samples[-third:])
+        return {name: round(last.get(name, 0.0) - first.get(name, 0.0), 1) for name in self.stack.argv}
 
     @staticmethod
-    def peak_mb(samples: Sequence[dict[str, int]]) -> float:
-        """Sum over the processes of each one's peak, in MiB."""
+    def peaks_mb(samples: Sequence[dict[str, int]]) -> dict[str, float]:
+        """Highest resident memory of each process, in MiB."""
         peaks: Counter[str] = Counter()
         for sample in samples:
-            for name, resident in sample.items():
-                peaks[name] = max(peaks[name], resident)
-        return round(sum(peaks.values()) / _MB, 1)
-
-    def hub_mb(self) -> float:
-        """Peak of the hub alone, in MiB."""
-        return round(max((sample.get("scheduler", 0) for sample in self.samples), default=0) / _MB, 1)
+            peaks |= Counter(sample)  # the union of counters is their maximum
+        return {name: round(peak / _MB, 1) for name, peak in peaks.items()}
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_S):
@@ -167,7 +164,8 @@ def _figures(
     finished = sum(sum(load.states.values()) for load in loads)
     wrong = [text for load in loads for text in load.wrong]
     lost = set(journal.unfinished()) | (promised - journal.ended.keys())
-    recoveries = sorted(_recoveries(kills, journal, [moment for load in loads for moment in load.replies_s]))
+    by_victim = _recoveries(kills, journal, [moment for load in loads for moment in load.replies_s])
+    recoveries = sorted(seconds for values in by_victim.values() for seconds in values)
     return {
         "accepted": len(promised | journal.accepted.keys()),
         "finished": finished,
@@ -176,9 +174,10 @@ def _figures(
         "recovery_p95_s": _percentile(recoveries, 0.95),
         "recovery_p50_s": _percentile(recoveries, 0.5),
         "recovery_max_s": recoveries[-1] if recoveries else None,
-        "rss_growth_mb": residence.growth_mb(),
-        "rss_peak_mb": residence.peak_mb(residence.samples),
-        "hub_rss_peak_mb": residence.hub_mb(),
+        "recovery_by_victim_s": {name: statistics.median(values) for name, values in sorted(by_victim.items())},
+        "rss_growth_mb": round(sum(residence.growth_mb().values()), 1),
+        "rss_growth_by_process_mb": residence.growth_mb(),
+        "rss_peak_mb": residence.peaks_mb(residence.samples),
         "failed": sum(count for load in loads for state, count in load.states.items() if state != "succeeded"),
         "kills": dict(sorted(Counter(kill.victim for kill in kills).items())),
         "unrecovered": len(kills) - len(recoveries),
@@ -190,11 +189,11 @@ def _figures(
     }
 
 
-def _recoveries(kills: Sequence[Kill], journal: Audit, replies_s: Sequence[float]) -> list[float]:
-    """Seconds from each kill to the first work after it; a kill after which none was wanted does not count."""
+def _recoveries(kills: Sequence[Kill], journal: Audit, replies_s: Sequence[float]) -> dict[str, list[float]]:
+    """Victim -> seconds from each kill to the first work after it; a kill after which none came is left out."""
     facts_ms = sorted([*journal.accepted.values(), *(one.ended_ms for one in journal.worked.get("planner", []))])
     replies_ms = sorted(moment * 1000 for moment in replies_s)
-    seconds: list[float] = []
+    seconds: dict[str, list[float]] = {}
     for kill in kills:
         if kill.victim == "scheduler":
             first = min((moment for moment in facts_ms if moment > kill.dead_ms), default=None)
@@ -203,7 +202,7 @@ def _recoveries(kills: Sequence[Kill], journal: Audit, replies_s: Sequence[float
             worked = journal.worked.get(_VICTIMS[kill.victim], [])
             back = min((one.ended_ms for one in worked if one.started_ms > kill.dead_ms), default=None)
         if back is not None:
-            seconds.append(round((back - kill.sent_ms) / 1000, 3))
+            seconds.setdefault(kill.victim, []).append(round((back - kill.sent_ms) / 1000, 3))
     return seconds
 
 
