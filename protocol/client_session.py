@@ -5,9 +5,9 @@ A hub that does not know us (it was restarted) gets HELLO and then every outstan
 and key; a watch is asked again from the last event seen, so that its reader sees each journalled event once.
 Leaves sockets, time, identifiers and deadlines to `protocol.client`.
 
-A connection that broke and came back is such a hub until it says otherwise. While something is outstanding and the hub
-is silent without that, it is probed with `session.status`: a restarted hub answers that
-with `peer.unknown`, a living one with its report, and neither disturbs the session as a second HELLO would.
+A connection that broke and came back gets HELLO too, since its hub may be a new one. While something is outstanding and
+the hub is silent without that, it is probed with `session.status`: a restarted hub answers that with `peer.unknown`, a
+living one with its report, and neither disturbs the session as a second HELLO would.
 """
 
 from __future__ import annotations

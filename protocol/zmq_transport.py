@@ -135,7 +135,8 @@ class ZmqDealer:
 
     def close(self) -> None:
         """See DealerPort."""
-        self._socket.disable_monitor()
+        if not self._socket.closed:
+            self._socket.disable_monitor()
         self._socket.close()
 
 
