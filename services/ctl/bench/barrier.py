@@ -82,11 +82,11 @@ def _one(stack: BareStack, number: int) -> dict[str, float]:
 
 
 def _task(number: int) -> dict[str, Any]:
-    chain = [
+    chain: list[dict[str, Any]] = [
         {"id": f"S{i}", "outputs": [{"name": f"o{i}"}], "inputs": [f"o{i - 1}"] if i else []}
         | {"max_tokens": round(CHAIN_STEP_S * TOKENS_PER_S)}
         for i in range(CHAIN_STEPS)
     ]
-    long = {"id": "L", "outputs": [{"name": "long"}], "max_tokens": round(IDEAL_S * TOKENS_PER_S)}
+    long: dict[str, Any] = {"id": "L", "outputs": [{"name": "long"}], "max_tokens": round(IDEAL_S * TOKENS_PER_S)}
     steps = [{"actor": "worker", "action": "take your time", "gates": []} | step for step in [*chain, long]]
     return {"objective": f"measure barriers, run {number}", "plan": {"steps": steps}}

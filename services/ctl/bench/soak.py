@@ -1,8 +1,8 @@
 """`tierline bench soak`: full load from several clients while processes are killed at random, then the books.
 
-Real processes with noop tiers, so that the bus and its journal are the load. Every few seconds one of scheduler, planner
-and the inference services gets kill -9 and is started again at once, as supervisord does. In the end what clients were
-promised is compared with what they got and with what the journal says.
+Real processes with noop tiers, so that the bus and its journal are the load. Every few seconds one of scheduler,
+planner and the inference services gets kill -9 and is started again at once, as supervisord does. In the end what
+clients were promised is compared with what they got and with what the journal says.
 """
 
 from __future__ import annotations
