@@ -21,6 +21,9 @@ from protocol.limits import MAX_FRAME_BYTES
 _LINGER_MS: Final = 500
 _HEARTBEAT_MS: Final = 1_000
 _HEARTBEAT_TIMEOUT_MS: Final = 10_000
+_RECONNECT_MS: Final = 50
+_RECONNECT_MAX_MS: Final = 200
+"""The hub is on this machine: asking a few times a second costs nothing, and its restart is noticed at once."""
 _HIGH_WATER: Final = 20_000  # a tripwire: credit and bounded queues keep pipes far below it
 _MAX_IPC_PATH: Final = 107  # sun_path of a unix socket
 
@@ -92,8 +95,10 @@ class ZmqDealer:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         _set_options(self._socket)
         self._socket.setsockopt(zmq.IDENTITY, b"\x01" + os.urandom(12))
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
+        self._connections: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._connected = False
         self._socket.connect(address)
 
     def send(self, header: bytes, body: bytes) -> None:
@@ -111,12 +116,22 @@ class ZmqDealer:
         """See DealerPort."""
         return bool(zmq.zmq_poll([(self._socket, zmq.POLLIN)], max(0, timeout_ms)))
 
+    def reconnected(self) -> bool:
+        """See DealerPort."""
+        again = False
+        while self._connections.poll(0):
+            self._connections.recv_multipart(zmq.NOBLOCK)
+            again, self._connected = self._connected, True
+        return again
+
     def fileno(self) -> int:
         """See DealerPort."""
         return int(self._socket.getsockopt(zmq.FD))
 
     def close(self) -> None:
         """See DealerPort."""
+        if not self._socket.closed:
+            self._socket.disable_monitor()
         self._socket.close()
 
 

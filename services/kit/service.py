@@ -263,6 +263,8 @@ class Service:
             # Read first: after a pause of this process the hub's pings are waiting, and it is not the hub's silence.
             self._flush()
             self._receive_all()
+            if self._socket is not None and self._socket.reconnected():
+                self.feed(s.Reconnected())
             self.feed(s.Ticked(self.clock.now_ms()))
 
     def _next(self) -> int:

@@ -194,6 +194,9 @@ class Broker:
         # queued first, so that the loop below finds it free to be attached.
         for old in [p for p in self.peers.values() if p.identity == identity or (p.is_worker and p.life == peer.life)]:
             commands.extend(self._remove(old, "replaced by its own new session", at_ms, blame=False))
+        # A process that was killed and started again: the ping finds the broken connection of its earlier life now.
+        same_name = [p for p in self.peers.values() if p.is_worker and p.service == peer.service]
+        commands.extend(SendPing(other.identity) for other in same_name)
         self.peers[identity] = peer
         welcome = Welcoming([], [])
         for key in hello.in_flight:
