@@ -122,7 +122,12 @@ class SimPeer:
     def _reopen(self) -> None:
         boot = self.boots
         self.world.identities.pop(self.identity, None)
-        self.world.later(_REOPEN_MS, lambda: self._lives(boot) and self._open())
+
+        def open_again() -> None:
+            if self._lives(boot):
+                self._open()
+
+        self.world.later(_REOPEN_MS, open_again)
 
     def _lives(self, boot: int) -> bool:
         return self.alive and self.boots == boot
@@ -164,9 +169,12 @@ class SimPeer:
     def _later(self, delay_ms: int, key: str, beginning: int, action: Callable[[], None]) -> None:
         """Do this unless that beginning of the work has ended by then, or its process."""
         boot = self.boots
-        self.world.later(
-            delay_ms, lambda: self._lives(boot) and self._working.get(key) == beginning and action()
-        )
+
+        def unless_over() -> None:
+            if self._lives(boot) and self._working.get(key) == beginning:
+                action()
+
+        self.world.later(delay_ms, unless_over)
 
     def _end(self, done: s.WorkEnded) -> None:
         del self._working[done.key]

@@ -53,7 +53,7 @@ def add_tiers(world: World, tiers: Sequence[Tier], seconds: Seconds) -> None:
             world.add(f"inference-{tier.model}-{number}", (f"infer.{tier.model}",), answer, tier.slots)
 
 
-def plan_as_given(header: Header, body: bytes) -> Answer:
+def plan_as_given(_header: Header, body: bytes) -> Answer:
     """Answer of a planner that keeps the client's plan; a task without one becomes one step of a worker."""
     task = unpack_body(PlanRequest, body).task
     if task.plan is None:
@@ -62,14 +62,14 @@ def plan_as_given(header: Header, body: bytes) -> Answer:
     return 0, PlanFinal(task=task, source="client", reason="as given")
 
 
-def gates_pass(header: Header, body: bytes) -> Answer:
+def gates_pass(_header: Header, body: bytes) -> Answer:
     """Answer of gates that find nothing."""
     names = unpack_body(GateRequest, body).gates
     results = [GateResult(gate=name, verdict=Verdict.PASS, category="CODE", started_ms=0, ended_ms=0) for name in names]
     return 0, GateFinal(results=results)
 
 
-def memory_takes(header: Header, body: bytes) -> Answer:
+def memory_takes(_header: Header, _body: bytes) -> Answer:
     """Answer of a memory that stores what it is told."""
     return 0, _STORED
 
@@ -82,7 +82,7 @@ class _Inference:
         self._seconds = seconds
         self._finals: dict[tuple[tuple[str, ArtefactKind], ...], bytes] = {}
 
-    def __call__(self, header: Header, body: bytes) -> Answer:
+    def __call__(self, header: Header, _body: bytes) -> Answer:
         task = self._world.task(header.task or "")
         step = task.steps[header.step or ""]
         shape = tuple((output.name, output.kind) for output in step.spec.outputs)

@@ -87,19 +87,19 @@ class World:
         heapq.heappush(self._heap, (self.now + delay_ms, next(self._order), action))
 
     def step(self) -> None:
-        """Let the next thing happen."""
-        due = self._next_ms()
+        """Let the next thing happen. Raises NotReachedError if nothing ever will."""
+        due, waits = self._next_ms()
         if due is None:
             raise NotReachedError(f"nothing is left that could happen: {self.notes}")
         if self.calm:
-            self._jump(due)
-        if self._heap and self._heap[0][0] <= self.now or not self.calm:
+            self._jump(due, waits is not None and waits <= due)
+        if self._heap and self._heap[0][0] <= max(due, self.now):
             at, _, action = heapq.heappop(self._heap)
             self.now = max(self.now, at)
             action()
 
     def run(self, until: Callable[[], bool], limit_ms: int | None = 120_000) -> None:
-        """Run until this holds. Raises NotReachedError after `limit_ms` of virtual time, or when nothing is left."""
+        """Run until this holds. Raises NotReachedError after `limit_ms` of virtual time (None = no limit)."""
         end = None if limit_ms is None else self.now + limit_ms
         while not until():
             if end is not None and self.now > end:
@@ -109,30 +109,27 @@ class World:
     def run_for(self, duration_ms: int) -> None:
         """Run for so long."""
         end = self.now + duration_ms
-        while (due := self._next_ms()) is not None and due <= end:
+        while (due := self._next_ms()[0]) is not None and due <= end:
             self.step()
         self.now = end
 
-    def _next_ms(self) -> int | None:
+    def _next_ms(self) -> tuple[int | None, int | None]:
+        """When something happens next, and when a tick of a calm world has work to do."""
         due = self._heap[0][0] if self._heap else None
-        if self.calm and self.hub is not None:
-            waits = self.hub.broker.next_due_ms()
-            if waits is not None and (due is None or waits < due):
-                return max(self.now, waits)
-        return due
+        waits = self.hub.broker.next_due_ms() if self.calm and self.hub is not None else None
+        return waits if due is None or (waits is not None and waits < due) else due, waits
 
-    def _jump(self, due: int) -> None:
+    def _jump(self, due: int, tick: bool) -> None:
         """Move the clock of a calm world: every process has answered its pings meanwhile."""
         hub = self.hub
         if hub is None:
             raise SimulationError("a calm world needs its hub")
-        waits = hub.broker.next_due_ms()
         self.now = max(self.now, due)
         if self.now - self._beat_ms >= PING_MS:
             self._beat_ms = self.now
             for peer in hub.broker.peers.values():
                 hub.broker.on_heard(peer, None, self.now)
-        if waits is not None and waits <= self.now:
+        if tick:
             self.feed(m.Tick(self.now))
 
     def _tick(self) -> None:
@@ -243,13 +240,13 @@ class World:
         peer.start()
         return peer
 
-    def client(self, kind: str, body: Message, **fields: str) -> tuple[Header, Message]:
+    def client(self, kind: str, body: Message) -> tuple[Header, Message]:
         """One request of the client; returns its first answer. Raises SimulationError if there is none."""
         if self.hub is None or CLIENT not in self.hub.broker.peers:
             hello = Hello(service="client-simulated", protocol_min=1, protocol_max=1)
             self.to_hub(CLIENT, [pack_header(Header(kind="session.hello", id="h")), pack_body(hello)])
         ident = f"c{next(self._order)}"
-        self.to_hub(CLIENT, [pack_header(Header(kind=kind, id=ident, **fields)), pack_body(body)])
+        self.to_hub(CLIENT, [pack_header(Header(kind=kind, id=ident)), pack_body(body)])
         for header, answer in self.client_inbox:
             if header.corr == ident:
                 return header, answer
