@@ -78,7 +78,7 @@ class ZmqRouter:
 
     def wait(self, timeout_ms: int) -> bool:
         """See RouterPort."""
-        return bool(self._socket.poll(max(0, timeout_ms), zmq.POLLIN))
+        return bool(zmq.zmq_poll([(self._socket, zmq.POLLIN)], max(0, timeout_ms)))
 
     def close(self) -> None:
         """See RouterPort."""
@@ -114,7 +114,7 @@ class ZmqDealer:
 
     def wait(self, timeout_ms: int) -> bool:
         """See DealerPort."""
-        return bool(self._socket.poll(max(0, timeout_ms), zmq.POLLIN))
+        return bool(zmq.zmq_poll([(self._socket, zmq.POLLIN)], max(0, timeout_ms)))
 
     def fileno(self) -> int:
         """See DealerPort."""

@@ -21,15 +21,11 @@ from services.kit.config import Home
 from services.kit.identity import boot_id
 from services.kit.logs import Log, LogEvent
 from services.kit.registry import Registry
-from services.scheduler.engine import Record
-from services.scheduler.facts import AttemptFailed, StepFailed, TaskEnded, TaskPlanned
-from services.scheduler.journal import Journal
-from services.scheduler.machine import (
-    MAX_ACTIVE_TASKS,
+from services.scheduler.effects import Record
+from services.scheduler.events import (
     Command,
     Event,
     FrameIn,
-    Hub,
     LookedUp,
     LookUp,
     Noted,
@@ -41,11 +37,23 @@ from services.scheduler.machine import (
     Tick,
     Undeliverable,
 )
+from services.scheduler.facts import (
+    AttemptAnswered,
+    AttemptFailed,
+    AttemptQueued,
+    StepFailed,
+    TaskEnded,
+    TaskPlanned,
+)
+from services.scheduler.journal import Journal
+from services.scheduler.machine import MAX_ACTIVE_TASKS, Hub
 
 HUB_STARTED = LogEvent("hub.started", "pid epoch restored unsettled registry")
 HUB_STOPPED = LogEvent("hub.stopped", "reason")
 JOURNAL_FAILED = LogEvent("journal.failed", "error", "error")
-TASK_EVENT = LogEvent("task.event", "task step attempt what seq code category action rule state source")
+_FIELDS: Final = "task step attempt what seq code category action rule state source"
+TASK_EVENT = LogEvent("task.event", _FIELDS)
+TASK_DETAIL = LogEvent("task.detail", _FIELDS, "debug")
 
 _TICK_MS: Final = 100
 _BATCH: Final = 512
@@ -160,16 +168,23 @@ class HubApp:
                 self._log_fact(record)
 
     def _flush(self) -> None:
-        """Write, then send. A failed send is an event, which may make further facts and messages."""
+        """Hand out work, write, then tell. A failed send is an event, which may make further facts and messages.
+
+        Workers begin while the facts are being written; whoever is promised something hears of it afterwards.
+        """
         while self._records or self._sends:
-            self._write()
             sends, self._sends = self._sends, []
-            for send in sends:
-                try:
-                    self._port.send(send.identity, send.header, send.body)
-                except (StrandPeer, SendLater):
-                    # A full pipe is a peer that has not read 20,000 messages: gone for all purposes; it may rejoin.
-                    self._feed(Undeliverable(send.identity, self._clock.now_ms()))
+            self._send_all([send for send in sends if not send.promises])
+            self._write()
+            self._send_all([send for send in sends if send.promises])
+
+    def _send_all(self, sends: list[Send]) -> None:
+        for send in sends:
+            try:
+                self._port.send(send.identity, send.header, send.body)
+            except (StrandPeer, SendLater):
+                # A full pipe is a peer that has not read 20,000 messages: gone for all purposes; it may rejoin.
+                self._feed(Undeliverable(send.identity, self._clock.now_ms()))
 
     def _log_fact(self, record: Record) -> None:
         fact = record.fact
@@ -186,6 +201,7 @@ class HubApp:
                 extra = {"source": fact.source}
             case _:
                 pass
+        told = TASK_DETAIL if isinstance(fact, AttemptQueued | AttemptAnswered) else TASK_EVENT
         self._log.write(
-            TASK_EVENT, task=fact.task, step=fact.step, attempt=fact.number, what=fact.EVENT, seq=record.seq, **extra
+            told, task=fact.task, step=fact.step, attempt=fact.number, what=fact.EVENT, seq=record.seq, **extra
         )

@@ -22,6 +22,7 @@ from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState, Pong
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 from services.scheduler.queues import Place, ReadyQueue
+from services.scheduler.resources import NOTHING, Needs, Tokens
 
 MAX_QUEUED: Final = 10_000
 """Calls of other peers that may wait per capability; the hub's own steps are bounded by its tasks."""
@@ -46,6 +47,8 @@ class Call:
     """Who it is for: clients share a capability fairly."""
     rank_s: float = 0.0
     """Upward rank in seconds; see `queues.Place`."""
+    needs: Needs = NOTHING
+    """Tokens of the machine that it holds while it runs."""
     body: bytes | None = None
     """None = composed when it starts."""
     requester: bytes | None = None
@@ -145,11 +148,14 @@ class Welcoming:
 class Broker:
     """Peers and calls. Every method takes the time and returns commands, in order."""
 
+    tokens: Tokens
     peers: dict[bytes, Peer] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     counters: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("started", "ended", "lost", "reattached", "duplicates", "expired"), 0)
     )
+    gone_ms: dict[str, int] = field(default_factory=dict)
+    """Capability -> when a peer that had it was last lost, in unix ms."""
     _queues: dict[str, ReadyQueue] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
     """Keys that have ended lately, to tell a duplicate from a stranger."""
@@ -180,7 +186,7 @@ class Broker:
         # Same identity again, or an earlier session of the same process: that session is over. What it had is
         # queued first, so that the loop below finds it free to be attached.
         for old in [p for p in self.peers.values() if p.identity == identity or (p.is_worker and p.life == peer.life)]:
-            commands.extend(self._remove(old, "replaced by its own new session", blame=False))
+            commands.extend(self._remove(old, "replaced by its own new session", at_ms, blame=False))
         self.peers[identity] = peer
         welcome = Welcoming([], [])
         for key in hello.in_flight:
@@ -225,12 +231,12 @@ class Broker:
         else:
             self.peers.pop(peer.identity, None)
 
-    def on_unreachable(self, identity: bytes) -> list[Command]:
+    def on_unreachable(self, identity: bytes, at_ms: int) -> list[Command]:
         """Sending failed: the connection is gone."""
         peer = self.peers.get(identity)
         if peer is None:
             return []
-        return self._remove(peer, "disconnected", blame=peer.state is not PeerState.DRAINING)
+        return self._remove(peer, "disconnected", at_ms, blame=peer.state is not PeerState.DRAINING)
 
     def on_tick(self, at_ms: int) -> list[Command]:
         """Time: pings, silent peers, deadlines, calls whose hold is over."""
@@ -241,7 +247,7 @@ class Broker:
                 if not peer.is_worker:
                     continue
                 if at_ms - peer.heard_ms >= DEAD_MS:
-                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", blame=True))
+                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", at_ms, blame=True))
                 else:
                     commands.append(SendPing(peer.identity))
         while self._deadlines and self._deadlines[0][0] <= at_ms:
@@ -307,6 +313,7 @@ class Broker:
         if call is None:
             return []
         self._remember(key)
+        self._release(call)
         commands: list[Command] = []
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(key)
@@ -370,13 +377,23 @@ class Broker:
                 continue
             peer = self._freest(target, at_ms)
             if peer is None:
+                self.tokens.unblock(target)  # it waits for a slot, not for tokens
+                return None
+            if not self.tokens.take(key, target, self.calls[key].needs, at_ms):
                 return None
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
+        self.tokens.unblock(target)
         return None
+
+    def _release(self, call: Call) -> None:
+        """A call that ran is over at its worker, as far as we know: its tokens are free."""
+        if self.tokens.give_back(call.key):
+            self._touch(self.tokens.blocked())
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the state contradicts itself; called by tests after every event."""
+        self.tokens.check_invariants()
         for peer in self.peers.values():
             for key in peer.calls:
                 if key not in self.calls or self.calls[key].worker != peer.identity:
@@ -426,7 +443,9 @@ class Broker:
         return Start(call, peer)
 
     def _attach(self, call: Call, peer: Peer) -> None:
-        # No credit is spent: in its new epoch the peer did not grant the slots that running work holds.
+        # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are
+        # taken whether or not they are free: the work runs already, and the account shows it as soon as it can.
+        self.tokens.book(call.key, call.needs)
         call.worker = peer.identity
         peer.calls.add(call.key)
         self.counters["reattached"] += 1
@@ -438,6 +457,7 @@ class Broker:
     def _end(self, call: Call, kind: str, body: bytes, worker: str) -> Iterator[Command]:
         del self.calls[call.key]
         self._remember(call.key)
+        self._release(call)
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(call.key)
         self.counters["ended"] += 1
@@ -468,13 +488,16 @@ class Broker:
         commands.extend(self._end(call, "error", pack_body(ErrorReply(failure=failure)), "scheduler"))
         return commands
 
-    def _remove(self, peer: Peer, why: str, *, blame: bool) -> list[Command]:
+    def _remove(self, peer: Peer, why: str, at_ms: int, *, blame: bool) -> list[Command]:
         """End a session. Its calls are queued again or ended with PEER; `blame` says whether they count as killers."""
         self.peers.pop(peer.identity, None)
+        for target in peer.capabilities:
+            self.gone_ms[target] = at_ms
         commands: list[Command] = [PeerGone(peer, why)]
         for key in sorted(peer.calls):
             call = self.calls[key]
             call.worker = None
+            self._release(call)
             call.hold_until_ms = 0
             call.deadline_ms = call.outer_ms
             self.counters["lost"] += 1

@@ -15,7 +15,7 @@ from typing import Final
 
 from protocol.messages.result import TaskState, TaskSummary
 from services.scheduler import facts as f
-from services.scheduler.engine import Record
+from services.scheduler.effects import Record
 from services.scheduler.tasks import TaskRecord, fold
 
 _SCHEMA: Final = """
@@ -138,6 +138,10 @@ class Journal:
                 self._db.execute(
                     "UPDATE tasks SET state = 'running', steps_total = ? WHERE task = ?", (total, fact.task)
                 )
+            case f.StepsAdded():
+                self._add_steps(fact.task, len(fact.steps))
+            case f.StepExpanded():
+                self._add_steps(fact.task, len(fact.items))
             case f.StepDone():
                 self._db.execute("UPDATE tasks SET steps_done = steps_done + 1 WHERE task = ?", (fact.task,))
             case f.TaskEnded():
@@ -148,3 +152,6 @@ class Journal:
                 self._db.execute("UPDATE tasks SET settled = 1 WHERE task = ?", (fact.task,))
             case _:
                 pass
+
+    def _add_steps(self, task: str, count: int) -> None:
+        self._db.execute("UPDATE tasks SET steps_total = steps_total + ? WHERE task = ?", (count, task))

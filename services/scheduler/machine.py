@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -23,9 +23,19 @@ from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferPartial
 from protocol.messages.reply import ErrorReply, Refused
-from protocol.messages.result import ArtefactQuery, ArtefactReply, Cancelled, ListQuery, TaskEvent, TaskQuery, Watch
+from protocol.messages.result import (
+    ArtefactQuery,
+    ArtefactReply,
+    Cancelled,
+    CancelQuery,
+    ListQuery,
+    TaskEvent,
+    TaskQuery,
+    TaskView,
+    Watch,
+)
 from protocol.messages.session import Hello, Ping, Pong, Reject, StatusReport, Welcome
-from protocol.messages.task import Accepted, Submit, TaskIR
+from protocol.messages.task import Accepted, Extend, Extended, Submit, TaskIR
 from services.kit.identity import work_key
 from services.kit.logs import LogEvent
 from services.kit.plan_check import plan_problems
@@ -34,10 +44,29 @@ from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
 from services.scheduler.durations import Durations, LearnedDurations
+from services.scheduler.effects import Ask, Drop, Record
+from services.scheduler.events import (
+    Command,
+    Event,
+    FrameIn,
+    LookedUp,
+    LookUp,
+    Noted,
+    ReadListing,
+    ReadStatus,
+    ReloadUnsettled,
+    Restored,
+    Send,
+    Tick,
+    Undeliverable,
+)
+from services.scheduler.growth import checked_extension
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
+from services.scheduler.resources import Tokens, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
+from services.scheduler.waiting import reasons
 
 MAX_ACTIVE_TASKS: Final = 1_000
 """Tasks that are not final; beyond it a submit is refused with the time after which one should have ended."""
@@ -50,113 +79,6 @@ PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
 FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
 TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
 RESULT_DUPLICATE = LogEvent("result.duplicate", "peer key task step", "warning")
-CALL_DISPATCHED = LogEvent("call.dispatched", "task step attempt kind key peer queue_wait_ms", "debug")
-
-
-# Events
-
-
-@dataclass(frozen=True, slots=True)
-class FrameIn:
-    """A message arrived on the socket."""
-
-    identity: bytes
-    frames: list[bytes]
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Undeliverable:
-    """Sending to this peer failed: it is gone."""
-
-    identity: bytes
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """A task from the journal, to be taken up where it stood."""
-
-    task: TaskRecord
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class LookedUp:
-    """What the journal knows about the task that a message is about."""
-
-    identity: bytes
-    header: Header
-    body: bytes
-    task: TaskRecord | None
-    at_ms: int
-
-
-Event = FrameIn | Undeliverable | Tick | Restored | LookedUp
-
-
-# Commands
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send this message once all facts before it are written."""
-
-    identity: bytes
-    header: bytes
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class LookUp:
-    """Read this task from the journal and come back with LookedUp."""
-
-    task_id: str
-    identity: bytes
-    header: Header
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ReadListing:
-    """Answer a `task.list` from the journal's index."""
-
-    identity: bytes
-    header: Header
-    query: ListQuery
-
-
-@dataclass(frozen=True, slots=True)
-class ReadStatus:
-    """Answer a `session.status`: the report needs the journal's counts."""
-
-    identity: bytes
-    header: Header
-
-
-@dataclass(frozen=True, slots=True)
-class ReloadUnsettled:
-    """Bring back ended tasks whose outcomes memory does not have, as Restored."""
-
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Noted:
-    """A line for the log."""
-
-    event: LogEvent
-    fields: dict[str, Any]
-
-
-Command = Send | e.Record | LookUp | ReadListing | ReadStatus | ReloadUnsettled | Noted
 
 
 @dataclass(slots=True)
@@ -168,7 +90,7 @@ class Hub:
     pid: int = 0
     started_ms: int = 0
     durations: Durations = field(default_factory=LearnedDurations)
-    broker: b.Broker = field(default_factory=b.Broker)
+    broker: b.Broker = field(init=False)
     engine: e.Engine = field(init=False)
     _out: list[Command] = field(default_factory=list)
     _watches: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
@@ -182,6 +104,7 @@ class Hub:
 
     def __post_init__(self) -> None:
         """The engine shares the registry and what is known of durations."""
+        self.broker = b.Broker(Tokens(self.registry.hardware.cores))
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
 
@@ -195,7 +118,7 @@ class Hub:
             case Tick(at_ms):
                 self._on_tick(at_ms)
             case Undeliverable(identity, at_ms):
-                self._settle(self.broker.on_unreachable(identity), at_ms)
+                self._settle(self.broker.on_unreachable(identity, at_ms), at_ms)
             case Restored(task, at_ms):
                 if self.engine.find(task.id) is None or not task.state.final:
                     self.engine.ended.pop(task.id, None)
@@ -303,7 +226,7 @@ class Hub:
             drop=welcoming.drop,
             resend=welcoming.resend,
         )
-        self._out.append(self.reply(identity, header, "session.welcome", welcome))
+        self._out.append(replace(self.reply(identity, header, "session.welcome", welcome), promises=False))
         self._note(
             PEER_JOINED,
             peer=hello.service,
@@ -330,6 +253,7 @@ class Hub:
             queued_ms=at_ms,
             interactive=header.prio != "batch",
             client=peer.service,
+            needs=inference_needs(self.registry, header.dst),
             body=body,
             requester=peer.identity,
             corr=header.id,
@@ -395,6 +319,10 @@ class Hub:
             return unpack_body(Watch, body).task_id
         if kind == "task.artefact":
             return unpack_body(ArtefactQuery, body).task_id
+        if kind == "task.cancel":
+            return unpack_body(CancelQuery, body).task_id
+        if kind == "task.extend":
+            return unpack_body(Extend, body).task_id
         return unpack_body(TaskQuery, body).task_id
 
     def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
@@ -467,13 +395,24 @@ class Hub:
     def _answer_about(self, identity: bytes, header: Header, body: bytes, task: TaskRecord, at_ms: int) -> None:
         match header.kind:
             case "task.show":
-                self._out.append(self.reply(identity, header, "task.detail", view(task)))
+                self._out.append(self.reply(identity, header, "task.detail", self._view(task, at_ms)))
             case "task.cancel":
-                query = unpack_body(TaskQuery, body)
-                self.engine.cancel(task.id, query.reason, at_ms)
+                query = unpack_body(CancelQuery, body)
+                if query.step is None:
+                    self.engine.cancel(task.id, query.reason, at_ms)
+                elif query.step in task.steps:
+                    self.engine.cancel_step(task.id, query.step, query.reason, at_ms)
+                else:
+                    raise BadFrame("step.unknown", f"task {task.id} has no step {query.step!r}")
                 self._settle([], at_ms)
                 cancelled = Cancelled(task_id=task.id, state=task.state)
                 self._out.append(self.reply(identity, header, "task.cancelled", cancelled))
+            case "task.extend":
+                steps = checked_extension(task, unpack_body(Extend, body).steps, self.registry)
+                self.engine.extend(task, steps, self.broker.peers[identity].service, at_ms)
+                self._settle([], at_ms)
+                extended = Extended(task_id=task.id, steps_total=len(task.steps))
+                self._out.append(self.reply(identity, header, "task.extended", extended))
             case "task.artefact":
                 name = unpack_body(ArtefactQuery, body).name
                 if name not in task.artefacts:
@@ -484,6 +423,10 @@ class Hub:
                 )
             case _:
                 self._watch(identity, header, unpack_body(Watch, body), task)
+
+    def _view(self, task: TaskRecord, at_ms: int) -> TaskView:
+        """The task as it stands, and why what could run does not."""
+        return view(task).model_copy(update={"waiting": reasons(self.broker, task, self.started_ms, at_ms)})
 
     def _watch(self, identity: bytes, header: Header, query: Watch, task: TaskRecord) -> None:
         if not query.quiet:
@@ -523,12 +466,12 @@ class Hub:
         while True:
             for effect in self.engine.take():
                 match effect:
-                    case e.Record(fact, seq):
+                    case Record(fact, seq):
                         self._out.append(effect)
                         self._tell_watchers(fact, seq)
-                    case e.Ask(call):
+                    case Ask(call):
                         self.broker.ask(call)
-                    case e.Drop(key):
+                    case Drop(key):
                         todo.extend(self.broker.cancel(key))
             if todo:
                 self._carry_out(todo.popleft(), at_ms)
@@ -555,10 +498,10 @@ class Hub:
                     self.engine.on_started(call, worker, at_ms, reattached=True)
             case b.CancelAt(call, identity):
                 header = Header(kind=f"{family(call.kind)}.cancel", id=self._next_id(), key=call.key, epoch=self.epoch)
-                self._out.append(Send(identity, pack_header(header), _EMPTY))
+                self._out.append(Send(identity, pack_header(header), _EMPTY, promises=False))
             case b.SendPing(identity):
                 header = Header(kind="session.ping", id=self._next_id(), epoch=self.epoch)
-                self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms))))
+                self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms)), promises=False))
             case b.PeerGone(peer, why):
                 self._note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)
                 if not peer.is_worker:
@@ -582,22 +525,11 @@ class Hub:
         )
         if call.requester is None:
             self.engine.on_started(call, peer.service, at_ms)
-        self._note(
-            CALL_DISPATCHED,
-            task=call.task,
-            step=call.step,
-            attempt=call.attempt,
-            kind=call.kind,
-            key=call.key,
-            peer=peer.service,
-            queue_wait_ms=at_ms - call.queued_ms,
-        )
-        # After the fact that says so, hence written before it is sent.
         for effect in self.engine.take():
-            if isinstance(effect, e.Record):
+            if isinstance(effect, Record):
                 self._out.append(effect)
                 self._tell_watchers(effect.fact, effect.seq)
-        self._out.append(Send(peer.identity, pack_header(header), body))
+        self._out.append(Send(peer.identity, pack_header(header), body, promises=False))
 
     def _tell_watchers(self, fact: f.Fact, seq: int) -> None:
         watches = self._watches.get(fact.task)

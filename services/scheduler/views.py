@@ -80,6 +80,10 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
         case f.TaskPlanned():
             steps = [{"id": step["id"], "actor": step["actor"]} for step in fact.ir["plan"]["steps"]]
             return {"source": fact.source, "reason": fact.reason, "steps": steps}
+        case f.StepExpanded():
+            return {"items": len(fact.items)}
+        case f.StepsAdded():
+            return {"steps": [{"id": step["id"], "actor": step["actor"]} for step in fact.steps]}
         case f.AttemptQueued():
             return {"role": fact.role, "model": fact.model}
         case f.AttemptStarted():

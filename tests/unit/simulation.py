@@ -15,7 +15,7 @@ from protocol.messages.plan import PlanFinal
 from protocol.messages.result import TaskView, Watch
 from protocol.messages.task import TaskIR
 from services.kit.registry import Registry, load_registry
-from services.scheduler.machine import Event
+from services.scheduler.events import Event
 from services.scheduler.simulation import tiers, world
 from services.scheduler.simulation.peers import Answer, SimPeer
 from services.scheduler.views import view

@@ -9,7 +9,7 @@ import pytest
 
 from protocol.messages.result import TaskState
 from services.scheduler import facts as f
-from services.scheduler.engine import Record
+from services.scheduler.effects import Record
 from services.scheduler.journal import Journal, JournalVersionError
 from services.scheduler.tasks import JournalError, fold
 from tests.unit.simulation import stack, task_of

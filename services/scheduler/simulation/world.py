@@ -25,10 +25,11 @@ from protocol.messages.session import Hello
 from protocol.messages.task import Accepted, Submit, TaskIR
 from services.kit import session as s
 from services.kit.registry import Registry
+from services.scheduler import events as ev
 from services.scheduler import facts as f
-from services.scheduler import machine as m
 from services.scheduler.durations import Durations, LearnedDurations
-from services.scheduler.engine import Record
+from services.scheduler.effects import Record
+from services.scheduler.machine import Hub
 from services.scheduler.peers import PING_MS
 from services.scheduler.simulation.peers import Answer, SimPeer, SimulationError
 from services.scheduler.tasks import TaskRecord, fold
@@ -72,7 +73,7 @@ class World:
         self.client_inbox: list[tuple[Header, Message]] = []
         self.notes: list[str] = []
         """What the hub would have logged last."""
-        self.hub: m.Hub | None = None
+        self.hub: Hub | None = None
         self._order = itertools.count()
         self._heap: list[tuple[int, int, Callable[[], object]]] = []
         self._beat_ms = self.now
@@ -130,10 +131,10 @@ class World:
             for peer in hub.broker.peers.values():
                 hub.broker.on_heard(peer, None, self.now)
         if tick:
-            self.feed(m.Tick(self.now))
+            self.feed(ev.Tick(self.now))
 
     def _tick(self) -> None:
-        self.feed(m.Tick(self.now))
+        self.feed(ev.Tick(self.now))
         for peer in list(self.peers.values()):
             if peer.alive and not peer.frozen:
                 peer.feed(s.Ticked(self.now))
@@ -144,10 +145,10 @@ class World:
     def boot_hub(self) -> None:
         """Start a hub; tasks in the journal that are not settled are taken up where they stood."""
         durations = self.durations if self.durations is not None else LearnedDurations()
-        self.hub = m.Hub(epoch=f"hub{next(self._order)}", registry=self.registry, durations=durations)
+        self.hub = Hub(epoch=f"hub{next(self._order)}", registry=self.registry, durations=durations)
         for task in self.recorded_tasks().values():
             if not (task.state.final and task.settled):
-                self.feed(m.Restored(task, self.now))
+                self.feed(ev.Restored(task, self.now))
 
     def kill_hub(self) -> None:
         """End the hub; its peers notice by its silence."""
@@ -167,29 +168,29 @@ class World:
             raise SimulationError(f"the hub has no task {task_id!r}")
         return found
 
-    def feed(self, event: m.Event) -> None:
+    def feed(self, event: ev.Event) -> None:
         """Give the hub an event and do what it says; without a hub it is lost."""
         if self.hub is not None:
             for command in self.hub.handle(event):
                 self._carry_out(command)
 
-    def _carry_out(self, command: m.Command) -> None:
+    def _carry_out(self, command: ev.Command) -> None:
         match command:
             case Record(fact, seq):
                 self._record(fact, seq)
-            case m.Send(identity, header, body):
+            case ev.Send(identity, header, body):
                 self._deliver(identity, header, body)
-            case m.LookUp(task_id, identity, header, body):
+            case ev.LookUp(task_id, identity, header, body):
                 known = self.ended.get(task_id) if self.calm else self.recorded_tasks().get(task_id)
-                self.feed(m.LookedUp(identity, header, body, known, self.now))
-            case m.ReloadUnsettled():
+                self.feed(ev.LookedUp(identity, header, body, known, self.now))
+            case ev.ReloadUnsettled():
                 for task in self.recorded_tasks().values():
                     if task.state.final and not task.settled:
-                        self.feed(m.Restored(task, self.now))
-            case m.Noted(event=told, fields=fields):
+                        self.feed(ev.Restored(task, self.now))
+            case ev.Noted(event=told, fields=fields):
                 self.notes.append(f"{self.now} {told.name} {fields}")
                 del self.notes[:-_KEPT_NOTES]
-            case m.ReadListing() | m.ReadStatus():
+            case ev.ReadListing() | ev.ReadStatus():
                 raise SimulationError("listings and reports are the business of the process, not of its machine")
 
     def _record(self, fact: f.Fact, seq: int) -> None:
@@ -208,7 +209,7 @@ class World:
 
     def to_hub(self, identity: bytes, frames: list[bytes]) -> None:
         """A message arrives at the hub."""
-        self.feed(m.FrameIn(identity, frames, self.now))
+        self.feed(ev.FrameIn(identity, frames, self.now))
 
     def carry_to_peer(self, identity: bytes, header: bytes, body: bytes) -> None:
         """Move a message of the hub to a peer."""
@@ -227,7 +228,7 @@ class World:
         elif identity in self.identities:
             self.carry_to_peer(identity, header, body)
         else:
-            self.later(0, lambda: self.feed(m.Undeliverable(identity, self.now)))
+            self.later(0, lambda: self.feed(ev.Undeliverable(identity, self.now)))
 
     # Processes and clients
 
@@ -259,7 +260,7 @@ class World:
         match body:
             case Accepted(task_id=task_id):
                 if self.calm and task.deadline_s is not None:
-                    self.later(int(task.deadline_s * 1000), lambda: self.feed(m.Tick(self.now)))
+                    self.later(int(task.deadline_s * 1000), lambda: self.feed(ev.Tick(self.now)))
                 return task_id
             case Refused(reason=reason, retry_after_ms=after_ms):
                 raise RefusedError(f"not accepted: {reason}", after_ms)
