@@ -98,6 +98,24 @@ class LearnedDurations:
         self._means = {tuple(level): _Mean(log_s, count) for level, log_s, count in state}
 
 
+class TokenSpeed:
+    """Every step writes all it may, at one speed: the durations of a simulation, known exactly."""
+
+    def __init__(self, tokens_per_s: float) -> None:
+        self._tokens_per_s = tokens_per_s
+
+    def expected_s(self, job: Job) -> float:
+        """See Durations."""
+        return job.max_tokens / self._tokens_per_s
+
+    def spread(self) -> float:
+        """See Durations."""
+        return 0.0
+
+    def observe(self, job: Job, seconds: float) -> None:
+        """See Durations; there is nothing to learn."""
+
+
 def _levels(job: Job) -> tuple[tuple[str, ...], ...]:
     """Coarse to fine."""
     sizes = f"{max(1, job.prompt_chars).bit_length()}:{max(1, job.max_tokens).bit_length()}"

@@ -100,13 +100,17 @@ class Ranking:
             known = self._ranks[task.id] = self._rank(task, known, at_ms)
         return known.rank_s.get(step.spec.id, 0.0)
 
-    def expected_s(self, task: TaskRecord, step: StepRecord) -> float:
-        """Seconds that the inference of this step's newest attempt is expected to take."""
-        return self.durations.expected_s(self._job(task, step))
+    def job(self, task: TaskRecord, step: StepRecord) -> Job:
+        """What estimators are told of a step's newest attempt."""
+        name = _role(step)
+        role = self.registry.roles[name]
+        given = sum(len(task.artefacts[one].text()) for one in step.spec.inputs if one in task.artefacts)
+        chars = given + len(step.spec.action) + len(role.prompt)
+        return Job(name, task.ir.task_type.value, chars, step.spec.max_tokens or role.max_tokens, step.spec.id)
 
     def observe(self, task: TaskRecord, step: StepRecord, seconds: float) -> None:
         """The inference of this step's newest attempt took so long."""
-        self.durations.observe(self._job(task, step), seconds)
+        self.durations.observe(self.job(task, step), seconds)
 
     def forget(self, task_id: str) -> None:
         """The task has ended."""
@@ -115,7 +119,7 @@ class Ranking:
     def _rank(self, task: TaskRecord, known: _Ranks | None, at_ms: int) -> _Ranks:
         steps = {name: step for name, step in task.steps.items() if not step.state.final}
         spread = self.durations.spread()
-        cost_s = shrunk({name: self.expected_s(task, step) for name, step in steps.items()}, spread)
+        cost_s = shrunk({name: self.durations.expected_s(self.job(task, step)) for name, step in steps.items()}, spread)
         tier = {name: self.registry.roles[_role(step)].model for name, step in steps.items()}
         slots = {model: self.slots(model) or self.registry.models[model].slots for model in set(tier.values())}
         if known is not None and known.still_holds(cost_s, slots):
@@ -127,13 +131,6 @@ class Ranking:
         if spread <= TRUSTED_SPREAD:
             rank = looked_ahead(Remaining(left_s, followers, tier, slots, frozenset(running)), rank)
         return _Ranks(rank, task.unfinished, cost_s, slots)
-
-    def _job(self, task: TaskRecord, step: StepRecord) -> Job:
-        name = _role(step)
-        role = self.registry.roles[name]
-        given = sum(len(task.artefacts[one].text()) for one in step.spec.inputs if one in task.artefacts)
-        chars = given + len(step.spec.action) + len(role.prompt)
-        return Job(name, task.ir.task_type.value, chars, step.spec.max_tokens or role.max_tokens, step.spec.id)
 
 
 def _role(step: StepRecord) -> str:

@@ -31,6 +31,7 @@ from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Record
 from services.scheduler.machine import Hub
 from services.scheduler.peers import PING_MS
+from services.scheduler.ranks import Ranking
 from services.scheduler.simulation.peers import Answer, SimPeer, SimulationError
 from services.scheduler.tasks import TaskRecord, fold
 
@@ -167,6 +168,17 @@ class World:
         if found is None:
             raise SimulationError(f"the hub has no task {task_id!r}")
         return found
+
+    @property
+    def ranking(self) -> Ranking:
+        """The ranks and estimates of the hub that runs. Raises SimulationError while there is none."""
+        if self.hub is None:
+            raise SimulationError("no hub is running")
+        return self.hub.engine.ranking
+
+    def ended_beyond(self, count: int) -> Callable[[], bool]:
+        """Condition for `run`: more than so many tasks have ended."""
+        return lambda: len(self.ended) > count
 
     def feed(self, event: ev.Event) -> None:
         """Give the hub an event and do what it says; without a hub it is lost."""
