@@ -30,8 +30,9 @@ from services.scheduler.simulation.shapes import SHAPES, made_up_task
 from services.scheduler.simulation.tiers import Tier
 from services.scheduler.simulation.world import RefusedError
 
-_MAX_TASKS: Final = 100_000
 _MAX_STEPS: Final = 1_000
+_MAX_ALL_STEPS: Final = 200_000
+"""Of all tasks together: their histories are kept in memory until the end, a few KiB a step."""
 _MAX_NUMBER: Final = 1_000
 
 
@@ -88,10 +89,12 @@ def _tasks(args: Namespace, registry: Registry) -> list[TaskIR]:
         raise BadInput("give either task files or --tasks N, as in: tierline simulate --tasks 100 --shape diamond")
     if args.files:
         return [dry_run(checked_task(read_task_fields(path)), registry).task for path in args.files]
-    if not 1 <= args.tasks <= _MAX_TASKS:
-        raise BadInput(f"--tasks {args.tasks}: expected 1 to {_MAX_TASKS}")
     if not 1 <= args.steps <= _MAX_STEPS:
         raise BadInput(f"--steps {args.steps}: expected 1 to {_MAX_STEPS}")
+    if not 1 <= args.tasks <= _MAX_ALL_STEPS // args.steps:
+        raise BadInput(
+            f"--tasks {args.tasks}: expected 1 to {_MAX_ALL_STEPS // args.steps} with {args.steps} steps each"
+        )
     draw = random.Random(args.seed)  # noqa: S311  repeatable tasks, not a secret
     return [made_up_task(args.shape, args.steps, registry, draw) for _ in range(args.tasks)]
 
