@@ -1,6 +1,6 @@
 """How much may wait at the hub, for whom, and when whoever was refused should come again. Pure bookkeeping.
 
-Calls of other peers are bounded three ways: per capability, per requester (so that one of them cannot fill a queue alone)
+Calls of other peers are bounded three ways: per capability, per requester (so that one of them cannot fill a queue)
 and in bytes (a few large bodies weigh as much as many small ones). The hub's own steps are bounded by its tasks. What
 is measured is only how fast work leaves; whether a call may run is the broker's business.
 """

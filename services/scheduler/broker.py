@@ -273,6 +273,20 @@ class Broker:
         self._touch(self._queues)  # holds may be over
         return commands
 
+    def next_due_ms(self) -> int | None:
+        """When a tick will find something to do, pings apart: a deadline, or the end of a hold; None = never."""
+        while self._deadlines and self._deadlines[0][1] not in self.calls:
+            heapq.heappop(self._deadlines)
+        due = [release for queue in self._queues.values() if (release := queue.next_release_ms()) is not None]
+        if self._deadlines:
+            due.append(self._deadlines[0][0])
+        return min(due, default=None)
+
+    def slots(self, target: str) -> int:
+        """Calls for this capability that its peers, busy or not, can work on at the same time."""
+        peers = [peer for peer in self.peers.values() if target in peer.capabilities]
+        return sum(max(0, peer.granted - peer.used) + len(peer.calls) for peer in peers)
+
     # Calls
 
     def ask(self, call: Call) -> None:

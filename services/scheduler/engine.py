@@ -152,11 +152,14 @@ class Engine:
     def on_tick(self, at_ms: int) -> None:
         """Fail the tasks whose deadline has passed."""
         for task in list(self.live.values()):
-            deadline = task.deadline_ms
-            if deadline is not None and deadline <= at_ms and not task.state.final:
-                message = f"the deadline of {task.ir.deadline_s:g} s has passed"
-                failure = Failure(code="task.deadline", category=Category.TIMEOUT, origin="scheduler", message=message)
-                self._end(task, TaskState.FAILED, failure, at_ms, why="task deadline")
+            self._expire(task, at_ms)
+
+    def _expire(self, task: TaskRecord, at_ms: int) -> None:
+        deadline = task.deadline_ms
+        if deadline is not None and deadline <= at_ms and not task.state.final:
+            message = f"the deadline of {task.ir.deadline_s:g} s has passed"
+            failure = Failure(code="task.deadline", category=Category.TIMEOUT, origin="scheduler", message=message)
+            self._end(task, TaskState.FAILED, failure, at_ms, why="task deadline")
 
     # Calls
 
@@ -207,6 +210,7 @@ class Engine:
         task, step = self._locate(call)
         if task is None:
             return
+        self._expire(task, at_ms)  # else the worker's word for it, just before the tick, would escalate the step
         try:
             failure = unpack_body(ErrorReply, body).failure if kind == "error" else None
             if call.kind == "memory.request":
@@ -624,7 +628,7 @@ class Engine:
         at_ms: int,
         hold_until_ms: int = 0,
     ) -> None:
-        rank_s = 0.0 if step is None else self.ranking.rank_s(task, step)
+        rank_s = 0.0 if step is None else self.ranking.rank_s(task, step, at_ms)
         self._queue_call(task, service_call(task, step, wanted, rank_s, at_ms, hold_until_ms))
 
     def _queue_call(self, task: TaskRecord, call: Call) -> None:

@@ -110,7 +110,8 @@ class Hub:
     def __post_init__(self) -> None:
         """The engine shares the registry and what is known of durations."""
         self.broker = b.Broker(Tokens(self.registry.hardware.cores))
-        self.engine = e.Engine(self.registry, Ranking(self.registry, self.durations))
+        ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
+        self.engine = e.Engine(self.registry, ranking)
 
     def handle(self, happened: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
