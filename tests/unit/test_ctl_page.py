@@ -156,16 +156,15 @@ HOSTILE = (
 def poisoned() -> TaskView:
     """A task in which everything that a model, a peer or a client may have written is an attack."""
     view = diamond()
-    failure = Failure(
-        code=HOSTILE,
-        category=Category.CODE,
-        origin=HOSTILE,
-        message=HOSTILE,
-        findings=[Finding(gate="unit", category=Category.CODE, message=HOSTILE, file=HOSTILE, rule=HOSTILE)],
+    finding = Finding(gate="unit", category=Category.CODE, message=HOSTILE).model_copy(
+        update={"file": HOSTILE, "rule": HOSTILE}
+    )
+    failure = Failure(code="x", category=Category.CODE, origin="x", message=HOSTILE).model_copy(
+        update={"code": HOSTILE, "origin": HOSTILE, "findings": [finding]}
     )
     gate = GateResult(
-        gate=HOSTILE, verdict=Verdict.FAIL, category=Category.CODE, message=HOSTILE, started_ms=0, ended_ms=1
-    )
+        gate="lint", verdict=Verdict.FAIL, category=Category.CODE, message=HOSTILE, started_ms=0, ended_ms=1
+    ).model_copy(update={"gate": HOSTILE})
     assert view.critical_path is not None
     assert view.critical_path.predicted is not None
     assert view.plan is not None
