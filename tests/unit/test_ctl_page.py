@@ -185,8 +185,9 @@ def poisoned() -> TaskView:
         ]
         update = {"id": f"{step.id}{HOSTILE}", "needs": [f"{one}{HOSTILE}" for one in step.needs], "attempts": attempts}
         steps.append(step.model_copy(update={"action": HOSTILE, "actor": HOSTILE, "failure": failure, **update}))
-    path = [
-        one if one.step is None else one.model_copy(update={"step": f"{one.step}{HOSTILE}"})
+    steps.append(steps[0].model_copy(update={"id": f"E{HOSTILE}", "attempts": [], "ready_ms": None}))
+    path = [  # short enough to be written into its stretch
+        one if one.step is None else one.model_copy(update={"step": f"<i>{one.step}"})
         for one in view.critical_path.path
     ]
     critical = view.critical_path.model_copy(
@@ -204,7 +205,7 @@ def poisoned() -> TaskView:
             "removed_edges": [RemovedEdge(step="A", depends_on="B", reason="x").model_copy(update={"reason": HOSTILE})],
         }
     )
-    artefact = Artefact(name="a").model_copy(update={"name": HOSTILE, "value": HOSTILE})
+    artefact = Artefact(name="a", value="").model_copy(update={"name": HOSTILE, "value": HOSTILE})
     return view.model_copy(
         update={
             "task_id": HOSTILE,
@@ -239,9 +240,10 @@ def test_nothing_that_a_model_wrote_becomes_an_element_an_attribute_or_a_script(
 
 def test_a_plain_task_and_a_poisoned_one_have_the_same_elements() -> None:
     plain, poison = (Read(chart(view, 0)) for view in (diamond(), poisoned()))
-    assert [tag for tag, _ in plain.elements if tag in ("g", "li", "circle")] == [
-        tag for tag, _ in poison.elements if tag in ("g", "li", "circle")
-    ]
+    assert len(poison.all("li")) == len(plain.all("li")) + 1, "one step more"
+    assert len(poison.all("g", "edge")) == len(plain.all("g", "edge"))
+    assert len(poison.all("text")) == len(plain.all("text"))
+    assert "<i>B" in poison.text("text")
 
 
 def test_the_policy_allows_this_style_and_this_script_and_nothing_else() -> None:
