@@ -22,6 +22,7 @@ from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState, Pong
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 from services.scheduler.queues import Place, ReadyQueue
+from services.scheduler.resources import NOTHING, Needs, Tokens
 
 MAX_QUEUED: Final = 10_000
 """Calls of other peers that may wait per capability; the hub's own steps are bounded by its tasks."""
@@ -29,6 +30,7 @@ REATTACH_MS: Final = 4_000
 """After a restart of the hub, running calls wait this long for their worker to bring them back."""
 CLIENT_KEPT_MS: Final = 60_000
 _KEPT_ENDINGS: Final = 4_096
+_DEADLINES_SLACK: Final = 1_024
 _DEADLINE_GRACE_MS: Final = 1_000
 """A worker enforces deadlines itself; the hub steps in when it has not."""
 
@@ -46,6 +48,8 @@ class Call:
     """Who it is for: clients share a capability fairly."""
     rank_s: float = 0.0
     """Upward rank in seconds; see `queues.Place`."""
+    needs: Needs = NOTHING
+    """Tokens of the machine that it holds while it runs."""
     body: bytes | None = None
     """None = composed when it starts."""
     requester: bytes | None = None
@@ -147,11 +151,14 @@ class Welcoming:
 class Broker:
     """Peers and calls. Every method takes the time and returns commands, in order."""
 
+    tokens: Tokens
     peers: dict[bytes, Peer] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     counters: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("started", "ended", "lost", "reattached", "duplicates", "expired"), 0)
     )
+    gone_ms: dict[str, int] = field(default_factory=dict)
+    """Capability -> when a peer that had it was last lost, in unix ms."""
     _queues: dict[str, ReadyQueue] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
     """Keys that have ended lately, to tell a duplicate from a stranger."""
@@ -186,7 +193,10 @@ class Broker:
         # Same identity again, or an earlier session of the same process: that session is over. What it had is
         # queued first, so that the loop below finds it free to be attached.
         for old in [p for p in self.peers.values() if p.identity == identity or (p.is_worker and p.life == peer.life)]:
-            commands.extend(self._remove(old, "replaced by its own new session", blame=False))
+            commands.extend(self._remove(old, "replaced by its own new session", at_ms, blame=False))
+        # A process that was killed and started again: the ping finds the broken connection of its earlier life now.
+        same_name = [p for p in self.peers.values() if p.is_worker and p.service == peer.service]
+        commands.extend(SendPing(other.identity) for other in same_name)
         self.peers[identity] = peer
         welcome = Welcoming([], [])
         for key in hello.in_flight:
@@ -231,12 +241,12 @@ class Broker:
         else:
             self.peers.pop(peer.identity, None)
 
-    def on_unreachable(self, identity: bytes) -> list[Command]:
+    def on_unreachable(self, identity: bytes, at_ms: int) -> list[Command]:
         """Sending failed: the connection is gone."""
         peer = self.peers.get(identity)
         if peer is None:
             return []
-        return self._remove(peer, "disconnected", blame=peer.state is not PeerState.DRAINING)
+        return self._remove(peer, "disconnected", at_ms, blame=peer.state is not PeerState.DRAINING)
 
     def on_tick(self, at_ms: int) -> list[Command]:
         """Time: pings, silent peers, deadlines, calls whose hold is over."""
@@ -247,7 +257,7 @@ class Broker:
                 if not peer.is_worker:
                     continue
                 if at_ms - peer.heard_ms >= DEAD_MS:
-                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", blame=True))
+                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", at_ms, blame=True))
                 else:
                     commands.append(SendPing(peer.identity))
         while self._deadlines and self._deadlines[0][0] <= at_ms:
@@ -262,6 +272,20 @@ class Broker:
             commands.extend(self._expire(call))
         self._touch(self._queues)  # holds may be over
         return commands
+
+    def next_due_ms(self) -> int | None:
+        """When a tick will find something to do, pings apart: a deadline, or the end of a hold; None = never."""
+        while self._deadlines and self._deadlines[0][1] not in self.calls:
+            heapq.heappop(self._deadlines)
+        due = [release for queue in self._queues.values() if (release := queue.next_release_ms()) is not None]
+        if self._deadlines:
+            due.append(self._deadlines[0][0])
+        return min(due, default=None)
+
+    def slots(self, target: str) -> int:
+        """Calls for this capability that its peers, busy or not, can work on at the same time."""
+        peers = [peer for peer in self.peers.values() if target in peer.capabilities]
+        return sum(max(0, peer.granted - peer.used) + len(peer.calls) for peer in peers)
 
     # Calls
 
@@ -299,6 +323,7 @@ class Broker:
         if call is None:
             return []
         self._remember(key)
+        self._release(call)
         commands: list[Command] = []
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(key)
@@ -363,14 +388,24 @@ class Broker:
             peer = self._freest(target, at_ms)
             self._note_served(target, peer, at_ms)
             if peer is None:
+                self.tokens.unblock(target)  # it waits for a slot, not for tokens
+                return None
+            if not self.tokens.take(key, target, self.calls[key].needs, at_ms):
                 return None
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
+        self.tokens.unblock(target)
         self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
         return None
 
+    def _release(self, call: Call) -> None:
+        """A call that ran is over at its worker, as far as we know: its tokens are free."""
+        if self.tokens.give_back(call.key):
+            self._touch(self.tokens.blocked())
+
     def check_invariants(self) -> None:
         """Raise AssertionError if the state contradicts itself; called by tests after every event."""
+        self.tokens.check_invariants()
         for peer in self.peers.values():
             for key in peer.calls:
                 if key not in self.calls or self.calls[key].worker != peer.identity:
@@ -430,18 +465,26 @@ class Broker:
         return Start(call, peer, unserved if unserved is not None and unserved[1] > call.queued_ms else None)
 
     def _attach(self, call: Call, peer: Peer) -> None:
-        # No credit is spent: in its new epoch the peer did not grant the slots that running work holds.
+        # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are
+        # taken whether or not they are free: the work runs already, and the account shows it as soon as it can.
+        self.tokens.book(call.key, call.needs)
         call.worker = peer.identity
         peer.calls.add(call.key)
         self.counters["reattached"] += 1
 
     def _watch_deadline(self, call: Call) -> None:
-        if call.deadline_ms is not None:
-            heapq.heappush(self._deadlines, (call.deadline_ms, call.key))
+        if call.deadline_ms is None:
+            return
+        heapq.heappush(self._deadlines, (call.deadline_ms, call.key))
+        if len(self._deadlines) > 2 * len(self.calls) + _DEADLINES_SLACK:
+            # Most calls end long before their deadline: without this the heap would hold all calls of ten minutes.
+            self._deadlines = [(one.deadline_ms, key) for key, one in self.calls.items() if one.deadline_ms is not None]
+            heapq.heapify(self._deadlines)
 
     def _end(self, call: Call, kind: str, body: bytes, worker: str) -> Iterator[Command]:
         del self.calls[call.key]
         self._remember(call.key)
+        self._release(call)
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(call.key)
         self.counters["ended"] += 1
@@ -472,13 +515,16 @@ class Broker:
         commands.extend(self._end(call, "error", pack_body(ErrorReply(failure=failure)), "scheduler"))
         return commands
 
-    def _remove(self, peer: Peer, why: str, *, blame: bool) -> list[Command]:
+    def _remove(self, peer: Peer, why: str, at_ms: int, *, blame: bool) -> list[Command]:
         """End a session. Its calls are queued again or ended with PEER; `blame` says whether they count as killers."""
         self.peers.pop(peer.identity, None)
+        for target in peer.capabilities:
+            self.gone_ms[target] = at_ms
         commands: list[Command] = [PeerGone(peer, why)]
         for key in sorted(peer.calls):
             call = self.calls[key]
             call.worker = None
+            self._release(call)
             call.hold_until_ms = 0
             call.deadline_ms = call.outer_ms
             self.counters["lost"] += 1
