@@ -163,10 +163,8 @@ def _lower_bound(task: TaskRecord, depth: Mapping[str, int], busy_ms: Mapping[st
     best = (max(chain.values()), "chain")
     at_work: dict[str, list[Stretch]] = {}
     for step in task.steps.values():
-        for attempt in step.attempts:
-            end_ms = attempt.inferred_ms or attempt.ended_ms or step.ended_ms
-            runs = [one for one in attempt.timeline.stretches(end_ms, failed=False) if one[0] in ("inference", "retry")]
-            at_work.setdefault(attempt.model, []).extend(runs)
+        for model, run in _runs(step):
+            at_work.setdefault(model, []).append(run)
     for model, runs in sorted(at_work.items()):
         slots = max(task.slots.get(model, 0), _most_at_once(runs), 1)
         best = max(best, (sum(end - begin for _, begin, end in runs) // slots, model), key=lambda one: one[0])
@@ -182,17 +180,22 @@ def _most_at_once(runs: list[Stretch]) -> int:
     return most
 
 
+def _runs(step: StepRecord) -> list[tuple[str, Stretch]]:
+    """Model and stretch of everything that occupied a slot for this step, whatever became of it."""
+    found: list[tuple[str, Stretch]] = []
+    for attempt in step.attempts:
+        until_ms = attempt.inferred_ms or attempt.ended_ms or step.ended_ms
+        stretches = attempt.timeline.stretches(until_ms, failed=False)
+        found += [(attempt.model, one) for one in stretches if one[0] in ("inference", "retry")]
+    return found
+
+
 def _overlapping(begun: Mapping[str, StepRecord]) -> int:
-    """Steps whose inference ran at the same time as another's: sweep over the ends of the spans."""
-    spans = sorted(
-        (attempt.started_ms, attempt.inferred_ms, name)
-        for name, step in begun.items()
-        for attempt in step.attempts
-        if attempt.started_ms is not None and attempt.inferred_ms is not None
-    )
+    """Steps whose inference ran at the same time as another's: sweep over the ends of the runs."""
+    runs = sorted((begin, end, name) for name, step in begun.items() for _, (_, begin, end) in _runs(step))
     together: set[str] = set()
     reach, holder = -1, ""
-    for start, end, name in spans:
+    for start, end, name in runs:
         if start < reach and name != holder:
             together.update((holder, name))
         if end > reach:

@@ -8,7 +8,8 @@ from protocol.header import Header
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateResult, Verdict
 from protocol.messages.result import Segment, TaskQuery, TaskView
-from protocol.messages.session import PeerState
+from protocol.messages.session import Hello, PeerState
+from services.scheduler.broker import Broker, Call
 from services.scheduler.stages import critical_steps, depths
 from services.scheduler.timeline import Timeline
 from tests.unit.simulation import Answer, World, final_of, say, stack, task_of
@@ -87,6 +88,26 @@ def test_an_idle_model_that_was_away_while_nobody_waited_is_no_loading() -> None
     world.run_for(2_000)
     result = world.finish(world.submit(task_of([{"id": "S1"}])))
     assert attempt(result) == [("inference", 1_000)]
+
+
+def test_a_wait_that_nobody_waited_to_the_end_of_is_not_told_of_a_later_call() -> None:
+    broker = Broker()
+    broker.ask(Call(key="gone", kind="infer.request", target="infer.worker", queued_ms=0))
+    assert broker.next_start(0) is None
+    broker.cancel("gone")
+    broker.on_tick(100)
+    assert broker.next_start(100) is None
+    hello = Hello(
+        service="w", protocol_min=1, protocol_max=1, capabilities=["infer.worker"], state=PeerState.READY, pid=1
+    )
+    broker.on_hello(b"w", hello, "e-1", 1, 200)
+    held = Call(key="held", kind="infer.request", target="infer.worker", queued_ms=300, hold_until_ms=1_000)
+    broker.ask(held)
+    assert broker.next_start(300) is None
+    broker.on_tick(1_000)
+    start = broker.next_start(1_000)
+    assert start is not None
+    assert start.unserved_ms is None
 
 
 def test_the_pause_before_a_further_attempt_is_backoff() -> None:
