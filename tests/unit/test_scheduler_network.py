@@ -189,7 +189,7 @@ def test_a_repeated_hello_does_not_take_the_running_work_of_its_session() -> Non
     worker = world.peers["inference-worker"]
     worker.kill()
     worker.start()
-    world.run_for(100)
+    world.run_for(2_000)  # the hub finds out at its next ping that the old session is over
     task_id = world.submit(task_of([{"id": "S1"}]))
     world.run_for(100)
     for identity, frames in hellos:
