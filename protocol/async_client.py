@@ -359,6 +359,8 @@ class AsyncClient:
             await asyncio.sleep(_TICK_S)
             self._flush()
             self._receive_all()
+            if self._socket is not None and self._socket.reconnected():
+                self._feed(s.Reconnected(_steady_ms()))
             self._feed(s.Ticked(_steady_ms()))
 
     def _next_seq(self) -> int:

@@ -10,8 +10,8 @@ Every call has a deadline, in seconds, and ends with its value or with one of
 * `DeadlineExceeded` (`HubUnreachable` where no hub was there at all): asking again is safe, see below.
 
 A hub that is restarted in between is noticed within seconds and asked again; the caller sees nothing of it but time.
-`submit` may be repeated with the same `idempotency_key` for ever: it is one task. What a session is and how it is
-mended is in `protocol.client_session`; which messages there are, in `protocol/README.md`.
+`submit` may be repeated with the same `idempotency_key`: it is one task, for 400 days after it has ended. What a
+session is and how it is mended is in `protocol.client_session`; which messages there are, in `protocol/README.md`.
 """
 
 from __future__ import annotations

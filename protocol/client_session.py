@@ -5,8 +5,9 @@ A hub that does not know us (it was restarted) gets HELLO and then every outstan
 and key; a watch is asked again from the last event seen, so that its reader sees each journalled event once.
 Leaves sockets, time, identifiers and deadlines to `protocol.client`.
 
-While something is outstanding and the hub is silent, it is probed with `session.status`: a restarted hub answers that
-with `peer.unknown`, a living one with its report, and neither disturbs the session as a second HELLO would.
+A connection that broke and came back gets HELLO too, since its hub may be a new one. While something is outstanding and
+the hub is silent without that, it is probed with `session.status`: a restarted hub answers that with `peer.unknown`, a
+living one with its report, and neither disturbs the session as a second HELLO would.
 """
 
 from __future__ import annotations
@@ -72,11 +73,18 @@ class Ticked:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconnected:
+    """The connection was broken and has come back: the hub may be a new one, and messages may be lost."""
+
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """The program is done with this client."""
 
 
-Event = Opened | Asked | Dropped | Received | Ticked | Closed
+Event = Opened | Asked | Dropped | Received | Ticked | Reconnected | Closed
 
 
 # Commands
@@ -146,6 +154,8 @@ class ClientSession:
                 return self._on_received(event)
             case Ticked(at_ms):
                 return self._on_ticked(at_ms)
+            case Reconnected(at_ms):
+                return [] if self._rejected is not None else [self._hello(at_ms)]
             case Closed():
                 goodbye = Header(kind="session.goodbye", id="")
                 return [Transmit(goodbye, pack_body(Goodbye(reason="closed")))] if self.joined else []

@@ -78,6 +78,10 @@ class MemoryDealer:
         """True if a message is there; never blocks, as for MemoryRouter."""
         return bool(self._router._pipe(self.identity))
 
+    def reconnected(self) -> bool:
+        """Never: a connection inside one process does not break."""
+        return False
+
     def fileno(self) -> int:
         """There is no descriptor to watch; raises, so that a test which needs one uses real sockets."""
         raise OSError("a memory port has no file descriptor: poll it with wait(), or use ZmqDealer")

@@ -44,6 +44,10 @@ class DealerPort(Protocol):
         """Block until a message can be received or the time is over; True if one can."""
         ...
 
+    def reconnected(self) -> bool:
+        """True once after a broken connection has come back: the hub may be a new one, what was under way lost."""
+        ...
+
     def fileno(self) -> int:
         """Descriptor to watch. It signals changes, not states: after any call, receive until None."""
         ...

@@ -21,13 +21,15 @@ from typing import Final, Literal
 import psutil
 
 from services.ctl.commands import Commands, Context
+from services.ctl.hardware import show_hardware
 from services.ctl.hub import listening
-from services.ctl.outcomes import ExitCode
+from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import mebibytes
 from services.ctl.stack import stray_processes
 from services.ctl.supervisor import CONFIG, Supervisor, SupervisorGone, SupervisorStuck
 from services.gates.sandbox import Sandbox
 from services.kit.config import Home
+from services.kit.hardware import detect
 from services.kit.registry import ModelEntry, Registry, RegistryError, load_registry
 
 MAX_SOCKET_PATH_BYTES: Final = 107
@@ -63,10 +65,20 @@ class Scene:
 
 def add(commands: Commands) -> None:
     """Add the commands of this file."""
-    commands.add("doctor", _doctor, "check this machine: tools, engine, models, memory, sandbox, folders, leftovers")
+    parser = commands.add(
+        "doctor", _doctor, "check this machine: tools, engine, models, memory, sandbox, folders, leftovers"
+    )
+    parser.add_argument(
+        "--detect", action="store_true", help="print registry/hardware.yaml as this machine would fill it"
+    )
+    parser.add_argument("--write", action="store_true", help="with --detect: write it; comments stay")
 
 
-def _doctor(_args: Namespace, context: Context) -> ExitCode:
+def _doctor(args: Namespace, context: Context) -> ExitCode:
+    if args.write and not args.detect:
+        raise BadInput("--write belongs to --detect: it writes what is detected")
+    if args.detect:
+        return show_hardware(context, write=args.write)
     checks = run_checks(context.home)
     failed = any(check.verdict == "fail" for check in checks)
     if context.screen.json:
@@ -152,10 +164,13 @@ def _native_binary(model: ModelEntry, home: Home) -> Path | None:
 
 
 def _cores(scene: Scene) -> Iterator[Check]:
-    usable = len(os.sched_getaffinity(0))
-    threads = sum(model.threads for model in _entries(scene))
-    message = f"{usable} usable, the models want {threads} threads together"
-    if usable < 2:
+    machine = detect()
+    threads = sum(model.threads for model in _entries(scene) if model.engine != "noop")
+    message = f"{machine.cores} usable in {len(machine.nodes)} NUMA node(s), the models want {threads} threads together"
+    if scene.registry is not None and scene.registry.hardware.cores > machine.cores:
+        wanted = f"hardware.yaml counts on {scene.registry.hardware.cores}; {message} ({machine.cores_bound})"
+        yield Check("cores", "warn", wanted, "tierline doctor --detect --write")
+    elif machine.cores < 2:
         yield Check("cores", "warn", message, "services and models share one core: expect long waits")
     else:
         yield Check("cores", "ok", message)

@@ -13,7 +13,7 @@ import os
 import random
 import signal
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import psutil
@@ -263,6 +263,8 @@ class Service:
             # Read first: after a pause of this process the hub's pings are waiting, and it is not the hub's silence.
             self._flush()
             self._receive_all()
+            if self._socket is not None and self._socket.reconnected():
+                self.feed(s.Reconnected())
             self.feed(s.Ticked(self.clock.now_ms()))
 
     def _next(self) -> int:
@@ -271,10 +273,10 @@ class Service:
 
     def _transmit(self, header: Header, body: bytes) -> None:
         seq = self._next()
-        filled = replace(
+        packed = pack_header(
             header, id=header.id or f"{self._boot}-{seq}", src=self.name, epoch=self._session.epoch, seq=seq
         )
-        self._unsent.append((pack_header(filled), body))
+        self._unsent.append((packed, body))
         self._flush()
 
     def _flush(self) -> None:

@@ -60,6 +60,11 @@ class Ticked:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconnected:
+    """The connection was broken and has come back: the hub may be a new one, and messages may be lost."""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkEnded:
     """The work for `key` has its ending."""
 
@@ -106,7 +111,9 @@ class DrainAsked:
     reason: str
 
 
-Event = Opened | Received | Ticked | WorkEnded | PartialMade | Asked | AskDropped | StateChanged | DrainAsked
+Event = (
+    Opened | Received | Ticked | Reconnected | WorkEnded | PartialMade | Asked | AskDropped | StateChanged | DrainAsked
+)
 
 
 # Commands
@@ -204,6 +211,9 @@ class PeerSession:
                 return self._on_received(event)
             case Ticked():
                 return self._on_ticked(event)
+            case Reconnected():
+                self.joined = False  # a HELLO that was under way may be lost too, hence even where we had not joined
+                return [Reopen(failures=0)]
             case WorkEnded():
                 return self._on_work_ended(event)
             case PartialMade():

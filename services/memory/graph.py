@@ -28,6 +28,8 @@ _MANIFEST: Final = "graph.manifest.json"
 _GIB: Final = 1 << 30
 _MAX_DB_BYTES: Final = 16 * _GIB  # the default reserves 8 TiB of addresses, which fails under a memory limit
 _BUFFER_BYTES: Final = 128 * 1024 * 1024
+_STATEMENTS_PER_CONNECTION: Final = 500
+"""Kuzu keeps every executed statement (about 5 KB) as long as its connection: a fresh one gives the memory back."""
 
 _SCHEMA: Final = (
     "CREATE NODE TABLE Episode(task_id STRING PRIMARY KEY)",
@@ -95,6 +97,7 @@ class LineageGraph:
             folder / GRAPH_FILE, buffer_pool_size=_BUFFER_BYTES, max_db_size=_MAX_DB_BYTES, max_num_threads=1
         )
         self._connection = kuzu.Connection(self._database, num_threads=1)
+        self._executed = 0
         if new_for is not None:
             for statement in _SCHEMA:
                 self._run(statement)
@@ -109,6 +112,7 @@ class LineageGraph:
 
     def apply(self, upto: int, changes: Sequence[Change]) -> None:
         """Add what the rows up to `upto` say, and `upto` itself, in one transaction."""
+        self._renew_connection()
         decisions = [change for change in changes if isinstance(change, DecisionAdded)]
         tasks = dict.fromkeys(change.task_id for change in changes if isinstance(change, DecisionAdded | EpisodeAdded))
         choices = {_choice_id(decision): decision for decision in decisions}
@@ -131,6 +135,7 @@ class LineageGraph:
     def known_failures(self, task_ids: Sequence[str]) -> dict[str, list[str]]:
         """Per episode the failure codes its choices are known for in tasks of that type, most frequent first."""
         times: dict[str, Counter[str]] = {task_id: Counter() for task_id in task_ids}
+        self._renew_connection()
         if task_ids:
             for task_id, _, code, count in self._run(_KNOWN_FAILURES, {"task_ids": list(task_ids)}):
                 times[task_id][code] += count
@@ -180,7 +185,15 @@ class LineageGraph:
         if len(self._run(statement, parameters)) != 1:
             raise ProjectionDoubt(f"{statement.split(' RETURN ')[0]!r} did not write one row for {parameters}")
 
+    def _renew_connection(self) -> None:
+        """Between transactions only: a connection takes its open one with it."""
+        if self._executed >= _STATEMENTS_PER_CONNECTION:
+            self._connection.close()
+            self._connection = kuzu.Connection(self._database, num_threads=1)
+            self._executed = 0
+
     def _run(self, statement: str, parameters: dict[str, Any] | None = None) -> list[list[Any]]:
+        self._executed += 1
         result: Any = self._connection.execute(statement, parameters or {})  # a list only for several statements
         rows: list[list[Any]] = result.get_all()
         result.close()

@@ -30,6 +30,7 @@ REATTACH_MS: Final = 4_000
 """After a restart of the hub, running calls wait this long for their worker to bring them back."""
 CLIENT_KEPT_MS: Final = 60_000
 _KEPT_ENDINGS: Final = 4_096
+_DEADLINES_SLACK: Final = 1_024
 _DEADLINE_GRACE_MS: Final = 1_000
 """A worker enforces deadlines itself; the hub steps in when it has not."""
 
@@ -82,6 +83,8 @@ class Start:
 
     call: Call
     peer: Peer
+    unserved_ms: tuple[int, int] | None = None
+    """The last stretch of its wait in which no worker of its target was READY; None if one always was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,10 @@ class Broker:
     _deadlines: list[tuple[int, str]] = field(default_factory=list)
     _dirty: dict[str, None] = field(default_factory=dict)
     """Capabilities for which something may have become possible, in the order in which it did."""
+    _unserved: dict[str, int] = field(default_factory=dict)
+    """Capability -> since when calls wait for it while none of its workers is READY."""
+    _unserved_last: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Capability -> the newest such stretch that is over."""
     _pinged_ms: int = 0
 
     # Peers
@@ -187,6 +194,9 @@ class Broker:
         # queued first, so that the loop below finds it free to be attached.
         for old in [p for p in self.peers.values() if p.identity == identity or (p.is_worker and p.life == peer.life)]:
             commands.extend(self._remove(old, "replaced by its own new session", at_ms, blame=False))
+        # A process that was killed and started again: the ping finds the broken connection of its earlier life now.
+        same_name = [p for p in self.peers.values() if p.is_worker and p.service == peer.service]
+        commands.extend(SendPing(other.identity) for other in same_name)
         self.peers[identity] = peer
         welcome = Welcoming([], [])
         for key in hello.in_flight:
@@ -376,6 +386,7 @@ class Broker:
                 queue.drop()
                 continue
             peer = self._freest(target, at_ms)
+            self._note_served(target, peer, at_ms)
             if peer is None:
                 self.tokens.unblock(target)  # it waits for a slot, not for tokens
                 return None
@@ -384,6 +395,7 @@ class Broker:
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
+        self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
         return None
 
     def _release(self, call: Call) -> None:
@@ -431,6 +443,15 @@ class Broker:
                 best = peer
         return best
 
+    def _note_served(self, target: str, free: Peer | None, at_ms: int) -> None:
+        """Calls wait for this capability: is there a READY worker at all, be its slots taken or not?"""
+        if free is None and not any(
+            peer.state is PeerState.READY and target in peer.capabilities for peer in self.peers.values()
+        ):
+            self._unserved.setdefault(target, at_ms)
+        elif target in self._unserved:
+            self._unserved_last[target] = (self._unserved.pop(target), at_ms)
+
     def _start(self, call: Call, peer: Peer, at_ms: int) -> Start:
         peer.used += 1
         peer.calls.add(call.key)
@@ -440,7 +461,8 @@ class Broker:
             call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
             self._watch_deadline(call)
         self.counters["started"] += 1
-        return Start(call, peer)
+        unserved = self._unserved_last.get(call.target)
+        return Start(call, peer, unserved if unserved is not None and unserved[1] > call.queued_ms else None)
 
     def _attach(self, call: Call, peer: Peer) -> None:
         # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are
@@ -451,8 +473,13 @@ class Broker:
         self.counters["reattached"] += 1
 
     def _watch_deadline(self, call: Call) -> None:
-        if call.deadline_ms is not None:
-            heapq.heappush(self._deadlines, (call.deadline_ms, call.key))
+        if call.deadline_ms is None:
+            return
+        heapq.heappush(self._deadlines, (call.deadline_ms, call.key))
+        if len(self._deadlines) > 2 * len(self.calls) + _DEADLINES_SLACK:
+            # Most calls end long before their deadline: without this the heap would hold all calls of ten minutes.
+            self._deadlines = [(one.deadline_ms, key) for key, one in self.calls.items() if one.deadline_ms is not None]
+            heapq.heapify(self._deadlines)
 
     def _end(self, call: Call, kind: str, body: bytes, worker: str) -> Iterator[Command]:
         del self.calls[call.key]

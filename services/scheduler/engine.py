@@ -7,7 +7,6 @@ follows a failure is `failures.py`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -45,6 +44,8 @@ GATE: Final = "gate"
 MEMORY: Final = "memory"
 _KEPT_ENDED: Final = 200
 """Ended tasks kept in memory; older ones are read from the journal when somebody asks."""
+_KEPT_ENDED_STEPS: Final = 5_000
+"""Steps of all ended tasks kept in memory: what a task occupies grows with its steps."""
 UNEMBEDDABLE: Final = "memory.unembeddable"
 """Memory's word for an objective without any word in it: such a task cannot be an episode."""
 MAX_UNSETTLED: Final = 200
@@ -63,7 +64,8 @@ class Engine:
     ranking: Ranking
     live: dict[str, TaskRecord] = field(default_factory=dict)
     """Tasks that are not final, or whose outcomes memory does not have yet."""
-    ended: OrderedDict[str, TaskRecord] = field(default_factory=OrderedDict)
+    ended: dict[str, TaskRecord] = field(default_factory=dict)
+    """The newest of those that are over, oldest first."""
     unsettled: set[str] = field(default_factory=set)
     """Ended tasks whose outcomes are on their way to memory."""
     deferred: bool = False
@@ -74,10 +76,13 @@ class Engine:
     _calls: dict[str, set[str]] = field(default_factory=dict)
     """Task -> keys of its calls at the broker."""
     _plan_tries: dict[str, int] = field(default_factory=dict)
+    _ended_steps: int = 0
 
     def take(self) -> list[Effect]:
         """Effects since the last call, in order."""
         effects, self._effects = self._effects, []
+        if not effects:
+            self._evict()  # not before: whoever takes the effects may need the tasks that they end
         return effects
 
     def find(self, task_id: str) -> TaskRecord | None:
@@ -158,8 +163,16 @@ class Engine:
 
     # Calls
 
-    def on_started(self, call: Call, worker: str, at_ms: int, *, reattached: bool = False) -> None:
-        """A worker has taken the call, or has brought it back."""
+    def on_started(
+        self,
+        call: Call,
+        worker: str,
+        at_ms: int,
+        *,
+        reattached: bool = False,
+        unserved_ms: tuple[int, int] | None = None,
+    ) -> None:
+        """A worker has taken the call, or has brought it back; `unserved_ms` is `broker.Start.unserved_ms`."""
         task, step = self._locate(call)
         if task is None or step is None or call.kind != "infer.request":
             return
@@ -168,7 +181,13 @@ class Engine:
             self._emit(
                 task,
                 f.AttemptStarted(
-                    task=task.id, at_ms=at_ms, step=step.spec.id, number=number, worker=worker, reattached=reattached
+                    task=task.id,
+                    at_ms=at_ms,
+                    step=step.spec.id,
+                    number=number,
+                    worker=worker,
+                    reattached=reattached,
+                    unserved_ms=None if unserved_ms is None else list(unserved_ms),
                 ),
             )
 
@@ -261,6 +280,8 @@ class Engine:
         planned = final.task.model_copy(
             update={"task_id": task.id, "created_at": task.ir.created_at, "idempotency_key": task.ir.idempotency_key}
         )
+        predicted = self.ranking.predict(task, planned)
+        models = {self.registry.roles[step.actor].model for step in final.task.plan.steps}
         self._emit(
             task,
             f.TaskPlanned(
@@ -273,6 +294,9 @@ class Engine:
                 decisions=[one.model_dump(mode="json", exclude_none=True) for one in final.decisions],
                 similar=[one.model_dump(mode="json", exclude_none=True) for one in final.similar],
                 generated_tokens=final.generated_tokens,
+                predicted_ms=predicted.length_ms,
+                predicted_steps=list(predicted.steps),
+                slots={name: self.registry.models[name].slots for name in sorted(models)},
             ),
         )
         for step in list(task.steps.values()):
@@ -335,6 +359,7 @@ class Engine:
                 model=model,
                 key=key,
                 constrained=constrained,
+                delay_ms=delay_ms or None,
             ),
         )
         self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + delay_ms if delay_ms else 0)
@@ -573,8 +598,17 @@ class Engine:
         self.live.pop(task.id, None)
         self._calls.pop(task.id, None)
         self.ended[task.id] = task
-        while len(self.ended) > _KEPT_ENDED:
-            self.ended.popitem(last=False)
+        self._ended_steps += len(task.steps)
+
+    def forget_ended(self, task_id: str) -> None:
+        """Drop an ended task from memory; the journal has it."""
+        task = self.ended.pop(task_id, None)
+        if task is not None:
+            self._ended_steps -= len(task.steps)
+
+    def _evict(self) -> None:
+        while len(self.ended) > _KEPT_ENDED or (self._ended_steps > _KEPT_ENDED_STEPS and self.ended):
+            self.forget_ended(next(iter(self.ended)))
 
     # Inside
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from protocol.header import Header
-from protocol.messages.result import ListQuery
+from protocol.messages.result import ListQuery, Watch
 from services.kit.logs import LogEvent
+from services.scheduler import facts as f
 from services.scheduler.effects import Record
+from services.scheduler.past import Past
 from services.scheduler.tasks import TaskRecord
 
 # Events
@@ -53,11 +55,21 @@ class LookedUp:
     identity: bytes
     header: Header
     body: bytes
-    task: TaskRecord | None
+    task: TaskRecord | Past | None
     at_ms: int
 
 
-Event = FrameIn | Undeliverable | Tick | Restored | LookedUp
+@dataclass(frozen=True, slots=True)
+class EventsRead:
+    """The next facts for a watcher that came late, with their numbers; none = the journal has no more."""
+
+    identity: bytes
+    header: Header
+    query: Watch
+    facts: list[tuple[int, f.Fact]]
+
+
+Event = FrameIn | Undeliverable | Tick | Restored | LookedUp | EventsRead
 
 
 # Commands
@@ -85,6 +97,15 @@ class LookUp:
     identity: bytes
     header: Header
     body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReadEvents:
+    """Read facts after `query.after_seq`, as many as suit, once all facts so far are written; answer EventsRead."""
+
+    identity: bytes
+    header: Header
+    query: Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,4 +140,4 @@ class Noted:
     fields: dict[str, Any]
 
 
-Command = Send | Record | LookUp | ReadListing | ReadStatus | ReloadUnsettled | Noted
+Command = Send | Record | LookUp | ReadEvents | ReadListing | ReadStatus | ReloadUnsettled | Noted

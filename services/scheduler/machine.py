@@ -48,10 +48,12 @@ from services.scheduler.effects import Ask, Drop, Record
 from services.scheduler.events import (
     Command,
     Event,
+    EventsRead,
     FrameIn,
     LookedUp,
     LookUp,
     Noted,
+    ReadEvents,
     ReadListing,
     ReadStatus,
     ReloadUnsettled,
@@ -61,6 +63,7 @@ from services.scheduler.events import (
     Undeliverable,
 )
 from services.scheduler.growth import checked_extension
+from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.resources import Tokens, inference_needs
@@ -97,6 +100,8 @@ class Hub:
     """Task -> (identity, request id) -> request, of those who want the events."""
     _waits: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
     """The same, of those who want the result only."""
+    _late: set[tuple[bytes, str]] = field(default_factory=set)
+    """Watchers that are still being told what was before they came."""
     _sent: int = 0
     _ends_ms: deque[int] = field(default_factory=lambda: deque(maxlen=32))
     """When the newest tasks ended: the measured drain rate behind `retry_after_ms`."""
@@ -117,11 +122,13 @@ class Hub:
                 self._on_looked_up(identity, header, body, task, at_ms)
             case Tick(at_ms):
                 self._on_tick(at_ms)
+            case EventsRead(identity, header, query, facts):
+                self._on_events_read(identity, header, query, facts)
             case Undeliverable(identity, at_ms):
                 self._settle(self.broker.on_unreachable(identity, at_ms), at_ms)
             case Restored(task, at_ms):
                 if self.engine.find(task.id) is None or not task.state.final:
-                    self.engine.ended.pop(task.id, None)
+                    self.engine.forget_ended(task.id)
                     self.engine.restore(task, at_ms)
                     self._settle([], at_ms)
         commands, self._out = self._out, []
@@ -374,7 +381,9 @@ class Hub:
         mean = (self._ends_ms[-1] - self._ends_ms[0]) // (len(self._ends_ms) - 1)
         return max(100, min(30_000, mean))
 
-    def _on_looked_up(self, identity: bytes, header: Header, body: bytes, task: TaskRecord | None, at_ms: int) -> None:
+    def _on_looked_up(
+        self, identity: bytes, header: Header, body: bytes, task: TaskRecord | Past | None, at_ms: int
+    ) -> None:
         peer = self.broker.peers.get(identity)
         if peer is None:
             return
@@ -390,6 +399,8 @@ class Hub:
             elif task is None:
                 wanted = self._task_asked_for(header.kind, body)
                 raise BadFrame("task.unknown", f"there is no task {wanted!r}; `tierline list` shows them")
+            elif not isinstance(task, TaskRecord):
+                self._out.append(self.reply(identity, header, *answer_past(header.kind, body, task)))
             else:
                 self._answer_about(identity, header, body, task, at_ms)
         except BadFrame as err:
@@ -432,20 +443,41 @@ class Hub:
         return view(task).model_copy(update={"waiting": reasons(self.broker, task, self.started_ms, at_ms)})
 
     def _watch(self, identity: bytes, header: Header, query: Watch, task: TaskRecord) -> None:
-        if not query.quiet:
-            for seq, fact in enumerate(task.events[query.after_seq :], query.after_seq + 1):
-                self._out.append(self.reply(identity, header, "task.event", event(fact, seq)))
-        if task.state.final:
+        behind = not query.quiet and query.after_seq < task.seq
+        if task.state.final and not behind:
             self._out.append(self.reply(identity, header, "task.result", view(task)))
             return
-        if sum(len(watches) for kept in (self._watches, self._waits) for watches in kept.values()) >= MAX_WATCHES:
+        watches = sum(len(watches) for kept in (self._watches, self._waits) for watches in kept.values())
+        if watches + len(self._late) >= MAX_WATCHES:
             refused = Refused(reason=f"{MAX_WATCHES} watches are open", retry_after_ms=1_000)
             self._out.append(self.reply(identity, header, "refused", refused))
+            return
+        if behind:
+            # From the journal, a page at a time: neither our memory nor the watcher's pipe holds a whole history.
+            self._late.add((identity, header.id))
+            self._out.append(ReadEvents(identity, header, query))
             return
         kept = self._waits if query.quiet else self._watches
         kept.setdefault(task.id, {})[identity, header.id] = header
         if not query.quiet:
             self.engine.watched.add(task.id)
+
+    def _on_events_read(self, identity: bytes, header: Header, query: Watch, facts: list[tuple[int, f.Fact]]) -> None:
+        if (identity, header.id) not in self._late:
+            return  # the watcher is gone
+        self._late.discard((identity, header.id))
+        for seq, fact in facts:
+            self._out.append(self.reply(identity, header, "task.event", event(fact, seq)))
+        rest = query if not facts else query.model_copy(update={"after_seq": facts[-1][0]})
+        task = self.engine.find(query.task_id)
+        if task is None and not facts:
+            self._out.append(LookUp(query.task_id, identity, header, pack_body(rest)))
+        elif task is None:
+            self._late.add((identity, header.id))
+            self._out.append(ReadEvents(identity, header, rest))
+        else:
+            # In memory but not in the journal: retention has compacted it meanwhile.
+            self._watch(identity, header, rest if facts else rest.model_copy(update={"after_seq": task.seq}), task)
 
     # Time
 
@@ -456,6 +488,7 @@ class Hub:
             self._cleaned_ms = at_ms
             kept = (self._watches, self._waits)
             waiting = {who for tasks in kept for watches in tasks.values() for who, _ in watches}
+            waiting |= {who for who, _ in self._late}
             self.broker.forget_silent_clients(at_ms, waiting)
             if self.engine.deferred and len(self.engine.unsettled) < e.MAX_UNSETTLED // 2:
                 self.engine.deferred = False
@@ -485,8 +518,8 @@ class Hub:
 
     def _carry_out(self, command: b.Command, at_ms: int) -> None:
         match command:
-            case b.Start(call, peer):
-                self._start(call, peer, at_ms)
+            case b.Start(call, peer, unserved_ms):
+                self._start(call, peer, unserved_ms, at_ms)
             case b.Ended(call, kind, body, worker):
                 if call.requester is None:
                     self.engine.on_ended(call, kind, body, worker, at_ms)
@@ -510,7 +543,7 @@ class Hub:
                 if not peer.is_worker:
                     self._forget_client(peer.identity, at_ms)
 
-    def _start(self, call: b.Call, peer: Peer, at_ms: int) -> None:
+    def _start(self, call: b.Call, peer: Peer, unserved_ms: tuple[int, int] | None, at_ms: int) -> None:
         body = call.body if call.body is not None else self.engine.body_of(call, at_ms)
         header = Header(
             kind=call.kind,
@@ -527,7 +560,7 @@ class Hub:
             trace=call.trace,
         )
         if call.requester is None:
-            self.engine.on_started(call, peer.service, at_ms)
+            self.engine.on_started(call, peer.service, at_ms, unserved_ms=unserved_ms)
         for effect in self.engine.take():
             if isinstance(effect, Record):
                 self._out.append(effect)
@@ -553,6 +586,7 @@ class Hub:
             self._out.append(self.reply(identity, request, "task.result", result))
 
     def _forget_client(self, identity: bytes, at_ms: int) -> None:
+        self._late = {late for late in self._late if late[0] != identity}
         for kept in (self._watches, self._waits):
             for task_id in list(kept):
                 watches = kept[task_id]

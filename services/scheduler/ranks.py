@@ -14,6 +14,8 @@ from graphlib import TopologicalSorter
 from typing import Final
 
 from protocol.messages.result import StepState
+from protocol.messages.task import Step, TaskIR
+from protocol.plan_graph import needs
 from services.kit.registry import Registry
 from services.scheduler.durations import Durations, Job
 from services.scheduler.lookahead import Remaining, looked_ahead
@@ -63,6 +65,15 @@ def shrunk(cost_s: Mapping[str, float], spread: float) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """The longest chain of a plan as it was expected when the plan was adopted."""
+
+    length_ms: int
+    """Inference only: queueing, gates and retries are what the achieved path shows beside it."""
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Ranks:
     """Ranks of one task, and what they rest on."""
 
@@ -102,11 +113,26 @@ class Ranking:
 
     def job(self, task: TaskRecord, step: StepRecord) -> Job:
         """What estimators are told of a step's newest attempt."""
-        name = _role(step)
-        role = self.registry.roles[name]
-        given = sum(len(task.artefacts[one].text()) for one in step.spec.inputs if one in task.artefacts)
-        chars = given + len(step.spec.action) + len(role.prompt)
-        return Job(name, task.ir.task_type.value, chars, step.spec.max_tokens or role.max_tokens, step.spec.id)
+        return self._job(task, task.ir, step.spec, step.role)
+
+    def predict(self, task: TaskRecord, planned: TaskIR) -> Prediction:
+        """The longest chain of the plan that `task` is about to adopt."""
+        plan = planned.plan
+        if plan is None:
+            raise ValueError(f"task {task.id} has no plan to predict")
+        specs = {step.id: step for step in plan.steps}
+        followers: dict[str, list[str]] = {name: [] for name in specs}
+        for name, others in needs(plan).items():
+            for other in others:
+                followers[other].append(name)
+        cost_s = {
+            name: self.durations.expected_s(self._job(task, planned, step, step.actor)) for name, step in specs.items()
+        }
+        ranks = upward_rank(followers, cost_s)
+        chain = [max(ranks, key=lambda name: (ranks[name], name))]
+        while followers[chain[-1]]:
+            chain.append(max(followers[chain[-1]], key=lambda name: (ranks[name], name)))
+        return Prediction(round(1000 * ranks[chain[0]]), tuple(chain))
 
     def observe(self, task: TaskRecord, step: StepRecord, seconds: float) -> None:
         """The inference of this step's newest attempt took so long."""
@@ -116,11 +142,17 @@ class Ranking:
         """The task has ended."""
         self._ranks.pop(task_id, None)
 
+    def _job(self, task: TaskRecord, ir: TaskIR, step: Step, name: str) -> Job:
+        role = self.registry.roles[name]
+        given = sum(len(task.artefacts[one].text()) for one in step.inputs if one in task.artefacts)
+        chars = given + len(step.action) + len(role.prompt)
+        return Job(name, ir.task_type.value, chars, step.max_tokens or role.max_tokens, step.id)
+
     def _rank(self, task: TaskRecord, known: _Ranks | None, at_ms: int) -> _Ranks:
         steps = {name: step for name, step in task.steps.items() if not step.state.final}
         spread = self.durations.spread()
         cost_s = shrunk({name: self.durations.expected_s(self.job(task, step)) for name, step in steps.items()}, spread)
-        tier = {name: self.registry.roles[_role(step)].model for name, step in steps.items()}
+        tier = {name: self.registry.roles[step.role].model for name, step in steps.items()}
         slots = {model: self.slots(model) or self.registry.models[model].slots for model in set(tier.values())}
         if known is not None and known.still_holds(cost_s, slots):
             return _Ranks(known.rank_s, task.unfinished, known.cost_s, known.slots)
@@ -131,10 +163,6 @@ class Ranking:
         if spread <= TRUSTED_SPREAD:
             rank = looked_ahead(Remaining(left_s, followers, tier, slots, frozenset(running)), rank)
         return _Ranks(rank, task.unfinished, cost_s, slots)
-
-
-def _role(step: StepRecord) -> str:
-    return step.attempts[-1].role if step.attempts else step.spec.actor
 
 
 def _left_s(cost_s: float, step: StepRecord, at_ms: int) -> float:

@@ -17,6 +17,7 @@ from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import needs
 from services.scheduler import facts as f
+from services.scheduler.timeline import Timeline
 
 
 class JournalError(Exception):
@@ -33,6 +34,7 @@ class Attempt:
     key: str
     queued_ms: int
     constrained: bool = False
+    timeline: Timeline = field(default_factory=Timeline)
     started_ms: int | None = None
     inferred_ms: int | None = None
     ended_ms: int | None = None
@@ -72,10 +74,26 @@ class StepRecord:
             raise JournalError(f"step {self.spec.id} has no attempt yet")
         return self.attempts[-1]
 
+    @property
+    def role(self) -> str:
+        """Who does it: the role of the newest attempt, the planned one before the first."""
+        return self.attempts[-1].role if self.attempts else self.spec.actor
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOrigin:
+    """How the plan came about; the plan itself is in the task's IR."""
+
+    source: str
+    reason: str
+    removed_edges: list[dict[str, Any]]
+    decisions: list[dict[str, Any]]
+    similar: list[dict[str, Any]]
+
 
 @dataclass(slots=True)
 class TaskRecord:
-    """A task with everything that happened to it."""
+    """A task as it stands. What led there is in the journal only, so that memory does not grow with history."""
 
     id: str
     ir: TaskIR
@@ -84,7 +102,12 @@ class TaskRecord:
     state: TaskState = TaskState.PLANNING
     planned_ms: int | None = None
     ended_ms: int | None = None
-    plan: f.TaskPlanned | None = None
+    plan: PlanOrigin | None = None
+    predicted_ms: int | None = None
+    """Expected length of the longest chain of steps when the plan was adopted; None in journals before it was kept."""
+    predicted_steps: list[str] = field(default_factory=list)
+    slots: dict[str, int] = field(default_factory=dict)
+    """Slots per model when the plan was adopted."""
     steps: dict[str, StepRecord] = field(default_factory=dict)
     dependents: dict[str, list[str]] = field(default_factory=dict)
     """Step id -> steps that need it."""
@@ -99,8 +122,6 @@ class TaskRecord:
     """Memory knows the outcomes."""
     seq: int = 0
     """Facts so far; the newest event's number."""
-    events: list[f.Fact] = field(default_factory=list)
-    """All facts in order, for watchers that come late; `events[i]` has seq i + 1."""
 
     @property
     def deadline_ms(self) -> int | None:
@@ -113,7 +134,6 @@ def begin(fact: f.TaskAccepted) -> TaskRecord:
     ir = TaskIR.model_validate(fact.ir)
     record = TaskRecord(id=fact.task, ir=ir, client=fact.client, created_ms=fact.at_ms, seq=1)
     record.artefacts = {artefact.name: artefact for artefact in ir.inputs}
-    record.events.append(fact)
     return record
 
 
@@ -137,7 +157,6 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
     if task.state.final and not isinstance(fact, f.OutcomesSettled | f.DuplicateSeen):
         raise JournalError(f"{type(fact).__name__} after the end of task {task.id}")
     task.seq += 1
-    task.events.append(fact)
     match fact:
         case f.TaskPlanned():
             _adopt_plan(task, fact)
@@ -161,8 +180,11 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
 
 def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
     task.ir = TaskIR.model_validate(fact.ir)
-    task.plan = fact
+    task.plan = PlanOrigin(fact.source, fact.reason, fact.removed_edges, fact.decisions, fact.similar)
     task.planned_ms = fact.at_ms
+    task.predicted_ms = fact.predicted_ms
+    task.predicted_steps = fact.predicted_steps or []
+    task.slots = fact.slots or {}
     task.state = TaskState.RUNNING
     task.generated_tokens += fact.generated_tokens
     plan = task.ir.plan
@@ -231,6 +253,7 @@ def _apply_to_step(task: TaskRecord, fact: f.Fact) -> None:
             if step.ready_ms is None:
                 step.ready_ms = fact.at_ms
             attempt = Attempt(len(step.attempts) + 1, fact.role, fact.model, fact.key, fact.at_ms, fact.constrained)
+            attempt.timeline.queued(fact.at_ms, fact.delay_ms or 0)
             step.attempts.append(attempt)
         case f.AttemptStarted():
             if fact.reattached and step.state is StepState.READY and step.attempt.started_ms is not None:
@@ -238,16 +261,24 @@ def _apply_to_step(task: TaskRecord, fact: f.Fact) -> None:
             if not fact.reattached or step.attempt.started_ms is None:
                 step.attempt.started_ms = fact.at_ms
             step.state = StepState.INFERRING
+            if fact.reattached:
+                step.attempt.timeline.reattached(fact.at_ms, same_worker=step.attempt.worker == fact.worker)
+            else:
+                begin_end = fact.unserved_ms
+                step.attempt.timeline.started(fact.at_ms, (begin_end[0], begin_end[1]) if begin_end else None)
             step.attempt.worker = fact.worker
         case f.AttemptLost():
             if step.state is StepState.INFERRING:
                 step.state = StepState.READY
             step.losses += 1 if fact.blame else 0
+            step.attempt.timeline.lost(fact.at_ms)
         case f.AttemptAnswered():
             _take_answer(task, step, fact)
         case f.AttemptChecked():
             step.attempt.gates = [GateResult.model_validate(gate) for gate in fact.gates]
             step.attempt.ended_ms = fact.at_ms
+            begun_ms = min((gate.started_ms for gate in step.attempt.gates), default=0)
+            step.attempt.timeline.checked(fact.at_ms, begun_ms)
         case f.AttemptFailed():
             step.attempt.failure = _failure(fact.failure)
             step.attempt.action = f"{fact.action} ({fact.rule})"
@@ -277,6 +308,7 @@ def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) ->
         raise JournalError(f"attempt {attempt.number} of {step.spec.id} in {task.id} was answered twice")
     step.state = StepState.CHECKING
     attempt.inferred_ms = fact.at_ms
+    attempt.timeline.answered(fact.at_ms)
     attempt.artefacts = [_artefact(value) for value in fact.artefacts]
     attempt.prompt_tokens = fact.prompt_tokens
     attempt.cached_tokens = fact.cached_tokens

@@ -10,6 +10,7 @@ from protocol.messages.plan import RemovedEdge, RoutingDecision
 from protocol.messages.result import (
     AttemptView,
     PlanView,
+    Segment,
     StepState,
     StepView,
     TaskEvent,
@@ -20,7 +21,7 @@ from protocol.messages.result import (
 from protocol.plan_graph import final_artefacts
 from services.scheduler import facts as f
 from services.scheduler.critical_path import critical_path
-from services.scheduler.tasks import Attempt, StepRecord, TaskRecord
+from services.scheduler.tasks import Attempt, PlanOrigin, StepRecord, TaskRecord
 
 _MAX_INLINE_CHARS: Final = 4 * 1024 * 1024
 """Final artefacts that travel inside a view, in characters; `task.artefact` fetches the others."""
@@ -115,7 +116,7 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
             return {}
 
 
-def _plan(plan: f.TaskPlanned | None) -> PlanView | None:
+def _plan(plan: PlanOrigin | None) -> PlanView | None:
     if plan is None:
         return None
     return PlanView(
@@ -138,13 +139,14 @@ def _step(step: StepRecord) -> StepView:
         ready_ms=step.ready_ms,
         ended_ms=step.ended_ms,
         losses=step.losses,
-        attempts=[_attempt(attempt) for attempt in step.attempts],
+        attempts=[_attempt(attempt, step.ended_ms) for attempt in step.attempts],
         failure=step.failure,
     )
 
 
-def _attempt(attempt: Attempt) -> AttemptView:
+def _attempt(attempt: Attempt, step_ended_ms: int | None) -> AttemptView:
     gates: list[GateResult] = attempt.gates
+    stretches = attempt.timeline.stretches(attempt.ended_ms or step_ended_ms, failed=attempt.failure is not None)
     return AttemptView(
         number=attempt.number,
         role=attempt.role,
@@ -162,6 +164,7 @@ def _attempt(attempt: Attempt) -> AttemptView:
         gates=gates,
         failure=attempt.failure,
         action=attempt.action,
+        segments=[Segment(what=what, start_ms=begin, end_ms=end) for what, begin, end in stretches],
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from services.ctl.__main__ import build_parser, main
 from services.kit.config import CHECKOUT
+from services.kit.registry import load_registry
 
 Out = pytest.CaptureFixture[str]
 
@@ -189,3 +190,38 @@ def test_doctor_finds_a_run_folder_that_others_can_enter(home: Path, capsys: Out
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
     assert checks["home"]["verdict"] == "fail"
     assert "chmod 700" in checks["home"]["advice"]
+
+
+def test_doctor_writes_what_it_detects_into_hardware_yaml_and_keeps_the_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    folder = tmp_path / "registry"
+    shutil.copytree(CHECKOUT / "registry", folder)
+    monkeypatch.setenv("TIERLINE_REGISTRY", str(folder))
+    before = (folder / "hardware.yaml").read_text()
+    assert main(["doctor", "--detect"]) == 0
+    shown = capsys.readouterr().out
+    assert (folder / "hardware.yaml").read_text() == before, "without --write nothing changes"
+    assert main(["doctor", "--detect", "--write", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    written = (folder / "hardware.yaml").read_text()
+    assert written == shown
+    assert before.splitlines()[0] == written.splitlines()[0], "comments stay"
+    hardware = load_registry(folder, tmp_path, check_files=False).hardware
+    assert (hardware.cores, hardware.memory_bytes) == (found["cores"], found["memory_bytes"])
+    assert [list(node.cores) for node in hardware.nodes] == [node["cores"] for node in found["nodes"]]
+    assert main(["doctor", "--write"]) == 2
+    assert not list(folder.glob(".detect-*"))
+
+
+def test_doctor_does_not_write_into_a_hardware_file_that_it_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    folder = tmp_path / "registry"
+    shutil.copytree(CHECKOUT / "registry", folder)
+    monkeypatch.setenv("TIERLINE_REGISTRY", str(folder))
+    broken = "hardware:\n  coers: 2\n"
+    (folder / "hardware.yaml").write_text(broken)
+    assert main(["doctor", "--detect", "--write"]) == 2
+    assert "did you mean 'cores'" in capsys.readouterr().err
+    assert (folder / "hardware.yaml").read_text() == broken

@@ -146,6 +146,18 @@ BAD_EDITS = [
     ("gates.yaml", "category: CODE", "category: PEER", 15, "gates.unit.category", "literal_error", ""),
     ("gates.yaml", "kinds: [json]", "kinds: []", 4, "gates.schema.kinds", "too_short", ""),
     ("hardware.yaml", "cores: 4", "cores: 0", 2, "hardware.cores", "greater_than_equal", ""),
+    (
+        "hardware.yaml", "cores: 4", "nodes: [{cores: 3-1, memory_bytes: 9}]", 2, "hardware.nodes.0.cores",
+        "value_error", "must rise",
+    ),
+    (
+        "hardware.yaml", "cores: 4", "nodes: [{cores: 0-2, memory_bytes: 9}, {cores: 2-3, memory_bytes: 9}]", 2,
+        "hardware.nodes.1.cores", "node-cores-twice", "core 2",
+    ),
+    (
+        "hardware.yaml", "cores: 4", "cores: 4\n  nodes: [{cores: 0-2, memory_bytes: 9}]", 2, "hardware.cores",
+        "cores-over-nodes", "3 cores of the nodes in line 3",
+    ),
     # duplicate keys
     ("models.yaml", "slots: 4", "slots: 4\n    slots: 8", 12, "models.worker.slots", "duplicate-key", "line 11"),
     ("roles.yaml", "  worker:", "  talker:", 7, "roles.talker", "duplicate-key", "line 2"),
@@ -315,6 +327,15 @@ def test_more_threads_than_cores_in_all_and_an_unused_model_are_notes_only(folde
         (1, "models", "cores-shared"),
         (2, "models.front", "model-unused"),
     ]
+
+
+def test_more_threads_than_the_largest_node_has_cores_are_a_note(folder: Path) -> None:
+    nodes = "cores: 4\n  nodes: [{cores: 0-1, memory_bytes: 50}, {cores: 2-3, memory_bytes: 50}]"
+    edit(folder, "hardware.yaml", "cores: 4", nodes)
+    edit(folder, "models.yaml", "threads: 2", "threads: 3")
+    registry = load(folder)
+    assert [node.cores for node in registry.hardware.nodes] == [(0, 1), (2, 3)]
+    assert (12, "threads-over-node") in [(note.line, note.rule) for note in registry.notes]
 
 
 def test_hardware_that_the_file_leaves_out_is_detected(folder: Path) -> None:

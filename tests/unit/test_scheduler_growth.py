@@ -51,7 +51,7 @@ def test_a_mapped_step_runs_once_per_item_and_joins_once_in_order(count: int) ->
     assert len(result.steps) == 3 + count
     record = world.recorded_tasks()[task]
     assert record.artefacts["parts"].value == [{"of": f"M.{n}"} for n in range(1, count + 1)]
-    assert sum(1 for fact in record.events if type(fact).__name__ == "StepJoined") == 1
+    assert sum(1 for fact in world.facts(task) if type(fact).__name__ == "StepJoined") == 1
     assert result.critical_path is not None
     path = result.critical_path.path
     assert sum(segment.end_ms - segment.start_ms for segment in path) == result.critical_path.wall_ms
@@ -83,7 +83,7 @@ def test_a_mapped_step_survives_restarts_of_the_hub_without_doing_anything_twice
     assert result.state is TaskState.SUCCEEDED
     started = [key for peer in world.peers.values() if peer.service == "inference-worker" for key in peer.started]
     assert len(started) == len(set(started)) == 22
-    done = [fact.step for fact in world.recorded_tasks()[task].events if type(fact).__name__ == "StepDone"]
+    done = [fact.step for fact in world.facts(task) if type(fact).__name__ == "StepDone"]
     assert len(done) == len(set(done)) == 23
 
 

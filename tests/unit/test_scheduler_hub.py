@@ -377,7 +377,7 @@ def test_every_task_ends_once_and_no_step_starts_before_its_inputs(
     assert len(ends) == 1
     done: set[str] = set()
     needs = {step.id: set(step.needs) for step in result.steps}
-    for fact in world.recorded_tasks()[task].events:
+    for fact in world.facts(task):
         name = type(fact).__name__
         if name == "StepDone":
             assert fact.step not in done, "a step's effect is applied once"
@@ -413,7 +413,7 @@ def test_an_objective_that_memory_cannot_embed_loses_its_episode_but_not_its_out
     world.peers["planner"].answer = planner
     task = world.submit(task_of([{"id": "S1"}], objective="???"))
     world.run(lambda: any(kind == "OutcomesSettled" for _, _, kind, _ in world.journal))
-    settled = world.recorded_tasks()[task].events[-1]
+    settled = world.facts(task)[-1]
     assert asked == [True, False]
     assert getattr(settled, "stored", None) == 1
 

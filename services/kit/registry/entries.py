@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.failure import Category
 from protocol.messages.task import TaskType
+from services.kit.hardware import Node, parse_cores
 
 NAME_PATTERN: Final = r"^[a-z][a-z0-9_-]{0,31}$"
 """Names become parts of process names, file names and log fields, hence so narrow."""
@@ -25,6 +26,11 @@ Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=16_0
 
 PLACEHOLDERS: Final = frozenset({"artefact", "workspace", "python"})
 _PLACEHOLDER: Final = re.compile(r"\{(\w*)\}")
+
+
+def _core_list(text: str) -> str:
+    parse_cores(text)
+    return text
 
 
 class Entry(BaseModel):
@@ -187,13 +193,24 @@ class FailureCaps(Entry):
     """Longest pause, in milliseconds."""
 
 
+class NodeEntry(Entry):
+    """One NUMA node: cores and the memory that is near to them."""
+
+    cores: Annotated[str, StringConstraints(max_length=4_096), AfterValidator(_core_list)]
+    """Numbers of its cores as Linux counts them, as text such as "0-7,16-23"."""
+    memory_bytes: int = Field(ge=1)
+    """Memory of the node, in bytes."""
+
+
 class HardwareEntry(Entry):
-    """What this machine may spend. Absent values are detected at load."""
+    """What this machine may spend. Absent values are detected at load; `tierline doctor --detect` shows them."""
 
     cores: int | None = Field(default=None, ge=1, le=65_536)
     """Cores for models and gates; absent = those this process may run on."""
     memory_bytes: int | None = Field(default=None, ge=1)
-    """Memory for models, in bytes; absent = all that the machine has."""
+    """Memory for models, in bytes; absent = all that the machine has, or its control group allows."""
+    nodes: tuple[NodeEntry, ...] = ()
+    """NUMA nodes; absent = detected. A core belongs to one node, and `cores` may not exceed all of them together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +219,7 @@ class Hardware:
 
     cores: int
     memory_bytes: int
+    nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import psutil
-
 from protocol.messages.failure import Category
+from services.kit.hardware import Node, detect, parse_cores
 from services.kit.registry.entries import (
     FailureCaps,
     FailureRule,
@@ -113,10 +112,11 @@ def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True
 
 
 def _detected(entry: HardwareEntry) -> Hardware:
+    machine = detect()
     return Hardware(
-        # Affinity, not the count of the machine: in a container or under taskset only these can be used.
-        cores=entry.cores or len(psutil.Process().cpu_affinity() or ()) or psutil.cpu_count() or 1,
-        memory_bytes=entry.memory_bytes or psutil.virtual_memory().total,
+        cores=entry.cores or machine.cores,
+        memory_bytes=entry.memory_bytes or machine.memory_bytes,
+        nodes=tuple(Node(parse_cores(node.cores), node.memory_bytes) for node in entry.nodes) or machine.nodes,
     )
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from protocol.messages.failure import Category
+from services.kit.hardware import parse_cores
 from services.kit.registry.entries import (
     FailureCaps,
     FailureRule,
     GateEntry,
     Hardware,
+    HardwareEntry,
     ModelEntry,
     PersonaEntry,
     RoleEntry,
@@ -100,6 +102,23 @@ def _threads_fit(scene: Scene) -> Iterator[Problem]:
         if model.engine != "noop" and model.threads > cores:
             message = f"{model.threads} threads on {cores} cores would slow each other down; at most {cores}"
             yield scene.draft.problem(("models", name, "threads"), "threads-over-cores", message)
+
+
+def _nodes_agree(scene: Scene) -> Iterator[Problem]:
+    entry = scene.draft.single("hardware", HardwareEntry)
+    owner: dict[int, int] = {}
+    for index, node in enumerate(entry.nodes):
+        for core in parse_cores(node.cores):
+            other = owner.setdefault(core, index)
+            if other != index:
+                line = scene.draft.line_of("hardware", "nodes", other, "cores")
+                message = f"core {core} belongs to the node in line {line} already; a core has one node"
+                yield scene.draft.problem(("hardware", "nodes", index, "cores"), "node-cores-twice", message)
+                break
+    if entry.nodes and entry.cores is not None and entry.cores > len(owner):
+        line = scene.draft.line_of("hardware", "nodes")
+        message = f"more than the {len(owner)} cores of the nodes in line {line}; lower it, or add the missing cores"
+        yield scene.draft.problem(("hardware", "cores"), "cores-over-nodes", message)
 
 
 def _model_files(scene: Scene) -> Iterator[Problem]:
@@ -260,6 +279,19 @@ def _cores_are_shared(scene: Scene) -> Iterator[Problem]:
         yield scene.draft.problem(("models",), "cores-shared", message)
 
 
+def _threads_fit_a_node(scene: Scene) -> Iterator[Problem]:
+    if len(scene.hardware.nodes) < 2:
+        return
+    largest = max(len(node.cores) for node in scene.hardware.nodes)
+    for name, model in scene.models.items():
+        if model.engine != "noop" and model.threads > largest:
+            message = (
+                f"{model.threads} threads, and the largest NUMA node has {largest} cores: some of them will work "
+                f"on far memory; {largest} or fewer are often faster"
+            )
+            yield scene.draft.problem(("models", name, "threads"), "threads-over-node", message)
+
+
 def _every_model_is_used(scene: Scene) -> Iterator[Problem]:
     used = {role.model for role in scene.roles.values()}
     for name, model in scene.models.items():
@@ -272,6 +304,7 @@ ERRORS: Final[tuple[Rule, ...]] = (
     _engine_fields,
     _ports_differ,
     _threads_fit,
+    _nodes_agree,
     _model_files,
     _role_models,
     _role_references,
@@ -279,7 +312,7 @@ ERRORS: Final[tuple[Rule, ...]] = (
     _gate_order,
     _failure_rules,
 )
-NOTES: Final[tuple[Rule, ...]] = (_cores_are_shared, _every_model_is_used)
+NOTES: Final[tuple[Rule, ...]] = (_cores_are_shared, _threads_fit_a_node, _every_model_is_used)
 
 
 def _names(entries: Mapping[str, object]) -> str:

@@ -30,6 +30,7 @@ from services.scheduler import facts as f
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Record
 from services.scheduler.machine import Hub
+from services.scheduler.past import Past
 from services.scheduler.peers import PING_MS
 from services.scheduler.ranks import Ranking
 from services.scheduler.simulation.peers import Answer, SimPeer, SimulationError
@@ -75,6 +76,8 @@ class World:
         self.notes: list[str] = []
         """What the hub would have logged last."""
         self.hub: Hub | None = None
+        self.page = 256
+        """Facts that a late watcher is told at once."""
         self._order = itertools.count()
         self._heap: list[tuple[int, int, Callable[[], object]]] = []
         self._beat_ms = self.now
@@ -155,6 +158,14 @@ class World:
         """End the hub; its peers notice by its silence."""
         self.hub = None
 
+    def facts(self, task_id: str) -> list[f.Fact]:
+        """The facts of a task in the journal, in order."""
+        return [f.unpack_fact(kind, data) for task, _, kind, data in self.journal if task == task_id]
+
+    def find(self, task_id: str) -> TaskRecord | Past | None:
+        """What the journal knows of a task that the hub does not have in memory."""
+        return self.ended.get(task_id) if self.calm else self.recorded_tasks().get(task_id)
+
     def recorded_tasks(self) -> dict[str, TaskRecord]:
         """All tasks as the journal tells them."""
         history: dict[str, list[f.Fact]] = {}
@@ -182,9 +193,18 @@ class World:
 
     def feed(self, event: ev.Event) -> None:
         """Give the hub an event and do what it says; without a hub it is lost."""
-        if self.hub is not None:
-            for command in self.hub.handle(event):
+        if self.hub is None:
+            return
+        reads: list[ev.ReadEvents] = []
+        for command in self.hub.handle(event):
+            if isinstance(command, ev.ReadEvents):
+                reads.append(command)  # after the facts of this very turn
+            else:
                 self._carry_out(command)
+        for read in reads:
+            after = read.query.after_seq
+            facts = self.facts(read.query.task_id)[after:][: self.page]
+            self.feed(ev.EventsRead(read.identity, read.header, read.query, list(enumerate(facts, after + 1))))
 
     def _carry_out(self, command: ev.Command) -> None:
         match command:
@@ -193,8 +213,7 @@ class World:
             case ev.Send(identity, header, body):
                 self._deliver(identity, header, body)
             case ev.LookUp(task_id, identity, header, body):
-                known = self.ended.get(task_id) if self.calm else self.recorded_tasks().get(task_id)
-                self.feed(ev.LookedUp(identity, header, body, known, self.now))
+                self.feed(ev.LookedUp(identity, header, body, self.find(task_id), self.now))
             case ev.ReloadUnsettled():
                 for task in self.recorded_tasks().values():
                     if task.state.final and not task.settled:
@@ -202,7 +221,7 @@ class World:
             case ev.Noted(event=told, fields=fields):
                 self.notes.append(f"{self.now} {told.name} {fields}")
                 del self.notes[:-_KEPT_NOTES]
-            case ev.ReadListing() | ev.ReadStatus():
+            case ev.ReadListing() | ev.ReadStatus() | ev.ReadEvents():
                 raise SimulationError("listings and reports are the business of the process, not of its machine")
 
     def _record(self, fact: f.Fact, seq: int) -> None:
