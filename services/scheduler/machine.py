@@ -182,17 +182,17 @@ class Hub:
             return
         if header.epoch is not None and header.epoch != peer.epoch:
             raise BadFrame("header.epoch", f"epoch {header.epoch} is over, this session is {peer.epoch}")
-        if header.seq is not None:
-            if header.seq <= peer.last_seq:
-                return  # a repeat within the epoch: it was handled the first time
-            peer.last_seq = header.seq
+        if header.seq is not None and peer.is_repeat(header.seq):
+            return  # it was handled the first time
         self.broker.on_heard(peer, header.credit, at_ms)
         self._route(peer, header, body, at_ms)
 
     def _route(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         kind = header.kind
         if kind == "session.pong":
-            self.broker.on_pong(peer, unpack_body(Pong, body))
+            pong = unpack_body(Pong, body)
+            if header.seq is None or header.seq == peer.last_seq:  # else a later message has overtaken it
+                self.broker.on_pong(peer, pong)
             self._settle([], at_ms)
         elif kind == "session.goodbye":
             if not peer.is_worker:
@@ -223,9 +223,12 @@ class Hub:
             self._out.append(self.reply(identity, header, "session.reject", reject))
             return
         epoch = header.epoch or identity.hex()
+        known = self.broker.peers.get(identity)
+        if known is not None and known.epoch == epoch and header.seq is not None and known.is_repeat(header.seq):
+            return  # starting this session anew would take its running work from it
         welcoming, commands = self.broker.on_hello(identity, hello, epoch, header.credit or 0, at_ms)
         if header.seq is not None:
-            self.broker.peers[identity].last_seq = header.seq
+            self.broker.peers[identity].is_repeat(header.seq)
         welcome = Welcome(
             protocol=PROTOCOL_VERSION,
             hub_epoch=self.epoch,
