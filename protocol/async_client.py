@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from protocol.messages.result import (
     ArtefactQuery,
     ArtefactReply,
     Cancelled,
+    CancelQuery,
     Listing,
     ListQuery,
     TaskEvent,
@@ -47,7 +48,7 @@ from protocol.messages.result import (
     Watch,
 )
 from protocol.messages.session import StatusReport, StatusRequest
-from protocol.messages.task import Accepted, Submit, TaskIR
+from protocol.messages.task import Accepted, Extend, Extended, Step, Submit, TaskIR
 from protocol.zmq_transport import ZmqDealer
 
 _TICK_S: Final = 0.25
@@ -172,9 +173,23 @@ class AsyncClient:
         """The newest tasks, all or those in the given states."""
         return await self.ask("task.list", ListQuery(limit=limit, states=[*states]), Listing, timeout_s=timeout_s)
 
-    async def cancel(self, task_id: str, *, reason: str = "", timeout_s: float = 10) -> Cancelled:
-        """Cancel a task and free what it runs on; a finished task stays what it was."""
-        return await self.ask("task.cancel", TaskQuery(task_id=task_id, reason=reason), Cancelled, timeout_s=timeout_s)
+    async def cancel(
+        self, task_id: str, *, step: str | None = None, reason: str = "", timeout_s: float = 10
+    ) -> Cancelled:
+        """Cancel a task, or one step with all that needs it, and free what it runs on; what was finished stays."""
+        query = CancelQuery(task_id=task_id, step=step, reason=reason)
+        return await self.ask("task.cancel", query, Cancelled, timeout_s=timeout_s)
+
+    async def extend(
+        self, task_id: str, steps: Sequence[Step | Mapping[str, Any]], *, timeout_s: float = 10
+    ) -> Extended:
+        """Add steps to a running task, within its budget; they may use its artefacts and wait for its steps.
+
+        Not repeated blindly: a step id that the task has already is refused, so asking twice adds nothing twice.
+        """
+        values = [step.model_dump(mode="json", exclude_none=True) if isinstance(step, Step) else step for step in steps]
+        body = Extend(task_id=task_id, steps=[dict(value) for value in values])
+        return await self.ask("task.extend", body, Extended, timeout_s=timeout_s)
 
     async def artefact(self, task_id: str, name: str, *, timeout_s: float = 10) -> Artefact:
         """One artefact of a task by name, intermediate ones included."""

@@ -10,15 +10,15 @@ Every call has a deadline, in seconds, and ends with its value or with one of
 * `DeadlineExceeded` (`HubUnreachable` where no hub was there at all): asking again is safe, see below.
 
 A hub that is restarted in between is noticed within seconds and asked again; the caller sees nothing of it but time.
-`submit` may be repeated with the same `idempotency_key` for ever: it is one task. What a session is and how it is
-mended is in `protocol.client_session`; which messages there are, in `protocol/README.md`.
+`submit` may be repeated with the same `idempotency_key`: it is one task, for 400 days after it has ended. What a
+session is and how it is mended is in `protocol.client_session`; which messages there are, in `protocol/README.md`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -29,7 +29,7 @@ from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.plan import PlanFinal
 from protocol.messages.result import Cancelled, Listing, TaskEvent, TaskState, TaskView
 from protocol.messages.session import StatusReport
-from protocol.messages.task import Accepted, TaskIR
+from protocol.messages.task import Accepted, Extended, Step, TaskIR
 
 __all__ = ["AsyncClient", "Client", "default_address"]
 
@@ -103,9 +103,13 @@ class Client:
         """See AsyncClient.list."""
         return self._wait(self._client.list(limit=limit, states=states, timeout_s=timeout_s))
 
-    def cancel(self, task_id: str, *, reason: str = "", timeout_s: float = 10) -> Cancelled:
+    def cancel(self, task_id: str, *, step: str | None = None, reason: str = "", timeout_s: float = 10) -> Cancelled:
         """See AsyncClient.cancel."""
-        return self._wait(self._client.cancel(task_id, reason=reason, timeout_s=timeout_s))
+        return self._wait(self._client.cancel(task_id, step=step, reason=reason, timeout_s=timeout_s))
+
+    def extend(self, task_id: str, steps: Sequence[Step | Mapping[str, Any]], *, timeout_s: float = 10) -> Extended:
+        """See AsyncClient.extend."""
+        return self._wait(self._client.extend(task_id, steps, timeout_s=timeout_s))
 
     def artefact(self, task_id: str, name: str, *, timeout_s: float = 10) -> Artefact:
         """See AsyncClient.artefact."""

@@ -90,9 +90,11 @@ _CHECKS: Final[Mapping[str, Callable[[Any], bool]]] = {
 _NAMES: Final = tuple(field.name for field in fields(Header))
 
 
-def pack_header(header: Header) -> bytes:
-    """Encode a header; absent fields are left out."""
-    return bytes(msgpack.packb({name: value for name in _NAMES if (value := getattr(header, name)) is not None}))
+def pack_header(header: Header, **instead: str | int | None) -> bytes:
+    """Encode a header; absent fields are left out. `instead` gives values that take the place of the header's."""
+    values: dict[str, Any] = {name: value for name in _NAMES if (value := getattr(header, name)) is not None}
+    values.update(instead)
+    return bytes(msgpack.packb(values))
 
 
 def unpack_header(data: bytes) -> Header:

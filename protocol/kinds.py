@@ -34,8 +34,10 @@ BODIES: Final[Mapping[str, type[Message]]] = {
     "task.detail": result.TaskView,
     "task.artefact": result.ArtefactQuery,
     "task.content": result.ArtefactReply,
-    "task.cancel": result.TaskQuery,
+    "task.cancel": result.CancelQuery,
     "task.cancelled": result.Cancelled,
+    "task.extend": task.Extend,
+    "task.extended": task.Extended,
     "task.list": result.ListQuery,
     "task.listing": result.Listing,
     "plan.request": plan.PlanRequest,
@@ -63,6 +65,7 @@ HUB_REQUESTS: Final[Mapping[str, str]] = {
     "task.show": "task.detail",
     "task.artefact": "task.content",
     "task.cancel": "task.cancelled",
+    "task.extend": "task.extended",
     "task.list": "task.listing",
 }
 

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
-from protocol.messages.task import Plan, TaskIR
+from protocol.messages.artefact import ArtefactKind
+from protocol.messages.task import Plan, Step, TaskIR
+
+MAX_MAPPED_NAME: Final = 48
+"""Letters of the id and the output of a mapped step: `.item.1000` must fit behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,11 @@ class PlanProblem:
         return f"plan.steps: {self.message}" if self.field == "steps" else f"{self.field}: {self.message}"
 
 
+def reads(step: Step) -> list[str]:
+    """Artefacts whose content goes into a step: its inputs, and the list it is mapped over."""
+    return step.inputs if step.map_over is None else [*step.inputs, step.map_over]
+
+
 def producers(plan: Plan) -> dict[str, str]:
     """Artefact name -> id of the step that makes it; the first one where two claim it."""
     made: dict[str, str] = {}
@@ -41,14 +51,14 @@ def needs(plan: Plan) -> dict[str, frozenset[str]]:
     """Step id -> ids of the steps it waits for, through data or control, itself never included."""
     made = producers(plan)
     return {
-        step.id: frozenset([made[name] for name in step.inputs if name in made] + list(step.depends_on)) - {step.id}
+        step.id: frozenset([made[name] for name in reads(step) if name in made] + list(step.depends_on)) - {step.id}
         for step in plan.steps
     }
 
 
 def final_artefacts(plan: Plan) -> list[str]:
     """Outputs that no step consumes, in the order of the plan."""
-    consumed = {name for step in plan.steps for name in step.inputs}
+    consumed = {name for step in plan.steps for name in reads(step)}
     return [output.name for step in plan.steps for output in step.outputs if output.name not in consumed]
 
 
@@ -69,6 +79,8 @@ def find_problems(task: TaskIR) -> list[PlanProblem]:
         return [*found, PlanProblem(None, "steps", message)]
     ids: set[str] = set()
     made: dict[str, str] = {}
+    kinds = {artefact.name: artefact.kind for artefact in task.inputs}
+    kinds.update({output.name: output.kind for step in steps for output in step.outputs})
     for step in steps:
         if step.id in ids:
             found.append(PlanProblem(step.id, "id", f"the id {step.id!r} is used by two steps"))
@@ -82,11 +94,14 @@ def find_problems(task: TaskIR) -> list[PlanProblem]:
                 )
             made.setdefault(output.name, step.id)
     for step in steps:
-        for name in step.inputs:
+        for name in reads(step):
+            field = "map_over" if name == step.map_over and name not in step.inputs else "inputs"
             if name not in made and name not in given:
-                found.append(PlanProblem(step.id, "inputs", f"no step makes {name!r} and the task has no such input"))
+                found.append(PlanProblem(step.id, field, f"no step makes {name!r} and the task has no such input"))
             elif made.get(name) == step.id:
-                found.append(PlanProblem(step.id, "inputs", f"{name!r} is an output of this very step"))
+                found.append(PlanProblem(step.id, field, f"{name!r} is an output of this very step"))
+        if step.map_over is not None:
+            found.extend(_map_problems(step, kinds, ids))
         for other in step.depends_on:
             if other not in ids:
                 found.append(PlanProblem(step.id, "depends_on", f"there is no step {other!r}"))
@@ -99,6 +114,22 @@ def find_problems(task: TaskIR) -> list[PlanProblem]:
     if not found and (cycle := find_cycle(needs(task.plan))):
         path = " -> ".join([*cycle, cycle[0]])
         found.append(PlanProblem(cycle[0], "depends_on", f"the steps wait for each other: {path}"))
+    return found
+
+
+def _map_problems(step: Step, kinds: Mapping[str, ArtefactKind], ids: set[str]) -> list[PlanProblem]:
+    found = []
+    if kinds.get(step.map_over or "", ArtefactKind.JSON) is not ArtefactKind.JSON:
+        found.append(PlanProblem(step.id, "map_over", f"{step.map_over!r} must be of kind json: it holds the list"))
+    if len(step.outputs) != 1 or step.outputs[0].kind is ArtefactKind.CODE:
+        found.append(PlanProblem(step.id, "outputs", "a mapped step has one output, of kind text or json"))
+    if len(step.id) > MAX_MAPPED_NAME or any(len(output.name) > MAX_MAPPED_NAME for output in step.outputs):
+        found.append(
+            PlanProblem(step.id, "id", f"ids and outputs of mapped steps have {MAX_MAPPED_NAME} letters at most")
+        )
+    taken = sorted(other for other in ids if other.startswith(f"{step.id}."))
+    if taken:
+        found.append(PlanProblem(step.id, "id", f"its sub-steps are named {step.id}.1 and so on: rename {taken[0]!r}"))
     return found
 
 

@@ -40,6 +40,7 @@ class StepState(StrEnum):
     WAITING = "waiting"
     READY = "ready"
     INFERRING = "inferring"
+    EXPANDED = "expanded"
     CHECKING = "checking"
     DONE = "done"
     FAILED = "failed"
@@ -161,6 +162,8 @@ class TaskView(Message):
     """What the task was asked for: outputs that no step consumes. `task.artefact` fetches any other by name."""
     gates: list[GateResult] = Field(default_factory=list)
     """Checks of the final artefacts."""
+    waiting: list[str] = Field(default_factory=list)
+    """Why steps that could run do not, for people; empty when nothing waits."""
     failure: Failure | None = None
     usage: Usage = Field(default_factory=Usage)
     critical_path: CriticalPath | None = None
@@ -180,11 +183,18 @@ class TaskEvent(Message):
 
 
 class TaskQuery(Message):
-    """Body of `task.show` and `task.cancel`."""
+    """Body of `task.show`."""
 
     task_id: str = Field(max_length=128)
+
+
+class CancelQuery(Message):
+    """Body of `task.cancel`: the whole task, or one step with everything that needs it."""
+
+    task_id: str = Field(max_length=128)
+    step: str | None = Field(default=None, max_length=128)
     reason: str = Field(default="", max_length=1_000)
-    """Why it is cancelled; goes into the journal."""
+    """Why; goes into the journal."""
 
 
 class Watch(Message):

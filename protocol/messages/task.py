@@ -55,6 +55,8 @@ class Step(Strict):
     outputs: list[Output] = Field(min_length=1, max_length=16)
     depends_on: list[Name] = Field(default_factory=list, max_length=2_000)
     """Control dependencies; dropped by the planner where no data flows, unless `ordered`."""
+    map_over: Name | None = None
+    """An artefact that holds a list: at run time one sub-step per item, whose outputs are joined in order."""
     ordered: bool = False
     """Keep the control dependencies although no data flows along them."""
     gates: list[Name] | None = Field(default=None, max_length=16)
@@ -133,6 +135,21 @@ class Submit(Message):
     """Body of `task.submit`: the task as the client wrote it; the hub validates it to name every problem."""
 
     task: dict[str, Any]
+
+
+class Extend(Message):
+    """Body of `task.extend`: further steps for a running task; they may use its artefacts and wait for its steps."""
+
+    task_id: str = Field(max_length=128)
+    steps: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_STEPS)
+    """Steps as in a plan; the hub validates them to name every problem."""
+
+
+class Extended(Message):
+    """The steps are part of the task and on disk."""
+
+    task_id: str
+    steps_total: int
 
 
 class Accepted(Message):

@@ -29,6 +29,8 @@ def print_task(screen: Screen, view: TaskView, files: Sequence[Path] = ()) -> No
     """Everything about a task, the most wanted first; `files` says where artefacts were written."""
     screen.line(f"{view.task_id}: {view.state.value}", style=STYLES.get(view.state.value))
     screen.line(f"objective: {one_line(view.objective, 200)}")
+    for reason in view.waiting:
+        screen.line(f"waiting: {reason}", style="yellow")
     if view.failure is not None:
         _print_failure(screen, view.failure)
     if view.steps:

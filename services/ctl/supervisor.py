@@ -47,7 +47,7 @@ class ProcessInfo:
     description: str
     uptime_s: int
     output: Path
-    """Where its standard error goes: what a crash printed."""
+    """Where its standard error goes: what a crash printed. With redirect_stderr that is its standard output."""
 
 
 class Supervisor:
@@ -70,7 +70,7 @@ class Supervisor:
                 pid=int(item["pid"]),
                 description=str(item["description"]),
                 uptime_s=max(0, int(item["now"]) - int(item["start"])) if item["pid"] else 0,
-                output=Path(str(item["stderr_logfile"])),
+                output=Path(str(item["stderr_logfile"] or item["stdout_logfile"])),
             )
             for item in self._call("supervisor.getAllProcessInfo")
         ]

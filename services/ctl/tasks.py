@@ -23,6 +23,7 @@ def add(commands: Commands) -> None:
     watch.add_argument("--after", type=int, default=0, metavar="SEQ", help="only events after this number")
     cancel = commands.add("cancel", _cancel, "cancel a task; a finished one stays what it was")
     cancel.add_argument("task", metavar="TASK")
+    cancel.add_argument("--step", metavar="ID", help="only this step and what needs it; the rest goes on")
     cancel.add_argument("--reason", default="tierline cancel", help="goes into the journal")
     listing = commands.add("list", _list, "list tasks, newest first")
     listing.add_argument("--limit", type=int, default=20, metavar="N", help="1 to 1000 (20)")
@@ -87,7 +88,7 @@ def _cancel(args: Namespace, context: Context) -> ExitCode:
 
 async def _cancel_task(args: Namespace, context: Context) -> Cancelled:
     async with connect(context.home) as client:
-        return await client.cancel(args.task, reason=args.reason)
+        return await client.cancel(args.task, step=args.step, reason=args.reason)
 
 
 def _list(args: Namespace, context: Context) -> ExitCode:

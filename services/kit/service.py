@@ -13,7 +13,7 @@ import os
 import random
 import signal
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import psutil
@@ -273,10 +273,10 @@ class Service:
 
     def _transmit(self, header: Header, body: bytes) -> None:
         seq = self._next()
-        filled = replace(
+        packed = pack_header(
             header, id=header.id or f"{self._boot}-{seq}", src=self.name, epoch=self._session.epoch, seq=seq
         )
-        self._unsent.append((pack_header(filled), body))
+        self._unsent.append((packed, body))
         self._flush()
 
     def _flush(self) -> None:

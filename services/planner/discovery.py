@@ -22,7 +22,7 @@ from operator import or_
 
 from protocol.messages.plan import RemovedEdge
 from protocol.messages.task import Plan, Step
-from protocol.plan_graph import producers
+from protocol.plan_graph import producers, reads
 from services.planner.naming import output_file
 
 
@@ -37,7 +37,7 @@ class Discovery:
 def data_needs(plan: Plan) -> dict[str, frozenset[str]]:
     """Step id -> ids of the steps whose outputs it reads."""
     made = producers(plan)
-    return {step.id: frozenset(made[name] for name in step.inputs if name in made) for step in plan.steps}
+    return {step.id: frozenset(made[name] for name in reads(step) if name in made) for step in plan.steps}
 
 
 def discover(plan: Plan) -> Discovery:

@@ -3,10 +3,11 @@
 import sys
 
 from protocol.errors import AddressTaken
+from protocol.zmq_transport import ZmqRouter
 from services.kit.config import load_home
 from services.kit.registry import RegistryError, load_registry
 from services.scheduler.app import HubApp
-from services.scheduler.journal import JournalVersionError
+from services.scheduler.journal_file import JournalVersionError
 
 
 def main() -> int:
@@ -14,7 +15,7 @@ def main() -> int:
     try:
         # Whether model files exist concerns the inference services, not the hub.
         registry = load_registry(home.registry, home.models, check_files=False)
-        app = HubApp(home, registry)
+        app = HubApp(home, registry, ZmqRouter(home.hub_address))
     except (RegistryError, AddressTaken, JournalVersionError, ValueError) as err:
         sys.stderr.write(f"scheduler: {err}\n")
         return 2

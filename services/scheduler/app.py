@@ -2,7 +2,8 @@
 
 A turn drains what has arrived, writes all facts of the batch in one transaction, then sends: nothing is told to
 anybody that a crash could take back. A poll loop and not asyncio, because this loop is the latency of every step.
-If the journal cannot be written the hub stops; what clients were not told is theirs to submit again.
+If the journal cannot be written the hub stops; what clients were not told is theirs to submit again. A task whose
+facts are damaged is set aside with a line in the log; all others go on.
 """
 
 from __future__ import annotations
@@ -14,25 +15,24 @@ from typing import Any, Final
 
 from protocol.errors import SendLater, StrandPeer
 from protocol.messages.result import Listing
-from protocol.zmq_transport import ZmqRouter
+from protocol.transport import RouterPort
 from services.kit.children import die_with_parent
-from services.kit.clock import SteadyClock
+from services.kit.clock import Clock, SteadyClock
 from services.kit.config import Home
 from services.kit.identity import boot_id
 from services.kit.logs import Log, LogEvent
 from services.kit.registry import Registry
-from services.scheduler.engine import Record
-from services.scheduler.facts import AttemptFailed, StepFailed, TaskEnded, TaskPlanned
-from services.scheduler.journal import Journal
-from services.scheduler.machine import (
-    MAX_ACTIVE_TASKS,
+from services.scheduler.durations import LearnedDurations
+from services.scheduler.effects import Record
+from services.scheduler.events import (
     Command,
     Event,
+    EventsRead,
     FrameIn,
-    Hub,
     LookedUp,
     LookUp,
     Noted,
+    ReadEvents,
     ReadListing,
     ReadStatus,
     ReloadUnsettled,
@@ -41,29 +41,66 @@ from services.scheduler.machine import (
     Tick,
     Undeliverable,
 )
+from services.scheduler.fact_rows import DamagedTask
+from services.scheduler.facts import (
+    AttemptAnswered,
+    AttemptFailed,
+    AttemptQueued,
+    Fact,
+    StepFailed,
+    TaskEnded,
+    TaskPlanned,
+)
+from services.scheduler.housekeeping import Housekeeping, Intervals
+from services.scheduler.journal import Journal
+from services.scheduler.machine import MAX_ACTIVE_TASKS, MAX_WATCHES, Hub
 
-HUB_STARTED = LogEvent("hub.started", "pid epoch restored unsettled registry")
+HUB_STARTED = LogEvent("hub.started", "pid epoch restored unsettled damaged restore_ms registry")
 HUB_STOPPED = LogEvent("hub.stopped", "reason")
 JOURNAL_FAILED = LogEvent("journal.failed", "error", "error")
-TASK_EVENT = LogEvent("task.event", "task step attempt what seq code category action rule state source")
+TASK_DAMAGED = LogEvent("journal.damaged", "task seq reason", "error")
+_FIELDS: Final = "task step attempt what seq code category action rule state source"
+TASK_EVENT = LogEvent("task.event", _FIELDS)
+TASK_DETAIL = LogEvent("task.detail", _FIELDS, "debug")
 
 _TICK_MS: Final = 100
 _BATCH: Final = 512
 """Messages drained before the journal is written: bounds the delay of the first one."""
+_PAGE: Final = 256
+"""Events read at once for a watcher that came late."""
+_PAGES_EVERY_MS: Final = 20
+"""Between pages, of all watchers together: some 12,000 events a second, which a client can take without falling a
+whole pipe behind, and which leaves the loop to the steps."""
 
 
 class HubApp:
-    """The scheduler process."""
+    """The scheduler process. `run` serves to the end; `start`, `turn` and `close` are its parts."""
 
-    def __init__(self, home: Home, registry: Registry) -> None:
+    def __init__(
+        self,
+        home: Home,
+        registry: Registry,
+        port: RouterPort,
+        *,
+        clock: Clock | None = None,
+        intervals: Intervals | None = None,
+    ) -> None:
         self._home = home
-        self._clock = SteadyClock()
+        self._clock = clock or SteadyClock()
         self._log = Log(home.logs, "scheduler", self._clock, level=home.log_level, batched=True)
-        self._port = ZmqRouter(home.hub_address)
-        self._journal = Journal(home.journal / "journal.sqlite")
-        self._hub = Hub(epoch=boot_id(), registry=registry, pid=os.getpid(), started_ms=self._clock.now_ms())
+        self._port = port
+        path = home.journal / "journal.sqlite"
+        self._journal = Journal(path)
+        self._durations = LearnedDurations()
+        now = self._clock.now_ms()
+        self._hub = Hub(epoch=boot_id(), registry=registry, pid=os.getpid(), started_ms=now, durations=self._durations)
+        self._housekeeping = Housekeeping(path, intervals or Intervals(), now)
         self._records: list[Record] = []
         self._sends: list[Send] = []
+        self._reads: dict[tuple[bytes, str], ReadEvents] = {}
+        """One page to read for each watcher that came late, the longest waiting first."""
+        self._next_tick = now
+        self._next_page = 0
         self._stop: str | None = None
 
     def run(self) -> int:
@@ -73,46 +110,97 @@ class HubApp:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         try:
-            self._restore()
-            next_tick = self._clock.now_ms()
+            self.start()
             while self._stop is None:
-                self._port.wait(max(0, next_tick - self._clock.now_ms()))
-                self._drain()
-                if self._clock.now_ms() >= next_tick:
-                    self._feed(Tick(self._clock.now_ms()))
-                    next_tick = self._clock.now_ms() + _TICK_MS
-                self._flush()
-                self._log.flush()
+                self.turn()
+            self._journal.keep_durations(self._durations.state())
         except sqlite3.Error as err:
             self._log.write(
                 JOURNAL_FAILED, error=f"{err}: free disk space or repair {self._home.journal}, then restart"
             )
             return 1
         finally:
-            self._log.write(HUB_STOPPED, reason=self._stop or "journal")
-            self._port.close()
-            self._journal.close()
-            self._log.close()
+            self.close()
         return 0
 
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        self._stop = signal.Signals(number).name
-
-    def _restore(self) -> None:
-        now = self._clock.now_ms()
-        restored = list(self._journal.open_tasks(MAX_ACTIVE_TASKS * 2, final=False))
-        unsettled = list(self._journal.open_tasks(MAX_ACTIVE_TASKS, final=True))
-        for task in [*restored, *unsettled]:
-            self._feed(Restored(task, now))
+    def start(self) -> None:
+        """Take up what the journal holds. Raises sqlite3.Error, as `turn` does."""
+        self._durations.restore(self._journal.durations())
+        began = self._clock.now_ms()
+        restored = self._restore(self._journal.open_tasks(MAX_ACTIVE_TASKS * 2, final=False))
+        unsettled = self._restore(self._journal.open_tasks(MAX_ACTIVE_TASKS, final=True))
         self._flush()
         self._log.write(
             HUB_STARTED,
             pid=os.getpid(),
             epoch=self._hub.epoch,
-            restored=len(restored),
-            unsettled=len(unsettled),
+            restored=restored[0],
+            unsettled=unsettled[0],
+            damaged=restored[1] + unsettled[1],
+            restore_ms=self._clock.now_ms() - began,
             registry=self._hub.registry.digest,
         )
+
+    def turn(self) -> None:
+        """Wait for messages or the next tick, handle what is there, write, send."""
+        now = self._clock.now_ms()
+        wake = min(self._next_tick, self._next_page) if self._reads else self._next_tick
+        self._port.wait(max(0, wake - now))
+        self._drain()
+        now = self._clock.now_ms()
+        if now >= self._next_tick:
+            self._feed(Tick(now))
+            self._next_tick = now + _TICK_MS
+            self._keep_house(now)
+        self._flush()
+        if self._reads and now >= self._next_page:
+            self._next_page = now + _PAGES_EVERY_MS
+            self._read_page(self._reads.pop(next(iter(self._reads))))
+            self._flush()
+        for task_id in self._journal.take_long_tasks():
+            task = self._hub.engine.live.get(task_id)
+            if task is not None:
+                self._journal.keep_snapshot(task)
+        self._log.flush()
+
+    def close(self) -> None:
+        """Give everything back; what is not written by now is not promised to anybody."""
+        self._log.write(HUB_STOPPED, reason=self._stop or "journal")
+        self._housekeeping.close()
+        self._port.close()
+        self._journal.close()
+        self._log.close()
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self._stop = signal.Signals(number).name
+
+    def _restore(self, ids: list[str]) -> tuple[int, int]:
+        """Take up these tasks; returns how many there were, and how many had to be set aside."""
+        damaged = 0
+        for task_id in ids:
+            try:
+                task = self._journal.load(task_id)
+            except DamagedTask as err:
+                damaged += 1
+                self._log.write(TASK_DAMAGED, task=err.task, seq=err.seq, reason=err.reason)
+                continue
+            if task is not None:
+                self._feed(Restored(task, self._clock.now_ms()))
+        return len(ids) - damaged, damaged
+
+    def _keep_house(self, now: int) -> None:
+        if self._housekeeping.durations_due(now):
+            self._journal.keep_durations(self._durations.state())
+        for event, fields in self._housekeeping.retain(now):
+            self._log.write(event, **fields)
+
+    def _read_page(self, read: ReadEvents) -> None:
+        facts: list[tuple[int, Fact]] = []
+        try:
+            facts = self._journal.events(read.query.task_id, read.query.after_seq, _PAGE)
+        except DamagedTask as err:
+            self._log.write(TASK_DAMAGED, task=err.task, seq=err.seq, reason=err.reason)
+        self._feed(EventsRead(read.identity, read.header, read.query, facts))
 
     def _drain(self) -> None:
         for _ in range(_BATCH):
@@ -135,10 +223,18 @@ class HubApp:
             case Noted(event, fields):
                 self._log.write(event, **fields)
             case LookUp(task_id, identity, header, body):
-                # What is about to be written must be seen too: the same task may be in this very batch.
-                self._write()
-                task = self._journal.load(task_id)
-                self._feed(LookedUp(identity, header, body, task, self._clock.now_ms()))
+                # What is about to be written must be seen too. Other tasks' facts stay for the end of the batch: a
+                # sync for each of many submits with a key would be what group commit avoids.
+                if any(record.fact.task == task_id for record in self._records):
+                    self._write()
+                found = self._journal.find(task_id)
+                self._feed(LookedUp(identity, header, body, found, self._clock.now_ms()))
+            case ReadEvents():
+                self._reads[command.identity, command.header.id] = command
+                if len(self._reads) > MAX_WATCHES:  # with watchers among them that left meanwhile
+                    self._reads = {
+                        who: read for who, read in self._reads.items() if self._hub.still_reads(who[0], read.header)
+                    }
             case ReadListing(identity, header, query):
                 self._write()
                 listing = Listing(tasks=self._journal.newest(query.limit, query.states))
@@ -146,11 +242,12 @@ class HubApp:
             case ReadStatus(identity, header):
                 self._write()
                 report = self._hub.status(self._journal.counts(), self._clock.now_ms())
+                written = {"commits": self._journal.commits, "synced_commits": self._journal.syncs}
+                report = report.model_copy(update={"counters": report.counters | written})
                 self._sends.append(self._hub.reply(identity, header, "session.report", report))
             case ReloadUnsettled(limit):
                 self._write()
-                for task in list(self._journal.open_tasks(limit, final=True)):
-                    self._feed(Restored(task, self._clock.now_ms()))
+                self._restore(self._journal.open_tasks(limit, final=True))
 
     def _write(self) -> None:
         if self._records:
@@ -160,16 +257,23 @@ class HubApp:
                 self._log_fact(record)
 
     def _flush(self) -> None:
-        """Write, then send. A failed send is an event, which may make further facts and messages."""
+        """Hand out work, write, then tell. A failed send is an event, which may make further facts and messages.
+
+        Workers begin while the facts are being written; whoever is promised something hears of it afterwards.
+        """
         while self._records or self._sends:
-            self._write()
             sends, self._sends = self._sends, []
-            for send in sends:
-                try:
-                    self._port.send(send.identity, send.header, send.body)
-                except (StrandPeer, SendLater):
-                    # A full pipe is a peer that has not read 20,000 messages: gone for all purposes; it may rejoin.
-                    self._feed(Undeliverable(send.identity, self._clock.now_ms()))
+            self._send_all([send for send in sends if not send.promises])
+            self._write()
+            self._send_all([send for send in sends if send.promises])
+
+    def _send_all(self, sends: list[Send]) -> None:
+        for send in sends:
+            try:
+                self._port.send(send.identity, send.header, send.body)
+            except (StrandPeer, SendLater):
+                # A full pipe is a peer that has not read 20,000 messages: gone for all purposes; it may rejoin.
+                self._feed(Undeliverable(send.identity, self._clock.now_ms()))
 
     def _log_fact(self, record: Record) -> None:
         fact = record.fact
@@ -186,6 +290,7 @@ class HubApp:
                 extra = {"source": fact.source}
             case _:
                 pass
+        told = TASK_DETAIL if isinstance(fact, AttemptQueued | AttemptAnswered) else TASK_EVENT
         self._log.write(
-            TASK_EVENT, task=fact.task, step=fact.step, attempt=fact.number, what=fact.EVENT, seq=record.seq, **extra
+            told, task=fact.task, step=fact.step, attempt=fact.number, what=fact.EVENT, seq=record.seq, **extra
         )

@@ -20,8 +20,10 @@ from protocol.kinds import family
 from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState, Pong
+from services.scheduler.admission import Admission
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 from services.scheduler.queues import Place, ReadyQueue
+from services.scheduler.resources import NOTHING, Needs, Tokens
 
 MAX_QUEUED: Final = 10_000
 """Calls of other peers that may wait per capability; the hub's own steps are bounded by its tasks."""
@@ -29,6 +31,8 @@ REATTACH_MS: Final = 4_000
 """After a restart of the hub, running calls wait this long for their worker to bring them back."""
 CLIENT_KEPT_MS: Final = 60_000
 _KEPT_ENDINGS: Final = 4_096
+_KEPT_GONE: Final = 256
+_DEADLINES_SLACK: Final = 1_024
 _DEADLINE_GRACE_MS: Final = 1_000
 """A worker enforces deadlines itself; the hub steps in when it has not."""
 
@@ -46,6 +50,8 @@ class Call:
     """Who it is for: clients share a capability fairly."""
     rank_s: float = 0.0
     """Upward rank in seconds; see `queues.Place`."""
+    needs: Needs = NOTHING
+    """Tokens of the machine that it holds while it runs."""
     body: bytes | None = None
     """None = composed when it starts."""
     requester: bytes | None = None
@@ -145,11 +151,15 @@ class Welcoming:
 class Broker:
     """Peers and calls. Every method takes the time and returns commands, in order."""
 
+    tokens: Tokens
     peers: dict[bytes, Peer] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     counters: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("started", "ended", "lost", "reattached", "duplicates", "expired"), 0)
     )
+    gone_ms: dict[str, int] = field(default_factory=dict)
+    """Capability -> when a peer that had it was last lost, in unix ms; the newest of them."""
+    admission: Admission = field(default_factory=Admission)
     _queues: dict[str, ReadyQueue] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
     """Keys that have ended lately, to tell a duplicate from a stranger."""
@@ -180,7 +190,7 @@ class Broker:
         # Same identity again, or an earlier session of the same process: that session is over. What it had is
         # queued first, so that the loop below finds it free to be attached.
         for old in [p for p in self.peers.values() if p.identity == identity or (p.is_worker and p.life == peer.life)]:
-            commands.extend(self._remove(old, "replaced by its own new session", blame=False))
+            commands.extend(self._remove(old, "replaced by its own new session", at_ms, blame=False))
         # A process that was killed and started again: the ping finds the broken connection of its earlier life now.
         same_name = [p for p in self.peers.values() if p.is_worker and p.service == peer.service]
         commands.extend(SendPing(other.identity) for other in same_name)
@@ -228,12 +238,12 @@ class Broker:
         else:
             self.peers.pop(peer.identity, None)
 
-    def on_unreachable(self, identity: bytes) -> list[Command]:
+    def on_unreachable(self, identity: bytes, at_ms: int) -> list[Command]:
         """Sending failed: the connection is gone."""
         peer = self.peers.get(identity)
         if peer is None:
             return []
-        return self._remove(peer, "disconnected", blame=peer.state is not PeerState.DRAINING)
+        return self._remove(peer, "disconnected", at_ms, blame=peer.state is not PeerState.DRAINING)
 
     def on_tick(self, at_ms: int) -> list[Command]:
         """Time: pings, silent peers, deadlines, calls whose hold is over."""
@@ -244,7 +254,7 @@ class Broker:
                 if not peer.is_worker:
                     continue
                 if at_ms - peer.heard_ms >= DEAD_MS:
-                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", blame=True))
+                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", at_ms, blame=True))
                 else:
                     commands.append(SendPing(peer.identity))
         while self._deadlines and self._deadlines[0][0] <= at_ms:
@@ -266,9 +276,12 @@ class Broker:
         """Queue a call. The same key again attaches the new requester to the call that is there."""
         known = self.calls.get(call.key)
         if known is not None:
+            self._unbook(known)
             known.requester, known.corr = call.requester, call.corr
+            self._book(known)
             return
         self.calls[call.key] = call
+        self._book(call)
         if call.parent is not None:
             self._children.setdefault(call.parent, set()).add(call.key)
         call.deadline_ms = call.outer_ms
@@ -285,10 +298,14 @@ class Broker:
         lengths = {target: self.queued(target) for target in self._queues}
         return {target: count for target, count in lengths.items() if count}
 
-    def is_full(self, target: str) -> bool:
-        """True when no further call of another peer may wait for this capability."""
-        queue = self._queues.get(target)
-        return queue is not None and len(queue) >= MAX_QUEUED and self.queued(target) >= MAX_QUEUED
+    def objection(self, call: Call) -> str | None:
+        """Why this call of another peer may not wait here; None if it may. A call that is there already may."""
+        if call.key in self.calls or call.requester is None:
+            return None
+        queue = self._queues.get(call.target)
+        if queue is not None and queue.count(self._is_queued, MAX_QUEUED) >= MAX_QUEUED:
+            return f"{call.target} has {MAX_QUEUED} calls waiting"
+        return self.admission.objection(call.requester, len(call.body or b""))
 
     def cancel(self, key: str) -> list[Command]:
         """End a call without an answer, and the calls made during it. Its worker is told; its slot stays counted."""
@@ -296,6 +313,8 @@ class Broker:
         if call is None:
             return []
         self._remember(key)
+        self._release(call)
+        self._leave(call)
         commands: list[Command] = []
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(key)
@@ -317,6 +336,7 @@ class Broker:
             if self.has_ended(header.key):
                 self.counters["duplicates"] += 1
             return []
+        self.admission.drained(call.target, peer.heard_ms)
         return list(self._end(call, header.kind, body, peer.service))
 
     def has_ended(self, key: str | None) -> bool:
@@ -359,13 +379,28 @@ class Broker:
                 continue
             peer = self._freest(target, at_ms)
             if peer is None:
+                self.tokens.unblock(target)  # it waits for a slot, not for tokens
+                return None
+            if not self.tokens.take(key, target, self.calls[key].needs, at_ms):
                 return None
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
+        self.tokens.unblock(target)
+        if not len(queue):
+            del self._queues[target]  # its name may be anything a client thought of
         return None
+
+    def _release(self, call: Call) -> None:
+        """A call that ran is over at its worker, as far as we know: its tokens are free."""
+        if self.tokens.give_back(call.key):
+            self._touch(self.tokens.blocked())
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the state contradicts itself; called by tests after every event."""
+        self.tokens.check_invariants()
+        asked = [call for call in self.calls.values() if call.requester is not None]
+        if self.admission.held() != (len(asked), sum(len(call.body or b"") for call in asked)):
+            raise AssertionError("what requesters have here is not what is booked for them")
         for peer in self.peers.values():
             for key in peer.calls:
                 if key not in self.calls or self.calls[key].worker != peer.identity:
@@ -415,23 +450,53 @@ class Broker:
         return Start(call, peer)
 
     def _attach(self, call: Call, peer: Peer) -> None:
-        # No credit is spent: in its new epoch the peer did not grant the slots that running work holds.
+        # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are
+        # taken whether or not they are free: the work runs already, and the account shows it as soon as it can.
+        self.tokens.book(call.key, call.needs)
         call.worker = peer.identity
         peer.calls.add(call.key)
+        self._discard(call.target)
         self.counters["reattached"] += 1
 
     def _watch_deadline(self, call: Call) -> None:
-        if call.deadline_ms is not None:
-            heapq.heappush(self._deadlines, (call.deadline_ms, call.key))
+        if call.deadline_ms is None:
+            return
+        heapq.heappush(self._deadlines, (call.deadline_ms, call.key))
+        if len(self._deadlines) > 2 * len(self.calls) + _DEADLINES_SLACK:
+            # Most calls end long before their deadline: without this the heap would hold all calls of ten minutes.
+            self._deadlines = [(one.deadline_ms, key) for key, one in self.calls.items() if one.deadline_ms is not None]
+            heapq.heapify(self._deadlines)
 
     def _end(self, call: Call, kind: str, body: bytes, worker: str) -> Iterator[Command]:
         del self.calls[call.key]
         self._remember(call.key)
+        self._release(call)
+        self._leave(call)
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(call.key)
         self.counters["ended"] += 1
         yield Ended(call, kind, body, worker)
         yield from self._forget(call)
+
+    def _book(self, call: Call) -> None:
+        if call.requester is not None:
+            self.admission.took(call.requester, len(call.body or b""))
+
+    def _unbook(self, call: Call) -> None:
+        if call.requester is not None:
+            self.admission.released(call.requester, len(call.body or b""))
+
+    def _leave(self, call: Call) -> None:
+        """A call is over: it counts no longer, and its entry in the queue, where it waited, is stale."""
+        self._unbook(call)
+        if call.worker is None:
+            self._discard(call.target)
+
+    def _discard(self, target: str) -> None:
+        queue = self._queues.get(target)
+        if queue is not None:
+            queue.discard(self._is_queued)
+            self._touch((target,))  # what is behind a stale entry may go, and an empty queue is removed
 
     def _forget(self, call: Call) -> list[Command]:
         """Cancel what was asked during a call that is over, and leave its parent's list."""
@@ -457,13 +522,19 @@ class Broker:
         commands.extend(self._end(call, "error", pack_body(ErrorReply(failure=failure)), "scheduler"))
         return commands
 
-    def _remove(self, peer: Peer, why: str, *, blame: bool) -> list[Command]:
+    def _remove(self, peer: Peer, why: str, at_ms: int, *, blame: bool) -> list[Command]:
         """End a session. Its calls are queued again or ended with PEER; `blame` says whether they count as killers."""
         self.peers.pop(peer.identity, None)
+        for target in peer.capabilities:
+            self.gone_ms.pop(target, None)
+            self.gone_ms[target] = at_ms
+        while len(self.gone_ms) > _KEPT_GONE:
+            del self.gone_ms[next(iter(self.gone_ms))]
         commands: list[Command] = [PeerGone(peer, why)]
         for key in sorted(peer.calls):
             call = self.calls[key]
             call.worker = None
+            self._release(call)
             call.hold_until_ms = 0
             call.deadline_ms = call.outer_ms
             self.counters["lost"] += 1

@@ -7,8 +7,7 @@ follows a failure is `failures.py`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,7 +20,7 @@ from protocol.messages.memory import MemoryFinal
 from protocol.messages.plan import PlanFinal, PlanRequest
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Priority, TaskIR
+from protocol.messages.task import Step, TaskIR
 from protocol.plan_graph import final_artefacts
 from services.kit.identity import work_key
 from services.kit.plan_check import plan_problems
@@ -29,10 +28,14 @@ from services.kit.registry import Registry
 from services.scheduler import facts as f
 from services.scheduler.answers import cut_outputs
 from services.scheduler.broker import REATTACH_MS, Call
+from services.scheduler.effects import Ask, Drop, Effect, Record
 from services.scheduler.failures import Action, Past, decide
+from services.scheduler.growth import items_of, join_of, reach_of
 from services.scheduler.outcomes import outcomes_of
+from services.scheduler.own_calls import Wanted, inference_call, service_call
 from services.scheduler.ranks import Ranking
 from services.scheduler.requests import infer_request
+from services.scheduler.resources import gate_needs
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
 from services.scheduler.verdicts import gate_failure
 
@@ -41,6 +44,8 @@ GATE: Final = "gate"
 MEMORY: Final = "memory"
 _KEPT_ENDED: Final = 200
 """Ended tasks kept in memory; older ones are read from the journal when somebody asks."""
+_KEPT_ENDED_STEPS: Final = 5_000
+"""Steps of all ended tasks kept in memory: what a task occupies grows with its steps."""
 UNEMBEDDABLE: Final = "memory.unembeddable"
 """Memory's word for an objective without any word in it: such a task cannot be an episode."""
 MAX_UNSETTLED: Final = 200
@@ -51,31 +56,6 @@ _BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled"})
 """PEER failures in which no worker died: they do not count towards poison."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Write this fact to the journal and tell the task's watchers."""
-
-    fact: f.Fact
-    seq: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Queue this call at the broker."""
-
-    call: Call
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """Cancel the call with this key, if it is still there."""
-
-    key: str
-
-
-Effect = Record | Ask | Drop
-
-
 @dataclass(slots=True)
 class Engine:
     """All tasks that matter now. Methods named `on_…` take an event; all return effects through `take`."""
@@ -84,7 +64,8 @@ class Engine:
     ranking: Ranking
     live: dict[str, TaskRecord] = field(default_factory=dict)
     """Tasks that are not final, or whose outcomes memory does not have yet."""
-    ended: OrderedDict[str, TaskRecord] = field(default_factory=OrderedDict)
+    ended: dict[str, TaskRecord] = field(default_factory=dict)
+    """The newest of those that are over, oldest first."""
     unsettled: set[str] = field(default_factory=set)
     """Ended tasks whose outcomes are on their way to memory."""
     deferred: bool = False
@@ -95,10 +76,13 @@ class Engine:
     _calls: dict[str, set[str]] = field(default_factory=dict)
     """Task -> keys of its calls at the broker."""
     _plan_tries: dict[str, int] = field(default_factory=dict)
+    _ended_steps: int = 0
 
     def take(self) -> list[Effect]:
         """Effects since the last call, in order."""
         effects, self._effects = self._effects, []
+        if not effects:
+            self._evict()  # not before: whoever takes the effects may need the tasks that they end
         return effects
 
     def find(self, task_id: str) -> TaskRecord | None:
@@ -139,6 +123,31 @@ class Engine:
         task = self.live.get(task_id)
         if task is not None and not task.state.final:
             self._end(task, TaskState.CANCELLED, None, at_ms, why=reason or "cancelled by a client")
+
+    def cancel_step(self, task_id: str, step_id: str, reason: str, at_ms: int) -> None:
+        """Stop one step and everything that needs it; the rest of the task goes on. A finished step stays."""
+        task = self.live.get(task_id)
+        step = None if task is None else task.steps.get(step_id)
+        if task is None or step is None or step.state.final or task.state.final:
+            return
+        for name in reach_of(task, step_id):
+            for attempt in task.steps[name].attempts[-1:]:
+                self._effects.append(Drop(attempt.key))
+                self._effects.append(Drop(work_key(task.id, "gates", name, attempt.number)))
+            why = reason or "cancelled by a client"
+            self._emit(task, f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why[:500]))
+        if task.unfinished == 0:
+            self._finish(task, at_ms)
+
+    def extend(self, task: TaskRecord, steps: Sequence[Step], client: str, at_ms: int) -> None:
+        """Add steps that `growth.checked_extension` has let through."""
+        values = [step.model_dump(mode="json", exclude_none=True) for step in steps]
+        self._emit(task, f.StepsAdded(task=task.id, at_ms=at_ms, steps=values, client=client))
+        self.ranking.forget(task.id)
+        for step in steps:
+            record = task.steps[step.id]
+            if not record.waiting_for:
+                self._begin(task, record, at_ms)
 
     def on_tick(self, at_ms: int) -> None:
         """Fail the tasks whose deadline has passed."""
@@ -228,8 +237,10 @@ class Engine:
 
     def _ask_plan(self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0) -> None:
         tries = self._plan_tries.get(task.id, 0)
-        body = pack_body(PlanRequest(task=task.ir))
-        self._ask(task, None, "plan.request", PLANNER, ("plan", tries), at_ms, body, hold_until_ms, timeout_ms=120_000)
+        wanted = Wanted(
+            "plan.request", PLANNER, ("plan", tries), pack_body(PlanRequest(task=task.ir)), timeout_ms=120_000
+        )
+        self._ask(task, None, wanted, at_ms, hold_until_ms)
 
     def _on_planned(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -267,9 +278,38 @@ class Engine:
         )
         for step in list(task.steps.values()):
             if not step.waiting_for:
-                self._begin_attempt(task, step, step.spec.actor, at_ms)
+                self._begin(task, step, at_ms)
 
     # Steps
+
+    def _begin(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
+        """All inputs are there: start the step, or one sub-step per item."""
+        if step.spec.map_over is None:
+            self._begin_attempt(task, step, step.spec.actor, at_ms)
+            return
+        try:
+            items = items_of(task, step)
+        except CallFailed as err:
+            self._fail_step(task, step, err.failure, at_ms)
+            return
+        values = [item.model_dump(mode="json", exclude_none=True) for item in items]
+        self._emit(task, f.StepExpanded(task=task.id, at_ms=at_ms, step=step.spec.id, items=values))
+        self.ranking.forget(task.id)
+        for number in range(1, len(items) + 1):
+            self._begin(task, task.steps[f"{step.spec.id}.{number}"], at_ms)
+        if not items:
+            self._join(task, step, at_ms)
+
+    def _join(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
+        """The last sub-step of a mapped step is done: so is the step, once."""
+        try:
+            made = join_of(task, step, sum(1 for other in step.needs if other.startswith(f"{step.spec.id}.")))
+        except CallFailed as err:
+            self._fail_step(task, step, err.failure, at_ms)
+            return
+        value = made.model_dump(mode="json", exclude_none=True)
+        self._emit(task, f.StepJoined(task=task.id, at_ms=at_ms, step=step.spec.id, artefact=value))
+        self._finish_step(task, step, at_ms)
 
     def _begin_attempt(
         self, task: TaskRecord, step: StepRecord, role: str, at_ms: int, *, delay_ms: int = 0, constrained: bool = False
@@ -301,27 +341,7 @@ class Engine:
         self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + delay_ms if delay_ms else 0)
 
     def _ask_inference(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
-        attempt = step.attempt
-        timeout_s = step.spec.timeout_s or self.registry.roles[attempt.role].timeout_s
-        self._queue_call(
-            task,
-            Call(
-                key=attempt.key,
-                kind="infer.request",
-                target=f"infer.{attempt.model}",
-                queued_ms=at_ms,
-                interactive=task.ir.priority is Priority.INTERACTIVE,
-                client=task.client,
-                rank_s=self.ranking.rank_s(task, step),
-                outer_ms=task.deadline_ms,
-                timeout_ms=int(timeout_s * 1000),
-                task=task.id,
-                step=step.spec.id,
-                attempt=attempt.number,
-                retry_lost=True,
-                hold_until_ms=hold_until_ms,
-            ),
-        )
+        self._queue_call(task, inference_call(task, step, self.registry, self.ranking, at_ms, hold_until_ms))
 
     def _on_answer(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -363,7 +383,8 @@ class Engine:
             json_schema=step.spec.json_schema,
         )
         parts = ("gates", step.spec.id, step.attempt.number)
-        self._ask(task, step, "gate.request", GATE, parts, at_ms, pack_body(request), hold_until_ms)
+        needs = gate_needs(self.registry, request.gates)
+        self._ask(task, step, Wanted("gate.request", GATE, parts, pack_body(request), needs), at_ms, hold_until_ms)
 
     def _on_gates(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -460,12 +481,16 @@ class Engine:
         self._end(task, TaskState.FAILED, told, at_ms, why=f"step {step.spec.id} failed")
 
     def _finish_step(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        number = step.attempt.number
+        number = step.attempt.number if step.attempts else None
         self._emit(task, f.StepDone(task=task.id, at_ms=at_ms, step=step.spec.id, number=number))
         for other in task.dependents[step.spec.id]:
             follower = task.steps[other]
-            if not follower.waiting_for and follower.state is StepState.WAITING:
-                self._begin_attempt(task, follower, follower.spec.actor, at_ms)
+            if follower.waiting_for or task.state.final:
+                continue
+            if follower.state is StepState.WAITING:
+                self._begin(task, follower, at_ms)
+            elif follower.state is StepState.EXPANDED:
+                self._join(task, follower, at_ms)
         if task.unfinished == 0 and not task.state.final:
             self._finish(task, at_ms)
 
@@ -474,15 +499,17 @@ class Engine:
     def _finish(self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0) -> None:
         """All steps are done: check what was made, or end."""
         plan = task.ir.plan
-        if not task.ir.gates or plan is None:
+        names = [] if plan is None else [name for name in final_artefacts(plan) if name in task.artefacts]
+        if not names:
+            self._end(task, TaskState.CANCELLED, None, at_ms, why="every result was cancelled")
+            return
+        if not task.ir.gates:
             self._end(task, TaskState.SUCCEEDED, None, at_ms, why="")
             return
-        request = GateRequest(
-            gates=task.ir.gates,
-            artefacts=[task.artefacts[name] for name in final_artefacts(plan)],
-            context=task.ir.inputs,
-        )
-        self._ask(task, None, "gate.request", GATE, ("gates",), at_ms, pack_body(request), hold_until_ms)
+        artefacts = [task.artefacts[name] for name in names]
+        request = GateRequest(gates=task.ir.gates, artefacts=artefacts, context=task.ir.inputs)
+        needs = gate_needs(self.registry, request.gates)
+        self._ask(task, None, Wanted("gate.request", GATE, ("gates",), pack_body(request), needs), at_ms, hold_until_ms)
 
     def _on_task_gates(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -528,7 +555,7 @@ class Engine:
             return
         self.unsettled.add(task.id)
         parts = ("outcomes", "episode" if with_episode else "bare")
-        self._ask(task, None, "memory.request", MEMORY, parts, at_ms, pack_body(request), hold_until_ms)
+        self._ask(task, None, Wanted("memory.request", MEMORY, parts, pack_body(request)), at_ms, hold_until_ms)
 
     def _on_settled(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None and self.registry.failures.rules[failure.category].action in ("rerun", "backoff"):
@@ -547,8 +574,17 @@ class Engine:
         self.live.pop(task.id, None)
         self._calls.pop(task.id, None)
         self.ended[task.id] = task
-        while len(self.ended) > _KEPT_ENDED:
-            self.ended.popitem(last=False)
+        self._ended_steps += len(task.steps)
+
+    def forget_ended(self, task_id: str) -> None:
+        """Drop an ended task from memory; the journal has it."""
+        task = self.ended.pop(task_id, None)
+        if task is not None:
+            self._ended_steps -= len(task.steps)
+
+    def _evict(self) -> None:
+        while len(self.ended) > _KEPT_ENDED or (self._ended_steps > _KEPT_ENDED_STEPS and self.ended):
+            self.forget_ended(next(iter(self.ended)))
 
     # Inside
 
@@ -564,34 +600,12 @@ class Engine:
         self,
         task: TaskRecord,
         step: StepRecord | None,
-        kind: str,
-        target: str,
-        parts: Iterable[str | int],
+        wanted: Wanted,
         at_ms: int,
-        body: bytes,
         hold_until_ms: int = 0,
-        timeout_ms: int = 600_000,
     ) -> None:
-        self._queue_call(
-            task,
-            Call(
-                key=work_key(task.id, *parts),
-                kind=kind,
-                target=target,
-                queued_ms=at_ms,
-                interactive=task.ir.priority is Priority.INTERACTIVE,
-                client=task.client,
-                rank_s=0.0 if step is None else self.ranking.rank_s(task, step),
-                body=body,
-                outer_ms=None if task.state.final else task.deadline_ms,
-                timeout_ms=timeout_ms,
-                task=task.id,
-                step=None if step is None else step.spec.id,
-                attempt=None if step is None else step.attempt.number,
-                retry_lost=True,
-                hold_until_ms=hold_until_ms,
-            ),
-        )
+        rank_s = 0.0 if step is None else self.ranking.rank_s(task, step)
+        self._queue_call(task, service_call(task, step, wanted, rank_s, at_ms, hold_until_ms))
 
     def _queue_call(self, task: TaskRecord, call: Call) -> None:
         self._calls.setdefault(task.id, set()).add(call.key)

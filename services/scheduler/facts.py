@@ -51,6 +51,31 @@ class TaskPlanned(Fact):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepsAdded(Fact):
+    """The graph has grown while the task ran."""
+
+    EVENT: ClassVar[str] = "task.extended"
+    steps: list[dict[str, Any]]
+    client: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepExpanded(Fact):
+    """A mapped step has become one sub-step per item: `items[i]` is the input artefact of sub-step `<step>.<i+1>`."""
+
+    EVENT: ClassVar[str] = "step.expanded"
+    items: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepJoined(Fact):
+    """All sub-steps of a mapped step are done; this is what they made together."""
+
+    EVENT: ClassVar[str] = "step.joined"
+    artefact: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptQueued(Fact):
     """A step is ready, or is to be tried again; its call waits for a slot."""
 
@@ -175,6 +200,9 @@ TYPES: Final[dict[str, type[Fact]]] = {
     for cls in (
         TaskAccepted,
         TaskPlanned,
+        StepsAdded,
+        StepExpanded,
+        StepJoined,
         AttemptQueued,
         AttemptStarted,
         AttemptLost,

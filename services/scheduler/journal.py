@@ -2,103 +2,177 @@
 
 One transaction per drained batch of messages. Batches that hold a promise to a client (accepted, ended) are synced
 to the disk; the others survive kill -9 of the process through the WAL but not a power cut, after which their steps
-run again. A small index of tasks serves listings and the start-up, which reads unfinished tasks only.
+run again. An index of tasks serves listings and the start-up, which reads unfinished tasks only, each from its newest
+snapshot on. What becomes of tasks that are over is `retention.py`.
 """
 
 from __future__ import annotations
 
-import json
+import heapq
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from protocol.messages.result import TaskState, TaskSummary
+import msgpack
+
+from protocol.codec import unpack_body
+from protocol.errors import BadFrame
+from protocol.messages.result import TaskState, TaskSummary, TaskView
 from services.scheduler import facts as f
-from services.scheduler.engine import Record
-from services.scheduler.tasks import TaskRecord, fold
+from services.scheduler import snapshot
+from services.scheduler.effects import Record
+from services.scheduler.fact_rows import DamagedTask, Row, fold_rows, read_rows, seal
+from services.scheduler.journal_file import open_journal
+from services.scheduler.past import Past, Unavailable
+from services.scheduler.tasks import TaskRecord
 
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS facts (
-    task TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, data BLOB NOT NULL,
-    PRIMARY KEY (task, seq)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS tasks (
-    task TEXT PRIMARY KEY, state TEXT NOT NULL, settled INTEGER NOT NULL DEFAULT 0, task_type TEXT NOT NULL,
-    objective TEXT NOT NULL, created_ms INTEGER NOT NULL, ended_ms INTEGER,
-    steps_done INTEGER NOT NULL DEFAULT 0, steps_total INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS tasks_open ON tasks (settled, created_ms) WHERE settled = 0;
-CREATE INDEX IF NOT EXISTS tasks_newest ON tasks (created_ms);
-"""
-VERSION: Final = 1
-
-
-class JournalVersionError(Exception):
-    """The file was written by a newer version."""
+_DURATIONS: Final = "durations"
+_PAGE_BYTES: Final = 4 * 1024 * 1024
+"""Facts read at once for a watcher: answers may hold a megabyte each."""
+Learned = list[tuple[list[str], float, float]]
+"""What `LearnedDurations.state` gives."""
 
 
 class Journal:
     """One SQLite file. Every method may raise sqlite3.Error; the hub then stops, since it cannot keep promises."""
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA wal_autocheckpoint = 4000")
-        found = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if found > VERSION:
-            raise JournalVersionError(
-                f"{path} has journal version {found}, this build reads {VERSION}: use a newer one"
-            )
-        self._db.executescript(_SCHEMA)
-        self._db.execute(f"PRAGMA user_version = {VERSION}")
-        path.chmod(0o600)
+        self._db = open_journal(path)
         self._synced: bool | None = None
+        self.commits = 0
+        """Transactions with facts so far."""
+        self.syncs = 0
+        """How many of them were synced to the disk."""
+        self._written: dict[str, int] = {}
+        """Newest fact on file of the tasks that are not over."""
+        self._snapped: dict[str, int] = {}
+        """Fact after which their newest snapshot was taken."""
+        self._long: set[str] = set()
+        self._learned: bytes | None = None
+
+    # Writing
 
     def append(self, records: Sequence[Record]) -> None:
         """Write facts in one transaction; synced to disk if one of them is a promise to a client."""
         if not records:
             return
-        self._sync(any(isinstance(record.fact, f.TaskAccepted | f.TaskEnded) for record in records))
+        full = any(isinstance(record.fact, f.TaskAccepted | f.TaskEnded) for record in records)
+        self._sync(full)
         self._db.execute("BEGIN IMMEDIATE")
         try:
             self._db.executemany(
-                "INSERT INTO facts (task, seq, kind, data) VALUES (?, ?, ?, ?)",
-                [(one.fact.task, one.seq, type(one.fact).__name__, f.pack_fact(one.fact)) for one in records],
+                "INSERT INTO facts (task, seq, kind, data, seal) VALUES (?, ?, ?, ?, ?)", map(_row, records)
             )
-            for record in records:
-                self._index(record.fact)
+            self._index(records)
             self._db.execute("COMMIT")
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
+        self.commits += 1
+        self.syncs += full
+        for record in records:
+            if isinstance(record.fact, f.TaskEnded | f.OutcomesSettled):
+                self._written.pop(record.fact.task, None)
+                self._snapped.pop(record.fact.task, None)
+                continue
+            self._written[record.fact.task] = record.seq
+            if snapshot.may_be_due(record.seq - self._snapped.get(record.fact.task, 0)):
+                self._long.add(record.fact.task)
 
-    def open_tasks(self, limit: int, *, final: bool) -> Iterator[TaskRecord]:
-        """Tasks to take up again, oldest first: unfinished ones, or (`final`) ended ones memory does not know yet."""
-        sign = "IN" if final else "NOT IN"
-        ids = self._db.execute(
-            f"SELECT task FROM tasks WHERE settled = 0 AND state {sign} ('succeeded', 'failed', 'cancelled') "  # noqa: S608  no input in it
-            "ORDER BY created_ms LIMIT ?",
+    def take_long_tasks(self) -> set[str]:
+        """Tasks written to since the last call that may be due for `keep_snapshot`."""
+        tasks, self._long = self._long, set()
+        return tasks
+
+    def keep_snapshot(self, record: TaskRecord) -> bool:
+        """Write the state of a task if it is time to; True if it was. All its facts must be on file."""
+        if self._written.get(record.id) != record.seq:
+            return False
+        if not snapshot.is_due(record, self._snapped.get(record.id, 0)):
+            return False
+        self._sync(False)  # it can be made again
+        self._db.execute(
+            "INSERT OR REPLACE INTO snapshots (task, seq, fold, data) VALUES (?, ?, ?, ?)",
+            (record.id, record.seq, snapshot.FOLD, snapshot.pack(record)),
+        )
+        self._snapped[record.id] = record.seq
+        return True
+
+    # Reading
+
+    def open_tasks(self, limit: int, *, final: bool) -> list[str]:
+        """Ids of tasks to take up again, oldest first: unfinished, or (`final`) ended without memory knowing."""
+        which = "ended_ms IS NOT NULL AND settled = 0" if final else "ended_ms IS NULL"
+        rows = self._db.execute(
+            f"SELECT task FROM tasks WHERE {which} ORDER BY created_ms LIMIT ?",  # noqa: S608  no input in it
             (limit,),
-        ).fetchall()
-        for (task,) in ids:
-            record = self.load(task)
-            if record is not None:
-                yield record
+        )
+        return [task for (task,) in rows]
 
     def load(self, task_id: str) -> TaskRecord | None:
-        """A task rebuilt from its facts; None if there is none with this id."""
-        rows = self._db.execute("SELECT kind, data FROM facts WHERE task = ? ORDER BY seq", (task_id,)).fetchall()
-        return fold(f.unpack_fact(kind, data) for kind, data in rows) if rows else None
+        """A task rebuilt from its snapshot, if it has one, and its facts; None if no facts are there.
+
+        Raises DamagedTask if they cannot be folded.
+        """
+        start = None
+        kept = self._db.execute(
+            "SELECT data FROM snapshots WHERE task = ? AND fold = ?", (task_id, snapshot.FOLD)
+        ).fetchone()
+        if kept is not None:
+            start = snapshot.unpack(kept[0])
+        after = 0 if start is None else start.seq
+        record = fold_rows(
+            task_id,
+            self._db.execute(
+                "SELECT seq, kind, data, seal FROM facts WHERE task = ? AND seq > ? ORDER BY seq", (task_id, after)
+            ),
+            start,
+        )
+        if record is not None and not record.state.final:
+            self._written[task_id] = record.seq
+            self._snapped[task_id] = after
+        return record
+
+    def find(self, task_id: str) -> TaskRecord | Past | None:
+        """Whatever is known of a task; None if there never was one with this id, or its id is forgotten."""
+        try:
+            record = self.load(task_id)
+        except DamagedTask as err:
+            return Unavailable("task.damaged", f"{err}; `tierline replay --check` says more")
+        return record if record is not None else self._past(task_id)
+
+    def events(self, task_id: str, after_seq: int, limit: int) -> list[tuple[int, f.Fact]]:
+        """The next facts of a task, at most `limit` and some MiB; none of a task that was compacted.
+
+        Raises DamagedTask.
+        """
+        rows: list[Row] = []
+        room = _PAGE_BYTES
+        for row in self._db.execute(
+            "SELECT seq, kind, data, seal FROM facts WHERE task = ? AND seq > ? ORDER BY seq LIMIT ?",
+            (task_id, after_seq, limit),
+        ):
+            rows.append(row)
+            room -= len(row[2])
+            if room <= 0:
+                break
+        return list(read_rows(task_id, rows, after_seq))
 
     def newest(self, limit: int, states: Iterable[TaskState]) -> list[TaskSummary]:
         """Listing, newest first."""
-        wanted = [state.value for state in states] or [state.value for state in TaskState]
-        rows = self._db.execute(
-            "SELECT task, state, task_type, objective, created_ms, ended_ms, steps_done, steps_total FROM tasks "
-            "WHERE state IN (SELECT value FROM json_each(?)) ORDER BY created_ms DESC LIMIT ?",
-            (json.dumps(wanted), limit),
-        ).fetchall()
+        # One walk per state along its index: a rare state is found without a scan of all the others.
+        lists = [
+            self._db.execute(
+                "SELECT task, state, task_type, objective, created_ms, ended_ms, steps_done, steps_total FROM tasks "
+                "WHERE state = ? ORDER BY created_ms DESC LIMIT ?",
+                (state.value, limit),
+            ).fetchall()
+            for state in (set(states) or set(TaskState))
+        ]
+        rows = heapq.nlargest(limit, (row for rows in lists for row in rows), key=lambda row: (row[4], row[0]))
         return [
             TaskSummary(
                 task_id=task,
@@ -115,36 +189,105 @@ class Journal:
 
     def counts(self) -> dict[str, int]:
         """Number of tasks per state."""
-        return dict(self._db.execute("SELECT state, COUNT(*) FROM tasks GROUP BY state").fetchall())
+        return dict(self._db.execute("SELECT state, tasks FROM tallies WHERE tasks > 0").fetchall())
+
+    # What was learned
+
+    def keep_durations(self, state: Learned) -> bool:
+        """Write what was learned of durations, if it has changed; True if it was written."""
+        data: bytes = msgpack.packb(state)
+        if data == self._learned:
+            return False
+        self._sync(False)  # a power cut may cost some seconds of learning
+        self._db.execute("INSERT OR REPLACE INTO learned (name, data) VALUES (?, ?)", (_DURATIONS, data))
+        self._learned = data
+        return True
+
+    def durations(self) -> Learned:
+        """What was learned when it was last kept; empty where there is nothing, or nothing that can be read."""
+        row = self._db.execute("SELECT data FROM learned WHERE name = ?", (_DURATIONS,)).fetchone()
+        if row is None:
+            return []
+        try:
+            state = msgpack.unpackb(row[0], raw=False)
+            return [([str(part) for part in level], float(log_s), float(count)) for level, log_s, count in state]
+        except (ValueError, TypeError, msgpack.UnpackException):
+            return []  # estimates only: they are learned again
 
     def close(self) -> None:
         """Close the file; a clean close folds the WAL back in."""
         self._db.close()
+
+    # Inside
+
+    def _past(self, task_id: str) -> Past | None:
+        row = self._db.execute("SELECT data FROM views WHERE task = ?", (task_id,)).fetchone()
+        if row is not None:
+            try:
+                return unpack_body(TaskView, row[0])
+            except BadFrame as err:
+                return Unavailable("task.damaged", f"the kept view of task {task_id} cannot be read: {err}")
+        row = self._db.execute("SELECT state, ended_ms FROM removed WHERE task = ?", (task_id,)).fetchone()
+        if row is None:
+            return None
+        day = datetime.fromtimestamp(row[1] / 1000, UTC).date().isoformat()
+        return Unavailable(
+            "task.removed", f"task {task_id} ended as {row[0]} on {day}; it is so old that only its id is kept"
+        )
 
     def _sync(self, full: bool) -> None:
         if self._synced is not full:
             self._db.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
             self._synced = full
 
-    def _index(self, fact: f.Fact) -> None:
-        match fact:
-            case f.TaskAccepted():
-                self._db.execute(
-                    "INSERT INTO tasks (task, state, task_type, objective, created_ms) VALUES (?, 'planning', ?, ?, ?)",
-                    (fact.task, fact.ir["task_type"], fact.ir["objective"][:200], fact.at_ms),
-                )
-            case f.TaskPlanned():
-                total = len(fact.ir["plan"]["steps"])
-                self._db.execute(
-                    "UPDATE tasks SET state = 'running', steps_total = ? WHERE task = ?", (total, fact.task)
-                )
-            case f.StepDone():
-                self._db.execute("UPDATE tasks SET steps_done = steps_done + 1 WHERE task = ?", (fact.task,))
-            case f.TaskEnded():
-                self._db.execute(
-                    "UPDATE tasks SET state = ?, ended_ms = ? WHERE task = ?", (fact.state, fact.at_ms, fact.task)
-                )
-            case f.OutcomesSettled():
-                self._db.execute("UPDATE tasks SET settled = 1 WHERE task = ?", (fact.task,))
-            case _:
-                pass
+    def _index(self, records: Iterable[Record]) -> None:
+        done: Counter[str] = Counter()
+        for record in records:
+            match record.fact:
+                case f.StepDone(task=task):
+                    done[task] += 1
+                case f.TaskAccepted() as fact:
+                    self._db.execute(
+                        "INSERT INTO tasks (task, state, task_type, objective, created_ms) VALUES (?, ?, ?, ?, ?)",
+                        (fact.task, TaskState.PLANNING, fact.ir["task_type"], fact.ir["objective"][:200], fact.at_ms),
+                    )
+                    self._tally(TaskState.PLANNING, 1)
+                case f.TaskPlanned() as fact:
+                    total = len(fact.ir["plan"]["steps"])
+                    self._move(fact.task, TaskState.RUNNING, "steps_total = ?", total)
+                case f.StepsAdded() as fact:
+                    self._add_steps(fact.task, len(fact.steps))
+                case f.StepExpanded() as fact:
+                    self._add_steps(fact.task, len(fact.items))
+                case f.TaskEnded() as fact:
+                    self._move(fact.task, TaskState(fact.state), "ended_ms = ?", fact.at_ms)
+                case f.OutcomesSettled(task=task):
+                    self._db.execute("UPDATE tasks SET settled = 1 WHERE task = ?", (task,))
+                case _:
+                    pass
+        self._db.executemany(
+            "UPDATE tasks SET steps_done = steps_done + ? WHERE task = ?",
+            [(count, task) for task, count in done.items()],
+        )
+
+    def _move(self, task: str, state: TaskState, assignment: str, value: Any) -> None:
+        before = self._db.execute("SELECT state FROM tasks WHERE task = ?", (task,)).fetchone()
+        if before is None:
+            raise sqlite3.IntegrityError(f"the index has lost task {task}; see `tierline replay --check`")
+        self._tally(TaskState(before[0]), -1)
+        self._tally(state, 1)
+        self._db.execute(f"UPDATE tasks SET state = ?, {assignment} WHERE task = ?", (state, value, task))  # noqa: S608  `assignment` is one of two constants above
+
+    def _add_steps(self, task: str, count: int) -> None:
+        self._db.execute("UPDATE tasks SET steps_total = steps_total + ? WHERE task = ?", (count, task))
+
+    def _tally(self, state: TaskState, change: int) -> None:
+        self._db.execute(
+            "INSERT INTO tallies VALUES (?1, ?2) ON CONFLICT (state) DO UPDATE SET tasks = tasks + ?2", (state, change)
+        )
+
+
+def _row(record: Record) -> tuple[str, int, str, bytes, int]:
+    fact, kind = record.fact, type(record.fact).__name__
+    data = f.pack_fact(fact)
+    return fact.task, record.seq, kind, data, seal(fact.task, record.seq, kind, data)

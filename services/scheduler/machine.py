@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -23,9 +23,19 @@ from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferPartial
 from protocol.messages.reply import ErrorReply, Refused
-from protocol.messages.result import ArtefactQuery, ArtefactReply, Cancelled, ListQuery, TaskEvent, TaskQuery, Watch
+from protocol.messages.result import (
+    ArtefactQuery,
+    ArtefactReply,
+    Cancelled,
+    CancelQuery,
+    ListQuery,
+    TaskEvent,
+    TaskQuery,
+    TaskView,
+    Watch,
+)
 from protocol.messages.session import Hello, Ping, Pong, Reject, StatusReport, Welcome
-from protocol.messages.task import Accepted, Submit, TaskIR
+from protocol.messages.task import Accepted, Extend, Extended, Submit, TaskIR
 from services.kit.identity import work_key
 from services.kit.logs import LogEvent
 from services.kit.plan_check import plan_problems
@@ -33,15 +43,40 @@ from services.kit.registry import Registry
 from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
+from services.scheduler.admission import DrainRate
 from services.scheduler.durations import Durations, LearnedDurations
+from services.scheduler.effects import Ask, Drop, Record
+from services.scheduler.events import (
+    Command,
+    Event,
+    EventsRead,
+    FrameIn,
+    LookedUp,
+    LookUp,
+    Noted,
+    ReadEvents,
+    ReadListing,
+    ReadStatus,
+    ReloadUnsettled,
+    Restored,
+    Send,
+    Tick,
+    Undeliverable,
+)
+from services.scheduler.growth import checked_extension
+from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
+from services.scheduler.resources import Tokens, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
+from services.scheduler.waiting import reasons
 
 MAX_ACTIVE_TASKS: Final = 1_000
 """Tasks that are not final; beyond it a submit is refused with the time after which one should have ended."""
 MAX_WATCHES: Final = 2_000
+MAX_SESSIONS: Final = 1_000
+"""Of clients, and as many of workers, so that neither can shut the others out."""
 _DEFAULT_DEADLINE_MS: Final = 600_000
 _TICKS_BETWEEN_CLEANUPS_MS: Final = 5_000
 
@@ -50,113 +85,6 @@ PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
 FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
 TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
 RESULT_DUPLICATE = LogEvent("result.duplicate", "peer key task step", "warning")
-CALL_DISPATCHED = LogEvent("call.dispatched", "task step attempt kind key peer queue_wait_ms", "debug")
-
-
-# Events
-
-
-@dataclass(frozen=True, slots=True)
-class FrameIn:
-    """A message arrived on the socket."""
-
-    identity: bytes
-    frames: list[bytes]
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Undeliverable:
-    """Sending to this peer failed: it is gone."""
-
-    identity: bytes
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """A task from the journal, to be taken up where it stood."""
-
-    task: TaskRecord
-    at_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class LookedUp:
-    """What the journal knows about the task that a message is about."""
-
-    identity: bytes
-    header: Header
-    body: bytes
-    task: TaskRecord | None
-    at_ms: int
-
-
-Event = FrameIn | Undeliverable | Tick | Restored | LookedUp
-
-
-# Commands
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send this message once all facts before it are written."""
-
-    identity: bytes
-    header: bytes
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class LookUp:
-    """Read this task from the journal and come back with LookedUp."""
-
-    task_id: str
-    identity: bytes
-    header: Header
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ReadListing:
-    """Answer a `task.list` from the journal's index."""
-
-    identity: bytes
-    header: Header
-    query: ListQuery
-
-
-@dataclass(frozen=True, slots=True)
-class ReadStatus:
-    """Answer a `session.status`: the report needs the journal's counts."""
-
-    identity: bytes
-    header: Header
-
-
-@dataclass(frozen=True, slots=True)
-class ReloadUnsettled:
-    """Bring back ended tasks whose outcomes memory does not have, as Restored."""
-
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Noted:
-    """A line for the log."""
-
-    event: LogEvent
-    fields: dict[str, Any]
-
-
-Command = Send | e.Record | LookUp | ReadListing | ReadStatus | ReloadUnsettled | Noted
 
 
 @dataclass(slots=True)
@@ -168,20 +96,23 @@ class Hub:
     pid: int = 0
     started_ms: int = 0
     durations: Durations = field(default_factory=LearnedDurations)
-    broker: b.Broker = field(default_factory=b.Broker)
+    broker: b.Broker = field(init=False)
     engine: e.Engine = field(init=False)
     _out: list[Command] = field(default_factory=list)
     _watches: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
     """Task -> (identity, request id) -> request, of those who want the events."""
     _waits: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
     """The same, of those who want the result only."""
+    _late: set[tuple[bytes, str]] = field(default_factory=set)
+    """Watchers that are still being told what was before they came."""
     _sent: int = 0
-    _ends_ms: deque[int] = field(default_factory=lambda: deque(maxlen=32))
-    """When the newest tasks ended: the measured drain rate behind `retry_after_ms`."""
+    _drain: DrainRate = field(default_factory=DrainRate)
+    """How fast tasks end: behind `retry_after_ms`."""
     _cleaned_ms: int = 0
 
     def __post_init__(self) -> None:
         """The engine shares the registry and what is known of durations."""
+        self.broker = b.Broker(Tokens(self.registry.hardware.cores))
         self.engine = e.Engine(self.registry, Ranking(self.registry, self.durations))
 
     def handle(self, happened: Event) -> list[Command]:
@@ -193,15 +124,21 @@ class Hub:
                 self._on_looked_up(identity, header, body, task, at_ms)
             case Tick(at_ms):
                 self._on_tick(at_ms)
+            case EventsRead(identity, header, query, facts):
+                self._on_events_read(identity, header, query, facts)
             case Undeliverable(identity, at_ms):
-                self._settle(self.broker.on_unreachable(identity), at_ms)
+                self._settle(self.broker.on_unreachable(identity, at_ms), at_ms)
             case Restored(task, at_ms):
                 if self.engine.find(task.id) is None or not task.state.final:
-                    self.engine.ended.pop(task.id, None)
+                    self.engine.forget_ended(task.id)
                     self.engine.restore(task, at_ms)
                     self._settle([], at_ms)
         commands, self._out = self._out, []
         return commands
+
+    def still_reads(self, identity: bytes, header: Header) -> bool:
+        """Whether this watcher, who came late, still wants to be told what was before."""
+        return (identity, header.id) in self._late
 
     def status(self, task_counts: dict[str, int], at_ms: int) -> StatusReport:
         """The report of `session.status`."""
@@ -291,6 +228,12 @@ class Hub:
             reject = Reject(code="version", message=f"this hub speaks {PROTOCOL_VERSION}, you offer {offered}")
             self._out.append(self.reply(identity, header, "session.reject", reject))
             return
+        if identity not in self.broker.peers:
+            alike = sum(1 for one in self.broker.peers.values() if one.is_worker is bool(hello.capabilities))
+            if alike >= MAX_SESSIONS:
+                reject = Reject(code="full", message=f"{MAX_SESSIONS} sessions of this kind are open; try again later")
+                self._out.append(self.reply(identity, header, "session.reject", reject))
+                return
         epoch = header.epoch or identity.hex()
         welcoming, commands = self.broker.on_hello(identity, hello, epoch, header.credit or 0, at_ms)
         if header.seq is not None:
@@ -302,7 +245,7 @@ class Hub:
             drop=welcoming.drop,
             resend=welcoming.resend,
         )
-        self._out.append(self.reply(identity, header, "session.welcome", welcome))
+        self._out.append(replace(self.reply(identity, header, "session.welcome", welcome), promises=False))
         self._note(
             PEER_JOINED,
             peer=hello.service,
@@ -318,10 +261,6 @@ class Hub:
     def _on_call_request(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         if header.key is None or header.dst is None:
             raise BadFrame("call.incomplete", f"{header.kind} needs the header fields key and dst")
-        if self.broker.is_full(header.dst):
-            refused = Refused(reason=f"{header.dst} has {b.MAX_QUEUED} calls waiting", retry_after_ms=1_000)
-            self._out.append(self.reply(peer.identity, header, "refused", refused))
-            return
         call = b.Call(
             key=header.key,
             kind=header.kind,
@@ -329,6 +268,7 @@ class Hub:
             queued_ms=at_ms,
             interactive=header.prio != "batch",
             client=peer.service,
+            needs=inference_needs(self.registry, header.dst),
             body=body,
             requester=peer.identity,
             corr=header.id,
@@ -342,6 +282,11 @@ class Hub:
         known = self.broker.calls.get(call.key)
         if known is not None and known.requester is None:
             raise BadFrame("call.key", "this key belongs to a call of the hub itself")
+        objection = self.broker.objection(call)
+        if objection is not None:
+            refused = Refused(reason=objection, retry_after_ms=self.broker.admission.retry_after_ms(call.target, at_ms))
+            self._out.append(self.reply(peer.identity, header, "refused", refused))
+            return
         self.broker.ask(call)
         self._settle([], at_ms)
 
@@ -394,6 +339,10 @@ class Hub:
             return unpack_body(Watch, body).task_id
         if kind == "task.artefact":
             return unpack_body(ArtefactQuery, body).task_id
+        if kind == "task.cancel":
+            return unpack_body(CancelQuery, body).task_id
+        if kind == "task.extend":
+            return unpack_body(Extend, body).task_id
         return unpack_body(TaskQuery, body).task_id
 
     def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
@@ -426,7 +375,7 @@ class Hub:
     def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
         active = sum(1 for task in self.engine.live.values() if not task.state.final)
         if active >= MAX_ACTIVE_TASKS:
-            refused = Refused(reason=f"{active} tasks are active", retry_after_ms=self._retry_after_ms())
+            refused = Refused(reason=f"{active} tasks are active", retry_after_ms=self._drain.retry_after_ms(at_ms))
             self._note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
             self._out.append(self.reply(identity, header, "refused", refused))
             return
@@ -435,14 +384,9 @@ class Hub:
         self._settle([], at_ms)
         self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id)))
 
-    def _retry_after_ms(self) -> int:
-        """Mean time between the newest ends of tasks: when a place should be free."""
-        if len(self._ends_ms) < 2:
-            return 1_000
-        mean = (self._ends_ms[-1] - self._ends_ms[0]) // (len(self._ends_ms) - 1)
-        return max(100, min(30_000, mean))
-
-    def _on_looked_up(self, identity: bytes, header: Header, body: bytes, task: TaskRecord | None, at_ms: int) -> None:
+    def _on_looked_up(
+        self, identity: bytes, header: Header, body: bytes, task: TaskRecord | Past | None, at_ms: int
+    ) -> None:
         peer = self.broker.peers.get(identity)
         if peer is None:
             return
@@ -458,6 +402,8 @@ class Hub:
             elif task is None:
                 wanted = self._task_asked_for(header.kind, body)
                 raise BadFrame("task.unknown", f"there is no task {wanted!r}; `tierline list` shows them")
+            elif not isinstance(task, TaskRecord):
+                self._out.append(self.reply(identity, header, *answer_past(header.kind, body, task)))
             else:
                 self._answer_about(identity, header, body, task, at_ms)
         except BadFrame as err:
@@ -466,13 +412,24 @@ class Hub:
     def _answer_about(self, identity: bytes, header: Header, body: bytes, task: TaskRecord, at_ms: int) -> None:
         match header.kind:
             case "task.show":
-                self._out.append(self.reply(identity, header, "task.detail", view(task)))
+                self._out.append(self.reply(identity, header, "task.detail", self._view(task, at_ms)))
             case "task.cancel":
-                query = unpack_body(TaskQuery, body)
-                self.engine.cancel(task.id, query.reason, at_ms)
+                query = unpack_body(CancelQuery, body)
+                if query.step is None:
+                    self.engine.cancel(task.id, query.reason, at_ms)
+                elif query.step in task.steps:
+                    self.engine.cancel_step(task.id, query.step, query.reason, at_ms)
+                else:
+                    raise BadFrame("step.unknown", f"task {task.id} has no step {query.step!r}")
                 self._settle([], at_ms)
                 cancelled = Cancelled(task_id=task.id, state=task.state)
                 self._out.append(self.reply(identity, header, "task.cancelled", cancelled))
+            case "task.extend":
+                steps = checked_extension(task, unpack_body(Extend, body).steps, self.registry)
+                self.engine.extend(task, steps, self.broker.peers[identity].service, at_ms)
+                self._settle([], at_ms)
+                extended = Extended(task_id=task.id, steps_total=len(task.steps))
+                self._out.append(self.reply(identity, header, "task.extended", extended))
             case "task.artefact":
                 name = unpack_body(ArtefactQuery, body).name
                 if name not in task.artefacts:
@@ -484,21 +441,46 @@ class Hub:
             case _:
                 self._watch(identity, header, unpack_body(Watch, body), task)
 
+    def _view(self, task: TaskRecord, at_ms: int) -> TaskView:
+        """The task as it stands, and why what could run does not."""
+        return view(task).model_copy(update={"waiting": reasons(self.broker, task, self.started_ms, at_ms)})
+
     def _watch(self, identity: bytes, header: Header, query: Watch, task: TaskRecord) -> None:
-        if not query.quiet:
-            for seq, fact in enumerate(task.events[query.after_seq :], query.after_seq + 1):
-                self._out.append(self.reply(identity, header, "task.event", event(fact, seq)))
-        if task.state.final:
+        behind = not query.quiet and query.after_seq < task.seq
+        if task.state.final and not behind:
             self._out.append(self.reply(identity, header, "task.result", view(task)))
             return
-        if sum(len(watches) for kept in (self._watches, self._waits) for watches in kept.values()) >= MAX_WATCHES:
+        watches = sum(len(watches) for kept in (self._watches, self._waits) for watches in kept.values())
+        if watches + len(self._late) >= MAX_WATCHES:
             refused = Refused(reason=f"{MAX_WATCHES} watches are open", retry_after_ms=1_000)
             self._out.append(self.reply(identity, header, "refused", refused))
+            return
+        if behind:
+            # From the journal, a page at a time: neither our memory nor the watcher's pipe holds a whole history.
+            self._late.add((identity, header.id))
+            self._out.append(ReadEvents(identity, header, query))
             return
         kept = self._waits if query.quiet else self._watches
         kept.setdefault(task.id, {})[identity, header.id] = header
         if not query.quiet:
             self.engine.watched.add(task.id)
+
+    def _on_events_read(self, identity: bytes, header: Header, query: Watch, facts: list[tuple[int, f.Fact]]) -> None:
+        if (identity, header.id) not in self._late:
+            return  # the watcher is gone
+        self._late.discard((identity, header.id))
+        for seq, fact in facts:
+            self._out.append(self.reply(identity, header, "task.event", event(fact, seq)))
+        rest = query if not facts else query.model_copy(update={"after_seq": facts[-1][0]})
+        task = self.engine.find(query.task_id)
+        if task is None and not facts:
+            self._out.append(LookUp(query.task_id, identity, header, pack_body(rest)))
+        elif task is None:
+            self._late.add((identity, header.id))
+            self._out.append(ReadEvents(identity, header, rest))
+        else:
+            # In memory but not in the journal: retention has compacted it meanwhile.
+            self._watch(identity, header, rest if facts else rest.model_copy(update={"after_seq": task.seq}), task)
 
     # Time
 
@@ -509,6 +491,7 @@ class Hub:
             self._cleaned_ms = at_ms
             kept = (self._watches, self._waits)
             waiting = {who for tasks in kept for watches in tasks.values() for who, _ in watches}
+            waiting |= {who for who, _ in self._late}
             self.broker.forget_silent_clients(at_ms, waiting)
             if self.engine.deferred and len(self.engine.unsettled) < e.MAX_UNSETTLED // 2:
                 self.engine.deferred = False
@@ -522,12 +505,12 @@ class Hub:
         while True:
             for effect in self.engine.take():
                 match effect:
-                    case e.Record(fact, seq):
+                    case Record(fact, seq):
                         self._out.append(effect)
                         self._tell_watchers(fact, seq)
-                    case e.Ask(call):
+                    case Ask(call):
                         self.broker.ask(call)
-                    case e.Drop(key):
+                    case Drop(key):
                         todo.extend(self.broker.cancel(key))
             if todo:
                 self._carry_out(todo.popleft(), at_ms)
@@ -554,10 +537,10 @@ class Hub:
                     self.engine.on_started(call, worker, at_ms, reattached=True)
             case b.CancelAt(call, identity):
                 header = Header(kind=f"{family(call.kind)}.cancel", id=self._next_id(), key=call.key, epoch=self.epoch)
-                self._out.append(Send(identity, pack_header(header), _EMPTY))
+                self._out.append(Send(identity, pack_header(header), _EMPTY, promises=False))
             case b.SendPing(identity):
                 header = Header(kind="session.ping", id=self._next_id(), epoch=self.epoch)
-                self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms))))
+                self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms)), promises=False))
             case b.PeerGone(peer, why):
                 self._note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)
                 if not peer.is_worker:
@@ -581,22 +564,11 @@ class Hub:
         )
         if call.requester is None:
             self.engine.on_started(call, peer.service, at_ms)
-        self._note(
-            CALL_DISPATCHED,
-            task=call.task,
-            step=call.step,
-            attempt=call.attempt,
-            kind=call.kind,
-            key=call.key,
-            peer=peer.service,
-            queue_wait_ms=at_ms - call.queued_ms,
-        )
-        # After the fact that says so, hence written before it is sent.
         for effect in self.engine.take():
-            if isinstance(effect, e.Record):
+            if isinstance(effect, Record):
                 self._out.append(effect)
                 self._tell_watchers(effect.fact, effect.seq)
-        self._out.append(Send(peer.identity, pack_header(header), body))
+        self._out.append(Send(peer.identity, pack_header(header), body, promises=False))
 
     def _tell_watchers(self, fact: f.Fact, seq: int) -> None:
         watches = self._watches.get(fact.task)
@@ -606,7 +578,7 @@ class Hub:
                 self._out.append(self.reply(identity, request, "task.event", told))
         if not isinstance(fact, f.TaskEnded):
             return
-        self._ends_ms.append(fact.at_ms)
+        self._drain.ended(fact.at_ms)
         self.engine.watched.discard(fact.task)
         waiting = self._watches.pop(fact.task, {}) | self._waits.pop(fact.task, {})
         task = self.engine.find(fact.task)
@@ -617,6 +589,7 @@ class Hub:
             self._out.append(self.reply(identity, request, "task.result", result))
 
     def _forget_client(self, identity: bytes, at_ms: int) -> None:
+        self._late = {late for late in self._late if late[0] != identity}
         for kept in (self._watches, self._waits):
             for task_id in list(kept):
                 watches = kept[task_id]

@@ -50,7 +50,7 @@ def _of_step(step: StepRecord, decision: RoutingDecision, registry: Registry) ->
         return None
     first = step.spec.actor
     if step.state is StepState.DONE:
-        solved = step.attempt.role == first
+        solved = not step.attempts or step.attempt.role == first  # a mapped step was solved by its sub-steps
     elif step.failure is not None and not registry.failures.rules[step.failure.category].quality_signal:
         return None
     else:

@@ -49,9 +49,13 @@ class Peer:
         """The process behind the epoch: the same for all sessions of one boot."""
         return self.epoch.rpartition("-")[0] or self.epoch
 
+    def is_heard(self, now_ms: int) -> bool:
+        """False once it has been silent for so long that it gets no new work."""
+        return now_ms - self.heard_ms < SUSPECT_MS
+
     def free(self, now_ms: int) -> int:
         """Calls it may be given now."""
-        if self.state is not PeerState.READY or now_ms - self.heard_ms >= SUSPECT_MS:
+        if self.state is not PeerState.READY or not self.is_heard(now_ms):
             return 0
         return self.granted - self.used
 

@@ -42,7 +42,10 @@ def compose(
     room = int((context_tokens - max_tokens) * _CHARS_PER_TOKEN) - len(system) - len(head) - len(tail)
     body = _inputs(inputs, max(room, 0))
     user = "\n\n".join(part for part in (head, body, tail) if part)
-    return [ChatMessage(role="system", content=system), ChatMessage(role="user", content=user)]
+    return [
+        ChatMessage.model_construct(role="system", content=system),
+        ChatMessage.model_construct(role="user", content=user),
+    ]
 
 
 def _head(task: TaskIR) -> str:

@@ -12,7 +12,8 @@ from services.scheduler.durations import Durations, Job
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 _RERANK_STEPS: Final = 32
-"""Steps that end before the ranks of their task are made anew from what was learned: keeps the cost per step flat."""
+_RERANK_SHARE: Final = 0.25
+"""Ranks of a task are made anew from what was learned when so many of its open steps have ended: a flat cost a step."""
 
 
 def upward_rank(successors: Mapping[str, Iterable[str]], cost_s: Mapping[str, float]) -> dict[str, float]:
@@ -41,7 +42,7 @@ class Ranking:
     def rank_s(self, task: TaskRecord, step: StepRecord) -> float:
         """Upward rank of a step under what is known now, in seconds."""
         known = self._ranks.get(task.id)
-        if known is None or known[0] - task.unfinished >= _RERANK_STEPS:
+        if known is None or known[0] - task.unfinished >= max(_RERANK_STEPS, _RERANK_SHARE * known[0]):
             open_steps = {name: one for name, one in task.steps.items() if not one.state.final}
             cost_s = {name: self.durations.expected_s(self._job(task, one)) for name, one in open_steps.items()}
             followers = {name: [other for other in task.dependents[name] if other in cost_s] for name in cost_s}

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.messages.artefact import Artefact
+from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Step, TaskIR
+from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import needs
 from services.scheduler import facts as f
 
@@ -62,6 +62,8 @@ class StepRecord:
     losses: int = 0
     """Workers that died with it, not counting those whose work was re-attached."""
     failure: Failure | None = None
+    joined: list[Artefact] = field(default_factory=list)
+    """Outputs of a mapped step, which has no attempts of its own."""
 
     @property
     def attempt(self) -> Attempt:
@@ -71,9 +73,20 @@ class StepRecord:
         return self.attempts[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class PlanOrigin:
+    """How the plan came about; the plan itself is in the task's IR."""
+
+    source: str
+    reason: str
+    removed_edges: list[dict[str, Any]]
+    decisions: list[dict[str, Any]]
+    similar: list[dict[str, Any]]
+
+
 @dataclass(slots=True)
 class TaskRecord:
-    """A task with everything that happened to it."""
+    """A task as it stands. What led there is in the journal only, so that memory does not grow with history."""
 
     id: str
     ir: TaskIR
@@ -82,7 +95,7 @@ class TaskRecord:
     state: TaskState = TaskState.PLANNING
     planned_ms: int | None = None
     ended_ms: int | None = None
-    plan: f.TaskPlanned | None = None
+    plan: PlanOrigin | None = None
     steps: dict[str, StepRecord] = field(default_factory=dict)
     dependents: dict[str, list[str]] = field(default_factory=dict)
     """Step id -> steps that need it."""
@@ -97,8 +110,6 @@ class TaskRecord:
     """Memory knows the outcomes."""
     seq: int = 0
     """Facts so far; the newest event's number."""
-    events: list[f.Fact] = field(default_factory=list)
-    """All facts in order, for watchers that come late; `events[i]` has seq i + 1."""
 
     @property
     def deadline_ms(self) -> int | None:
@@ -111,7 +122,6 @@ def begin(fact: f.TaskAccepted) -> TaskRecord:
     ir = TaskIR.model_validate(fact.ir)
     record = TaskRecord(id=fact.task, ir=ir, client=fact.client, created_ms=fact.at_ms, seq=1)
     record.artefacts = {artefact.name: artefact for artefact in ir.inputs}
-    record.events.append(fact)
     return record
 
 
@@ -135,10 +145,11 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
     if task.state.final and not isinstance(fact, f.OutcomesSettled | f.DuplicateSeen):
         raise JournalError(f"{type(fact).__name__} after the end of task {task.id}")
     task.seq += 1
-    task.events.append(fact)
     match fact:
         case f.TaskPlanned():
             _adopt_plan(task, fact)
+        case f.StepsAdded():
+            _add_steps(task, [Step.model_validate(value) for value in fact.steps])
         case f.TaskChecked():
             task.gates = [GateResult.model_validate(gate) for gate in fact.gates]
         case f.TaskEnded():
@@ -157,7 +168,7 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
 
 def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
     task.ir = TaskIR.model_validate(fact.ir)
-    task.plan = fact
+    task.plan = PlanOrigin(fact.source, fact.reason, fact.removed_edges, fact.decisions, fact.similar)
     task.planned_ms = fact.at_ms
     task.state = TaskState.RUNNING
     task.generated_tokens += fact.generated_tokens
@@ -174,11 +185,54 @@ def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
     task.unfinished = len(task.steps)
 
 
+def _add_steps(task: TaskRecord, added: list[Step]) -> None:
+    if task.ir.plan is None:
+        raise JournalError(f"steps were added to {task.id} before it was planned")
+    plan = Plan(steps=[*task.ir.plan.steps, *added])
+    task.ir = task.ir.model_copy(update={"plan": plan})
+    waits = needs(plan)
+    for spec in added:
+        missing = {other for other in waits[spec.id] if other not in task.steps or not task.steps[other].state.final}
+        task.steps[spec.id] = StepRecord(spec=spec, needs=waits[spec.id], waiting_for=missing)
+        task.dependents.setdefault(spec.id, [])
+    for spec in added:
+        for other in waits[spec.id]:
+            task.dependents[other].append(spec.id)
+    task.unfinished += len(added)
+
+
+def _expand(task: TaskRecord, step: StepRecord, items: list[Artefact]) -> None:
+    """One sub-step per item; the mapped step itself waits for them and is made of nothing but their outputs."""
+    spec, output = step.spec, step.spec.outputs[0]
+    for number, item in enumerate(items, 1):
+        sub = spec.model_copy(
+            update={
+                "id": f"{spec.id}.{number}",
+                "map_over": None,
+                "depends_on": [],
+                "inputs": [*(name for name in spec.inputs if name != spec.map_over), item.name],
+                "outputs": [output.model_copy(update={"name": f"{output.name}.{number}"})],
+            }
+        )
+        task.artefacts[item.name] = item
+        task.steps[sub.id] = StepRecord(spec=sub, needs=step.needs, waiting_for=set())
+        task.dependents[sub.id] = [spec.id]
+        step.waiting_for.add(sub.id)
+    step.needs |= step.waiting_for
+    step.state = StepState.EXPANDED
+    task.unfinished += len(items)
+
+
 def _apply_to_step(task: TaskRecord, fact: f.Fact) -> None:
     step = task.steps.get(fact.step or "")
     if step is None or step.state.final:
         raise JournalError(f"{type(fact).__name__} for step {fact.step} of {task.id}, which cannot take it")
     match fact:
+        case f.StepExpanded():
+            _expand(task, step, [Artefact.model_validate(value) for value in fact.items])
+        case f.StepJoined():
+            step.joined = [Artefact.model_validate(fact.artefact)]
+            step.ready_ms = fact.at_ms
         case f.AttemptQueued():
             step.state = StepState.READY
             if step.ready_ms is None:
@@ -209,8 +263,9 @@ def _apply_to_step(task: TaskRecord, fact: f.Fact) -> None:
             task.generated_tokens += fact.generated_tokens
         case f.StepDone():
             _end_step(task, step, StepState.DONE, fact.at_ms)
-            step.attempt.ended_ms = fact.at_ms
-            for artefact in step.attempt.artefacts:
+            if step.attempts:
+                step.attempt.ended_ms = fact.at_ms
+            for artefact in step.joined or step.attempt.artefacts:
                 task.artefacts[artefact.name] = artefact
             for other in task.dependents[step.spec.id]:
                 task.steps[other].waiting_for.discard(step.spec.id)
@@ -229,12 +284,20 @@ def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) ->
         raise JournalError(f"attempt {attempt.number} of {step.spec.id} in {task.id} was answered twice")
     step.state = StepState.CHECKING
     attempt.inferred_ms = fact.at_ms
-    attempt.artefacts = [Artefact.model_validate(value) for value in fact.artefacts]
+    attempt.artefacts = [_artefact(value) for value in fact.artefacts]
     attempt.prompt_tokens = fact.prompt_tokens
     attempt.cached_tokens = fact.cached_tokens
     attempt.generated_tokens = fact.generated_tokens
     attempt.first_token_ms = fact.first_token_ms
     task.generated_tokens += fact.generated_tokens
+
+
+def _artefact(value: dict[str, Any]) -> Artefact:
+    """An artefact from a fact: checked when it was cut out of the answer, before the fact was made."""
+    kind = ArtefactKind(value["kind"])
+    return Artefact.model_construct(
+        name=value["name"], kind=kind, value=value.get("value"), content_type=value.get("content_type")
+    )
 
 
 def _end_step(task: TaskRecord, step: StepRecord, state: StepState, at_ms: int) -> None:

@@ -20,7 +20,7 @@ from protocol.messages.result import (
 from protocol.plan_graph import final_artefacts
 from services.scheduler import facts as f
 from services.scheduler.critical_path import critical_path
-from services.scheduler.tasks import Attempt, StepRecord, TaskRecord
+from services.scheduler.tasks import Attempt, PlanOrigin, StepRecord, TaskRecord
 
 _MAX_INLINE_CHARS: Final = 4 * 1024 * 1024
 """Final artefacts that travel inside a view, in characters; `task.artefact` fetches the others."""
@@ -80,6 +80,10 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
         case f.TaskPlanned():
             steps = [{"id": step["id"], "actor": step["actor"]} for step in fact.ir["plan"]["steps"]]
             return {"source": fact.source, "reason": fact.reason, "steps": steps}
+        case f.StepExpanded():
+            return {"items": len(fact.items)}
+        case f.StepsAdded():
+            return {"steps": [{"id": step["id"], "actor": step["actor"]} for step in fact.steps]}
         case f.AttemptQueued():
             return {"role": fact.role, "model": fact.model}
         case f.AttemptStarted():
@@ -111,7 +115,7 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
             return {}
 
 
-def _plan(plan: f.TaskPlanned | None) -> PlanView | None:
+def _plan(plan: PlanOrigin | None) -> PlanView | None:
     if plan is None:
         return None
     return PlanView(

@@ -36,6 +36,7 @@ from protocol.messages.result import (
     ArtefactReply,
     AttemptView,
     Cancelled,
+    CancelQuery,
     CriticalPath,
     Listing,
     ListQuery,
@@ -67,6 +68,8 @@ from protocol.messages.task import (
     Accepted,
     Budget,
     Escalation,
+    Extend,
+    Extended,
     Output,
     Plan,
     Priority,
@@ -300,8 +303,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             fields={"model": "coder", "queued_ms": 10},
         )
     ],
-    "task.result": [_VIEW],
-    "task.show": [TaskQuery(task_id="T-1")],
+    "task.result": [_VIEW, _VIEW.model_copy(update={"waiting": ["step S1 waits for a slot"]})],
+    "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
         TaskView(
             task_id="T-2",
@@ -312,11 +315,17 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             created_ms=1,
             last_seq=2,
             failure=_FAILURE,
-        )
+        ),
+        _VIEW.model_copy(update={"waiting": ["planning waits for planner: 0 workers alive"]}),
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
-    "task.cancel": [TaskQuery(task_id="T-1", reason="changed my mind")],
+    "task.cancel": [
+        CancelQuery(task_id="T-1", reason="changed my mind"),
+        CancelQuery(task_id="T-1", step="S2", reason="not needed"),
+    ],
+    "task.extend": [Extend(task_id="T-1", steps=[{"id": "S9", "actor": "worker", "action": "x", "outputs": []}])],
+    "task.extended": [Extended(task_id="T-1", steps_total=9)],
     "task.cancelled": [Cancelled(task_id="T-1", state=TaskState.CANCELLED)],
     "task.list": [ListQuery(limit=10, states=[TaskState.RUNNING])],
     "task.listing": [

@@ -221,6 +221,7 @@ class Handler(BaseHTTPRequestHandler):
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "freeze":
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(1)  # another thread may have taken the signal: this one must not run on meanwhile
         if fault == "disconnect":
             raise Gone
         if fault == "garbage":

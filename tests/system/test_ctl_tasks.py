@@ -239,7 +239,7 @@ def test_status_shows_the_hub_and_its_services(stack: Stack) -> None:
 
 def test_tail_shows_the_lines_of_a_task_and_only_those(stack: Stack) -> None:
     task = run_example(stack)["task_id"]
-    done = stack.tierline("tail", "scripted", "--of-task", task, "--lines", "1000", "--no-follow", "--json")
+    done = stack.tierline("tail", "scheduler", "--of-task", task, "--lines", "1000", "--no-follow", "--json")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines

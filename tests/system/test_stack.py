@@ -87,6 +87,39 @@ def test_an_objective_of_every_type_is_planned_and_ends(stack: BareStack, task_t
         assert view.failure.code.startswith(("gate.", "answer.", "budget.")), view.failure
 
 
+def test_a_graph_grows_over_a_list_that_a_model_made_and_by_steps_that_a_client_adds(stack: BareStack) -> None:
+    boats = {
+        "type": "array",
+        "items": {"type": "string", "enum": ["ketch", "sloop", "yawl"]},
+        "minItems": 3,
+        "maxItems": 3,
+    }
+    short = {"gates": [], "max_tokens": 16}
+    steps = [
+        {"id": "L", "actor": "extractor", "action": "List three boats.", "max_tokens": 60, "json_schema": boats}
+        | {"outputs": [{"name": "boats", "kind": "json"}], "gates": ["schema"]},
+        {
+            "id": "M",
+            "actor": "worker",
+            "action": "Describe this boat.",
+            "map_over": "boats",
+            "outputs": [{"name": "all"}],
+        }
+        | short,
+    ]
+    accepted = stack.client.submit({"objective": "Boats.", "plan": {"steps": steps}})
+    for event in stack.client.watch(accepted.task_id, timeout_s=60):
+        if isinstance(event, TaskEvent) and event.event == "step.expanded":
+            break
+    added = {"id": "J", "actor": "writer", "action": "Join.", "inputs": ["all"], "outputs": [{"name": "end"}]} | short
+    assert stack.client.extend(accepted.task_id, [added]).steps_total == 6
+    view = stack.client.result(accepted.task_id, timeout_s=120)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert [step.id for step in view.steps] == ["L", "M", "M.1", "M.2", "M.3", "J"]
+    assert [artefact.name for artefact in view.artefacts] == ["end"]
+    assert view.usage.generated_tokens > 0
+
+
 def test_watching_shows_every_event_once_and_ends_with_the_result(stack: BareStack) -> None:
     accepted = stack.client.submit({"objective": "Count to three.", "task_type": "chat"})
     seen: list[TaskEvent | TaskView] = list(stack.client.watch(accepted.task_id, timeout_s=120))

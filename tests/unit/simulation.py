@@ -27,20 +27,23 @@ from protocol.messages.task import Plan, Step, Submit, TaskIR
 from services.kit import session as s
 from services.kit.registry import Registry, load_registry
 from services.scheduler import facts as f
-from services.scheduler.engine import Record
-from services.scheduler.machine import (
+from services.scheduler.effects import Record
+from services.scheduler.events import (
     Event,
+    EventsRead,
     FrameIn,
-    Hub,
     LookedUp,
     LookUp,
     Noted,
+    ReadEvents,
     ReloadUnsettled,
     Restored,
     Send,
     Tick,
     Undeliverable,
 )
+from services.scheduler.machine import Hub
+from services.scheduler.past import Past
 from services.scheduler.tasks import TaskRecord, fold
 from services.scheduler.views import view
 
@@ -163,6 +166,8 @@ class World:
         self.client_inbox: list[tuple[Header, Message]] = []
         self.hub: Hub | None = None
         self.notes: list[str] = []
+        self.page = 256
+        self.find: Callable[[str], TaskRecord | Past | None] = lambda task_id: self.recorded_tasks().get(task_id)
         self.boot_hub()
         self.tick()
 
@@ -208,6 +213,9 @@ class World:
     def kill_hub(self) -> None:
         self.hub = None
 
+    def facts(self, task_id: str) -> list[f.Fact]:
+        return [f.unpack_fact(kind, data) for task, _, kind, data in self.journal if task == task_id]
+
     def recorded_tasks(self) -> dict[str, TaskRecord]:
         history: dict[str, list[f.Fact]] = {}
         for task, _, kind, data in self.journal:
@@ -222,6 +230,7 @@ class World:
         if self.hub is None:
             return
         hub = self.hub
+        reads: list[ReadEvents] = []
         for command in hub.handle(event):
             match command:
                 case Record(fact, seq):
@@ -229,7 +238,9 @@ class World:
                 case Send(identity, header, body):
                     self.deliver(identity, header, body)
                 case LookUp(task_id, identity, header, body):
-                    self.feed(LookedUp(identity, header, body, self.recorded_tasks().get(task_id), self.now))
+                    self.feed(LookedUp(identity, header, body, self.find(task_id), self.now))
+                case ReadEvents():
+                    reads.append(command)
                 case ReloadUnsettled():
                     for task in self.recorded_tasks().values():
                         if task.state.final and not task.settled:
@@ -237,6 +248,10 @@ class World:
                 case Noted(event=told, fields=fields):
                     self.notes.append(f"{self.now} {told.name} {fields}")
         hub.broker.check_invariants()
+        for read in reads:
+            facts = self.facts(read.query.task_id)[read.query.after_seq :][: self.page]
+            numbered = list(enumerate(facts, read.query.after_seq + 1))
+            self.feed(EventsRead(read.identity, read.header, read.query, numbered))
 
     def deliver(self, identity: bytes, header: bytes, body: bytes) -> None:
         if identity == b"client":

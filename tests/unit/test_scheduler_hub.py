@@ -14,7 +14,7 @@ from protocol.messages.infer import InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest, RecordOutcomes
 from protocol.messages.plan import PlanFinal, RoutingDecision
 from protocol.messages.reply import ErrorReply, Refused
-from protocol.messages.result import StepState, TaskQuery, TaskState
+from protocol.messages.result import CancelQuery, StepState, TaskState
 from protocol.messages.task import Submit
 from services.scheduler import machine
 from tests.unit.simulation import Answer, World, final_of, plan_as_given, say, stack, task_of
@@ -214,12 +214,12 @@ def test_cancel_stops_running_work_and_keeps_what_was_finished() -> None:
     world = stack(say("fine", took_ms=1_000))
     task = world.submit(task_of(chain(3)))
     world.run_for(1_500)
-    header, _ = world.client("task.cancel", TaskQuery(task_id=task, reason="changed my mind"))
+    header, _ = world.client("task.cancel", CancelQuery(task_id=task, reason="changed my mind"))
     assert header.kind == "task.cancelled"
     result = world.finish(task)
     assert result.state is TaskState.CANCELLED
     assert [step.state for step in result.steps] == [StepState.DONE, StepState.CANCELLED, StepState.CANCELLED]
-    again, _ = world.client("task.cancel", TaskQuery(task_id=task))
+    again, _ = world.client("task.cancel", CancelQuery(task_id=task))
     assert again.kind == "task.cancelled"
 
 
@@ -377,7 +377,7 @@ def test_every_task_ends_once_and_no_step_starts_before_its_inputs(
     assert len(ends) == 1
     done: set[str] = set()
     needs = {step.id: set(step.needs) for step in result.steps}
-    for fact in world.recorded_tasks()[task].events:
+    for fact in world.facts(task):
         name = type(fact).__name__
         if name == "StepDone":
             assert fact.step not in done, "a step's effect is applied once"
@@ -413,7 +413,7 @@ def test_an_objective_that_memory_cannot_embed_loses_its_episode_but_not_its_out
     world.peers["planner"].answer = planner
     task = world.submit(task_of([{"id": "S1"}], objective="???"))
     world.run(lambda: any(kind == "OutcomesSettled" for _, _, kind, _ in world.journal))
-    settled = world.recorded_tasks()[task].events[-1]
+    settled = world.facts(task)[-1]
     assert asked == [True, False]
     assert getattr(settled, "stored", None) == 1
 

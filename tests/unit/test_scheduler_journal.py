@@ -9,8 +9,9 @@ import pytest
 
 from protocol.messages.result import TaskState
 from services.scheduler import facts as f
-from services.scheduler.engine import Record
-from services.scheduler.journal import Journal, JournalVersionError
+from services.scheduler.effects import Record
+from services.scheduler.journal import Journal
+from services.scheduler.journal_file import JournalVersionError
 from services.scheduler.tasks import JournalError, fold
 from tests.unit.simulation import stack, task_of
 
@@ -30,11 +31,13 @@ def test_a_task_is_the_fold_of_its_facts_after_reopening(tmp_path: Path) -> None
         journal.append([record])
     before = journal.load(records[0].fact.task)
     journal.close()
-    after = Journal(tmp_path / "j.sqlite").load(records[0].fact.task)
-    assert before is not None
+    reopened = Journal(tmp_path / "j.sqlite")
+    after = reopened.load(records[0].fact.task)
+    assert before == after
     assert after is not None
-    assert before.events == after.events == [record.fact for record in records]
     assert after.state is TaskState.SUCCEEDED
+    assert [fact for _, fact in reopened.events(after.id, 0, 1_000)] == [record.fact for record in records]
+    assert [seq for seq, _ in reopened.events(after.id, 3, 2)] == [4, 5]
 
 
 def test_unfinished_tasks_are_found_again_and_finished_ones_are_not(tmp_path: Path) -> None:
@@ -42,11 +45,11 @@ def test_unfinished_tasks_are_found_again_and_finished_ones_are_not(tmp_path: Pa
     journal = Journal(tmp_path / "j.sqlite")
     cut = next(i for i, record in enumerate(records) if isinstance(record.fact, f.StepDone)) + 1
     journal.append(records[:cut])
-    assert [task.id for task in journal.open_tasks(10, final=False)] == [records[0].fact.task]
+    assert journal.open_tasks(10, final=False) == [records[0].fact.task]
     [line] = journal.newest(10, [])
     assert (line.state, line.steps_done, line.steps_total) == (TaskState.RUNNING, 1, 2)
     journal.append(records[cut:])
-    assert list(journal.open_tasks(10, final=False)) == []
+    assert journal.open_tasks(10, final=False) == []
     assert journal.counts() == {"succeeded": 1}
     assert journal.newest(10, [TaskState.FAILED]) == []
 

@@ -2,6 +2,9 @@
 
 A stack with the noop engine answers at once, so that all the time is ours. The baseline is the same number of
 messages of the same kind over ROUTER and DEALER between two processes, with nothing around them.
+
+The growth is that of a step's cost with what the hub has behind it. Fan-outs on a stack with a long history take turns
+with fan-outs on a fresh one, so that a machine that gets slower or faster meanwhile does not look like growth.
 """
 
 from __future__ import annotations
@@ -22,12 +25,16 @@ from protocol.zmq_transport import ZmqDealer, ZmqRouter
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.commands import Commands, Context
 from services.ctl.outcomes import ExitCode
+from services.kit.children import resident_bytes
 
 FANOUT_STEPS: Final = 1_000
 CHAIN_STEPS: Final = 200
+HISTORY_STEPS: Final = 100_000
+_COMPARED: Final = 5
+"""Fan-outs of each kind behind the growth; it is the ratio of their medians."""
 _WINDOW: Final = 64
 """Messages under way at once in the raw fan-out: as many as the noop tier has slots."""
-_NOOP: Final = {
+NOOP_MODELS: Final = {
     "front": {"tier": "A", "engine": "noop", "slots": 2, "context_tokens": 4096},
     "specialist": {"tier": "B", "engine": "noop", "slots": 2, "context_tokens": 4096},
     "worker": {"tier": "C", "engine": "noop", "slots": _WINDOW, "context_tokens": 4096},
@@ -42,10 +49,19 @@ def add(commands: Commands) -> None:
     """Add `bench overhead`."""
     parser = commands.add("overhead", _run, "measure what a step costs beyond its inference, with a noop tier")
     parser.add_argument("--runs", type=int, default=5, help="runs; every figure is the median (default 5)")
+    parser.add_argument(
+        "--history",
+        type=int,
+        default=HISTORY_STEPS,
+        metavar="STEPS",
+        help=f"steps behind the hub when growth and memory are measured (default {HISTORY_STEPS})",
+    )
 
 
 def _run(arguments: Namespace, context: Context) -> ExitCode:
-    figures = measure(max(1, arguments.runs))
+    history = max(FANOUT_STEPS, arguments.history)
+    context.screen.note(f"tierline: first the overhead, then a history of {history} steps; 100,000 take some minutes")
+    figures = measure(max(1, arguments.runs)) | growth(history)
     if context.screen.json:
         context.screen.document(figures)
     else:
@@ -53,15 +69,38 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     return ExitCode.OK
 
 
+def growth(history: int) -> dict[str, Any]:
+    """What a step costs after so many steps over what it costs a fresh hub, and the hub's resident memory then."""
+    with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=NOOP_MODELS) as old:
+        for _ in range(history // FANOUT_STEPS - _COMPARED):
+            _finished(old, _fanout(FANOUT_STEPS))
+        with tempfile.TemporaryDirectory(prefix="tl-") as other, BareStack(Path(other), models=NOOP_MODELS) as fresh:
+            _finished(fresh, _fanout(50))
+            first: list[float] = []
+            last: list[float] = []
+            for _ in range(_COMPARED):
+                last.append(_task(old, "at", _fanout(FANOUT_STEPS))["at_us_per_step"])
+                first.append(_task(fresh, "at", _fanout(FANOUT_STEPS))["at_us_per_step"])
+        resident = resident_bytes(old.client.status().hub_pid)
+    return {
+        "history_growth": round(statistics.median(last) / statistics.median(first), 3),
+        "history_first_us_per_step": round(statistics.median(first), 1),
+        "history_last_us_per_step": round(statistics.median(last), 1),
+        "history_steps": max(history // FANOUT_STEPS, _COMPARED) * FANOUT_STEPS,
+        "rss_mb": round(resident / 1024**2, 1),
+    }
+
+
 def measure(runs: int) -> dict[str, Any]:
     """All figures as medians over `runs`; times in microseconds."""
     rows: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=_NOOP) as stack:
+    with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=NOOP_MODELS) as stack:
         _finished(stack, _fanout(50))  # first use of everything
         for _ in range(runs):
             rows.append(_raw(Path(folder)) | _task(stack, "fanout", _fanout(FANOUT_STEPS)))
             rows[-1] |= _task(stack, "chain", _chain(CHAIN_STEPS))
-    medians = {name: round(statistics.median(row[name] for row in rows), 1) for name in rows[0]}
+    digits = {name: 3 if name.endswith("_commits_per_step") else 1 for name in rows[0]}
+    medians = {name: round(statistics.median(row[name] for row in rows), digits[name]) for name in rows[0]}
     return {
         **medians,
         "fanout_ratio": round(medians["fanout_us_per_step"] / medians["raw_zmq_fanout_us"], 2),
@@ -73,16 +112,19 @@ def measure(runs: int) -> dict[str, Any]:
 
 
 def _task(stack: BareStack, name: str, task: dict[str, Any]) -> dict[str, float]:
-    """One task: per step from the adoption of the plan to the end, and all that the client waited."""
+    """One task: per step from the adoption of the plan to the end, all that the client waited, and commits."""
+    commits = stack.client.status().counters["commits"]
     began = time.perf_counter()
     view = _finished(stack, task)
     waited = time.perf_counter() - began
+    commits = stack.client.status().counters["commits"] - commits
     steps = len(view.steps)
     planning = next((s.end_ms - s.start_ms for s in _path(view) if s.what == "planning"), 0)
     running_ms = (view.ended_ms or 0) - view.created_ms - planning
     return {
         f"{name}_us_per_step": running_ms * 1000 / steps,
         f"{name}_client_us_per_step": waited * 1e6 / steps,
+        f"{name}_commits_per_step": commits / steps,
     }
 
 

@@ -61,6 +61,8 @@ class ModelEntry(Entry):
     """Cores the process decodes with."""
     port: int = Field(default=0, ge=0, le=65_535)
     """TCP port of the llama.cpp server on 127.0.0.1; 0 = a free one is chosen at launch."""
+    exclusive: Name | None = None
+    """Group of models of which one computes at a time, such as `heavy`; absent = beside any other."""
     load_deadline_s: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds the model may take to load before the launch counts as failed."""
 

@@ -1,0 +1,143 @@
+"""What goes into the hub's machine and what comes out of it. Values only; `machine.py` says what follows from what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from protocol.header import Header
+from protocol.messages.result import ListQuery, Watch
+from services.kit.logs import LogEvent
+from services.scheduler import facts as f
+from services.scheduler.effects import Record
+from services.scheduler.past import Past
+from services.scheduler.tasks import TaskRecord
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class FrameIn:
+    """A message arrived on the socket."""
+
+    identity: bytes
+    frames: list[bytes]
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Undeliverable:
+    """Sending to this peer failed: it is gone."""
+
+    identity: bytes
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A task from the journal, to be taken up where it stood."""
+
+    task: TaskRecord
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """What the journal knows about the task that a message is about."""
+
+    identity: bytes
+    header: Header
+    body: bytes
+    task: TaskRecord | Past | None
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventsRead:
+    """The next facts for a watcher that came late, with their numbers; none = the journal has no more."""
+
+    identity: bytes
+    header: Header
+    query: Watch
+    facts: list[tuple[int, f.Fact]]
+
+
+Event = FrameIn | Undeliverable | Tick | Restored | LookedUp | EventsRead
+
+
+# Commands
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this message; one that `promises` something goes out only when all facts before it are written.
+
+    Work for a peer promises nothing: keys follow from the inputs alone, so a hub that dies before it has written what
+    led to a call comes to the same call again, and its worker attaches it or answers from what it has finished.
+    """
+
+    identity: bytes
+    header: bytes
+    body: bytes
+    promises: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """Read this task from the journal and come back with LookedUp."""
+
+    task_id: str
+    identity: bytes
+    header: Header
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReadEvents:
+    """Read facts after `query.after_seq`, as many as suit, once all facts so far are written; answer EventsRead."""
+
+    identity: bytes
+    header: Header
+    query: Watch
+
+
+@dataclass(frozen=True, slots=True)
+class ReadListing:
+    """Answer a `task.list` from the journal's index."""
+
+    identity: bytes
+    header: Header
+    query: ListQuery
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStatus:
+    """Answer a `session.status`: the report needs the journal's counts."""
+
+    identity: bytes
+    header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadUnsettled:
+    """Bring back ended tasks whose outcomes memory does not have, as Restored."""
+
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A line for the log."""
+
+    event: LogEvent
+    fields: dict[str, Any]
+
+
+Command = Send | Record | LookUp | ReadEvents | ReadListing | ReadStatus | ReloadUnsettled | Noted

@@ -1,0 +1,142 @@
+"""Tokens of the machine: cores and exclusive groups, shared by inference, gates and whatever else computes.
+
+A call takes everything it needs at once or nothing, so nobody ever holds one token while waiting for another and no
+deadlock is possible. A model's process computes with its threads however many of its slots are busy: all its running
+calls share one holding, which is given back with the last of them.
+
+Progress: a call that has waited `PATIENCE_MS` for tokens closes the door behind it. Until it has them nobody else may
+start, running work drains, and since every call has a deadline the tokens come free. Slots are the broker's credit;
+memory of models is their processes'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from services.kit.registry import Registry
+
+PATIENCE_MS: Final = 1_000
+_INFER: Final = "infer."
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a call takes while it runs."""
+
+    cores: int = 0
+    shared_by: str | None = None
+    """Calls with the same name here share one holding; None = the call holds for itself."""
+    group: str | None = None
+    """Exclusive group: one holding at a time."""
+
+
+NOTHING: Final = Needs()
+
+
+def inference_needs(registry: Registry, target: str) -> Needs:
+    """Needs of a call for `infer.<model>`: the threads of that model's process; nothing for other targets."""
+    model = registry.models.get(target.removeprefix(_INFER)) if target.startswith(_INFER) else None
+    if model is None:
+        return NOTHING
+    return Needs(cores=min(model.threads, registry.hardware.cores), shared_by=target, group=model.exclusive)
+
+
+def gate_needs(registry: Registry, gates: list[str]) -> Needs:
+    """Needs of a gate run: the cores of its widest gate, within what the machine has."""
+    widest = max((registry.gates[name].cores for name in gates if name in registry.gates), default=0)
+    return Needs(cores=min(widest, registry.hardware.cores))
+
+
+@dataclass(slots=True)
+class _Holding:
+    cores: int
+    group: str | None
+    keys: set[str]
+
+
+@dataclass(slots=True)
+class Tokens:
+    """What is free and who holds the rest."""
+
+    cores: int
+    """Cores there are."""
+    _holdings: dict[str, _Holding] = field(default_factory=dict)
+    _holder_of: dict[str, str] = field(default_factory=dict)
+    _overdrawn: set[str] = field(default_factory=set)
+    """Holders that came back with running work which did not fit any more."""
+    _blocked: dict[str, int] = field(default_factory=dict)
+    """Target -> since when (unix ms) its first call waits for tokens, oldest first."""
+
+    @property
+    def free_cores(self) -> int:
+        """Cores nobody holds."""
+        return self.cores - sum(holding.cores for holding in self._holdings.values())
+
+    def take(self, key: str, target: str, needs: Needs, at_ms: int) -> bool:
+        """Take all that `needs` says for this call, or nothing; False = it has to wait."""
+        if needs is not NOTHING and self._door_is_closed(target, at_ms):
+            return False
+        if not self._fits(key, needs):
+            self._blocked.setdefault(target, at_ms)
+            return False
+        self._blocked.pop(target, None)
+        if needs is not NOTHING:
+            self._hold(key, needs)
+        return True
+
+    def book(self, key: str, needs: Needs) -> None:
+        """A call that runs already came back with its worker: book what it holds, even where that overdraws."""
+        if needs is NOTHING:
+            return
+        overdraws = not self._fits(key, needs)
+        self._hold(key, needs)
+        if overdraws:
+            self._overdrawn.add(self._holder_of[key])
+
+    def give_back(self, key: str) -> bool:
+        """The call is over; True if tokens came free, so that others should be tried."""
+        holder = self._holder_of.pop(key, None)
+        if holder is None:
+            return False
+        holding = self._holdings[holder]
+        holding.keys.discard(key)
+        if holding.keys:
+            return False
+        del self._holdings[holder]
+        self._overdrawn.discard(holder)
+        return True
+
+    def unblock(self, target: str) -> None:
+        """Nobody waits for this target any more."""
+        self._blocked.pop(target, None)
+
+    def blocked(self) -> list[str]:
+        """Targets whose first call waits for tokens, the longest waiting first."""
+        return list(self._blocked)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if tokens were made or lost."""
+        if self.free_cores < 0 and not self._overdrawn:
+            raise AssertionError(f"{-self.free_cores} cores are held twice")
+        groups = [holding.group for holding in self._holdings.values() if holding.group is not None]
+        if len(groups) != len(set(groups)) and not self._overdrawn:
+            raise AssertionError("an exclusive group is held twice")
+        if any(not holding.keys for holding in self._holdings.values()):
+            raise AssertionError("a holding without a call")
+
+    def _hold(self, key: str, needs: Needs) -> None:
+        holder = needs.shared_by or key
+        self._holdings.setdefault(holder, _Holding(needs.cores, needs.group, set())).keys.add(key)
+        self._holder_of[key] = holder
+
+    def _fits(self, key: str, needs: Needs) -> bool:
+        if needs is NOTHING or (needs.shared_by or key) in self._holdings:
+            return True
+        taken = {holding.group for holding in self._holdings.values()}
+        return needs.cores <= self.free_cores and (needs.group is None or needs.group not in taken)
+
+    def _door_is_closed(self, target: str, at_ms: int) -> bool:
+        """True while another target has been waiting for too long: then only that one may start."""
+        first = next(iter(self._blocked), None)
+        return first is not None and first != target and at_ms - self._blocked[first] >= PATIENCE_MS

@@ -1,0 +1,63 @@
+"""Nothing in the hub grows with what it has done: only with what it is doing."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.scheduler import broker as b
+from services.scheduler import engine as e
+from services.scheduler.resources import Tokens
+from tests.unit.simulation import say, stack, task_of
+
+ONE_STEP: list[dict[str, object]] = [{"id": "S1"}]
+
+
+def test_deadlines_of_ended_calls_do_not_pile_up() -> None:
+    broker = b.Broker(Tokens(cores=4))
+    for index in range(20_000):
+        broker.ask(b.Call(f"k{index}", "infer.request", "infer.worker", queued_ms=0, outer_ms=600_000 + index))
+        if index >= 10:
+            broker.cancel(f"k{index - 10}")
+    assert len(broker.calls) == 10
+    assert len(broker._deadlines) < 2_000
+    assert {key for _, key in broker._deadlines} >= set(broker.calls), "no deadline that still matters is lost"
+    assert [command for command in broker.on_tick(700_000) if isinstance(command, b.Ended)]
+
+
+def test_ended_tasks_in_memory_are_bounded_by_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(e, "_KEPT_ENDED_STEPS", 25)
+    world = stack(say("fine", took_ms=1), slots=64)
+    assert world.hub is not None
+    steps: list[dict[str, object]] = [{"id": f"S{index}"} for index in range(10)]
+    for _ in range(5):
+        world.finish(world.submit(task_of(steps)))
+    world.run_for(200)
+    kept = world.hub.engine.ended
+    assert len(kept) == 2
+    assert world.hub.engine._ended_steps == sum(len(task.steps) for task in kept.values())
+
+
+def test_watchers_hear_the_end_of_every_task_even_when_many_end_at_once() -> None:
+    world = stack(say("too late", took_ms=60_000))
+    tasks = [world.submit(task_of(ONE_STEP, deadline_s=2, objective=f"task {index}")) for index in range(300)]
+    for task in tasks:
+        world.watch(task)
+    world.run_for(4_000)
+    told = {getattr(body, "task_id", "") for header, body in world.client_inbox if header.kind == "task.result"}
+    assert told == set(tasks)
+
+
+def test_a_watcher_that_leaves_while_it_is_told_the_past_is_forgotten() -> None:
+    world = stack(say("fine", took_ms=5_000))
+    task = world.submit(task_of(ONE_STEP))
+    world.run_for(500)
+    world.page = 2
+    world.watch(task)
+    assert world.hub is not None
+    assert world.hub._late == set()
+    events = [body for header, body in world.client_inbox if header.kind == "task.event"]
+    assert [getattr(event, "seq", 0) for event in events] == list(range(1, len(events) + 1))
+    world.run_for(6_000)
+    after = [getattr(body, "seq", 0) for header, body in world.client_inbox if header.kind == "task.event"]
+    assert after == list(range(1, len(after) + 1))
+    assert world.client_inbox[-1][0].kind == "task.result"

@@ -1,0 +1,105 @@
+"""Tokens: nothing is held twice, nothing is lost, and whoever waits gets its turn."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.codec import unpack_body
+from protocol.header import Header
+from protocol.messages.infer import InferRequest
+from protocol.messages.result import TaskState
+from services.scheduler.resources import NOTHING, PATIENCE_MS, Needs, Tokens
+from tests.unit.simulation import Answer, final_of, stack, task_of
+
+KINDS = {
+    "infer.a": Needs(cores=1, shared_by="infer.a"),
+    "infer.b": Needs(cores=2, shared_by="infer.b", group="heavy"),
+    "infer.c": Needs(cores=1, shared_by="infer.c", group="heavy"),
+    "gate": Needs(cores=2),
+    "memory": NOTHING,
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(sorted(KINDS)), st.integers(1, 400)), min_size=1, max_size=60))
+def test_every_call_runs_whatever_the_others_do(arrivals: list[tuple[str, int]]) -> None:
+    """A new call every 10 ms, each for a while; who waits tries again whenever anything ends, in order of arrival."""
+    tokens = Tokens(cores=2)
+    waiting: list[tuple[str, str, int]] = []
+    running: dict[str, int] = {}
+    done = 0
+    now = 0
+    pending = [(10 * index, f"k{index}", kind, took) for index, (kind, took) in enumerate(arrivals)]
+    while pending or waiting or running:
+        now += 10
+        for key in [key for key, ends in running.items() if ends <= now]:
+            del running[key]
+            tokens.give_back(key)
+            done += 1
+        while pending and pending[0][0] <= now:
+            _, key, kind, took = pending.pop(0)
+            waiting.append((key, kind, took))
+        heads: set[str] = set()
+        for key, kind, took in list(waiting):
+            if kind in heads:
+                continue  # only the first call of a target tries
+            if tokens.take(key, kind, KINDS[kind], now):
+                waiting.remove((key, kind, took))
+                running[key] = now + took
+            else:
+                heads.add(kind)
+        tokens.check_invariants()
+        assert now < 10 * len(arrivals) + 1_000 * len(arrivals) + 10_000, "somebody starves"
+    assert done == len(arrivals)
+    assert tokens.free_cores == 2
+
+
+def test_calls_of_one_model_share_one_holding() -> None:
+    tokens = Tokens(cores=2)
+    assert all(tokens.take(f"k{i}", "infer.a", KINDS["infer.a"], 0) for i in range(4))
+    assert tokens.free_cores == 1
+    assert [tokens.give_back(f"k{i}") for i in range(4)] == [False, False, False, True]
+    assert tokens.free_cores == 2
+
+
+def test_who_has_waited_long_enough_closes_the_door() -> None:
+    tokens = Tokens(cores=2)
+    assert tokens.take("a0", "infer.a", KINDS["infer.a"], 0)
+    assert not tokens.take("g0", "gate", KINDS["gate"], 0)
+    assert tokens.take("a1", "infer.a", KINDS["infer.a"], PATIENCE_MS - 1)
+    assert not tokens.take("a2", "infer.a", KINDS["infer.a"], PATIENCE_MS)
+    tokens.give_back("a0")
+    assert tokens.give_back("a1")
+    assert tokens.take("g0", "gate", KINDS["gate"], PATIENCE_MS + 10)
+    assert not tokens.take("a2", "infer.a", KINDS["infer.a"], PATIENCE_MS + 20)
+
+
+def test_models_that_keep_the_cores_busy_do_not_starve_a_third() -> None:
+    running: dict[str, int] = {"front": 0, "worker": 0, "specialist": 0}
+    together: list[set[str]] = []
+    world = stack()
+
+    def answer_of(model: str) -> object:
+        def answer(header: Header, body: bytes) -> Answer:
+            unpack_body(InferRequest, body)
+            running[model] += 1
+            together.append({name for name, count in running.items() if count})
+            world.later(300, lambda: running.update({model: running[model] - 1}))
+            return 300, final_of("fine")
+
+        return answer
+
+    for model in running:
+        world.peers[f"inference-{model}"].answer = answer_of(model)  # type: ignore[assignment]
+    assert world.hub is not None
+    world.hub.broker.tokens.cores = 2
+    steps: list[dict[str, object]] = [{"id": f"W{i}", "actor": "worker"} for i in range(40)]
+    steps += [{"id": f"F{i}", "actor": "frontdoor"} for i in range(40)]
+    busy = world.submit(task_of(steps))
+    world.run_for(200)
+    third = world.submit(task_of([{"id": "S", "actor": "coder"}]))
+    result = world.finish(third, limit_ms=4_000)
+    assert result.state is TaskState.SUCCEEDED
+    assert max(len(names) for names in together) == 2, "three models of one thread each share two cores in turn"
+    assert world.finish(busy).state is TaskState.SUCCEEDED
