@@ -72,8 +72,9 @@ from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
 from services.scheduler.waiting import reasons
 
-MAX_ACTIVE_TASKS: Final = 1_000
-"""Tasks that are not final; beyond it a submit is refused with the time after which one should have ended."""
+MAX_ACTIVE_TASKS: Final = 2_000
+"""Tasks that are not final. A submit is refused, with the time after which one should have ended, as soon as its client
+has as many as there are places left: one alone gets half of them, two a third each, and a newcomer finds a place."""
 MAX_WATCHES: Final = 2_000
 MAX_SESSIONS: Final = 1_000
 """Of clients, and as many of workers, so that neither can shut the others out."""
@@ -373,9 +374,12 @@ class Hub:
         return ir
 
     def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
-        active = sum(1 for task in self.engine.live.values() if not task.state.final)
-        if active >= MAX_ACTIVE_TASKS:
-            refused = Refused(reason=f"{active} tasks are active", retry_after_ms=self._drain.retry_after_ms(at_ms))
+        active = [task.client for task in self.engine.live.values() if not task.state.final]
+        # Nobody may have more than are left for the others, so that a greedy client never takes the last place.
+        own, free = active.count(client), MAX_ACTIVE_TASKS - len(active)
+        if own >= free:
+            reason = f"{len(active)} tasks are active, {own} of them yours"
+            refused = Refused(reason=reason, retry_after_ms=self._drain.retry_after_ms(at_ms))
             self._note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
             self._out.append(self.reply(identity, header, "refused", refused))
             return

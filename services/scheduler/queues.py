@@ -69,7 +69,7 @@ class _Class:
 
 @dataclass(slots=True)
 class ReadyQueue:
-    """Calls that wait for one capability. Where a call has ended meanwhile its entry is stale: see `drop`, `discard`."""
+    """Calls that wait for one capability. The entry of a call that has ended meanwhile is stale."""
 
     _interactive: _Class = field(default_factory=_Class)
     _batch: _Class = field(default_factory=_Class)
