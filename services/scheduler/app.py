@@ -12,7 +12,6 @@ import gc
 import os
 import signal
 import sqlite3
-from collections import deque
 from typing import Any, Final
 
 from protocol.errors import SendLater, StrandPeer
@@ -55,7 +54,7 @@ from services.scheduler.facts import (
 )
 from services.scheduler.housekeeping import Housekeeping, Intervals
 from services.scheduler.journal import Journal
-from services.scheduler.machine import MAX_ACTIVE_TASKS, Hub
+from services.scheduler.machine import MAX_ACTIVE_TASKS, MAX_WATCHES, Hub
 
 HUB_STARTED = LogEvent("hub.started", "pid epoch restored unsettled damaged restore_ms registry")
 HUB_STOPPED = LogEvent("hub.stopped", "reason")
@@ -99,7 +98,8 @@ class HubApp:
         self._housekeeping = Housekeeping(path, intervals or Intervals(), now)
         self._records: list[Record] = []
         self._sends: list[Send] = []
-        self._reads: deque[ReadEvents] = deque()
+        self._reads: dict[tuple[bytes, str], ReadEvents] = {}
+        """One page to read for each watcher that came late, the longest waiting first."""
         self._next_tick = now
         self._next_page = 0
         self._stop: str | None = None
@@ -157,7 +157,7 @@ class HubApp:
         self._flush()
         if self._reads and now >= self._next_page:
             self._next_page = now + _PAGES_EVERY_MS
-            self._read_page(self._reads.popleft())
+            self._read_page(self._reads.pop(next(iter(self._reads))))
             self._flush()
         for task_id in self._journal.take_long_tasks():
             task = self._hub.engine.live.get(task_id)
@@ -232,7 +232,11 @@ class HubApp:
                 found = self._journal.find(task_id)
                 self._feed(LookedUp(identity, header, body, found, self._clock.now_ms()))
             case ReadEvents():
-                self._reads.append(command)
+                self._reads[command.identity, command.header.id] = command
+                if len(self._reads) > MAX_WATCHES:  # with watchers among them that left meanwhile
+                    self._reads = {
+                        who: read for who, read in self._reads.items() if self._hub.still_reads(who[0], read.header)
+                    }
             case ReadListing(identity, header, query):
                 self._write()
                 listing = Listing(tasks=self._journal.newest(query.limit, query.states))

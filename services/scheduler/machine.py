@@ -43,6 +43,7 @@ from services.kit.registry import Registry
 from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
+from services.scheduler.admission import DrainRate
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Ask, Drop, Record
 from services.scheduler.events import (
@@ -71,9 +72,12 @@ from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
 from services.scheduler.waiting import reasons
 
-MAX_ACTIVE_TASKS: Final = 1_000
-"""Tasks that are not final; beyond it a submit is refused with the time after which one should have ended."""
+MAX_ACTIVE_TASKS: Final = 2_000
+"""Tasks that are not final. A submit is refused, with the time after which one should have ended, as soon as its client
+has as many as there are places left: one alone gets half of them, two a third each, and a newcomer finds a place."""
 MAX_WATCHES: Final = 2_000
+MAX_SESSIONS: Final = 1_000
+"""Of clients, and as many of workers, so that neither can shut the others out."""
 _DEFAULT_DEADLINE_MS: Final = 600_000
 _TICKS_BETWEEN_CLEANUPS_MS: Final = 5_000
 
@@ -103,8 +107,8 @@ class Hub:
     _late: set[tuple[bytes, str]] = field(default_factory=set)
     """Watchers that are still being told what was before they came."""
     _sent: int = 0
-    _ends_ms: deque[int] = field(default_factory=lambda: deque(maxlen=32))
-    """When the newest tasks ended: the measured drain rate behind `retry_after_ms`."""
+    _drain: DrainRate = field(default_factory=DrainRate)
+    """How fast tasks end: behind `retry_after_ms`."""
     _cleaned_ms: int = 0
 
     def __post_init__(self) -> None:
@@ -133,6 +137,10 @@ class Hub:
                     self._settle([], at_ms)
         commands, self._out = self._out, []
         return commands
+
+    def still_reads(self, identity: bytes, header: Header) -> bool:
+        """Whether this watcher, who came late, still wants to be told what was before."""
+        return (identity, header.id) in self._late
 
     def status(self, task_counts: dict[str, int], at_ms: int) -> StatusReport:
         """The report of `session.status`."""
@@ -222,6 +230,12 @@ class Hub:
             reject = Reject(code="version", message=f"this hub speaks {PROTOCOL_VERSION}, you offer {offered}")
             self._out.append(self.reply(identity, header, "session.reject", reject))
             return
+        if identity not in self.broker.peers:
+            alike = sum(1 for one in self.broker.peers.values() if one.is_worker is bool(hello.capabilities))
+            if alike >= MAX_SESSIONS:
+                reject = Reject(code="full", message=f"{MAX_SESSIONS} sessions of this kind are open; try again later")
+                self._out.append(self.reply(identity, header, "session.reject", reject))
+                return
         epoch = header.epoch or identity.hex()
         known = self.broker.peers.get(identity)
         if known is not None and known.epoch == epoch and header.seq is not None and known.is_repeat(header.seq):
@@ -252,10 +266,6 @@ class Hub:
     def _on_call_request(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         if header.key is None or header.dst is None:
             raise BadFrame("call.incomplete", f"{header.kind} needs the header fields key and dst")
-        if self.broker.is_full(header.dst):
-            refused = Refused(reason=f"{header.dst} has {b.MAX_QUEUED} calls waiting", retry_after_ms=1_000)
-            self._out.append(self.reply(peer.identity, header, "refused", refused))
-            return
         call = b.Call(
             key=header.key,
             kind=header.kind,
@@ -277,6 +287,11 @@ class Hub:
         known = self.broker.calls.get(call.key)
         if known is not None and known.requester is None:
             raise BadFrame("call.key", "this key belongs to a call of the hub itself")
+        objection = self.broker.objection(call)
+        if objection is not None:
+            refused = Refused(reason=objection, retry_after_ms=self.broker.admission.retry_after_ms(call.target, at_ms))
+            self._out.append(self.reply(peer.identity, header, "refused", refused))
+            return
         self.broker.ask(call)
         self._settle([], at_ms)
 
@@ -363,9 +378,12 @@ class Hub:
         return ir
 
     def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
-        active = sum(1 for task in self.engine.live.values() if not task.state.final)
-        if active >= MAX_ACTIVE_TASKS:
-            refused = Refused(reason=f"{active} tasks are active", retry_after_ms=self._retry_after_ms())
+        active = [task.client for task in self.engine.live.values() if not task.state.final]
+        # Nobody may have more than are left for the others, so that a greedy client never takes the last place.
+        own, free = active.count(client), MAX_ACTIVE_TASKS - len(active)
+        if own >= free:
+            reason = f"{len(active)} tasks are active, {own} of them yours"
+            refused = Refused(reason=reason, retry_after_ms=self._drain.retry_after_ms(at_ms))
             self._note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
             self._out.append(self.reply(identity, header, "refused", refused))
             return
@@ -373,13 +391,6 @@ class Hub:
         self.engine.submit(task_id, accepted, client, at_ms)
         self._settle([], at_ms)
         self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id)))
-
-    def _retry_after_ms(self) -> int:
-        """Mean time between the newest ends of tasks: when a place should be free."""
-        if len(self._ends_ms) < 2:
-            return 1_000
-        mean = (self._ends_ms[-1] - self._ends_ms[0]) // (len(self._ends_ms) - 1)
-        return max(100, min(30_000, mean))
 
     def _on_looked_up(
         self, identity: bytes, header: Header, body: bytes, task: TaskRecord | Past | None, at_ms: int
@@ -575,7 +586,7 @@ class Hub:
                 self._out.append(self.reply(identity, request, "task.event", told))
         if not isinstance(fact, f.TaskEnded):
             return
-        self._ends_ms.append(fact.at_ms)
+        self._drain.ended(fact.at_ms)
         self.engine.watched.discard(fact.task)
         waiting = self._watches.pop(fact.task, {}) | self._waits.pop(fact.task, {})
         task = self.engine.find(fact.task)

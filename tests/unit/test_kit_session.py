@@ -29,6 +29,7 @@ from services.kit.session import (
     PartialMade,
     PeerSession,
     Received,
+    Reconnected,
     Reopen,
     ReportState,
     StartWork,
@@ -221,6 +222,21 @@ def test_a_silent_hub_is_left_after_three_pings_and_an_unanswered_hello_after_th
     peer.open("e3")
     peer.join()
     assert peer.session.failures == 0
+
+
+def test_a_connection_that_came_back_is_a_new_session_whether_or_not_the_old_one_had_been_joined() -> None:
+    peer = Peer()
+    peer.open()
+    assert peer.feed(Reconnected()) == [Reopen(failures=0)], "the HELLO may be lost"
+    peer.open("e2")
+    peer.get("session.welcome", WELCOME)
+    peer.feed(StateChanged(PeerState.READY))
+    peer.request("k1")
+    assert peer.feed(Reconnected()) == [Reopen(failures=0)]
+    assert not peer.session.joined
+    hello = peer.open("e3")[0]
+    assert isinstance(hello, Transmit)
+    assert unpack_body(Hello, hello.body).in_flight == ["k1"]
 
 
 def test_a_ping_is_answered_with_the_state() -> None:
