@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from pydantic import ValidationError
-
-from protocol.codec import describe, pack_body, unpack_body
+from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
 from protocol.header import Header, pack_header, unpack_header
 from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, UNKNOWN_PEER, family
@@ -30,15 +28,13 @@ from protocol.messages.result import (
     CancelQuery,
     ListQuery,
     TaskEvent,
-    TaskQuery,
     TaskView,
     Watch,
 )
 from protocol.messages.session import Hello, Ping, Pong, Reject, StatusReport, Welcome
-from protocol.messages.task import Accepted, Extend, Extended, Submit, TaskIR
+from protocol.messages.task import Accepted, Extend, Extended, TaskIR
 from services.kit.identity import work_key
 from services.kit.logs import LogEvent
-from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry
 from services.scheduler import broker as b
 from services.scheduler import engine as e
@@ -67,6 +63,7 @@ from services.scheduler.growth import checked_extension
 from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
+from services.scheduler.requested import read_task, task_asked_for
 from services.scheduler.resources import Tokens, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
@@ -331,27 +328,15 @@ class Hub:
             case "task.submit":
                 self._on_submit(identity, header, body, at_ms)
             case _:
-                task_id = self._task_asked_for(header.kind, body)
+                task_id = task_asked_for(header.kind, body)
                 known = self.engine.find(task_id)
                 if known is None:
                     self._out.append(LookUp(task_id, identity, header, body))
                 else:
                     self._answer_about(identity, header, body, known, at_ms)
 
-    @staticmethod
-    def _task_asked_for(kind: str, body: bytes) -> str:
-        if kind == "task.watch":
-            return unpack_body(Watch, body).task_id
-        if kind == "task.artefact":
-            return unpack_body(ArtefactQuery, body).task_id
-        if kind == "task.cancel":
-            return unpack_body(CancelQuery, body).task_id
-        if kind == "task.extend":
-            return unpack_body(Extend, body).task_id
-        return unpack_body(TaskQuery, body).task_id
-
     def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
-        ir = self._read_task(body)
+        ir = read_task(body, self.registry)
         peer = self.broker.peers[identity]
         if ir.idempotency_key is None:
             task_id = f"t-{work_key('task', self.epoch, self._sent, at_ms)[:16]}"
@@ -363,19 +348,6 @@ class Hub:
             self._out.append(LookUp(task_id, identity, header, body))
         else:
             self._accept(identity, header, ir, task_id, peer.service, at_ms)
-
-    def _read_task(self, body: bytes) -> TaskIR:
-        submit = unpack_body(Submit, body)
-        try:
-            ir = TaskIR.model_validate(submit.task)
-        except ValidationError as err:
-            raise BadFrame("task.invalid", f"the TaskIR is not valid: {describe(err)}") from err
-        problems = plan_problems(ir, self.registry)
-        if problems:
-            shown = "; ".join(str(problem) for problem in problems[:10])
-            more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-            raise BadFrame("task.invalid", f"the plan cannot run: {shown}{more}")
-        return ir
 
     def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
         active = [task.client for task in self.engine.live.values() if not task.state.final]
@@ -400,7 +372,7 @@ class Hub:
             return
         try:
             if header.kind == "task.submit":
-                ir = self._read_task(body)
+                ir = read_task(body, self.registry)
                 task_id = f"t-{work_key('task', ir.idempotency_key)[:16]}"
                 if task is not None or self.engine.find(task_id) is not None:
                     accepted = Accepted(task_id=task_id, duplicate=True)
@@ -408,7 +380,7 @@ class Hub:
                 else:
                     self._accept(identity, header, ir, task_id, peer.service, at_ms)
             elif task is None:
-                wanted = self._task_asked_for(header.kind, body)
+                wanted = task_asked_for(header.kind, body)
                 raise BadFrame("task.unknown", f"there is no task {wanted!r}; `tierline list` shows them")
             elif not isinstance(task, TaskRecord):
                 self._out.append(self.reply(identity, header, *answer_past(header.kind, body, task)))
