@@ -53,6 +53,20 @@ class StepState(StrEnum):
         return self in (StepState.DONE, StepState.FAILED, StepState.CANCELLED, StepState.SKIPPED)
 
 
+class Segment(Message):
+    """A stretch of time of one attempt, or of the critical path."""
+
+    step: str | None = None
+    """Absent for planning and the final checks, and inside an attempt, where it is plain."""
+    what: Literal["planning", "waiting", "queueing", "loading", "backoff", "inference", "gates", "retry", "checks"]
+    """`planning`: from acceptance to the adopted plan. `queueing`: for a slot, or for a free gate service. `loading`:
+    for a slot while no worker of the model was READY. `backoff`: the pause before a further attempt. `inference`,
+    `gates`: an attempt that was, or may still be, good. `retry`: a run that came to nothing, failed or lost with its
+    worker. `checks`: the gates of the task. `waiting`: nothing of the above explains it."""
+    start_ms: Millis
+    end_ms: Millis
+
+
 class AttemptView(Message):
     """One try of a step."""
 
@@ -77,6 +91,8 @@ class AttemptView(Message):
     failure: Failure | None = None
     action: str | None = None
     """What the failure table said to do next: retry, escalate or fail, and by which rule."""
+    segments: list[Segment] = Field(default_factory=list)
+    """Where its time went, from `queued_ms` on without gap or overlap; the stretch it is in is not among them."""
 
 
 class StepView(Message):
@@ -98,14 +114,13 @@ class StepView(Message):
     failure: Failure | None = None
 
 
-class Segment(Message):
-    """A stretch of the critical path."""
+class PredictedPath(Message):
+    """The longest chain of steps as expected when the plan was adopted, from the durations learned until then."""
 
-    step: str | None = None
-    """Absent for planning and the final checks."""
-    what: Literal["planning", "waiting", "queueing", "inference", "gates", "retry", "checks"]
-    start_ms: Millis
-    end_ms: Millis
+    length_ms: Millis
+    """Inference of its steps; queueing, gates and retries are not in it."""
+    steps: list[str]
+    """First step first."""
 
 
 class CriticalPath(Message):
@@ -114,15 +129,28 @@ class CriticalPath(Message):
     wall_ms: Millis
     """From acceptance to the end."""
     work_ms: Millis
-    """Sum of all segments of all steps."""
+    """Planning, inference, gates, retries and final checks of all attempts together; nothing that is waiting."""
     parallelism: float
-    """work / wall: 1 is serial."""
+    """work / wall: 1 is serial, below 1 the task mostly waited."""
     path: list[Segment]
-    """Covers the wall clock without gaps, from acceptance to the end."""
+    """Covers the wall clock without gap or overlap, from acceptance to the end."""
     slack_ms: dict[str, int]
     """Per finished step: how much later it could have ended without delaying the task."""
     overlapping_steps: int
     """Steps whose inference overlapped in time with that of another step of this task."""
+    predicted: PredictedPath | None = None
+    """Absent where no plan was adopted."""
+    critical_steps: int = Field(default=0, ge=0)
+    """Kimi's CriticalSteps over the stages of the graph: sum over t of S_main(t) + max over i of S_sub,i(t), counted in
+    attempts. A stage is the set of steps of equal depth; planning, the final checks and the only step of a stage are
+    main, the steps of a wider stage are sub."""
+    total_steps: int = Field(default=0, ge=0)
+    """Planning, attempts that began, and final checks: what CriticalSteps would be if nothing ran side by side."""
+    lower_bound_ms: Millis = 0
+    """No schedule of these very attempts is shorter: planning and final checks, and between them the longest chain by
+    measured durations, or the work of one model over its slots."""
+    bound_by: str = ""
+    """`chain`, or the model whose slots bound it; empty where nothing was planned."""
 
 
 class PlanView(Message):

@@ -9,7 +9,21 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from io import TextIOWrapper
 
-from services.ctl import bench, doctor, explain, journal, plan, registry, replay, run, stack, status, tail, tasks
+from services.ctl import (
+    bench,
+    doctor,
+    explain,
+    journal,
+    plan,
+    registry,
+    replay,
+    run,
+    simulate,
+    stack,
+    status,
+    tail,
+    tasks,
+)
 from services.ctl.commands import Commands, Context
 from services.ctl.outcomes import CommandError, ExitCode
 from services.ctl.screen import Screen
@@ -28,7 +42,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     commands = Commands(parser)
-    for group in (stack, status, doctor, run, tasks, plan, explain, tail, replay, journal, registry, bench):
+    for group in (stack, status, doctor, run, tasks, plan, simulate, explain, tail, replay, journal, registry, bench):
         group.add(commands)
     return parser
 

@@ -1,7 +1,7 @@
-"""What a plan will cost before anything is run: levels, width, critical path, tokens, memory of the models.
+"""What a plan will cost before anything is run: schedule, makespan, critical path, bottleneck, tokens, memory.
 
-Pure. An upper estimate: every step is taken to write as many tokens as it may, at one stated speed for every slot;
-reading prompts, queueing for gates and retries are not in it. Learned durations are the scheduler's business.
+The schedule comes from the real hub machine in virtual time. An upper estimate: every step is taken to write as many
+tokens as it may, at one stated speed for every slot; reading prompts, gates and retries are not in it, nor other tasks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ from typing import Final
 from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import needs
 from services.kit.registry import Registry
+from services.scheduler.durations import TokenSpeed
+from services.scheduler.simulation.outcome import spans_of
+from services.scheduler.simulation.run import Run, run_tasks, tiers_of
 
 TOKENS_PER_S: Final = 30.0
 """Generated tokens per second and slot where --tokens-per-s says nothing: a 135M model on a shared core. A prior, not
 a measurement; `tierline status` shows what this machine reaches."""
+
+
+_ALMOST: Final = 1.001
+"""A makespan within this factor of the critical path is as good as equal: milliseconds are rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +58,29 @@ class ModelForecast:
 
 
 @dataclass(frozen=True, slots=True)
+class Scheduled:
+    """One step in the predicted schedule; seconds since the plan is adopted."""
+
+    step: str
+    model: str
+    ready_s: float
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """A whole plan."""
 
     steps: tuple[StepForecast, ...]
+    schedule: tuple[Scheduled, ...]
+    """By model entry, then by start."""
+    makespan_s: float
+    """When the last step of that schedule ends."""
+    bottleneck: str
+    """What keeps the makespan from being shorter, in words."""
+    failure: str | None
+    """Why the task would fail although no step does anything wrong, such as a timeout; None = it would not."""
     models: tuple[ModelForecast, ...]
     width: int
     """Most steps on one level: as many could run side by side."""
@@ -71,7 +97,7 @@ class Forecast:
 
 
 def forecast(task: TaskIR, plan: Plan, registry: Registry, tokens_per_s: float) -> Forecast:
-    """Forecast a plan without problems, whose roles the registry has."""
+    """Forecast a plan without problems, whose roles the registry has; raises SimulationError where it cannot run."""
     waits_for = needs(plan)
     order = list(TopologicalSorter(waits_for).static_order())
     limit = {step.id: step.max_tokens or registry.roles[step.actor].max_tokens for step in plan.steps}
@@ -99,8 +125,17 @@ def forecast(task: TaskIR, plan: Plan, registry: Registry, tokens_per_s: float) 
     )
     models = tuple(_model(name, steps, registry) for name in registry.models if any(s.model == name for s in steps))
     critical_s, tokens = max(finish.values()), sum(limit.values())
+    alone = task.model_copy(update={"idempotency_key": None, "plan": plan})
+    run = run_tasks([alone], registry, tiers_of(registry), TokenSpeed(tokens_per_s), TokenSpeed(tokens_per_s))
+    schedule = _schedule(run)
+    makespan_s = max((one.end_s for one in schedule), default=0.0)
+    failed = run.tasks[0].failure
     return Forecast(
         steps=steps,
+        schedule=schedule,
+        makespan_s=makespan_s,
+        bottleneck=_bottleneck(schedule, models, critical_s, makespan_s),
+        failure=None if failed is None else f"{failed.code}: {failed.message}",
         models=models,
         width=max(list(level.values()).count(number) for number in set(level.values())),
         levels=max(level.values()) + 1,
@@ -111,6 +146,28 @@ def forecast(task: TaskIR, plan: Plan, registry: Registry, tokens_per_s: float) 
         tokens=tokens,
         most_tokens=min(task.budget.max_tokens, tokens * (1 + registry.failures.caps.retries_per_step)),
     )
+
+
+def _schedule(run: Run) -> tuple[Scheduled, ...]:
+    made = (
+        Scheduled(span.step, span.model, span.queued_ms / 1000, span.started_ms / 1000, span.ended_ms / 1000)
+        for span in spans_of(run.tasks[0])
+    )
+    return tuple(sorted(made, key=lambda one: (one.model, one.start_s, one.step)))
+
+
+def _bottleneck(
+    schedule: tuple[Scheduled, ...], models: tuple[ModelForecast, ...], critical_s: float, makespan_s: float
+) -> str:
+    """The chain, if it takes (almost) all the time; else the model whose slots are waited for longest."""
+    if makespan_s <= critical_s * _ALMOST:
+        return "the critical path: more slots would not help, shorter steps on it would"
+    waits = {model.name: 0.0 for model in models}
+    for one in schedule:
+        waits[one.model] += one.start_s - one.ready_s
+    name = max(waits, key=lambda model: waits[model])
+    slots = next(model.slots for model in models if model.name == name)
+    return f"{name}: its steps wait {waits[name]:.1f} s in all for one of {slots} slots, or for the cores it needs"
 
 
 def _critical_path(waits_for: Mapping[str, frozenset[str]], finish: Mapping[str, float]) -> list[str]:

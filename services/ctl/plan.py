@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import asdict
+from typing import Final
 
 from protocol.messages.plan import PlanFinal
 from protocol.messages.result import PlanView
@@ -22,6 +23,10 @@ from services.ctl.stack_files import checked_registry
 from services.ctl.task_inputs import add_task_arguments, task_from
 from services.kit.registry import Registry
 from services.planner.machine import Finish, Planning, Refuse, Requested, Unanswered
+from services.scheduler.simulation.peers import SimulationError
+
+_BAR: Final = 50
+"""Characters of the time axis."""
 
 
 def add(commands: Commands) -> None:
@@ -45,7 +50,10 @@ def _plan(args: Namespace, context: Context) -> ExitCode:
     final = dry_run(task, registry)
     if final.task.plan is None:
         raise BadInput("the planner made no plan")
-    expected = forecast(final.task, final.task.plan, registry, args.tokens_per_s)
+    try:
+        expected = forecast(final.task, final.task.plan, registry, args.tokens_per_s)
+    except SimulationError as err:
+        raise BadInput(f"this plan cannot be run by this registry: {err}") from err
     if context.screen.json:
         context.screen.document({**final.model_dump(mode="json"), "forecast": asdict(expected)})
     else:
@@ -96,8 +104,12 @@ def _print(screen: Screen, final: PlanFinal, expected: Forecast, tokens_per_s: f
         f"(at {tokens_per_s:g} tokens/s per slot, a prior; every step writes all it may)"
     )
     screen.line(
-        f"work {seconds(expected.work_s * 1000)}, no schedule is faster than {seconds(expected.bound_s * 1000)}"
+        f"makespan {seconds(expected.makespan_s * 1000)} for {seconds(expected.work_s * 1000)} of work, alone on this "
+        f"stack; no schedule is faster than {seconds(expected.bound_s * 1000)}"
     )
+    screen.line(f"bottleneck: {expected.bottleneck}")
+    if expected.failure is not None:
+        screen.line(f"it would fail: {expected.failure}", style="red")
     screen.line(f"tokens {expected.tokens} with one attempt each, never more than {expected.most_tokens}")
     screen.table(
         ("model", "steps", "slots", "busy", "file"),
@@ -112,6 +124,8 @@ def _print(screen: Screen, final: PlanFinal, expected: Forecast, tokens_per_s: f
             for model in expected.models
         ],
     )
+    screen.heading("schedule")
+    _print_schedule(screen, expected)
     sizes = [model.file_bytes for model in expected.models if model.file_bytes is not None]
     screen.line(f"memory: at least {mebibytes(sum(sizes))} for the models involved, plus their contexts")
     plan = PlanView(
@@ -122,3 +136,15 @@ def _print(screen: Screen, final: PlanFinal, expected: Forecast, tokens_per_s: f
         similar=final.similar,
     )
     print_plan_choices(screen, plan)
+
+
+def _print_schedule(screen: Screen, expected: Forecast) -> None:
+    """A bar per step, by model; a dot is a wait for a slot."""
+    width_s = max(expected.makespan_s, 1e-3) / _BAR
+    model_width = max(len(one.model) for one in expected.schedule) if expected.schedule else 0
+    step_width = max(len(one.step) for one in expected.schedule) if expected.schedule else 0
+    for one in expected.schedule:
+        ready, start, end = (min(_BAR, round(at / width_s)) for at in (one.ready_s, one.start_s, one.end_s))
+        bar = f"{' ' * ready}{'.' * (start - ready)}{'=' * max(1, end - start)}"[:_BAR]
+        times = f"{seconds(one.start_s * 1000)} to {seconds(one.end_s * 1000)}"
+        screen.line(f"{one.model:{model_width}}  {one.step:{step_width}}  |{bar:{_BAR}}|  {times}")

@@ -5,19 +5,23 @@ Takes what the hub said and prints it; asks nothing and decides nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from protocol.messages.artefact import Artefact
 from protocol.messages.failure import Failure
-from protocol.messages.gate import GateResult
+from protocol.messages.gate import GateResult, Verdict
 from protocol.messages.result import PlanView, StepView, TaskState, TaskSummary, TaskView
-from services.ctl.gantt import LEGEND, gantt, path_rows, path_summary
+from services.ctl.gantt import MAX_ROWS, gantt, path_rows, path_summary
 from services.ctl.outcomes import ExitCode
 from services.ctl.screen import STYLES, Screen, one_line, seconds
+from services.ctl.timetable import notable
+from services.kit.clock import SteadyClock
 
 _MAX_LINES = 200
+_PIPE_COLUMNS = 100
 
 
 def exit_code_of(state: TaskState) -> ExitCode:
@@ -35,28 +39,42 @@ def print_task(screen: Screen, view: TaskView, files: Sequence[Path] = ()) -> No
         _print_failure(screen, view.failure)
     if view.steps:
         screen.heading("steps")
-        screen.table(("step", "state", "role", "model", "tries", "tokens", "took", "action"), _step_rows(view.steps))
-        for step in view.steps:
+        shown = notable(view, MAX_ROWS)
+        screen.table(("step", "state", "role", "model", "tries", "tokens", "took", "action"), _step_rows(shown))
+        if len(shown) < len(view.steps):
+            states = Counter(step.state.value for step in view.steps)
+            counts = ", ".join(f"{count} {state}" for state, count in states.most_common())
+            screen.line(
+                f"the {len(shown)} most notable of {len(view.steps)} steps ({counts}); all: --html FILE or --json"
+            )
+        for step in shown:
             _print_troubles(screen, step)
     for index, artefact in enumerate(view.artefacts):
         _print_artefact(screen, artefact, files[index] if index < len(files) else None)
     _print_gates(screen, view)
     if view.plan is not None:
         print_plan_choices(screen, view.plan)
-    if view.critical_path is not None:
-        screen.heading("critical path")
-        screen.line(path_summary(view.critical_path))
-        width = 60 if screen.rich is None else max(20, min(100, screen.rich.width - 24))
-        for line in gantt(view, width):
-            screen.line(line)
-        screen.line(LEGEND, style="dim")
-        screen.table(("step", "what", "took", "share"), path_rows(view.critical_path))
+    _print_time(screen, view)
     screen.heading("usage")
     usage = view.usage
     screen.line(
         f"{usage.generated_tokens} tokens generated, {usage.prompt_tokens} read ({usage.cached_tokens} from cache), "
         f"{usage.attempts} attempts"
     )
+
+
+def _print_time(screen: Screen, view: TaskView) -> None:
+    critical = view.critical_path
+    if critical is None and not view.steps:
+        return
+    screen.heading("time so far" if critical is None else "critical path")
+    for line in path_summary(critical) if critical is not None else ():
+        screen.line(line)
+    columns = _PIPE_COLUMNS if screen.rich is None else screen.rich.width
+    for bar in gantt(view, columns, SteadyClock().now_ms()):
+        screen.line(bar.text, style="bold" if bar.critical else None)
+    if critical is not None:
+        screen.table(("step", "what", "took", "share"), path_rows(critical))
 
 
 def print_plan_choices(screen: Screen, plan: PlanView) -> None:
@@ -161,18 +179,25 @@ def _print_gates(screen: Screen, view: TaskView) -> None:
         for result in attempt.gates
     ]
     results += [("task", result) for result in view.gates]
-    if results:
-        screen.heading("gates")
-        screen.table(
-            ("of", "gate", "verdict", "took", "message"),
-            [
-                (
-                    where,
-                    result.gate,
-                    result.verdict.value,
-                    seconds(result.ended_ms - result.started_ms),
-                    one_line(result.message, 120),
-                )
-                for where, result in results
-            ],
-        )
+    if not results:
+        return
+    # What did not pass comes first where there is more than anybody reads.
+    ordered = sorted(results, key=lambda one: one[1].verdict is Verdict.PASS) if len(results) > MAX_ROWS else results
+    screen.heading("gates")
+    screen.table(
+        ("of", "gate", "verdict", "took", "message"),
+        [
+            (
+                where,
+                result.gate,
+                result.verdict.value,
+                seconds(result.ended_ms - result.started_ms),
+                one_line(result.message, 120),
+            )
+            for where, result in ordered[:MAX_ROWS]
+        ],
+    )
+    if len(ordered) > MAX_ROWS:
+        verdicts = Counter(result.verdict.value for _, result in ordered)
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+        screen.line(f"{MAX_ROWS} of {len(ordered)} results ({counts}); all: --html FILE or --json")

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
+from pathlib import Path
 
 from protocol.messages.result import Cancelled, Listing, TaskState, TaskView
 from services.ctl.commands import Commands, Context
 from services.ctl.following import follow
 from services.ctl.hub import connect
 from services.ctl.outcomes import BadInput, ExitCode
+from services.ctl.page import page
 from services.ctl.result_view import exit_code_of, print_listing, print_task
+from services.kit.clock import SteadyClock
 
 
 def add(commands: Commands) -> None:
     """Add the commands of this file."""
     show = commands.add("show", _show, "show a task: steps, artefacts, gates, decisions, critical path")
     show.add_argument("task", metavar="TASK")
-    show.add_argument("--artefact", metavar="NAME", help="print this one artefact, of any step, and nothing else")
+    instead = show.add_mutually_exclusive_group()
+    instead.add_argument("--artefact", metavar="NAME", help="print this one artefact, of any step, and nothing else")
+    instead.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with its timetable to FILE, readable without a network"
+    )
     watch = commands.add("watch", _watch, "follow the events of a task until it ends; --json prints one a line")
     watch.add_argument("task", metavar="TASK")
     watch.add_argument("--after", type=int, default=0, metavar="SEQ", help="only events after this number")
@@ -36,11 +43,27 @@ def _show(args: Namespace, context: Context) -> ExitCode:
     if args.artefact is not None:
         return asyncio.run(_show_artefact(args, context))
     view = asyncio.run(fetch(context, args.task))
-    if context.screen.json:
+    if args.html is not None:
+        _write_page(args.html, page(view, SteadyClock().now_ms()))
+        if context.screen.json:
+            context.screen.document({"html": str(args.html)})
+        else:
+            context.screen.line(f"written: {args.html}")
+    elif context.screen.json:
         context.screen.document(view)
     else:
         print_task(context.screen, view)
     return exit_code_of(view.state)
+
+
+def _write_page(path: Path, text: str) -> None:
+    """Whole or not at all: whoever has the old page open never reads half of the new one."""
+    draft = path.with_name(f".{path.name}.tierline-draft")
+    try:
+        draft.write_text(text, "utf-8")
+        draft.replace(path)
+    except OSError as err:
+        raise BadInput(f"--html {path}: {err.strerror}; name a file in a folder that can be written") from err
 
 
 async def fetch(context: Context, task_id: str) -> TaskView:

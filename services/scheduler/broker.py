@@ -85,6 +85,8 @@ class Start:
 
     call: Call
     peer: Peer
+    unserved_ms: tuple[int, int] | None = None
+    """The last stretch of its wait in which no worker of its target was READY; None if one always was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,10 @@ class Broker:
     _deadlines: list[tuple[int, str]] = field(default_factory=list)
     _dirty: dict[str, None] = field(default_factory=dict)
     """Capabilities for which something may have become possible, in the order in which it did."""
+    _unserved: dict[str, int] = field(default_factory=dict)
+    """Capability -> since when calls wait for it while none of its workers is READY."""
+    _unserved_last: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Capability -> the newest such stretch that is over."""
     _pinged_ms: int = 0
 
     # Peers
@@ -269,6 +275,20 @@ class Broker:
             commands.extend(self._expire(call))
         self._touch(self._queues)  # holds may be over
         return commands
+
+    def next_due_ms(self) -> int | None:
+        """When a tick will find something to do, pings apart: a deadline, or the end of a hold; None = never."""
+        while self._deadlines and self._deadlines[0][1] not in self.calls:
+            heapq.heappop(self._deadlines)
+        due = [release for queue in self._queues.values() if (release := queue.next_release_ms()) is not None]
+        if self._deadlines:
+            due.append(self._deadlines[0][0])
+        return min(due, default=None)
+
+    def slots(self, target: str) -> int:
+        """Calls for this capability that its peers, busy or not, can work on at the same time."""
+        peers = [peer for peer in self.peers.values() if target in peer.capabilities]
+        return sum(max(0, peer.granted - peer.used) + len(peer.calls) for peer in peers)
 
     # Calls
 
@@ -378,6 +398,7 @@ class Broker:
                 queue.drop()
                 continue
             peer = self._freest(target, at_ms)
+            self._note_served(target, peer, at_ms)
             if peer is None:
                 self.tokens.unblock(target)  # it waits for a slot, not for tokens
                 return None
@@ -386,6 +407,7 @@ class Broker:
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
+        self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
         if not len(queue):
             del self._queues[target]  # its name may be anything a client thought of
         return None
@@ -438,6 +460,15 @@ class Broker:
                 best = peer
         return best
 
+    def _note_served(self, target: str, free: Peer | None, at_ms: int) -> None:
+        """Calls wait for this capability: is there a READY worker at all, be its slots taken or not?"""
+        if free is None and not any(
+            peer.state is PeerState.READY and target in peer.capabilities for peer in self.peers.values()
+        ):
+            self._unserved.setdefault(target, at_ms)
+        elif target in self._unserved:
+            self._unserved_last[target] = (self._unserved.pop(target), at_ms)
+
     def _start(self, call: Call, peer: Peer, at_ms: int) -> Start:
         peer.used += 1
         peer.calls.add(call.key)
@@ -447,7 +478,8 @@ class Broker:
             call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
             self._watch_deadline(call)
         self.counters["started"] += 1
-        return Start(call, peer)
+        unserved = self._unserved_last.get(call.target)
+        return Start(call, peer, unserved if unserved is not None and unserved[1] > call.queued_ms else None)
 
     def _attach(self, call: Call, peer: Peer) -> None:
         # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are

@@ -19,6 +19,8 @@ _SHRINKAGE: Final = 3.0
 _MEMORY: Final = 64.0
 """Observations after which older ones fade: the mean becomes an exponential one."""
 _LEAST_S: Final = 0.001
+_PRIOR_SPREAD: Final = 1.0
+"""Spread before anything was observed: within a factor of three, two times out of three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,11 @@ class Durations(Protocol):
     """Anything that can estimate, and learn from what happened."""
 
     def expected_s(self, job: Job) -> float:
-        """Seconds of inference to expect, above zero."""
+        """Seconds of inference to expect; 0 where nothing at all is known, so that no step is preferred."""
+        ...
+
+    def spread(self) -> float:
+        """Standard deviation of ln(actual / expected) to reckon with; 0 = the estimates are exact."""
         ...
 
     def observe(self, job: Job, seconds: float) -> None:
@@ -47,12 +53,12 @@ class Durations(Protocol):
 
 @dataclass(slots=True)
 class _Mean:
-    log_s: float = 0.0
+    value: float = 0.0
     count: float = 0.0
 
-    def add(self, log_s: float) -> None:
+    def add(self, value: float) -> None:
         self.count = min(self.count + 1.0, _MEMORY)
-        self.log_s += (log_s - self.log_s) / self.count
+        self.value += (value - self.value) / self.count
 
 
 @dataclass(slots=True)
@@ -60,6 +66,8 @@ class LearnedDurations:
     """See the module. The tables are bounded by roles x task types x sizes."""
 
     _means: dict[tuple[str, ...], _Mean] = field(default_factory=dict)
+    _errors: _Mean = field(default_factory=lambda: _Mean(_PRIOR_SPREAD**2, 1.0))
+    """Mean of the squared logarithm of actual over expected, where the expectation was made before."""
 
     def expected_s(self, job: Job) -> float:
         """See Durations."""
@@ -67,22 +75,45 @@ class LearnedDurations:
         for level in _levels(job):
             mean = self._means.get(level)
             if mean is not None:
-                log_s = (mean.count * mean.log_s + _SHRINKAGE * log_s) / (mean.count + _SHRINKAGE)
+                log_s = (mean.count * mean.value + _SHRINKAGE * log_s) / (mean.count + _SHRINKAGE)
         return math.exp(log_s)
+
+    def spread(self) -> float:
+        """See Durations."""
+        return math.sqrt(self._errors.value)
 
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations."""
         log_s = math.log(max(_LEAST_S, seconds))
+        self._errors.add((log_s - math.log(self.expected_s(job))) ** 2)
         for level in _levels(job):
             self._means.setdefault(level, _Mean()).add(log_s)
 
     def state(self) -> list[tuple[list[str], float, float]]:
         """Everything learned, as plain values for the journal."""
-        return [(list(level), mean.log_s, mean.count) for level, mean in self._means.items()]
+        return [(list(level), mean.value, mean.count) for level, mean in self._means.items()]
 
     def restore(self, state: list[tuple[list[str], float, float]]) -> None:
         """Take up what `state` gave."""
         self._means = {tuple(level): _Mean(log_s, count) for level, log_s, count in state}
+
+
+class TokenSpeed:
+    """Every step writes all it may, at one speed: the durations of a simulation, known exactly."""
+
+    def __init__(self, tokens_per_s: float) -> None:
+        self._tokens_per_s = tokens_per_s
+
+    def expected_s(self, job: Job) -> float:
+        """See Durations."""
+        return job.max_tokens / self._tokens_per_s
+
+    def spread(self) -> float:
+        """See Durations."""
+        return 0.0
+
+    def observe(self, job: Job, seconds: float) -> None:
+        """See Durations; there is nothing to learn."""
 
 
 def _levels(job: Job) -> tuple[tuple[str, ...], ...]:

@@ -152,16 +152,27 @@ class Engine:
     def on_tick(self, at_ms: int) -> None:
         """Fail the tasks whose deadline has passed."""
         for task in list(self.live.values()):
-            deadline = task.deadline_ms
-            if deadline is not None and deadline <= at_ms and not task.state.final:
-                message = f"the deadline of {task.ir.deadline_s:g} s has passed"
-                failure = Failure(code="task.deadline", category=Category.TIMEOUT, origin="scheduler", message=message)
-                self._end(task, TaskState.FAILED, failure, at_ms, why="task deadline")
+            self._expire(task, at_ms)
+
+    def _expire(self, task: TaskRecord, at_ms: int) -> None:
+        deadline = task.deadline_ms
+        if deadline is not None and deadline <= at_ms and not task.state.final:
+            message = f"the deadline of {task.ir.deadline_s:g} s has passed"
+            failure = Failure(code="task.deadline", category=Category.TIMEOUT, origin="scheduler", message=message)
+            self._end(task, TaskState.FAILED, failure, at_ms, why="task deadline")
 
     # Calls
 
-    def on_started(self, call: Call, worker: str, at_ms: int, *, reattached: bool = False) -> None:
-        """A worker has taken the call, or has brought it back."""
+    def on_started(
+        self,
+        call: Call,
+        worker: str,
+        at_ms: int,
+        *,
+        reattached: bool = False,
+        unserved_ms: tuple[int, int] | None = None,
+    ) -> None:
+        """A worker has taken the call, or has brought it back; `unserved_ms` is `broker.Start.unserved_ms`."""
         task, step = self._locate(call)
         if task is None or step is None or call.kind != "infer.request":
             return
@@ -170,7 +181,13 @@ class Engine:
             self._emit(
                 task,
                 f.AttemptStarted(
-                    task=task.id, at_ms=at_ms, step=step.spec.id, number=number, worker=worker, reattached=reattached
+                    task=task.id,
+                    at_ms=at_ms,
+                    step=step.spec.id,
+                    number=number,
+                    worker=worker,
+                    reattached=reattached,
+                    unserved_ms=None if unserved_ms is None else list(unserved_ms),
                 ),
             )
 
@@ -193,6 +210,7 @@ class Engine:
         task, step = self._locate(call)
         if task is None:
             return
+        self._expire(task, at_ms)  # else the worker's word for it, just before the tick, would escalate the step
         try:
             failure = unpack_body(ErrorReply, body).failure if kind == "error" else None
             if call.kind == "memory.request":
@@ -262,6 +280,8 @@ class Engine:
         planned = final.task.model_copy(
             update={"task_id": task.id, "created_at": task.ir.created_at, "idempotency_key": task.ir.idempotency_key}
         )
+        predicted = self.ranking.predict(task, planned)
+        models = {self.registry.roles[step.actor].model for step in final.task.plan.steps}
         self._emit(
             task,
             f.TaskPlanned(
@@ -274,6 +294,9 @@ class Engine:
                 decisions=[one.model_dump(mode="json", exclude_none=True) for one in final.decisions],
                 similar=[one.model_dump(mode="json", exclude_none=True) for one in final.similar],
                 generated_tokens=final.generated_tokens,
+                predicted_ms=predicted.length_ms,
+                predicted_steps=list(predicted.steps),
+                slots={name: self.registry.models[name].slots for name in sorted(models)},
             ),
         )
         for step in list(task.steps.values()):
@@ -336,6 +359,7 @@ class Engine:
                 model=model,
                 key=key,
                 constrained=constrained,
+                delay_ms=delay_ms or None,
             ),
         )
         self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + delay_ms if delay_ms else 0)
@@ -604,7 +628,7 @@ class Engine:
         at_ms: int,
         hold_until_ms: int = 0,
     ) -> None:
-        rank_s = 0.0 if step is None else self.ranking.rank_s(task, step)
+        rank_s = 0.0 if step is None else self.ranking.rank_s(task, step, at_ms)
         self._queue_call(task, service_call(task, step, wanted, rank_s, at_ms, hold_until_ms))
 
     def _queue_call(self, task: TaskRecord, call: Call) -> None:

@@ -48,6 +48,12 @@ class TaskPlanned(Fact):
     decisions: list[dict[str, Any]]
     similar: list[dict[str, Any]]
     generated_tokens: int
+    predicted_ms: int | None = None
+    """Expected length of the longest chain of steps, from the durations learned so far: inference only."""
+    predicted_steps: list[str] | None = None
+    """That chain, first step first."""
+    slots: dict[str, int] | None = None
+    """Slots of the models that the steps are planned for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +90,8 @@ class AttemptQueued(Fact):
     model: str
     key: str
     constrained: bool = False
+    delay_ms: int | None = None
+    """Pause before it may go to a worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +101,8 @@ class AttemptStarted(Fact):
     EVENT: ClassVar[str] = "step.started"
     worker: str
     reattached: bool = False
+    unserved_ms: list[int] | None = None
+    """From when until when it waited without any READY worker for its model (unix ms); absent if there was one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,7 +114,8 @@ class Hub:
     def __post_init__(self) -> None:
         """The engine shares the registry and what is known of durations."""
         self.broker = b.Broker(Tokens(self.registry.hardware.cores))
-        self.engine = e.Engine(self.registry, Ranking(self.registry, self.durations))
+        ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
+        self.engine = e.Engine(self.registry, ranking)
 
     def handle(self, happened: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
@@ -189,17 +190,17 @@ class Hub:
             return
         if header.epoch is not None and header.epoch != peer.epoch:
             raise BadFrame("header.epoch", f"epoch {header.epoch} is over, this session is {peer.epoch}")
-        if header.seq is not None:
-            if header.seq <= peer.last_seq:
-                return  # a repeat within the epoch: it was handled the first time
-            peer.last_seq = header.seq
+        if header.seq is not None and peer.is_repeat(header.seq):
+            return  # it was handled the first time
         self.broker.on_heard(peer, header.credit, at_ms)
         self._route(peer, header, body, at_ms)
 
     def _route(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         kind = header.kind
         if kind == "session.pong":
-            self.broker.on_pong(peer, unpack_body(Pong, body))
+            pong = unpack_body(Pong, body)
+            if header.seq is None or header.seq == peer.last_seq:  # else a later message has overtaken it
+                self.broker.on_pong(peer, pong)
             self._settle([], at_ms)
         elif kind == "session.goodbye":
             if not peer.is_worker:
@@ -236,9 +237,12 @@ class Hub:
                 self._out.append(self.reply(identity, header, "session.reject", reject))
                 return
         epoch = header.epoch or identity.hex()
+        known = self.broker.peers.get(identity)
+        if known is not None and known.epoch == epoch and header.seq is not None and known.is_repeat(header.seq):
+            return  # starting this session anew would take its running work from it
         welcoming, commands = self.broker.on_hello(identity, hello, epoch, header.credit or 0, at_ms)
         if header.seq is not None:
-            self.broker.peers[identity].last_seq = header.seq
+            self.broker.peers[identity].is_repeat(header.seq)
         welcome = Welcome(
             protocol=PROTOCOL_VERSION,
             hub_epoch=self.epoch,
@@ -525,8 +529,8 @@ class Hub:
 
     def _carry_out(self, command: b.Command, at_ms: int) -> None:
         match command:
-            case b.Start(call, peer):
-                self._start(call, peer, at_ms)
+            case b.Start(call, peer, unserved_ms):
+                self._start(call, peer, unserved_ms, at_ms)
             case b.Ended(call, kind, body, worker):
                 if call.requester is None:
                     self.engine.on_ended(call, kind, body, worker, at_ms)
@@ -550,7 +554,7 @@ class Hub:
                 if not peer.is_worker:
                     self._forget_client(peer.identity, at_ms)
 
-    def _start(self, call: b.Call, peer: Peer, at_ms: int) -> None:
+    def _start(self, call: b.Call, peer: Peer, unserved_ms: tuple[int, int] | None, at_ms: int) -> None:
         body = call.body if call.body is not None else self.engine.body_of(call, at_ms)
         header = Header(
             kind=call.kind,
@@ -567,7 +571,7 @@ class Hub:
             trace=call.trace,
         )
         if call.requester is None:
-            self.engine.on_started(call, peer.service, at_ms)
+            self.engine.on_started(call, peer.service, at_ms, unserved_ms=unserved_ms)
         for effect in self.engine.take():
             if isinstance(effect, Record):
                 self._out.append(effect)

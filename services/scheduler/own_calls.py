@@ -39,7 +39,7 @@ def inference_call(
         queued_ms=at_ms,
         interactive=task.ir.priority is Priority.INTERACTIVE,
         client=task.client,
-        rank_s=ranking.rank_s(task, step),
+        rank_s=ranking.rank_s(task, step, at_ms),
         needs=inference_needs(registry, target),
         outer_ms=task.deadline_ms,
         timeout_ms=int(timeout_s * 1000),

@@ -94,6 +94,10 @@ class ReadyQueue:
             _, arrival, key, place = heapq.heappop(self._held)
             self._enter(key, place, arrival)
 
+    def next_release_ms(self) -> int | None:
+        """When `release` will next let a call join the line."""
+        return self._held[0][0] if self._held else None
+
     def first(self) -> str | None:
         """Key of the call that goes next; None when nothing may go."""
         chosen = self._choose()

@@ -1,19 +1,37 @@
-"""Upward rank: how much is expected to come after a step, in seconds, from what is known of durations. Pure."""
+"""Upward rank: how much is expected to come after a step, in seconds, from what is known of durations. Pure.
+
+Estimates are wrong, and ranks made from wrong estimates prefer the wrong steps. So estimates are drawn towards each
+other as far as they are known to err, and the look ahead, which would fit a schedule to the errors, is used only
+where they hardly do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Final
 
+from protocol.messages.result import StepState
+from protocol.messages.task import Step, TaskIR
+from protocol.plan_graph import needs
 from services.kit.registry import Registry
 from services.scheduler.durations import Durations, Job
+from services.scheduler.lookahead import Remaining, looked_ahead
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 _RERANK_STEPS: Final = 32
-_RERANK_SHARE: Final = 0.25
-"""Ranks of a task are made anew from what was learned when so many of its open steps have ended: a flat cost a step."""
+_RERANK_SHARE: Final = 4
+"""Ranks of a task are looked at anew after so many of its steps have ended, or this part of those that were open,
+whichever is more: keeps the cost per step flat."""
+_MATERIAL: Final = 0.05
+"""An estimate that moved by less than this share is the same."""
+TRUSTED_SPREAD: Final = 0.1
+"""Largest spread of the estimates with which the look ahead pays: on random graphs of five kinds it shortened schedules
+by 10 % of the gap to the bound at 0.05, by 2 % at 0.1, and lengthened them beyond."""
+_LEAST_LEFT: Final = 0.05
+"""Share of its estimate that a running step is taken to need still, however long it has run."""
 
 
 def upward_rank(successors: Mapping[str, Iterable[str]], cost_s: Mapping[str, float]) -> dict[str, float]:
@@ -30,36 +48,124 @@ def upward_rank(successors: Mapping[str, Iterable[str]], cost_s: Mapping[str, fl
     return rank
 
 
+def shrunk(cost_s: Mapping[str, float], spread: float) -> dict[str, float]:
+    """Estimates drawn towards their geometric mean as far as their errors explain how much they differ.
+
+    ln c' = m + (ln c - m) * max(0, 1 - spread^2 / v), with m and v the mean and the variance of ln c: the empirical
+    Bayes estimate (Efron and Morris, JASA 70, 1975) for errors with standard deviation `spread` of their logarithm.
+    Costs of zero, which stand for knowing nothing, stay zero.
+    """
+    logs = [math.log(cost) for cost in cost_s.values() if cost > 0]
+    if spread <= 0 or len(logs) < 2:
+        return dict(cost_s)
+    mean = sum(logs) / len(logs)
+    variance = sum((log - mean) ** 2 for log in logs) / len(logs)
+    kept = max(0.0, 1 - spread**2 / variance) if variance > 0 else 0.0
+    return {name: math.exp(mean + (math.log(c) - mean) * kept) if c > 0 else 0.0 for name, c in cost_s.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The longest chain of a plan as it was expected when the plan was adopted."""
+
+    length_ms: int
+    """Inference only: queueing, gates and retries are what the achieved path shows beside it."""
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """Ranks of one task, and what they rest on."""
+
+    rank_s: dict[str, float]
+    unfinished: int
+    cost_s: dict[str, float]
+    slots: dict[str, int]
+
+    def is_due(self, task: TaskRecord) -> bool:
+        ended = self.unfinished - task.unfinished
+        return ended >= max(_RERANK_STEPS, self.unfinished // _RERANK_SHARE)
+
+    def still_holds(self, cost_s: Mapping[str, float], slots: Mapping[str, int]) -> bool:
+        """True if nothing they rest on has changed for the steps that are open now."""
+        return all(self.slots.get(tier) == count for tier, count in slots.items()) and all(
+            name in self.cost_s and abs(cost - self.cost_s[name]) <= _MATERIAL * self.cost_s[name]
+            for name, cost in cost_s.items()
+        )
+
+
 @dataclass(slots=True)
 class Ranking:
     """Ranks of the steps of all live tasks, and the estimates behind them."""
 
     registry: Registry
     durations: Durations
-    _ranks: dict[str, tuple[int, dict[str, float]]] = field(default_factory=dict)
-    """Task -> how many steps were unfinished when its ranks were made, and the ranks."""
+    slots: Callable[[str], int]
+    """Slots that a model's workers have now, by the name of its entry."""
+    _ranks: dict[str, _Ranks] = field(default_factory=dict)
 
-    def rank_s(self, task: TaskRecord, step: StepRecord) -> float:
-        """Upward rank of a step under what is known now, in seconds."""
+    def rank_s(self, task: TaskRecord, step: StepRecord, at_ms: int) -> float:
+        """Rank of a step under what is known now: seconds from its start to the end of its task."""
         known = self._ranks.get(task.id)
-        if known is None or known[0] - task.unfinished >= max(_RERANK_STEPS, _RERANK_SHARE * known[0]):
-            open_steps = {name: one for name, one in task.steps.items() if not one.state.final}
-            cost_s = {name: self.durations.expected_s(self._job(task, one)) for name, one in open_steps.items()}
-            followers = {name: [other for other in task.dependents[name] if other in cost_s] for name in cost_s}
-            known = self._ranks[task.id] = (task.unfinished, upward_rank(followers, cost_s))
-        return known[1].get(step.spec.id, 0.0)
+        if known is None or step.spec.id not in known.rank_s or known.is_due(task):
+            known = self._ranks[task.id] = self._rank(task, known, at_ms)
+        return known.rank_s.get(step.spec.id, 0.0)
+
+    def job(self, task: TaskRecord, step: StepRecord) -> Job:
+        """What estimators are told of a step's newest attempt."""
+        return self._job(task, task.ir, step.spec, step.role)
+
+    def predict(self, task: TaskRecord, planned: TaskIR) -> Prediction:
+        """The longest chain of the plan that `task` is about to adopt."""
+        plan = planned.plan
+        if plan is None:
+            raise ValueError(f"task {task.id} has no plan to predict")
+        specs = {step.id: step for step in plan.steps}
+        followers: dict[str, list[str]] = {name: [] for name in specs}
+        for name, others in needs(plan).items():
+            for other in others:
+                followers[other].append(name)
+        cost_s = {
+            name: self.durations.expected_s(self._job(task, planned, step, step.actor)) for name, step in specs.items()
+        }
+        ranks = upward_rank(followers, cost_s)
+        chain = [max(ranks, key=lambda name: (ranks[name], name))]
+        while followers[chain[-1]]:
+            chain.append(max(followers[chain[-1]], key=lambda name: (ranks[name], name)))
+        return Prediction(round(1000 * ranks[chain[0]]), tuple(chain))
 
     def observe(self, task: TaskRecord, step: StepRecord, seconds: float) -> None:
         """The inference of this step's newest attempt took so long."""
-        self.durations.observe(self._job(task, step), seconds)
+        self.durations.observe(self.job(task, step), seconds)
 
     def forget(self, task_id: str) -> None:
         """The task has ended."""
         self._ranks.pop(task_id, None)
 
-    def _job(self, task: TaskRecord, step: StepRecord) -> Job:
-        name = step.attempts[-1].role if step.attempts else step.spec.actor
+    def _job(self, task: TaskRecord, ir: TaskIR, step: Step, name: str) -> Job:
         role = self.registry.roles[name]
-        given = sum(len(task.artefacts[one].text()) for one in step.spec.inputs if one in task.artefacts)
-        chars = given + len(step.spec.action) + len(role.prompt)
-        return Job(name, task.ir.task_type.value, chars, step.spec.max_tokens or role.max_tokens, step.spec.id)
+        given = sum(len(task.artefacts[one].text()) for one in step.inputs if one in task.artefacts)
+        chars = given + len(step.action) + len(role.prompt)
+        return Job(name, ir.task_type.value, chars, step.max_tokens or role.max_tokens, step.id)
+
+    def _rank(self, task: TaskRecord, known: _Ranks | None, at_ms: int) -> _Ranks:
+        steps = {name: step for name, step in task.steps.items() if not step.state.final}
+        spread = self.durations.spread()
+        cost_s = shrunk({name: self.durations.expected_s(self.job(task, step)) for name, step in steps.items()}, spread)
+        tier = {name: self.registry.roles[step.role].model for name, step in steps.items()}
+        slots = {model: self.slots(model) or self.registry.models[model].slots for model in set(tier.values())}
+        if known is not None and known.still_holds(cost_s, slots):
+            return _Ranks(known.rank_s, task.unfinished, known.cost_s, known.slots)
+        followers = {name: [other for other in task.dependents[name] if other in steps] for name in steps}
+        running = {name: step for name, step in steps.items() if step.state is StepState.INFERRING}
+        left_s = cost_s | {name: _left_s(cost_s[name], step, at_ms) for name, step in running.items()}
+        rank = upward_rank(followers, left_s)
+        if spread <= TRUSTED_SPREAD:
+            rank = looked_ahead(Remaining(left_s, followers, tier, slots, frozenset(running)), rank)
+        return _Ranks(rank, task.unfinished, cost_s, slots)
+
+
+def _left_s(cost_s: float, step: StepRecord, at_ms: int) -> float:
+    started_ms = step.attempt.started_ms
+    gone_s = 0.0 if started_ms is None else (at_ms - started_ms) / 1000
+    return max(_LEAST_LEFT * cost_s, cost_s - gone_s)

@@ -17,6 +17,7 @@ from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import needs
 from services.scheduler import facts as f
+from services.scheduler.timeline import Timeline
 
 
 class JournalError(Exception):
@@ -33,6 +34,7 @@ class Attempt:
     key: str
     queued_ms: int
     constrained: bool = False
+    timeline: Timeline = field(default_factory=Timeline)
     started_ms: int | None = None
     inferred_ms: int | None = None
     ended_ms: int | None = None
@@ -72,6 +74,11 @@ class StepRecord:
             raise JournalError(f"step {self.spec.id} has no attempt yet")
         return self.attempts[-1]
 
+    @property
+    def role(self) -> str:
+        """Who does it: the role of the newest attempt, the planned one before the first."""
+        return self.attempts[-1].role if self.attempts else self.spec.actor
+
 
 @dataclass(frozen=True, slots=True)
 class PlanOrigin:
@@ -96,6 +103,11 @@ class TaskRecord:
     planned_ms: int | None = None
     ended_ms: int | None = None
     plan: PlanOrigin | None = None
+    predicted_ms: int | None = None
+    """Expected length of the longest chain of steps when the plan was adopted; None in journals before it was kept."""
+    predicted_steps: list[str] = field(default_factory=list)
+    slots: dict[str, int] = field(default_factory=dict)
+    """Slots per model when the plan was adopted."""
     steps: dict[str, StepRecord] = field(default_factory=dict)
     dependents: dict[str, list[str]] = field(default_factory=dict)
     """Step id -> steps that need it."""
@@ -170,6 +182,9 @@ def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
     task.ir = TaskIR.model_validate(fact.ir)
     task.plan = PlanOrigin(fact.source, fact.reason, fact.removed_edges, fact.decisions, fact.similar)
     task.planned_ms = fact.at_ms
+    task.predicted_ms = fact.predicted_ms
+    task.predicted_steps = fact.predicted_steps or []
+    task.slots = fact.slots or {}
     task.state = TaskState.RUNNING
     task.generated_tokens += fact.generated_tokens
     plan = task.ir.plan
@@ -238,6 +253,7 @@ def _apply_to_step(task: TaskRecord, fact: f.Fact) -> None:
             if step.ready_ms is None:
                 step.ready_ms = fact.at_ms
             attempt = Attempt(len(step.attempts) + 1, fact.role, fact.model, fact.key, fact.at_ms, fact.constrained)
+            attempt.timeline.queued(fact.at_ms, fact.delay_ms or 0)
             step.attempts.append(attempt)
         case f.AttemptStarted():
             if fact.reattached and step.state is StepState.READY and step.attempt.started_ms is not None:
@@ -245,16 +261,24 @@ def _apply_to_step(task: TaskRecord, fact: f.Fact) -> None:
             if not fact.reattached or step.attempt.started_ms is None:
                 step.attempt.started_ms = fact.at_ms
             step.state = StepState.INFERRING
+            if fact.reattached:
+                step.attempt.timeline.reattached(fact.at_ms, same_worker=step.attempt.worker == fact.worker)
+            else:
+                begin_end = fact.unserved_ms
+                step.attempt.timeline.started(fact.at_ms, (begin_end[0], begin_end[1]) if begin_end else None)
             step.attempt.worker = fact.worker
         case f.AttemptLost():
             if step.state is StepState.INFERRING:
                 step.state = StepState.READY
             step.losses += 1 if fact.blame else 0
+            step.attempt.timeline.lost(fact.at_ms)
         case f.AttemptAnswered():
             _take_answer(task, step, fact)
         case f.AttemptChecked():
             step.attempt.gates = [GateResult.model_validate(gate) for gate in fact.gates]
             step.attempt.ended_ms = fact.at_ms
+            begun_ms = min((gate.started_ms for gate in step.attempt.gates), default=0)
+            step.attempt.timeline.checked(fact.at_ms, begun_ms)
         case f.AttemptFailed():
             step.attempt.failure = _failure(fact.failure)
             step.attempt.action = f"{fact.action} ({fact.rule})"
@@ -284,6 +308,7 @@ def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) ->
         raise JournalError(f"attempt {attempt.number} of {step.spec.id} in {task.id} was answered twice")
     step.state = StepState.CHECKING
     attempt.inferred_ms = fact.at_ms
+    attempt.timeline.answered(fact.at_ms)
     attempt.artefacts = [_artefact(value) for value in fact.artefacts]
     attempt.prompt_tokens = fact.prompt_tokens
     attempt.cached_tokens = fact.cached_tokens

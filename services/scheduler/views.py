@@ -10,6 +10,7 @@ from protocol.messages.plan import RemovedEdge, RoutingDecision
 from protocol.messages.result import (
     AttemptView,
     PlanView,
+    Segment,
     StepState,
     StepView,
     TaskEvent,
@@ -138,13 +139,14 @@ def _step(step: StepRecord) -> StepView:
         ready_ms=step.ready_ms,
         ended_ms=step.ended_ms,
         losses=step.losses,
-        attempts=[_attempt(attempt) for attempt in step.attempts],
+        attempts=[_attempt(attempt, step.ended_ms) for attempt in step.attempts],
         failure=step.failure,
     )
 
 
-def _attempt(attempt: Attempt) -> AttemptView:
+def _attempt(attempt: Attempt, step_ended_ms: int | None) -> AttemptView:
     gates: list[GateResult] = attempt.gates
+    stretches = attempt.timeline.stretches(attempt.ended_ms or step_ended_ms, failed=attempt.failure is not None)
     return AttemptView(
         number=attempt.number,
         role=attempt.role,
@@ -162,6 +164,7 @@ def _attempt(attempt: Attempt) -> AttemptView:
         gates=gates,
         failure=attempt.failure,
         action=attempt.action,
+        segments=[Segment(what=what, start_ms=begin, end_ms=end) for what, begin, end in stretches],
     )
 
 

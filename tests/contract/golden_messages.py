@@ -41,6 +41,7 @@ from protocol.messages.result import (
     Listing,
     ListQuery,
     PlanView,
+    PredictedPath,
     Segment,
     StepState,
     StepView,
@@ -234,6 +235,36 @@ _VIEW = TaskView(
     ),
 )
 
+_SEGMENTS = [
+    Segment(what="backoff", start_ms=1_700_000_000_100, end_ms=1_700_000_000_110),
+    Segment(what="loading", start_ms=1_700_000_000_110, end_ms=1_700_000_000_200),
+    Segment(what="queueing", start_ms=1_700_000_000_200, end_ms=1_700_000_000_300),
+    Segment(what="retry", start_ms=1_700_000_000_300, end_ms=1_700_000_000_900),
+]
+_REPORTED = _VIEW.model_copy(
+    update={
+        "steps": [
+            step.model_copy(
+                update={"attempts": [one.model_copy(update={"segments": _SEGMENTS}) for one in step.attempts]}
+            )
+            for step in _VIEW.steps
+        ],
+        "critical_path": CriticalPath(
+            wall_ms=2_000,
+            work_ms=1_500,
+            parallelism=0.75,
+            path=[Segment(step="S1", what="loading", start_ms=1_700_000_000_000, end_ms=1_700_000_002_000)],
+            slack_ms={"S1": 0},
+            overlapping_steps=0,
+            predicted=PredictedPath(length_ms=900, steps=["S1"]),
+            critical_steps=2,
+            total_steps=3,
+            lower_bound_ms=600,
+            bound_by="chain",
+        ),
+    }
+)
+
 EXAMPLES: Final[Mapping[str, list[Message]]] = {
     "session.hello": [
         Hello(
@@ -303,7 +334,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             fields={"model": "coder", "queued_ms": 10},
         )
     ],
-    "task.result": [_VIEW, _VIEW.model_copy(update={"waiting": ["step S1 waits for a slot"]})],
+    "task.result": [_VIEW, _REPORTED],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
         TaskView(

@@ -1,0 +1,201 @@
+"""`simulate`: what this registry, or one with more workers or slots, would do with some tasks; nothing is executed.
+
+The tasks come from files or are made up. They run through the real hub machine in virtual time, once as the registry
+says and once as `--workers` and `--slots` say, and both are put side by side. Gates, planner and memory answer at once.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from protocol.messages.task import TaskIR
+from services.ctl.commands import Commands, Context
+from services.ctl.outcomes import BadInput, CommandError, ExitCode
+from services.ctl.plan import dry_run
+from services.ctl.screen import Screen, seconds
+from services.ctl.stack_files import checked_registry
+from services.ctl.task_file import checked_task, read_task_fields
+from services.kit.registry import Registry
+from services.scheduler.durations import PRIOR_TOKENS_PER_S, Durations, LearnedDurations, TokenSpeed
+from services.scheduler.simulation.outcome import Outcome
+from services.scheduler.simulation.peers import SimulationError
+from services.scheduler.simulation.run import Run, run_tasks, tiers_of
+from services.scheduler.simulation.shapes import SHAPES, made_up_task
+from services.scheduler.simulation.tiers import Tier
+from services.scheduler.simulation.world import RefusedError
+
+_MAX_STEPS: Final = 1_000
+_MAX_ALL_STEPS: Final = 200_000
+"""Of all tasks together: their histories are kept in memory until the end, a few KiB a step."""
+_MAX_NUMBER: Final = 1_000
+
+
+def add(commands: Commands) -> None:
+    """Add the command of this file."""
+    parser = commands.add(
+        "simulate",
+        _simulate,
+        "virtual time: how long tasks would take, and with more workers or slots",
+        epilog="example: tierline simulate --tasks 100 --shape diamond --workers worker=5",
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="tasks as TaskIR, .yaml or .json")
+    parser.add_argument("--tasks", type=int, metavar="N", help="make up so many tasks instead")
+    parser.add_argument("--shape", choices=list(SHAPES), default="random", help="of made-up tasks (default random)")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of a made-up task (default 10)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of made-up tasks (default 1)")
+    for name, what in (("workers", "service processes of a model entry"), ("slots", "slots of each of them")):
+        parser.add_argument(
+            f"--{name}", action="append", default=[], metavar="MODEL=N", help=f"what if: {what}, repeatable"
+        )
+    parser.add_argument(
+        "--tokens-per-s",
+        type=float,
+        metavar="N",
+        help="speed of every slot, known to the scheduler; every step writes all it may "
+        f"(default: the scheduler's own prior, {PRIOR_TOKENS_PER_S:g} tokens per second)",
+    )
+
+
+def _simulate(args: Namespace, context: Context) -> ExitCode:
+    if args.tokens_per_s is not None and not 0 < args.tokens_per_s <= 1e6:
+        raise BadInput(f"--tokens-per-s {args.tokens_per_s:g}: expected a number above 0, at most 1e6")
+    registry = checked_registry(context.home, check_files=False)
+    workers, slots = _numbers("workers", args.workers, registry), _numbers("slots", args.slots, registry)
+    tasks = _tasks(args, registry)
+    base, base_wall_s = _timed(tasks, registry, tiers_of(registry), args.tokens_per_s)
+    other: Outcome | None = None
+    if workers or slots:
+        other = _timed(tasks, registry, tiers_of(registry, workers, slots), args.tokens_per_s)[0].outcome
+    steps_per_s = base.outcome.steps / base_wall_s
+    if context.screen.json:
+        context.screen.document(_document(base.outcome, other, steps_per_s))
+    else:
+        _print(context.screen, base.outcome, other, steps_per_s)
+    failed = [task for task in base.tasks if task.failure is not None]
+    for task in failed[:5]:
+        message = task.failure.message if task.failure else ""
+        context.screen.note(f"a task fails in the simulation: {message}")
+    return ExitCode.FAILED if failed else ExitCode.OK
+
+
+def _tasks(args: Namespace, registry: Registry) -> list[TaskIR]:
+    if (args.tasks is None) == (not args.files):
+        raise BadInput("give either task files or --tasks N, as in: tierline simulate --tasks 100 --shape diamond")
+    if args.files:
+        return [dry_run(checked_task(read_task_fields(path)), registry).task for path in args.files]
+    if not 1 <= args.steps <= _MAX_STEPS:
+        raise BadInput(f"--steps {args.steps}: expected 1 to {_MAX_STEPS}")
+    if not 1 <= args.tasks <= _MAX_ALL_STEPS // args.steps:
+        raise BadInput(
+            f"--tasks {args.tasks}: expected 1 to {_MAX_ALL_STEPS // args.steps} with {args.steps} steps each"
+        )
+    draw = random.Random(args.seed)  # noqa: S311  repeatable tasks, not a secret
+    return [made_up_task(args.shape, args.steps, registry, draw) for _ in range(args.tasks)]
+
+
+def _numbers(option: str, given: Sequence[str], registry: Registry) -> dict[str, int]:
+    numbers: dict[str, int] = {}
+    for text in given:
+        model, _, number = text.partition("=")
+        if model not in registry.models:
+            raise BadInput(f"--{option} {text}: there is no model {model!r}, but {', '.join(registry.models)}")
+        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= _MAX_NUMBER:
+            raise BadInput(f"--{option} {text}: expected MODEL=N with N from 1 to {_MAX_NUMBER}")
+        numbers[model] = int(number)
+    return numbers
+
+
+def _timed(
+    tasks: Sequence[TaskIR], registry: Registry, tiers: Sequence[Tier], tokens_per_s: float | None
+) -> tuple[Run, float]:
+    """A run and the real seconds it took."""
+    began = time.perf_counter()
+    try:
+        run = run_tasks(tasks, registry, tiers, _durations(tokens_per_s), _durations(tokens_per_s))
+    except RefusedError as err:
+        raise BadInput(f"the scheduler would not take a task: {err}") from err
+    except SimulationError as err:
+        raise CommandError(f"the simulation did not come to its end: {err}") from err
+    return run, time.perf_counter() - began
+
+
+def _durations(tokens_per_s: float | None) -> Durations:
+    return LearnedDurations() if tokens_per_s is None else TokenSpeed(tokens_per_s)
+
+
+def _document(base: Outcome, other: Outcome | None, steps_per_s: float) -> dict[str, Any]:
+    return {
+        "base": asdict(base),
+        "what_if": None if other is None else asdict(other),
+        "speedup": None if other is None else round(base.makespan_s / other.makespan_s, 4),
+        "simulated_steps_per_wall_s": round(steps_per_s),
+    }
+
+
+def _print(screen: Screen, base: Outcome, other: Outcome | None, steps_per_s: float) -> None:
+    screen.line(f"{base.tasks} tasks, {base.steps} steps in virtual time; {steps_per_s:.0f} simulated steps a second")
+    screen.heading("as the registry says" if other is not None else "outcome")
+    _print_one(screen, base)
+    if other is None:
+        return
+    screen.heading("what if")
+    _print_one(screen, other)
+    screen.heading("compared")
+    rows = [
+        (
+            "makespan",
+            seconds(base.makespan_s * 1000),
+            seconds(other.makespan_s * 1000),
+            _factor(base.makespan_s, other.makespan_s),
+        ),
+        (
+            "lower bound",
+            seconds(base.bound_s * 1000),
+            seconds(other.bound_s * 1000),
+            _factor(base.bound_s, other.bound_s),
+        ),
+        (
+            "steps per second",
+            f"{base.throughput_per_s:.3f}",
+            f"{other.throughput_per_s:.3f}",
+            _factor(other.throughput_per_s, base.throughput_per_s),
+        ),
+        ("bottleneck", base.bottleneck, other.bottleneck, ""),
+    ]
+    for before, after in zip(base.tiers, other.tiers, strict=True):
+        rows.append((f"{before.model} busy", f"{before.utilisation:.0%}", f"{after.utilisation:.0%}", ""))
+        waits = seconds(before.wait_mean_s * 1000), seconds(after.wait_mean_s * 1000)
+        rows.append((f"{before.model} mean wait", *waits, _factor(before.wait_mean_s, after.wait_mean_s)))
+    screen.table(("figure", "base", "what if", "gain"), rows)
+
+
+def _print_one(screen: Screen, outcome: Outcome) -> None:
+    screen.line(
+        f"makespan {seconds(outcome.makespan_s * 1000)}; no schedule is faster than {seconds(outcome.bound_s * 1000)} "
+        f"({outcome.bottleneck}); {outcome.throughput_per_s:.3f} steps per second; {outcome.failed} tasks fail"
+    )
+    screen.table(
+        ("model", "workers", "slots", "steps", "busy", "mean wait", "longest wait"),
+        [
+            (
+                use.model,
+                str(use.workers),
+                str(use.slots),
+                str(use.steps),
+                f"{use.utilisation:.0%}",
+                seconds(use.wait_mean_s * 1000),
+                seconds(use.wait_max_s * 1000),
+            )
+            for use in outcome.tiers
+        ],
+    )
+
+
+def _factor(before: float, after: float) -> str:
+    return f"{before / after:.2f} x" if before > 0 and after > 0 else ""

@@ -1,0 +1,65 @@
+"""Runs tasks through a calm world to their ends, and says what came of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from protocol.messages.task import TaskIR
+from services.kit.registry import Registry
+from services.scheduler.durations import Durations
+from services.scheduler.simulation.outcome import Outcome, outcome_of
+from services.scheduler.simulation.tiers import Tier, add_core, add_tiers
+from services.scheduler.simulation.world import RefusedError, World
+from services.scheduler.tasks import StepRecord, TaskRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One simulated run: its tasks in the order of their ends, and the sum of it."""
+
+    tasks: tuple[TaskRecord, ...]
+    outcome: Outcome
+
+
+def tiers_of(
+    registry: Registry, workers: dict[str, int] | None = None, slots: dict[str, int] | None = None
+) -> list[Tier]:
+    """The tiers that the registry describes, one worker each, with other numbers where these are given by model."""
+    return [
+        Tier(name, (workers or {}).get(name, 1), (slots or {}).get(name, entry.slots))
+        for name, entry in registry.models.items()
+        if registry.roles_of(name)
+    ]
+
+
+def run_tasks(
+    tasks: Iterable[TaskIR], registry: Registry, tiers: Sequence[Tier], known: Durations, actual: Durations
+) -> Run:
+    """Submit all tasks at once, as many as the hub admits, the others as earlier ones end; run until all have ended.
+
+    `known` is what the hub estimates with and learns into, `actual` says how long steps really take; they may be equal
+    but not the same object if `known` learns. Raises RefusedError for a task the hub will never take, and
+    NotReachedError where a task can never end, such as one for a tier without workers.
+    """
+    world = World(registry, durations=known, delay_ms=0, calm=True)
+
+    def seconds(task: TaskRecord, step: StepRecord) -> float:
+        return actual.expected_s(world.ranking.job(task, step))
+
+    add_core(world)
+    add_tiers(world, tiers, seconds)
+    pending = deque(tasks)
+    submitted: list[str] = []
+    while pending or len(world.ended) < len(submitted):
+        try:
+            while pending:
+                submitted.append(world.submit(pending[0]))
+                pending.popleft()
+        except RefusedError as err:
+            if err.retry_after_ms is None:
+                raise
+        world.run(world.ended_beyond(len(world.ended)), None)
+    records = tuple(world.ended.values())
+    return Run(records, outcome_of(records, tiers))

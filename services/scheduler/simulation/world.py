@@ -1,0 +1,301 @@
+"""Clock, network, hub, peers and journal of a simulated stack; nothing in it takes real time.
+
+Two ways to run:
+
+* ordinary: heartbeats are messages, hub and peers tick ten times a second, facts are packed into a journal from which
+  a killed hub is booted again. Tests of failures need this.
+* `calm`: no process dies and no message is lost, so heartbeats are granted instead of exchanged, time jumps to
+  whatever is due next, and no journal is kept. The hub machine and the sessions decide as ever; it is some ten times
+  faster, and how long the virtual time is costs nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from typing import Final
+
+from protocol.codec import pack_body, unpack_body
+from protocol.header import Header, pack_header, unpack_header
+from protocol.kinds import BODIES
+from protocol.messages.base import Message
+from protocol.messages.reply import ErrorReply, Refused
+from protocol.messages.session import Hello
+from protocol.messages.task import Accepted, Submit, TaskIR
+from services.kit import session as s
+from services.kit.registry import Registry
+from services.scheduler import events as ev
+from services.scheduler import facts as f
+from services.scheduler.durations import Durations, LearnedDurations
+from services.scheduler.effects import Record
+from services.scheduler.machine import Hub
+from services.scheduler.past import Past
+from services.scheduler.peers import PING_MS
+from services.scheduler.ranks import Ranking
+from services.scheduler.simulation.peers import Answer, SimPeer, SimulationError
+from services.scheduler.tasks import TaskRecord, fold
+
+CLIENT: Final = b"client"
+"""Socket identity of the one client, whose messages take no time."""
+_TICK_MS: Final = 100
+_START_MS: Final = 1_000_000
+_KEPT_NOTES: Final = 20
+
+
+class NotReachedError(SimulationError):
+    """What was waited for did not happen within its virtual time."""
+
+
+class RefusedError(SimulationError):
+    """The hub did not accept a task; `retry_after_ms` is None where it never will."""
+
+    def __init__(self, message: str, retry_after_ms: int | None) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
+
+
+class World:
+    """See the module. `now` is in virtual ms; `delay_ms` is how long a message between hub and peer is under way."""
+
+    def __init__(
+        self, registry: Registry, *, durations: Durations | None = None, delay_ms: int = 1, calm: bool = False
+    ) -> None:
+        self.registry = registry
+        self.durations = durations
+        self.delay_ms = delay_ms
+        self.calm = calm
+        self.now = _START_MS
+        self.identities: dict[bytes, SimPeer] = {}
+        self.peers: dict[str, SimPeer] = {}
+        self.journal: list[tuple[str, int, str, bytes]] = []
+        """Task, sequence number, kind and packed fact; empty where `calm`."""
+        self.ended: dict[str, TaskRecord] = {}
+        """Tasks that have ended, in that order."""
+        self.client_inbox: list[tuple[Header, Message]] = []
+        self.notes: list[str] = []
+        """What the hub would have logged last."""
+        self.hub: Hub | None = None
+        self.page = 256
+        """Facts that a late watcher is told at once."""
+        self._order = itertools.count()
+        self._heap: list[tuple[int, int, Callable[[], object]]] = []
+        self._beat_ms = self.now
+        self.boot_hub()
+        if not calm:
+            self._tick()
+
+    # Running
+
+    def later(self, delay_ms: int, action: Callable[[], object]) -> None:
+        """Do this after so many ms, after everything else that was planned for that moment before."""
+        heapq.heappush(self._heap, (self.now + delay_ms, next(self._order), action))
+
+    def step(self) -> None:
+        """Let the next thing happen. Raises NotReachedError if nothing ever will."""
+        due, waits = self._next_ms()
+        if due is None:
+            raise NotReachedError(f"nothing is left that could happen: {self.notes}")
+        if self.calm:
+            self._jump(due, waits is not None and waits <= due)
+        if self._heap and self._heap[0][0] <= max(due, self.now):
+            at, _, action = heapq.heappop(self._heap)
+            self.now = max(self.now, at)
+            action()
+
+    def run(self, until: Callable[[], bool], limit_ms: int | None = 120_000) -> None:
+        """Run until this holds. Raises NotReachedError after `limit_ms` of virtual time (None = no limit)."""
+        end = None if limit_ms is None else self.now + limit_ms
+        while not until():
+            if end is not None and self.now > end:
+                raise NotReachedError(f"not reached within {limit_ms} ms of virtual time: {self.notes}")
+            self.step()
+
+    def run_for(self, duration_ms: int) -> None:
+        """Run for so long."""
+        end = self.now + duration_ms
+        while (due := self._next_ms()[0]) is not None and due <= end:
+            self.step()
+        self.now = end
+
+    def _next_ms(self) -> tuple[int | None, int | None]:
+        """When something happens next, and when a tick of a calm world has work to do."""
+        due = self._heap[0][0] if self._heap else None
+        waits = self.hub.broker.next_due_ms() if self.calm and self.hub is not None else None
+        return waits if due is None or (waits is not None and waits < due) else due, waits
+
+    def _jump(self, due: int, tick: bool) -> None:
+        """Move the clock of a calm world: every process has answered its pings meanwhile."""
+        hub = self.hub
+        if hub is None:
+            raise SimulationError("a calm world needs its hub")
+        self.now = max(self.now, due)
+        if self.now - self._beat_ms >= PING_MS:
+            self._beat_ms = self.now
+            for peer in hub.broker.peers.values():
+                hub.broker.on_heard(peer, None, self.now)
+        if tick:
+            self.feed(ev.Tick(self.now))
+
+    def _tick(self) -> None:
+        self.feed(ev.Tick(self.now))
+        for peer in list(self.peers.values()):
+            if peer.alive and not peer.frozen:
+                peer.feed(s.Ticked(self.now))
+        self.later(_TICK_MS, self._tick)
+
+    # Hub
+
+    def boot_hub(self) -> None:
+        """Start a hub; tasks in the journal that are not settled are taken up where they stood."""
+        durations = self.durations if self.durations is not None else LearnedDurations()
+        self.hub = Hub(epoch=f"hub{next(self._order)}", registry=self.registry, durations=durations)
+        for task in self.recorded_tasks().values():
+            if not (task.state.final and task.settled):
+                self.feed(ev.Restored(task, self.now))
+
+    def kill_hub(self) -> None:
+        """End the hub; its peers notice by its silence."""
+        self.hub = None
+
+    def facts(self, task_id: str) -> list[f.Fact]:
+        """The facts of a task in the journal, in order."""
+        return [f.unpack_fact(kind, data) for task, _, kind, data in self.journal if task == task_id]
+
+    def find(self, task_id: str) -> TaskRecord | Past | None:
+        """What the journal knows of a task that the hub does not have in memory."""
+        return self.ended.get(task_id) if self.calm else self.recorded_tasks().get(task_id)
+
+    def recorded_tasks(self) -> dict[str, TaskRecord]:
+        """All tasks as the journal tells them."""
+        history: dict[str, list[f.Fact]] = {}
+        for task, _, kind, data in self.journal:
+            history.setdefault(task, []).append(f.unpack_fact(kind, data))
+        return {task: fold(facts) for task, facts in history.items()}
+
+    def task(self, task_id: str) -> TaskRecord:
+        """A task as the hub knows it now. Raises SimulationError for one it does not have."""
+        found = self.ended.get(task_id) or (self.hub.engine.find(task_id) if self.hub else None)
+        if found is None:
+            raise SimulationError(f"the hub has no task {task_id!r}")
+        return found
+
+    @property
+    def ranking(self) -> Ranking:
+        """The ranks and estimates of the hub that runs. Raises SimulationError while there is none."""
+        if self.hub is None:
+            raise SimulationError("no hub is running")
+        return self.hub.engine.ranking
+
+    def ended_beyond(self, count: int) -> Callable[[], bool]:
+        """Condition for `run`: more than so many tasks have ended."""
+        return lambda: len(self.ended) > count
+
+    def feed(self, event: ev.Event) -> None:
+        """Give the hub an event and do what it says; without a hub it is lost."""
+        if self.hub is None:
+            return
+        reads: list[ev.ReadEvents] = []
+        for command in self.hub.handle(event):
+            if isinstance(command, ev.ReadEvents):
+                reads.append(command)  # after the facts of this very turn
+            else:
+                self._carry_out(command)
+        for read in reads:
+            after = read.query.after_seq
+            facts = self.facts(read.query.task_id)[after:][: self.page]
+            self.feed(ev.EventsRead(read.identity, read.header, read.query, list(enumerate(facts, after + 1))))
+
+    def _carry_out(self, command: ev.Command) -> None:
+        match command:
+            case Record(fact, seq):
+                self._record(fact, seq)
+            case ev.Send(identity, header, body):
+                self._deliver(identity, header, body)
+            case ev.LookUp(task_id, identity, header, body):
+                self.feed(ev.LookedUp(identity, header, body, self.find(task_id), self.now))
+            case ev.ReloadUnsettled():
+                for task in self.recorded_tasks().values():
+                    if task.state.final and not task.settled:
+                        self.feed(ev.Restored(task, self.now))
+            case ev.Noted(event=told, fields=fields):
+                self.notes.append(f"{self.now} {told.name} {fields}")
+                del self.notes[:-_KEPT_NOTES]
+            case ev.ReadListing() | ev.ReadStatus() | ev.ReadEvents():
+                raise SimulationError("listings and reports are the business of the process, not of its machine")
+
+    def _record(self, fact: f.Fact, seq: int) -> None:
+        if not self.calm:
+            self.journal.append((fact.task, seq, type(fact).__name__, f.pack_fact(fact)))
+        if isinstance(fact, f.TaskEnded) and self.hub is not None:
+            task = self.hub.engine.find(fact.task)
+            if task is not None:
+                self.ended[fact.task] = task
+
+    # Network
+
+    def carry_to_hub(self, identity: bytes, frames: list[bytes]) -> None:
+        """Move a message of a peer to the hub."""
+        self.later(self.delay_ms, lambda: self.to_hub(identity, frames))
+
+    def to_hub(self, identity: bytes, frames: list[bytes]) -> None:
+        """A message arrives at the hub."""
+        self.feed(ev.FrameIn(identity, frames, self.now))
+
+    def carry_to_peer(self, identity: bytes, header: bytes, body: bytes) -> None:
+        """Move a message of the hub to a peer."""
+        self.later(self.delay_ms, lambda: self.to_peer(identity, header, body))
+
+    def to_peer(self, identity: bytes, header: bytes, body: bytes) -> None:
+        """A message arrives at a peer, if its connection still is there."""
+        peer = self.identities.get(identity)
+        if peer is not None:
+            peer.receive(unpack_header(header), body)
+
+    def _deliver(self, identity: bytes, header: bytes, body: bytes) -> None:
+        if identity == CLIENT:
+            unpacked = unpack_header(header)
+            self.client_inbox.append((unpacked, unpack_body(BODIES[unpacked.kind], body)))
+        elif identity in self.identities:
+            self.carry_to_peer(identity, header, body)
+        else:
+            self.later(0, lambda: self.feed(ev.Undeliverable(identity, self.now)))
+
+    # Processes and clients
+
+    def add(
+        self, service: str, capabilities: tuple[str, ...], answer: Callable[[Header, bytes], Answer], slots: int = 4
+    ) -> SimPeer:
+        """Start a process that answers calls for these capabilities."""
+        peer = SimPeer(self, service, capabilities, slots, answer)
+        self.peers[service] = peer
+        peer.start()
+        return peer
+
+    def client(self, kind: str, body: Message) -> tuple[Header, Message]:
+        """One request of the client; returns its first answer. Raises SimulationError if there is none."""
+        if self.hub is None or CLIENT not in self.hub.broker.peers:
+            hello = Hello(service="client-simulated", protocol_min=1, protocol_max=1)
+            self.to_hub(CLIENT, [pack_header(Header(kind="session.hello", id="h")), pack_body(hello)])
+        ident = f"c{next(self._order)}"
+        self.to_hub(CLIENT, [pack_header(Header(kind=kind, id=ident)), pack_body(body)])
+        for header, answer in self.client_inbox:
+            if header.corr == ident:
+                return header, answer
+        raise SimulationError(f"no answer to {kind}")
+
+    def submit(self, task: TaskIR) -> str:
+        """Submit a task; returns its id. Raises RefusedError."""
+        self.client_inbox.clear()
+        _, body = self.client("task.submit", Submit(task=task.model_dump(mode="json", exclude_none=True)))
+        match body:
+            case Accepted(task_id=task_id):
+                if self.calm and task.deadline_s is not None:
+                    self.later(int(task.deadline_s * 1000), lambda: self.feed(ev.Tick(self.now)))
+                return task_id
+            case Refused(reason=reason, retry_after_ms=after_ms):
+                raise RefusedError(f"not accepted: {reason}", after_ms)
+            case ErrorReply(failure=failure):
+                raise RefusedError(f"not accepted: {failure.message}", None)
+            case _:
+                raise SimulationError(f"a {type(body).__name__} in answer to a submit")
