@@ -10,6 +10,7 @@ from protocol.messages.gate import GateFinal, GateResult, Verdict
 from protocol.messages.result import Segment, TaskQuery, TaskView
 from protocol.messages.session import Hello, PeerState
 from services.scheduler.broker import Broker, Call
+from services.scheduler.resources import Tokens
 from services.scheduler.stages import critical_steps, depths
 from services.scheduler.timeline import Timeline
 from tests.unit.simulation import Answer, World, final_of, say, stack, task_of
@@ -91,7 +92,7 @@ def test_an_idle_model_that_was_away_while_nobody_waited_is_no_loading() -> None
 
 
 def test_a_wait_that_nobody_waited_to_the_end_of_is_not_told_of_a_later_call() -> None:
-    broker = Broker()
+    broker = Broker(Tokens(cores=4))
     broker.ask(Call(key="gone", kind="infer.request", target="infer.worker", queued_ms=0))
     assert broker.next_start(0) is None
     broker.cancel("gone")
