@@ -25,6 +25,8 @@ from protocol.messages.session import Goodbye, Hello, PeerState, Ping, Reject, W
 
 _KEPT_RESULTS: Final = 512
 """Results kept for a hub that may ask again; more than any hub has in flight at one peer."""
+_KEPT_REQUESTS: Final = 1_024
+"""Ids of requests kept to recognise repeats; more than any hub has under way to one peer."""
 _JOIN_TIMEOUT_MS: Final = 3_000
 _SILENT_PINGS: Final = 3
 _PROBE_PINGS: Final = 1.2
@@ -192,6 +194,10 @@ class PeerSession:
     asks: dict[str, Asked] = field(default_factory=dict)
     _slots_granted: bool = False
     """True once the idle slots were granted in this epoch; from then on only endings add to the total."""
+    _unsent: list[Transmit] = field(default_factory=list)
+    """Endings since the HELLO of this epoch: it listed their keys as in flight, so the hub waits for them."""
+    _requests: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """Ids of the requests of this epoch, newest last: a repeat of one has spent no credit and is not work."""
     _heard_ms: int = 0
     _ping_ms: int = 1_000
     _probed: bool = False
@@ -234,6 +240,8 @@ class PeerSession:
     def _on_opened(self, event: Opened) -> list[Command]:
         self.epoch = event.epoch
         self.joined = False
+        self._unsent.clear()
+        self._requests.clear()
         self._heard_ms = event.at_ms
         self.granted = self._free_slots()
         self._slots_granted = self._usable()
@@ -300,6 +308,10 @@ class PeerSession:
         self._ping_ms = max(1, welcome.ping_ms)
         commands: list[Command] = [CancelWork(key) for key in welcome.drop if key in self.in_flight]
         commands.extend(self._ending(key) for key in welcome.resend if key in self.finished)
+        settled = {*welcome.drop, *welcome.resend}
+        unsent = [ending for ending in self._unsent if ending.header.key not in settled]
+        commands.extend(Transmit(replace(ending.header, credit=self.granted), ending.body) for ending in unsent)
+        self._unsent.clear()
         commands.extend(Transmit(asked.header, asked.body) for asked in self.asks.values())
         commands.append(ReportState(corr=None, credit=self.granted))  # it may have changed since the HELLO
         return commands
@@ -313,6 +325,11 @@ class PeerSession:
 
     def _on_request(self, event: Received) -> list[Command]:
         header = event.header
+        if header.id in self._requests:
+            return []
+        self._requests[header.id] = None
+        while len(self._requests) > _KEPT_REQUESTS:
+            self._requests.popitem(last=False)
         key = header.key
         if key is None:
             self.granted += 1
@@ -320,7 +337,8 @@ class PeerSession:
             return [Transmit(ending, _error(Category.POLICY, "call.no_key", "a call needs a key"))]
         if key in self.in_flight:
             self.in_flight[key] = header  # re-attached: the answer goes to the newest request
-            return []
+            self.granted += 1  # it takes no slot but the one the running work has, which grants itself when it ends
+            return [ReportState(corr=None, credit=self.granted)] if self.joined else []
         if key in self.finished:
             kind, body, _ = self.finished[key]
             self.finished[key] = (kind, body, header)
@@ -345,11 +363,17 @@ class PeerSession:
         if event.kind == "error":
             # Not kept: a later try of the same key must run again. Lost with the hub, it is a key not re-attached.
             ending = replace(_answer(header, "error"), credit=self.granted)
-            return [Transmit(ending, event.body)] if self.joined else []
+            return self._when_joined(Transmit(ending, event.body))
         self.finished[event.key] = (event.kind, event.body, header)
         while len(self.finished) > _KEPT_RESULTS:
             self.finished.popitem(last=False)
-        return [self._ending(event.key)] if self.joined else []
+        return self._when_joined(self._ending(event.key))
+
+    def _when_joined(self, ending: Transmit) -> list[Command]:
+        if self.joined:
+            return [ending]
+        self._unsent.append(ending)
+        return []
 
     def _ending(self, key: str) -> Transmit:
         kind, body, header = self.finished[key]

@@ -1,8 +1,8 @@
 """How much may wait at the hub, for whom, and when whoever was refused should come again. Pure bookkeeping.
 
-Calls of other peers are bounded three ways: per capability, per requester (so that one of them cannot fill a queue)
-and in bytes (a few large bodies weigh as much as many small ones). The hub's own steps are bounded by its tasks. What
-is measured is only how fast work leaves; whether a call may run is the broker's business.
+Calls of other peers are bounded three ways: per capability, per requester (so that one of them cannot fill a queue
+alone) and in bytes (a few large bodies weigh as much as many small ones). The hub's own steps are bounded by its tasks.
+What is measured is only how fast work leaves; whether a call may run is the broker's business.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ MAX_BYTES_PER_PEER: Final = 64 * 1024 * 1024
 MAX_BYTES: Final = 512 * 1024 * 1024
 """The same of all peers."""
 _KEPT_ENDS: Final = 32
+_KEPT_TARGETS: Final = 256
 _UNMEASURED_MS: Final = 1_000
 _SHORTEST_MS: Final = 100
 _LONGEST_MS: Final = 30_000
@@ -45,6 +46,9 @@ class DrainRate:
         return int(max(_SHORTEST_MS, min(_LONGEST_MS, pause * ahead)))
 
 
+_UNMEASURED: Final = DrainRate()
+
+
 @dataclass(slots=True)
 class Admission:
     """What every requester has at the hub."""
@@ -52,6 +56,20 @@ class Admission:
     _calls: Counter[bytes] = field(default_factory=Counter)
     _bytes: Counter[bytes] = field(default_factory=Counter)
     _all_bytes: int = 0
+    _drains: dict[str, DrainRate] = field(default_factory=dict)
+    """Capability -> how fast its calls end, for the newest `_KEPT_TARGETS` of them."""
+
+    def drained(self, target: str, at_ms: int) -> None:
+        """A worker has ended a call for this capability."""
+        rate = self._drains.pop(target, None) or DrainRate()
+        self._drains[target] = rate
+        rate.ended(at_ms)
+        if len(self._drains) > _KEPT_TARGETS:
+            del self._drains[next(iter(self._drains))]
+
+    def retry_after_ms(self, target: str, at_ms: int) -> int:
+        """When one more call for this capability should find a place, from what was measured."""
+        return self._drains.get(target, _UNMEASURED).retry_after_ms(at_ms)
 
     def objection(self, requester: bytes, size_bytes: int) -> str | None:
         """Why no further call of this size may be taken from this peer; None if it may."""

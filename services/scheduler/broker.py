@@ -20,6 +20,7 @@ from protocol.kinds import family
 from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState, Pong
+from services.scheduler.admission import Admission
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 from services.scheduler.queues import Place, ReadyQueue
 from services.scheduler.resources import NOTHING, Needs, Tokens
@@ -30,6 +31,7 @@ REATTACH_MS: Final = 4_000
 """After a restart of the hub, running calls wait this long for their worker to bring them back."""
 CLIENT_KEPT_MS: Final = 60_000
 _KEPT_ENDINGS: Final = 4_096
+_KEPT_GONE: Final = 256
 _DEADLINES_SLACK: Final = 1_024
 _DEADLINE_GRACE_MS: Final = 1_000
 """A worker enforces deadlines itself; the hub steps in when it has not."""
@@ -158,7 +160,8 @@ class Broker:
         default_factory=lambda: dict.fromkeys(("started", "ended", "lost", "reattached", "duplicates", "expired"), 0)
     )
     gone_ms: dict[str, int] = field(default_factory=dict)
-    """Capability -> when a peer that had it was last lost, in unix ms."""
+    """Capability -> when a peer that had it was last lost, in unix ms; the newest of them."""
+    admission: Admission = field(default_factory=Admission)
     _queues: dict[str, ReadyQueue] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
     """Keys that have ended lately, to tell a duplicate from a stranger."""
@@ -293,9 +296,12 @@ class Broker:
         """Queue a call. The same key again attaches the new requester to the call that is there."""
         known = self.calls.get(call.key)
         if known is not None:
+            self._unbook(known)
             known.requester, known.corr = call.requester, call.corr
+            self._book(known)
             return
         self.calls[call.key] = call
+        self._book(call)
         if call.parent is not None:
             self._children.setdefault(call.parent, set()).add(call.key)
         call.deadline_ms = call.outer_ms
@@ -312,10 +318,14 @@ class Broker:
         lengths = {target: self.queued(target) for target in self._queues}
         return {target: count for target, count in lengths.items() if count}
 
-    def is_full(self, target: str) -> bool:
-        """True when no further call of another peer may wait for this capability."""
-        queue = self._queues.get(target)
-        return queue is not None and len(queue) >= MAX_QUEUED and self.queued(target) >= MAX_QUEUED
+    def objection(self, call: Call) -> str | None:
+        """Why this call of another peer may not wait here; None if it may. A call that is there already may."""
+        if call.key in self.calls or call.requester is None:
+            return None
+        queue = self._queues.get(call.target)
+        if queue is not None and queue.count(self._is_queued, MAX_QUEUED) >= MAX_QUEUED:
+            return f"{call.target} has {MAX_QUEUED} calls waiting"
+        return self.admission.objection(call.requester, len(call.body or b""))
 
     def cancel(self, key: str) -> list[Command]:
         """End a call without an answer, and the calls made during it. Its worker is told; its slot stays counted."""
@@ -324,6 +334,7 @@ class Broker:
             return []
         self._remember(key)
         self._release(call)
+        self._leave(call)
         commands: list[Command] = []
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(key)
@@ -345,6 +356,7 @@ class Broker:
             if self.has_ended(header.key):
                 self.counters["duplicates"] += 1
             return []
+        self.admission.drained(call.target, peer.heard_ms)
         return list(self._end(call, header.kind, body, peer.service))
 
     def has_ended(self, key: str | None) -> bool:
@@ -396,6 +408,8 @@ class Broker:
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
         self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
+        if not len(queue):
+            del self._queues[target]  # its name may be anything a client thought of
         return None
 
     def _release(self, call: Call) -> None:
@@ -406,6 +420,9 @@ class Broker:
     def check_invariants(self) -> None:
         """Raise AssertionError if the state contradicts itself; called by tests after every event."""
         self.tokens.check_invariants()
+        asked = [call for call in self.calls.values() if call.requester is not None]
+        if self.admission.held() != (len(asked), sum(len(call.body or b"") for call in asked)):
+            raise AssertionError("what requesters have here is not what is booked for them")
         for peer in self.peers.values():
             for key in peer.calls:
                 if key not in self.calls or self.calls[key].worker != peer.identity:
@@ -470,6 +487,7 @@ class Broker:
         self.tokens.book(call.key, call.needs)
         call.worker = peer.identity
         peer.calls.add(call.key)
+        self._discard(call.target)
         self.counters["reattached"] += 1
 
     def _watch_deadline(self, call: Call) -> None:
@@ -485,11 +503,32 @@ class Broker:
         del self.calls[call.key]
         self._remember(call.key)
         self._release(call)
+        self._leave(call)
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(call.key)
         self.counters["ended"] += 1
         yield Ended(call, kind, body, worker)
         yield from self._forget(call)
+
+    def _book(self, call: Call) -> None:
+        if call.requester is not None:
+            self.admission.took(call.requester, len(call.body or b""))
+
+    def _unbook(self, call: Call) -> None:
+        if call.requester is not None:
+            self.admission.released(call.requester, len(call.body or b""))
+
+    def _leave(self, call: Call) -> None:
+        """A call is over: it counts no longer, and its entry in the queue, where it waited, is stale."""
+        self._unbook(call)
+        if call.worker is None:
+            self._discard(call.target)
+
+    def _discard(self, target: str) -> None:
+        queue = self._queues.get(target)
+        if queue is not None:
+            queue.discard(self._is_queued)
+            self._touch((target,))  # what is behind a stale entry may go, and an empty queue is removed
 
     def _forget(self, call: Call) -> list[Command]:
         """Cancel what was asked during a call that is over, and leave its parent's list."""
@@ -519,7 +558,10 @@ class Broker:
         """End a session. Its calls are queued again or ended with PEER; `blame` says whether they count as killers."""
         self.peers.pop(peer.identity, None)
         for target in peer.capabilities:
+            self.gone_ms.pop(target, None)
             self.gone_ms[target] = at_ms
+        while len(self.gone_ms) > _KEPT_GONE:
+            del self.gone_ms[next(iter(self.gone_ms))]
         commands: list[Command] = [PeerGone(peer, why)]
         for key in sorted(peer.calls):
             call = self.calls[key]

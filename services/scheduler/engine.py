@@ -29,9 +29,10 @@ from services.scheduler import facts as f
 from services.scheduler.answers import cut_outputs
 from services.scheduler.broker import REATTACH_MS, Call
 from services.scheduler.effects import Ask, Drop, Effect, Record
+from services.scheduler.ended import EndedTasks
 from services.scheduler.failures import Action, Past, decide
 from services.scheduler.growth import items_of, join_of, reach_of
-from services.scheduler.outcomes import outcomes_of
+from services.scheduler.outcomes import UNEMBEDDABLE, outcomes_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
 from services.scheduler.ranks import Ranking
 from services.scheduler.requests import infer_request
@@ -42,12 +43,6 @@ from services.scheduler.verdicts import gate_failure
 PLANNER: Final = "planner"
 GATE: Final = "gate"
 MEMORY: Final = "memory"
-_KEPT_ENDED: Final = 200
-"""Ended tasks kept in memory; older ones are read from the journal when somebody asks."""
-_KEPT_ENDED_STEPS: Final = 5_000
-"""Steps of all ended tasks kept in memory: what a task occupies grows with its steps."""
-UNEMBEDDABLE: Final = "memory.unembeddable"
-"""Memory's word for an objective without any word in it: such a task cannot be an episode."""
 MAX_UNSETTLED: Final = 200
 """Ended tasks that wait for memory at once; further ones wait in the journal."""
 _PLAN_TRIES: Final = 5
@@ -64,8 +59,8 @@ class Engine:
     ranking: Ranking
     live: dict[str, TaskRecord] = field(default_factory=dict)
     """Tasks that are not final, or whose outcomes memory does not have yet."""
-    ended: dict[str, TaskRecord] = field(default_factory=dict)
-    """The newest of those that are over, oldest first."""
+    ended: EndedTasks = field(default_factory=EndedTasks)
+    """The newest of those that are over."""
     unsettled: set[str] = field(default_factory=set)
     """Ended tasks whose outcomes are on their way to memory."""
     deferred: bool = False
@@ -76,13 +71,12 @@ class Engine:
     _calls: dict[str, set[str]] = field(default_factory=dict)
     """Task -> keys of its calls at the broker."""
     _plan_tries: dict[str, int] = field(default_factory=dict)
-    _ended_steps: int = 0
 
     def take(self) -> list[Effect]:
         """Effects since the last call, in order."""
         effects, self._effects = self._effects, []
         if not effects:
-            self._evict()  # not before: whoever takes the effects may need the tasks that they end
+            self.ended.evict()  # not before: whoever takes the effects may need the tasks that they end
         return effects
 
     def find(self, task_id: str) -> TaskRecord | None:
@@ -597,18 +591,11 @@ class Engine:
         self.unsettled.discard(task.id)
         self.live.pop(task.id, None)
         self._calls.pop(task.id, None)
-        self.ended[task.id] = task
-        self._ended_steps += len(task.steps)
+        self.ended.add(task)
 
     def forget_ended(self, task_id: str) -> None:
         """Drop an ended task from memory; the journal has it."""
-        task = self.ended.pop(task_id, None)
-        if task is not None:
-            self._ended_steps -= len(task.steps)
-
-    def _evict(self) -> None:
-        while len(self.ended) > _KEPT_ENDED or (self._ended_steps > _KEPT_ENDED_STEPS and self.ended):
-            self.forget_ended(next(iter(self.ended)))
+        self.ended.pop(task_id)
 
     # Inside
 

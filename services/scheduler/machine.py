@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from pydantic import ValidationError
-
-from protocol.codec import describe, pack_body, unpack_body
+from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
 from protocol.header import Header, pack_header, unpack_header
 from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, UNKNOWN_PEER, family
@@ -30,19 +28,18 @@ from protocol.messages.result import (
     CancelQuery,
     ListQuery,
     TaskEvent,
-    TaskQuery,
     TaskView,
     Watch,
 )
 from protocol.messages.session import Hello, Ping, Pong, Reject, StatusReport, Welcome
-from protocol.messages.task import Accepted, Extend, Extended, Submit, TaskIR
+from protocol.messages.task import Accepted, Extend, Extended, TaskIR
 from services.kit.identity import work_key
 from services.kit.logs import LogEvent
-from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry
 from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
+from services.scheduler.admission import DrainRate
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Ask, Drop, Record
 from services.scheduler.events import (
@@ -66,14 +63,18 @@ from services.scheduler.growth import checked_extension
 from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
+from services.scheduler.requested import read_task, task_asked_for
 from services.scheduler.resources import Tokens, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
 from services.scheduler.waiting import reasons
 
-MAX_ACTIVE_TASKS: Final = 1_000
-"""Tasks that are not final; beyond it a submit is refused with the time after which one should have ended."""
+MAX_ACTIVE_TASKS: Final = 2_000
+"""Tasks that are not final. A submit is refused, with the time after which one should have ended, as soon as its client
+has as many as there are places left: one alone gets half of them, two a third each, and a newcomer finds a place."""
 MAX_WATCHES: Final = 2_000
+MAX_SESSIONS: Final = 1_000
+"""Of clients, and as many of workers, so that neither can shut the others out."""
 _DEFAULT_DEADLINE_MS: Final = 600_000
 _TICKS_BETWEEN_CLEANUPS_MS: Final = 5_000
 
@@ -103,8 +104,8 @@ class Hub:
     _late: set[tuple[bytes, str]] = field(default_factory=set)
     """Watchers that are still being told what was before they came."""
     _sent: int = 0
-    _ends_ms: deque[int] = field(default_factory=lambda: deque(maxlen=32))
-    """When the newest tasks ended: the measured drain rate behind `retry_after_ms`."""
+    _drain: DrainRate = field(default_factory=DrainRate)
+    """How fast tasks end: behind `retry_after_ms`."""
     _cleaned_ms: int = 0
 
     def __post_init__(self) -> None:
@@ -133,6 +134,10 @@ class Hub:
                     self._settle([], at_ms)
         commands, self._out = self._out, []
         return commands
+
+    def still_reads(self, identity: bytes, header: Header) -> bool:
+        """Whether this watcher, who came late, still wants to be told what was before."""
+        return (identity, header.id) in self._late
 
     def status(self, task_counts: dict[str, int], at_ms: int) -> StatusReport:
         """The report of `session.status`."""
@@ -182,17 +187,17 @@ class Hub:
             return
         if header.epoch is not None and header.epoch != peer.epoch:
             raise BadFrame("header.epoch", f"epoch {header.epoch} is over, this session is {peer.epoch}")
-        if header.seq is not None:
-            if header.seq <= peer.last_seq:
-                return  # a repeat within the epoch: it was handled the first time
-            peer.last_seq = header.seq
+        if header.seq is not None and peer.is_repeat(header.seq):
+            return  # it was handled the first time
         self.broker.on_heard(peer, header.credit, at_ms)
         self._route(peer, header, body, at_ms)
 
     def _route(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         kind = header.kind
         if kind == "session.pong":
-            self.broker.on_pong(peer, unpack_body(Pong, body))
+            pong = unpack_body(Pong, body)
+            if header.seq is None or header.seq == peer.last_seq:  # else a later message has overtaken it
+                self.broker.on_pong(peer, pong)
             self._settle([], at_ms)
         elif kind == "session.goodbye":
             if not peer.is_worker:
@@ -222,10 +227,19 @@ class Hub:
             reject = Reject(code="version", message=f"this hub speaks {PROTOCOL_VERSION}, you offer {offered}")
             self._out.append(self.reply(identity, header, "session.reject", reject))
             return
+        if identity not in self.broker.peers:
+            alike = sum(1 for one in self.broker.peers.values() if one.is_worker is bool(hello.capabilities))
+            if alike >= MAX_SESSIONS:
+                reject = Reject(code="full", message=f"{MAX_SESSIONS} sessions of this kind are open; try again later")
+                self._out.append(self.reply(identity, header, "session.reject", reject))
+                return
         epoch = header.epoch or identity.hex()
+        known = self.broker.peers.get(identity)
+        if known is not None and known.epoch == epoch and header.seq is not None and known.is_repeat(header.seq):
+            return  # starting this session anew would take its running work from it
         welcoming, commands = self.broker.on_hello(identity, hello, epoch, header.credit or 0, at_ms)
         if header.seq is not None:
-            self.broker.peers[identity].last_seq = header.seq
+            self.broker.peers[identity].is_repeat(header.seq)
         welcome = Welcome(
             protocol=PROTOCOL_VERSION,
             hub_epoch=self.epoch,
@@ -249,10 +263,6 @@ class Hub:
     def _on_call_request(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         if header.key is None or header.dst is None:
             raise BadFrame("call.incomplete", f"{header.kind} needs the header fields key and dst")
-        if self.broker.is_full(header.dst):
-            refused = Refused(reason=f"{header.dst} has {b.MAX_QUEUED} calls waiting", retry_after_ms=1_000)
-            self._out.append(self.reply(peer.identity, header, "refused", refused))
-            return
         call = b.Call(
             key=header.key,
             kind=header.kind,
@@ -274,6 +284,11 @@ class Hub:
         known = self.broker.calls.get(call.key)
         if known is not None and known.requester is None:
             raise BadFrame("call.key", "this key belongs to a call of the hub itself")
+        objection = self.broker.objection(call)
+        if objection is not None:
+            refused = Refused(reason=objection, retry_after_ms=self.broker.admission.retry_after_ms(call.target, at_ms))
+            self._out.append(self.reply(peer.identity, header, "refused", refused))
+            return
         self.broker.ask(call)
         self._settle([], at_ms)
 
@@ -313,27 +328,15 @@ class Hub:
             case "task.submit":
                 self._on_submit(identity, header, body, at_ms)
             case _:
-                task_id = self._task_asked_for(header.kind, body)
+                task_id = task_asked_for(header.kind, body)
                 known = self.engine.find(task_id)
                 if known is None:
                     self._out.append(LookUp(task_id, identity, header, body))
                 else:
                     self._answer_about(identity, header, body, known, at_ms)
 
-    @staticmethod
-    def _task_asked_for(kind: str, body: bytes) -> str:
-        if kind == "task.watch":
-            return unpack_body(Watch, body).task_id
-        if kind == "task.artefact":
-            return unpack_body(ArtefactQuery, body).task_id
-        if kind == "task.cancel":
-            return unpack_body(CancelQuery, body).task_id
-        if kind == "task.extend":
-            return unpack_body(Extend, body).task_id
-        return unpack_body(TaskQuery, body).task_id
-
     def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
-        ir = self._read_task(body)
+        ir = read_task(body, self.registry)
         peer = self.broker.peers[identity]
         if ir.idempotency_key is None:
             task_id = f"t-{work_key('task', self.epoch, self._sent, at_ms)[:16]}"
@@ -346,23 +349,13 @@ class Hub:
         else:
             self._accept(identity, header, ir, task_id, peer.service, at_ms)
 
-    def _read_task(self, body: bytes) -> TaskIR:
-        submit = unpack_body(Submit, body)
-        try:
-            ir = TaskIR.model_validate(submit.task)
-        except ValidationError as err:
-            raise BadFrame("task.invalid", f"the TaskIR is not valid: {describe(err)}") from err
-        problems = plan_problems(ir, self.registry)
-        if problems:
-            shown = "; ".join(str(problem) for problem in problems[:10])
-            more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-            raise BadFrame("task.invalid", f"the plan cannot run: {shown}{more}")
-        return ir
-
     def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
-        active = sum(1 for task in self.engine.live.values() if not task.state.final)
-        if active >= MAX_ACTIVE_TASKS:
-            refused = Refused(reason=f"{active} tasks are active", retry_after_ms=self._retry_after_ms())
+        active = [task.client for task in self.engine.live.values() if not task.state.final]
+        # Nobody may have more than are left for the others, so that a greedy client never takes the last place.
+        own, free = active.count(client), MAX_ACTIVE_TASKS - len(active)
+        if own >= free:
+            reason = f"{len(active)} tasks are active, {own} of them yours"
+            refused = Refused(reason=reason, retry_after_ms=self._drain.retry_after_ms(at_ms))
             self._note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
             self._out.append(self.reply(identity, header, "refused", refused))
             return
@@ -370,13 +363,6 @@ class Hub:
         self.engine.submit(task_id, accepted, client, at_ms)
         self._settle([], at_ms)
         self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id)))
-
-    def _retry_after_ms(self) -> int:
-        """Mean time between the newest ends of tasks: when a place should be free."""
-        if len(self._ends_ms) < 2:
-            return 1_000
-        mean = (self._ends_ms[-1] - self._ends_ms[0]) // (len(self._ends_ms) - 1)
-        return max(100, min(30_000, mean))
 
     def _on_looked_up(
         self, identity: bytes, header: Header, body: bytes, task: TaskRecord | Past | None, at_ms: int
@@ -386,7 +372,7 @@ class Hub:
             return
         try:
             if header.kind == "task.submit":
-                ir = self._read_task(body)
+                ir = read_task(body, self.registry)
                 task_id = f"t-{work_key('task', ir.idempotency_key)[:16]}"
                 if task is not None or self.engine.find(task_id) is not None:
                     accepted = Accepted(task_id=task_id, duplicate=True)
@@ -394,7 +380,7 @@ class Hub:
                 else:
                     self._accept(identity, header, ir, task_id, peer.service, at_ms)
             elif task is None:
-                wanted = self._task_asked_for(header.kind, body)
+                wanted = task_asked_for(header.kind, body)
                 raise BadFrame("task.unknown", f"there is no task {wanted!r}; `tierline list` shows them")
             elif not isinstance(task, TaskRecord):
                 self._out.append(self.reply(identity, header, *answer_past(header.kind, body, task)))
@@ -572,7 +558,7 @@ class Hub:
                 self._out.append(self.reply(identity, request, "task.event", told))
         if not isinstance(fact, f.TaskEnded):
             return
-        self._ends_ms.append(fact.at_ms)
+        self._drain.ended(fact.at_ms)
         self.engine.watched.discard(fact.task)
         waiting = self._watches.pop(fact.task, {}) | self._waits.pop(fact.task, {})
         task = self.engine.find(fact.task)

@@ -6,11 +6,16 @@ processes and resources teach nothing (`quality_signal` in the failure table), a
 
 from __future__ import annotations
 
+from typing import Final
+
 from protocol.messages.memory import Episode, MemoryRequest, Outcome, RecordOutcomes
 from protocol.messages.plan import RoutingDecision
 from protocol.messages.result import StepState, TaskState
 from services.kit.registry import Registry
 from services.scheduler.tasks import StepRecord, TaskRecord
+
+UNEMBEDDABLE: Final = "memory.unembeddable"
+"""Memory's word for an objective without any word in it: such a task cannot be an episode."""
 
 
 def outcomes_of(task: TaskRecord, registry: Registry, *, with_episode: bool = True) -> MemoryRequest | None:

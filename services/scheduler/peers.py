@@ -15,6 +15,9 @@ from protocol.messages.session import PeerReport, PeerState
 PING_MS: Final = 1_000
 SUSPECT_MS: Final = 3_000
 DEAD_MS: Final = 10_000
+_KEPT_SEQS: Final = 1_024
+"""How far a message may be overtaken and still be told from a repeat."""
+_SEQ_WINDOW: Final = (1 << _KEPT_SEQS) - 1
 
 
 @dataclass(slots=True)
@@ -32,6 +35,9 @@ class Peer:
     used: int = 0
     """Calls handed over in this epoch; `granted - used` are free."""
     last_seq: int = -1
+    """Highest sequence number heard in this epoch."""
+    _seen: int = 0
+    """Bit n is set if the message with number `last_seq - n` was heard."""
     calls: set[str] = field(default_factory=set)
     """Keys it is working on."""
     reason: str | None = None
@@ -52,6 +58,21 @@ class Peer:
     def is_heard(self, now_ms: int) -> bool:
         """False once it has been silent for so long that it gets no new work."""
         return now_ms - self.heard_ms < SUSPECT_MS
+
+    def is_repeat(self, seq: int) -> bool:
+        """True for a message that was heard before, or is too late to tell; notes it as heard.
+
+        A message that others have overtaken is not a repeat: it may be the one final of its call.
+        """
+        behind = self.last_seq - seq
+        if behind < 0:
+            self._seen = (self._seen << -behind | 1) & _SEQ_WINDOW if -behind <= _KEPT_SEQS else 1
+            self.last_seq = seq
+            return False
+        if behind >= _KEPT_SEQS or self._seen >> behind & 1:
+            return True
+        self._seen |= 1 << behind
+        return False
 
     def free(self, now_ms: int) -> int:
         """Calls it may be given now."""

@@ -11,12 +11,14 @@ Pure bookkeeping over keys; which call may run at all, and where, is the broker'
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 BATCH_EVERY: Final = 5
 """At least one of so many calls is a batch call while any waits."""
 _NEVER: Final = 2**62
+_STALE_SLACK: Final = 64
 
 Entry = tuple[float, int, int, str]
 """Negative rank, deadline, arrival, key: the smallest goes first."""
@@ -48,6 +50,13 @@ class _Class:
             self.served[client] = min(self.served.values(), default=0.0)
         heapq.heappush(heap, entry)
 
+    def retain(self, keep: Callable[[str], bool]) -> None:
+        """Drop the entries whose key `keep` does not want, the first ones being asked about first."""
+        for client, heap in list(self.waiting.items()):
+            heap[:] = [entry for entry in sorted(heap) if keep(entry[3])]  # sorted, hence still a heap
+            if not heap:
+                del self.waiting[client], self.served[client]
+
     def first_client(self) -> str | None:
         return min(self.waiting, key=lambda client: (self.served[client], self.waiting[client][0]), default=None)
 
@@ -60,7 +69,7 @@ class _Class:
 
 @dataclass(slots=True)
 class ReadyQueue:
-    """Calls that wait for one capability. Entries whose call has ended meanwhile are dropped by `settle`."""
+    """Calls that wait for one capability. The entry of a call that has ended meanwhile is stale."""
 
     _interactive: _Class = field(default_factory=_Class)
     _batch: _Class = field(default_factory=_Class)
@@ -68,6 +77,8 @@ class ReadyQueue:
     """Due time, arrival, key: calls that must not go out yet."""
     _since_batch: int = 0
     _arrivals: int = 0
+    _stale: int = 0
+    """Entries whose call waits no longer, at most."""
 
     def push(self, key: str, place: Place, hold_until_ms: int = 0) -> None:
         """Add a call; with `hold_until_ms` it joins the line when `release` is called at or after that time."""
@@ -108,6 +119,22 @@ class ReadyQueue:
         if chosen is None:
             raise IndexError("the queue is empty")
         chosen[0].pop(chosen[1])
+        self._stale = max(0, self._stale - 1)
+
+    def discard(self, waits: Callable[[str], bool]) -> None:
+        """One of the calls here waits no longer. Its entry stays until it is first, or too many are like it.
+
+        Without that bound whoever asks and cancels in a circle, for a capability that nobody serves, fills the memory.
+        """
+        self._stale += 1
+        if self._stale > max(_STALE_SLACK, len(self) // 2):
+            self._purge(waits)
+
+    def count(self, waits: Callable[[str], bool], limit: int) -> int:
+        """How many calls wait; exact from `limit` on, below it stale entries may be among them."""
+        if self._stale and len(self) >= limit:
+            self._purge(waits)
+        return len(self)
 
     def waiting_keys(self) -> list[str]:
         """All keys, held ones included, in no particular order."""
@@ -117,6 +144,21 @@ class ReadyQueue:
     def __len__(self) -> int:
         groups = (self._interactive, self._batch)
         return len(self._held) + sum(len(heap) for group in groups for heap in group.waiting.values())
+
+    def _purge(self, waits: Callable[[str], bool]) -> None:
+        """Keep one entry of each call that waits."""
+        seen: set[str] = set()
+
+        def keep(key: str) -> bool:
+            if key in seen or not waits(key):
+                return False
+            seen.add(key)
+            return True
+
+        for group in (self._interactive, self._batch):
+            group.retain(keep)
+        self._held = [held for held in sorted(self._held, key=lambda held: held[:2]) if keep(held[2])]
+        self._stale = 0
 
     def _enter(self, key: str, place: Place, arrival: int) -> None:
         deadline = _NEVER if place.deadline_ms is None else place.deadline_ms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -188,6 +189,26 @@ def test_a_closed_hub_gives_its_address_back_and_peers_find_the_next(address: st
     second = ZmqRouter(address)
     dealer.send(b"two", b"")
     assert take(second)[1] == [b"two", b""]
+    dealer.close()
+    second.close()
+
+
+def test_a_connection_that_broke_and_came_back_is_told_once_and_the_first_one_is_not_such(address: str) -> None:
+    first = ZmqRouter(address)
+    dealer = ZmqDealer(address)
+    dealer.send(b"one", b"")
+    take(first)
+    assert not dealer.reconnected()
+    first.close()
+    second = ZmqRouter(address)
+    dealer.send(b"two", b"")
+    take(second)
+    end = time.monotonic() + WAIT_MS / 1000
+    while not (back := dealer.reconnected()) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert back
+    assert not dealer.reconnected()
+    dealer.close()
     dealer.close()
     second.close()
 

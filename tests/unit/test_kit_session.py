@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -28,6 +29,7 @@ from services.kit.session import (
     PartialMade,
     PeerSession,
     Received,
+    Reconnected,
     Reopen,
     ReportState,
     StartWork,
@@ -108,11 +110,31 @@ def test_each_ending_grants_its_slot_again() -> None:
     assert sent(peer.feed(WorkEnded("K1", "error", b"one"))) == [("error", "r1", 4)]
 
 
-def test_a_request_delivered_twice_is_worked_on_once_and_answered_to_the_newest() -> None:
+def test_a_key_asked_for_again_is_worked_on_once_answered_to_the_newest_and_its_second_slot_given_back() -> None:
     peer = ready()
     peer.request("K1", "r1")
-    assert peer.request("K1", "r2") == []
-    assert sent(peer.feed(WorkEnded("K1", "infer.final", b"text"))) == [("infer.final", "r2", 3)]
+    assert peer.request("K1", "r2") == [ReportState(corr=None, credit=3)]
+    assert sent(peer.feed(WorkEnded("K1", "infer.final", b"text"))) == [("infer.final", "r2", 4)]
+
+
+@pytest.mark.parametrize("kind", ["infer.final", "error"])
+def test_a_repeat_of_a_request_spends_and_grants_nothing_not_even_after_the_ending(kind: str) -> None:
+    peer = ready()
+    peer.request("K1", "r1")
+    assert peer.request("K1", "r1") == []
+    assert sent(peer.feed(WorkEnded("K1", kind, b"text"))) == [(kind, "r1", 3)]
+    assert peer.request("K1", "r1") == []
+    assert peer.session.granted == 3
+
+
+@pytest.mark.parametrize("kind", ["infer.final", "error"])
+def test_work_that_ends_between_hello_and_welcome_is_answered_after_the_welcome(kind: str) -> None:
+    peer = ready()
+    peer.request("K1", "r1")
+    peer.get("error", UNKNOWN)
+    assert hello_in(peer.open("e2")).in_flight == ["K1"]
+    assert peer.feed(WorkEnded("K1", kind, b"text")) == []
+    assert sent(peer.join()) == [(kind, "r1", 2)]
 
 
 def test_a_finished_request_is_answered_from_what_was_kept() -> None:
@@ -128,7 +150,7 @@ def test_a_failed_request_is_worked_on_again_when_asked_again() -> None:
     peer = ready()
     peer.request("K1")
     peer.feed(WorkEnded("K1", "error", b"no"))
-    assert isinstance(peer.request("K1")[0], StartWork)
+    assert isinstance(peer.request("K1", "r2")[0], StartWork)
 
 
 def test_work_that_is_late_is_not_begun_and_gives_its_slot_back() -> None:
@@ -200,6 +222,21 @@ def test_a_silent_hub_is_left_after_three_pings_and_an_unanswered_hello_after_th
     peer.open("e3")
     peer.join()
     assert peer.session.failures == 0
+
+
+def test_a_connection_that_came_back_is_a_new_session_whether_or_not_the_old_one_had_been_joined() -> None:
+    peer = Peer()
+    peer.open()
+    assert peer.feed(Reconnected()) == [Reopen(failures=0)], "the HELLO may be lost"
+    peer.open("e2")
+    peer.get("session.welcome", WELCOME)
+    peer.feed(StateChanged(PeerState.READY))
+    peer.request("k1")
+    assert peer.feed(Reconnected()) == [Reopen(failures=0)]
+    assert not peer.session.joined
+    hello = peer.open("e3")[0]
+    assert isinstance(hello, Transmit)
+    assert unpack_body(Hello, hello.body).in_flight == ["k1"]
 
 
 def test_a_ping_is_answered_with_the_state() -> None:
@@ -274,6 +311,9 @@ class SessionStory(RuleBasedStateMachine):
         self.requests = 0
         self.closed = True
         self.stopped = False
+        self.told_running: list[str] = []
+        self.told_finished: list[str] = []
+        """What the last HELLO said: the hub waits for the one and may ask for the other."""
 
     def look(self, commands: list[Command]) -> list[Command]:
         session = self.peer.session
@@ -315,27 +355,23 @@ class SessionStory(RuleBasedStateMachine):
         hello = hello_in(self.look(self.peer.open(f"e{self.epochs}")))
         assert set(hello.in_flight) == self.running, "running work is missing from HELLO, so it will be done twice"
         assert not set(hello.in_flight) & set(hello.finished)
+        self.told_running, self.told_finished = hello.in_flight, hello.finished
 
     @precondition(lambda self: not self.closed and not self.peer.session.joined)
     @rule(drop=st.booleans())
     def welcome(self, drop: bool) -> None:
-        finished = list(self.peer.session.finished)
-        self.owed.update(finished)
-        if not drop:
-            self.owed.update(self.running)
-        self.look(
-            self.peer.join(WELCOME.model_copy(update={"resend": finished, "drop": [*self.running] if drop else []}))
-        )
-        if drop:
-            self.owed.update(self.running)  # a cancelled call is answered all the same
+        self.owed.update(self.told_finished)
+        self.owed.update(self.running if drop else self.told_running)  # a cancelled call is answered all the same
+        dropped = self.told_running if drop else []
+        self.look(self.peer.join(WELCOME.model_copy(update={"resend": self.told_finished, "drop": dropped})))
 
     @precondition(lambda self: self.peer.session.joined and self.granted > self.spent)
     @rule(key=KEYS)
     def request(self, key: str) -> None:
         self.requests += 1
-        if key not in self.running:  # a repeat of a running one costs nothing and is answered together with it
+        self.spent += 1
+        if key not in self.running:  # a running one is answered together with the new one
             self.owed[key] += 1
-            self.spent += 1
         self.look(self.peer.request(key, f"r{self.requests}"))
 
     @precondition(lambda self: self.running)

@@ -17,6 +17,7 @@ from protocol.client_session import (
     Dropped,
     Opened,
     Received,
+    Reconnected,
     Ticked,
     Transmit,
 )
@@ -123,6 +124,16 @@ def test_after_a_living_hub_has_answered_the_probe_only_what_it_answers_itself_i
     talk.tick(PROBE_MS)
     assert kinds(talk.get("session.report", REPORT, "probe")) == ["task.list"]
     assert talk.get("session.report", REPORT, "probe") == []
+
+
+def test_a_connection_that_came_back_gets_a_hello_and_then_all_that_is_outstanding() -> None:
+    talk = joined()
+    talk.ask("r1")
+    assert kinds(talk.session.handle(Reconnected(talk.now_ms))) == ["session.hello"]
+    assert talk.ask("r2") == []
+    assert kinds(talk.get("session.welcome", WELCOME)) == ["task.list", "task.list"]
+    talk.get("session.reject", Reject(code="version", message="no"))
+    assert talk.session.handle(Reconnected(talk.now_ms)) == [], "rejected for good"
 
 
 def test_a_hello_that_nobody_answers_is_repeated() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.scheduler import broker as b
-from services.scheduler import engine as e
+from services.scheduler import ended
 from services.scheduler.resources import Tokens
 from tests.unit.simulation import say, stack, task_of
 
@@ -25,16 +25,17 @@ def test_deadlines_of_ended_calls_do_not_pile_up() -> None:
 
 
 def test_ended_tasks_in_memory_are_bounded_by_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(e, "_KEPT_ENDED_STEPS", 25)
+    monkeypatch.setattr(ended, "_KEPT_ENDED_STEPS", 25)
     world = stack(say("fine", took_ms=1), slots=64)
     assert world.hub is not None
     steps: list[dict[str, object]] = [{"id": f"S{index}"} for index in range(10)]
-    for _ in range(5):
-        world.finish(world.submit(task_of(steps)))
+    tasks = [world.submit(task_of(steps)) for _ in range(5)]
+    for task in tasks:
+        world.finish(task)
     world.run_for(200)
     kept = world.hub.engine.ended
     assert len(kept) == 2
-    assert world.hub.engine._ended_steps == sum(len(task.steps) for task in kept.values())
+    assert [task for task in tasks if kept.get(task) is not None] == tasks[-2:]
 
 
 def test_watchers_hear_the_end_of_every_task_even_when_many_end_at_once() -> None:

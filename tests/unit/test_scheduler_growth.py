@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,13 @@ from protocol.messages.infer import InferRequest
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import CancelQuery, StepState, TaskQuery, TaskState, TaskView
 from protocol.messages.task import Extend, Submit
+from services.scheduler import facts as f
+from services.scheduler import snapshot
+from services.scheduler.audit import audit_task, problems_of
+from services.scheduler.effects import Record
+from services.scheduler.fact_rows import advance
+from services.scheduler.journal import Journal
+from services.scheduler.tasks import TaskRecord
 from tests.unit.simulation import Answer, World, final_of, stack, task_of
 
 
@@ -224,3 +233,26 @@ def test_a_task_that_cannot_go_on_says_why() -> None:
     first, second = sorted(body.waiting)
     assert first.startswith("step A waits for infer.specialist: 0 workers alive since 1970-01-01T")
     assert second == "step C waits for a slot of infer.worker: all are busy, 1 calls wait"
+
+
+def test_a_grown_task_is_the_same_from_its_snapshot_and_stands_the_audit(tmp_path: Path) -> None:
+    world = stack(listing, slots=4)
+    task = world.submit(task_of(mapped(5)))
+    world.run(lambda: any(kind == "StepExpanded" for _, _, kind, _ in world.journal))
+    world.client("task.extend", Extend(task_id=task, steps=[extra("A", inputs=["items"])]))
+    world.finish(task)
+    world.run_for(1_000)
+    journal = Journal(tmp_path / "j.sqlite")
+    record: TaskRecord | None = None
+    for name, seq, kind, data in world.journal:
+        fact = f.unpack_fact(kind, data)
+        journal.append([Record(fact, seq)])
+        record = advance(record, seq, fact)
+        copy = snapshot.unpack(snapshot.pack(record))
+        assert name == task
+        assert copy is not None
+        assert snapshot.plain(copy) == snapshot.plain(record)
+        assert list(problems_of(record)) == []
+    journal.close()
+    with sqlite3.connect(tmp_path / "j.sqlite") as database:
+        assert audit_task(database, task) == []

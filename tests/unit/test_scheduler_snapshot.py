@@ -114,7 +114,13 @@ def test_a_journal_of_version_1_is_taken_over_with_all_its_tasks(tmp_path: Path)
             old.execute(f"DROP INDEX tasks_{index}")
         for table in ("tallies", "snapshots", "views", "removed", "learned"):
             old.execute(f"DROP TABLE {table}")
-        old.execute("ALTER TABLE facts DROP COLUMN seal")
+        old.execute("ALTER TABLE facts RENAME TO facts_of_2")
+        old.execute(
+            "CREATE TABLE facts (task TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, data BLOB NOT NULL,"
+            " PRIMARY KEY (task, seq)) WITHOUT ROWID"
+        )
+        old.execute("INSERT INTO facts SELECT task, seq, kind, data FROM facts_of_2")
+        old.execute("DROP TABLE facts_of_2")
         old.execute("ALTER TABLE tasks DROP COLUMN compacted")
         old.execute("CREATE INDEX tasks_open ON tasks (settled, created_ms) WHERE settled = 0")
         old.execute("CREATE INDEX tasks_newest ON tasks (created_ms)")

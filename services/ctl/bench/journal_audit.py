@@ -66,7 +66,7 @@ def audit(path: Path) -> Audit:
                 starts[at] = fact.at_ms
             case f.AttemptAnswered():
                 effects[f"{fact.task} {fact.step}: answer to attempt {fact.number}"] += 1
-                result.worked.setdefault(models[at], []).append(Worked(starts[at], fact.at_ms))
+                result.worked.setdefault(models[at], []).append(Worked(starts.get(at, 0), fact.at_ms))
             case f.AttemptLost():
                 result.lost_attempts += 1
             case f.StepDone():

@@ -1,7 +1,7 @@
 """`tierline bench overhead`: what bus, journal and scheduling add to a step, beside the bare socket in the same run.
 
-A stack with the noop engine answers at once, so that all the time is ours. The baseline is the same number of
-messages of the same kind over ROUTER and DEALER between two processes, with nothing around them.
+A stack with the noop engine answers at once, so that all the time is ours. The baseline (`raw_zmq`) is messages of the
+same kind over ROUTER and DEALER between two processes, with nothing around them.
 
 The growth is that of a step's cost with what the hub has behind it. Fan-outs on a stack with a long history take turns
 with fan-outs on a fresh one, so that a machine that gets slower or faster meanwhile does not look like growth.
@@ -9,7 +9,6 @@ with fan-outs on a fresh one, so that a machine that gets slower or faster meanw
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -17,11 +16,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Final
 
-import msgpack
-
-from protocol.errors import StrandPeer
 from protocol.messages.result import TaskState, TaskView
-from protocol.zmq_transport import ZmqDealer, ZmqRouter
+from services.ctl.bench import raw_zmq
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.commands import Commands, Context
 from services.ctl.outcomes import ExitCode
@@ -97,7 +93,9 @@ def measure(runs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=NOOP_MODELS) as stack:
         _finished(stack, _fanout(50))  # first use of everything
         for _ in range(runs):
-            rows.append(_raw(Path(folder)) | _task(stack, "fanout", _fanout(FANOUT_STEPS)))
+            rows.append({"raw_zmq_fanout_us": raw_zmq.measure(Path(folder), FANOUT_STEPS, _WINDOW)})
+            rows[-1] |= _task(stack, "fanout", _fanout(FANOUT_STEPS))
+            rows[-1]["raw_zmq_chain_us"] = raw_zmq.measure(Path(folder), CHAIN_STEPS, 1)
             rows[-1] |= _task(stack, "chain", _chain(CHAIN_STEPS))
     digits = {name: 3 if name.endswith("_commits_per_step") else 1 for name in rows[0]}
     medians = {name: round(statistics.median(row[name] for row in rows), digits[name]) for name in rows[0]}
@@ -152,56 +150,3 @@ def _chain(count: int) -> dict[str, Any]:
 def _ir(steps: list[dict[str, Any]]) -> dict[str, Any]:
     filled = [{"actor": "worker", "action": "answer", "gates": []} | step for step in steps]
     return {"objective": "measure the overhead", "plan": {"steps": filled}}
-
-
-# The baseline
-
-
-def _raw(folder: Path) -> dict[str, float]:
-    """Microseconds per message round trip between two processes: with a window of messages, and one at a time."""
-    address = f"ipc://{folder}/raw/hub.sock"
-    router = ZmqRouter(address)
-    child = multiprocessing.get_context("spawn").Process(target=_echo, args=(address,))
-    child.start()
-    try:
-        while (message := router.receive()) is None:
-            router.wait(100)
-        identity = message[0]
-        header = msgpack.packb({"kind": "infer.request", "id": "x", "key": "k" * 32, "task": "t", "step": "S1"})
-        body = bytes(400)
-        return {
-            "raw_zmq_fanout_us": _exchange(router, identity, header, body, FANOUT_STEPS, _WINDOW),
-            "raw_zmq_chain_us": _exchange(router, identity, header, body, CHAIN_STEPS, 1),
-        }
-    finally:
-        router.send(identity, b"", b"")
-        child.join(5)
-        router.close()
-
-
-def _exchange(router: ZmqRouter, identity: bytes, header: bytes, body: bytes, count: int, window: int) -> float:
-    began = time.perf_counter()
-    sent = received = 0
-    while received < count:
-        while sent < count and sent - received < window:
-            router.send(identity, header, body)
-            sent += 1
-        router.wait(1_000)
-        while router.receive() is not None:
-            received += 1
-    return (time.perf_counter() - began) * 1e6 / count
-
-
-def _echo(address: str) -> None:
-    dealer = ZmqDealer(address)
-    dealer.send(b"ready", b"")
-    while True:
-        dealer.wait(10_000)
-        while (frames := dealer.receive()) is not None:
-            if not frames[0]:
-                dealer.close()
-                return
-            try:
-                dealer.send(frames[0], frames[1])
-            except StrandPeer:
-                return

@@ -1,11 +1,12 @@
 """The baseline of `bench overhead`: messages of the same kind over a bare ROUTER and DEALER, with nothing around them.
 
 Plain pyzmq with poll loops on both sides, in two processes, as one would write it by hand. This module run as a
-program is the other side: `python -m services.ctl.bench.raw_zmq ADDRESS`.
+program is the other side: `python services/ctl/bench/raw_zmq.py ADDRESS`.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -32,7 +33,10 @@ def measure(folder: Path, count: int, window: int) -> float:
     router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     router.linger = 0
     router.bind(address)
-    echo = subprocess.Popen([sys.executable, "-m", "services.ctl.bench.raw_zmq", address], cwd=CHECKOUT)
+    # By path: run as a module it would be imported twice, once as part of its package.
+    echo = subprocess.Popen(
+        [sys.executable, __file__, address], cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    )
     try:
         identity = _next(router)[0]
         message = (identity, bytes(msgpack.packb(_HEADER)), bytes(_BODY_BYTES))

@@ -1,0 +1,183 @@
+"""Clients that flood, or never read: refused and bounded, while everybody else is served. Real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from protocol.async_client import AsyncClient
+from protocol.client import Client
+from protocol.codec import pack_body
+from protocol.errors import CallRefused
+from protocol.header import Header, pack_header
+from protocol.messages.infer import ChatMessage, InferRequest
+from protocol.messages.result import TaskState, Watch
+from protocol.messages.session import Hello
+from services.ctl.bench.bare_stack import BareStack
+from services.scheduler.admission import MAX_CALLS_PER_PEER
+from services.scheduler.machine import MAX_ACTIVE_TASKS
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(200)]
+
+FLOOD = MAX_ACTIVE_TASKS // 2 + 200
+MODELS = {
+    "front": {"tier": "A", "engine": "noop", "slots": 4, "context_tokens": 4096},
+    "specialist": {"tier": "B", "engine": "noop", "slots": 4, "context_tokens": 4096},
+    "worker": {"tier": "C", "engine": "noop", "slots": 4, "context_tokens": 4096},
+}
+
+
+@pytest.fixture
+def stack(short_folder: Path) -> Iterator[BareStack]:
+    with BareStack(short_folder, models=MODELS, core=("scheduler", "planner", "memory")) as running:
+        yield running
+        running.kill("inference-worker", signal.SIGCONT)
+
+
+def task(actor: str, steps: int = 1) -> dict[str, Any]:
+    plan = [
+        {"id": f"S{i}", "actor": actor, "action": "answer", "gates": [], "outputs": [{"name": f"o{i}"}]}
+        for i in range(steps)
+    ]
+    return {"objective": "An order.", "plan": {"steps": plan}}
+
+
+def resident_mb(stack: BareStack) -> float:
+    return psutil.Process(stack.processes["scheduler"].pid).memory_info().rss / 2**20
+
+
+async def flood_with_tasks(address: str, count: int) -> tuple[int, list[int]]:
+    """How many were accepted, and what the refused ones were told."""
+    told: list[int] = []
+    accepted = 0
+    async with AsyncClient(address, name="flood") as client:
+        for _ in range(count // 100):
+            results = await asyncio.gather(
+                *(client.submit(task("worker"), timeout_s=60) for _ in range(100)), return_exceptions=True
+            )
+            for result in results:
+                if isinstance(result, CallRefused):
+                    told.append(result.retry_after_ms)
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    accepted += 1
+    return accepted, told
+
+
+def test_a_flood_of_submits_is_refused_while_others_are_served(stack: BareStack) -> None:
+    for _ in range(5):
+        assert stack.client.run(task("writer"), timeout_s=20).state is TaskState.SUCCEEDED  # a pace to measure
+    stack.kill("inference-worker", signal.SIGSTOP)
+    accepted, told = asyncio.run(flood_with_tasks(stack.home.hub_address, FLOOD))
+    assert accepted == MAX_ACTIVE_TASKS // 2
+    assert len(told) == FLOOD - accepted
+    assert all(100 <= pause <= 30_000 for pause in told)
+    began = time.monotonic()
+    assert stack.client.run(task("writer"), timeout_s=20).state is TaskState.SUCCEEDED
+    assert time.monotonic() - began < 5
+    stack.kill("inference-worker", signal.SIGCONT)
+    end = time.monotonic() + 60
+    tasks: dict[str, int] = {}
+    while time.monotonic() < end and tasks.get("succeeded", 0) < accepted + 6:
+        time.sleep(0.2)
+        tasks = {state: count for state, count in stack.client.status().tasks.items() if count}
+    assert tasks == {"succeeded": accepted + 6}, "what was accepted is finished"
+
+
+async def flood_with_calls(address: str, count: int) -> tuple[int, int]:
+    """Calls that were answered, and that were refused."""
+    request = InferRequest(role="worker", messages=[ChatMessage(role="user", content="x")], max_tokens=1)
+    async with AsyncClient(address, name="flood") as client:
+        results = await asyncio.gather(
+            *(client.infer("worker", request, timeout_s=60) for _ in range(count)), return_exceptions=True
+        )
+    refused = [result for result in results if isinstance(result, CallRefused)]
+    assert all(one.retry_after_ms >= 100 for one in refused)
+    answered = [result for result in results if not isinstance(result, BaseException)]
+    assert len(refused) + len(answered) == count
+    return len(answered), len(refused)
+
+
+def test_a_flood_of_calls_leaves_room_in_the_queue_for_others(stack: BareStack) -> None:
+    stack.kill("inference-worker", signal.SIGSTOP)
+    outcome: list[tuple[int, int]] = []
+    flood = threading.Thread(
+        target=lambda: outcome.append(asyncio.run(flood_with_calls(stack.home.hub_address, MAX_CALLS_PER_PEER + 300)))
+    )
+    flood.start()
+    end = time.monotonic() + 30
+    waiting = 0
+    while waiting < MAX_CALLS_PER_PEER - 4 and time.monotonic() < end:
+        time.sleep(0.1)
+        waiting = stack.client.status().queued.get("infer.worker", 0)
+    time.sleep(1)  # what is beyond the bound comes too
+    assert stack.client.status().queued["infer.worker"] <= MAX_CALLS_PER_PEER
+    stack.kill("inference-worker", signal.SIGCONT)
+    request = InferRequest(role="worker", messages=[ChatMessage(role="user", content="x")], max_tokens=1)
+    assert stack.client.infer("worker", request, timeout_s=30).text == "ok"
+    flood.join()
+    assert outcome == [(MAX_CALLS_PER_PEER, 300)]
+
+
+# A peer that speaks ZMTP by hand, so that nothing reads for it in the background
+
+
+def zmtp_frame(body: bytes, flags: int) -> bytes:
+    if len(body) < 256:
+        return struct.pack("!BB", flags, len(body)) + body
+    return struct.pack("!BQ", flags | 2, len(body)) + body
+
+
+def zmtp_message(header: Header, body: bytes) -> bytes:
+    return zmtp_frame(pack_header(header), 1) + zmtp_frame(body, 0)
+
+
+def connect_by_hand(address: str) -> socket.socket:
+    """A DEALER after the handshake (ZMTP 3.0, NULL), which has said HELLO."""
+    link = socket.socket(socket.AF_UNIX)
+    link.settimeout(10)
+    link.connect(address.removeprefix("ipc://"))
+    link.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
+    greeting = b""
+    while len(greeting) < 64:
+        greeting += link.recv(64 - len(greeting))
+    ready = b"\x05READY\x0bSocket-Type" + struct.pack("!I", 6) + b"DEALER"
+    link.sendall(zmtp_frame(ready, 4))
+    hello = Hello(service="deaf", protocol_min=1, protocol_max=1, pid=1)
+    link.sendall(zmtp_message(Header(kind="session.hello", id="h", epoch="deaf-1"), pack_body(hello)))
+    return link
+
+
+def test_a_watcher_that_never_reads_costs_the_hub_little_and_delays_nobody(stack: BareStack) -> None:
+    assert stack.client.run(task("worker", 300), timeout_s=60).state is TaskState.SUCCEEDED
+    before_mb = resident_mb(stack)
+    link = connect_by_hand(stack.home.hub_address)
+    sent = 0
+    try:
+        for round_number in range(4):
+            accepted = stack.client.submit(task("worker", 300))
+            for number in range(20):
+                sent += 1
+                watch = Header(kind="task.watch", id=f"w{round_number}-{number}", epoch="deaf-1", seq=sent)
+                link.sendall(zmtp_message(watch, pack_body(Watch(task_id=accepted.task_id))))
+            began = time.monotonic()
+            assert stack.client.result(accepted.task_id, 30).state is TaskState.SUCCEEDED
+            assert time.monotonic() - began < 15
+        with Client(stack.home.hub_address, name="other") as other:
+            began = time.monotonic()
+            assert other.run(task("writer"), timeout_s=20).state is TaskState.SUCCEEDED
+            assert time.monotonic() - began < 5
+        assert resident_mb(stack) - before_mb < 80
+    finally:
+        link.close()

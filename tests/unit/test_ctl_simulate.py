@@ -1,0 +1,152 @@
+"""`simulate` and `bench makespan` through the entry point, and what bad graph files are told."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.ctl.__main__ import main
+from services.ctl.bench.graph_file import TaskGraph, read_graphs
+from services.ctl.bench.makespan import measure
+from services.ctl.outcomes import BadInput
+from services.kit.config import CHECKOUT
+
+Out = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERLINE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TIERLINE_REGISTRY", raising=False)
+    monkeypatch.delenv("TIERLINE_MODELS", raising=False)
+
+
+def told(out: Out, *argv: str, code: int = 0) -> dict[str, Any]:
+    assert main([*argv, "--json"]) == code
+    document: dict[str, Any] = json.loads(out.readouterr().out)
+    return document
+
+
+def test_more_slots_are_worth_something_where_slots_are_waited_for(capsys: Out) -> None:
+    argv = ("simulate", "--tasks", "10", "--shape", "fanout", "--slots", "specialist=8", "--workers", "worker=2")
+    told_both = told(capsys, *argv, "--tokens-per-s", "30")
+    base, other = told_both["base"], told_both["what_if"]
+    assert base["tasks"] == other["tasks"] == 10
+    assert base["failed"] == other["failed"] == 0
+    assert base["makespan_s"] >= base["bound_s"]
+    assert other["makespan_s"] < base["makespan_s"]
+    assert told_both["speedup"] > 1
+    assert {tier["model"]: tier["slots"] for tier in other["tiers"]} == {"front": 2, "specialist": 8, "worker": 8}
+    for tier in base["tiers"]:
+        assert 0 < tier["utilisation"] <= 1
+
+
+def test_a_task_file_takes_what_its_critical_path_takes(capsys: Out) -> None:
+    base = told(capsys, "simulate", str(CHECKOUT / "deploy" / "example.yaml"), "--tokens-per-s", "10")["base"]
+    assert base["makespan_s"] == pytest.approx(28.0)
+    assert base["bottleneck"] == "critical path"
+
+
+def test_the_plan_has_a_schedule_per_model_and_names_the_bottleneck(capsys: Out) -> None:
+    forecast = told(capsys, "plan", "--file", str(CHECKOUT / "deploy" / "example.yaml"))["forecast"]
+    assert forecast["makespan_s"] == pytest.approx(forecast["critical_s"], abs=0.01)
+    assert "critical path" in forecast["bottleneck"]
+    assert forecast["failure"] is None
+    at = {one["step"]: one for one in forecast["schedule"]}
+    assert at["S6"]["start_s"] >= max(at[name]["end_s"] for name in ("S2", "S3", "S4"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "give either task files or --tasks"),
+        (["--tasks", "0"], "--tasks 0"),
+        (["--tasks", "1", "--workers", "wroker=2"], "there is no model 'wroker'"),
+        (["--tasks", "1", "--slots", "worker=none"], "MODEL=N"),
+        (["--tasks", "1", "--tokens-per-s", "0"], "--tokens-per-s"),
+    ],
+)
+def test_bad_arguments_are_named(capsys: Out, argv: list[str], words: str) -> None:
+    assert words in told(capsys, "simulate", *argv, code=2)["error"]["message"]
+
+
+def graphs(count: int, tasks: int = 40) -> list[dict[str, Any]]:
+    draw = random.Random(4)
+    made = []
+    for number in range(count):
+        nodes = [
+            {
+                "id": str(index),
+                "seconds": draw.randint(1, 9),
+                "depends_on": [str(one) for one in draw.sample(range(index), min(index, draw.randint(0, 2)))],
+            }
+            for index in range(tasks)
+        ]
+        made.append({"name": f"g{number}", "tasks": nodes})
+    return made
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "graphs.jsonl"
+    path.write_text("\n".join(map(json.dumps, graphs(6))) + "\n")
+    return path
+
+
+def test_the_scheduler_beats_arrival_order_and_that_beats_waves(capsys: Out, file: Path) -> None:
+    ratio = {}
+    for policy in ("upward-rank", "fifo", "waves"):
+        figures = told(capsys, "bench", "makespan", str(file), "--workers", "3", "--policy", policy)
+        assert list(figures) == ["graphs", "workers", "policy", "sigma", "mean_ratio", "max_ratio"]
+        assert figures["graphs"] == 6
+        ratio[policy] = figures["mean_ratio"]
+    assert 1 <= ratio["upward-rank"] < ratio["fifo"] < ratio["waves"]
+    assert ratio["upward-rank"] < 1.05
+    noisy = told(capsys, "bench", "makespan", str(file), "--workers", "3", "--sigma", "0.5", "--seed", "2")
+    assert noisy["mean_ratio"] >= ratio["upward-rank"]
+
+
+@pytest.mark.parametrize("factor", [0.001, 1e6])
+def test_the_unit_of_a_file_changes_no_ratio(file: Path, factor: float) -> None:
+    plain = read_graphs(file)
+    scaled = [
+        TaskGraph(one.name, {name: s * factor for name, s in one.seconds.items()}, one.needs, one.critical_s * factor)
+        for one in plain
+    ]
+    assert measure(scaled, 3)["mean_ratio"] == pytest.approx(measure(plain, 3)["mean_ratio"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", ":2: not JSON"),
+        ("[]", ":2: expected an object"),
+        ('{"name":"g","tasks":[]}', ":2: tasks: "),
+        ('{"name":"g","tasks":[{"id":"a","seconds":-1,"depends_on":[]}]}', ":2: tasks[0].seconds: "),
+        ('{"name":"g","tasks":[{"id":"a","seconds":true,"depends_on":[]}]}', ":2: tasks[0].seconds: "),
+        ('{"name":"g","tasks":[{"id":"a","seconds":1,"depends_on":["b"]}]}', ":2: tasks[0].depends_on[0]: "),
+        ('{"name":"g","tasks":[{"id":"a","seconds":1,"depends_on":["a"]}]}', "they wait for each other: a -> a"),
+        ('{"name":"g","critical_path":3,"tasks":[{"id":"a","seconds":1,"depends_on":[]}]}', ":2: critical_path: is 3"),
+        ('{"name":"g","tasks":[{"id":"a","seconds":1,"depends_on":[]},{"id":"a"}]}', ":2: tasks[1].id: "),
+    ],
+)
+def test_a_bad_line_is_refused_with_file_line_and_field(file: Path, line: str, words: str) -> None:
+    file.write_text(json.dumps(graphs(1)[0]) + "\n" + line + "\n")
+    with pytest.raises(BadInput) as caught:
+        read_graphs(file)
+    assert f"{file}" in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_the_bars_on_the_development_graphs() -> None:
+    places = [folder / "shared" / "data" / "dags" / "stg100_dev.jsonl" for folder in CHECKOUT.parents]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        pytest.skip("no shared/data/dags/stg100_dev.jsonl above the checkout: these graphs are not part of the project")
+    graphs = read_graphs(path)
+    assert measure(graphs, 4)["mean_ratio"] <= 1.0085
+    assert measure(graphs, 4, sigma=0.5)["mean_ratio"] <= 1.017
