@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from pydantic import Field
 
 from protocol.messages.artefact import Artefact
 from protocol.messages.base import Message, Millis, Name
 from protocol.messages.failure import Category, Finding
+
+MAX_CHECKED: Final = 64
+"""Artefacts under check in one request."""
+MAX_CONTEXT: Final = 256
+"""Artefacts beside them."""
 
 
 class Verdict(StrEnum):
@@ -25,9 +30,9 @@ class GateRequest(Message):
     """Run the named gates on the artefacts under check."""
 
     gates: list[Name] = Field(min_length=1, max_length=16)
-    artefacts: list[Artefact] = Field(min_length=1, max_length=64)
+    artefacts: list[Artefact] = Field(min_length=1, max_length=MAX_CHECKED)
     """Under check: the outputs of one attempt, or the final artefacts of a task."""
-    context: list[Artefact] = Field(default_factory=list, max_length=256)
+    context: list[Artefact] = Field(default_factory=list, max_length=MAX_CONTEXT)
     """Also placed in the workspace, not judged: inputs such as the tests that came with the task."""
     json_schema: dict[str, Any] | None = None
     """For the schema gate."""

@@ -59,10 +59,11 @@ class Segment(Message):
     step: str | None = None
     """Absent for planning and the final checks, and inside an attempt, where it is plain."""
     what: Literal["planning", "waiting", "queueing", "loading", "backoff", "inference", "gates", "retry", "checks"]
-    """`planning`: from acceptance to the adopted plan. `queueing`: for a slot, or for a free gate service. `loading`:
-    for a slot while no worker of the model was READY. `backoff`: the pause before a further attempt. `inference`,
-    `gates`: an attempt that was, or may still be, good. `retry`: a run that came to nothing, failed or lost with its
-    worker. `checks`: the gates of the task. `waiting`: nothing of the above explains it."""
+    """`planning`: from acceptance to the adopted plan. `queueing`: for a slot and for cores, or for a free gate
+    service. `loading`: for a slot while no worker of the model was READY. `backoff`: the pause before a further
+    attempt. `inference`, `gates`: an attempt that was, or may still be, good. `retry`: a run that came to nothing,
+    failed or lost with its worker. `checks`: the gates of the task. `waiting`: for what none of these tells, such as a
+    step that was added to the graph later."""
     start_ms: Millis
     end_ms: Millis
 

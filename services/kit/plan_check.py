@@ -10,8 +10,9 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Final
 
+from protocol.messages.gate import MAX_CHECKED, MAX_CONTEXT
 from protocol.messages.task import TaskIR
-from protocol.plan_graph import PlanProblem, find_problems
+from protocol.plan_graph import PlanProblem, final_artefacts, find_problems
 from services.kit.registry import Registry
 
 MAX_CONTROL_EDGES: Final = 20_000
@@ -30,7 +31,20 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
         found += _unknown(step.id, "gates", step.gates or [], registry.gates)
         found += _unknown(step.id, "persona", [step.persona] if step.persona else [], registry.personas)
     found += _unknown(None, "gates", task.gates, registry.gates)
+    found += _beyond_gates(task)
     return found
+
+
+def _beyond_gates(task: TaskIR) -> Iterator[PlanProblem]:
+    """Gates are asked in one message: what would not fit into it is refused before anything runs."""
+    for step in task.plan.steps if task.plan is not None else ():
+        if step.gates and len(step.inputs) > MAX_CONTEXT:
+            message = f"a step with gates reads at most {MAX_CONTEXT} artefacts, this one {len(step.inputs)}"
+            yield PlanProblem(step.id, "inputs", f"{message}: join them in several steps, or drop its gates")
+    final = len(final_artefacts(task.plan)) if task.plan is not None else 0
+    if task.gates and final > MAX_CHECKED:
+        message = f"the final checks take at most {MAX_CHECKED} results, the plan has {final}"
+        yield PlanProblem(None, "gates", f"{message}: join them in a step, or check them where they are made")
 
 
 def _unknown(step: str | None, field: str, names: list[str], known: Mapping[str, object]) -> Iterator[PlanProblem]:

@@ -22,6 +22,7 @@ def critical_path(task: TaskRecord) -> CriticalPath | None:
     """The report of a task that has ended, however it ended; None for any other."""
     if task.ended_ms is None:
         return None
+    planned = task.planned_ms is not None
     depth = depths({name: step.needs for name, step in task.steps.items()})
     begun = {name: step for name, step in task.steps.items() if step.ready_ms is not None and step.ended_ms is not None}
     spent = {name: attempt_stretches(step) for name, step in begun.items()}
@@ -33,9 +34,8 @@ def critical_path(task: TaskRecord) -> CriticalPath | None:
     attempts = {
         name: sum(attempt.started_ms is not None for attempt in step.attempts) for name, step in task.steps.items()
     }
-    checked = bool(task.ir.gates) and bool(task.steps) and _all_done(task)
+    checked = bool(task.ir.gates) and (bool(task.gates) or (planned and _steps_over_ms(task) < task.ended_ms))
     bound_ms, bound_by = _lower_bound(task, depth, busy_ms)
-    planned = task.planned_ms is not None
     return CriticalPath(
         wall_ms=wall_ms,
         work_ms=work_ms,
@@ -62,8 +62,9 @@ def attempt_stretches(step: StepRecord) -> list[Stretch]:
     ]
 
 
-def _all_done(task: TaskRecord) -> bool:
-    return all(step.state is StepState.DONE for step in task.steps.values())
+def _steps_over_ms(task: TaskRecord) -> int:
+    """When the last step ended, done or dropped; what comes after are the final checks."""
+    return max((_ended(step) for step in task.steps.values()), default=task.planned_ms or task.created_ms)
 
 
 def _busy_ms(stretches: Iterable[Stretch]) -> int:
@@ -103,8 +104,7 @@ def _walk_back(task: TaskRecord, begun: Mapping[str, StepRecord], spent: Mapping
     back = _Backwards(end_ms, task.created_ms)
     name = min(begun, key=lambda one: _last_first(begun[one]), default=None)
     if task.planned_ms is not None:
-        last_ms = task.planned_ms if name is None else _ended(begun[name])
-        back.add(None, "checks" if _all_done(task) else "waiting", last_ms, end_ms)
+        back.add(None, "checks", _steps_over_ms(task), end_ms)
     while name is not None:
         for what, begin_ms, until_ms in reversed(spent[name]):
             back.add(name, what, begin_ms, until_ms)

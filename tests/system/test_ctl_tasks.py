@@ -229,6 +229,32 @@ def test_what_the_hub_refuses_is_bad_input_and_named(stack: Stack) -> None:
     assert "no-such-gate" in done.stderr + done.stdout
 
 
+def test_show_writes_the_page_of_a_task(stack: Stack, tmp_path: Path) -> None:
+    task = run_example(stack)["task_id"]
+    file = tmp_path / "task.html"
+    done = stack.tierline("show", task, "--html", str(file))
+    assert (done.returncode, done.stdout) == (0, f"written: {file}\n")
+    text = file.read_text("utf-8")
+    for part in (task, "Compare three offers", "predicted", "achieved", "S6", "schema pass", "an escape"):
+        assert part in text
+    assert "\x1b" not in text
+    told = json.loads(stack.tierline("show", task, "--html", str(file), "--json").stdout)
+    assert told == {"html": str(file)}
+    assert stack.tierline("show", task, "--html", str(file), "--artefact", "facts").returncode == 2
+    refused = stack.tierline("show", task, "--html", str(tmp_path / "no" / "task.html"))
+    assert refused.returncode == 2
+    assert "name a file in a folder that can be written" in refused.stderr
+
+
+def test_the_prediction_and_critical_steps_are_in_the_result(stack: Stack) -> None:
+    report = run_example(stack)["critical_path"]
+    assert report["predicted"]["steps"][-1] in ("S5", "S6")
+    assert report["predicted"]["length_ms"] > 0
+    # planning, S1 and S5 side by side, S2 to S4 side by side, S6: one attempt each unless one was tried again
+    assert 4 <= report["critical_steps"] < report["total_steps"]
+    assert 0 < report["lower_bound_ms"] <= report["wall_ms"]
+
+
 def test_status_shows_the_hub_and_its_services(stack: Stack) -> None:
     done = stack.tierline("status")
     assert done.returncode == 0

@@ -431,3 +431,26 @@ def test_a_fault_of_processes_teaches_nothing() -> None:
     world.run_for(5_000)
     assert result.state is TaskState.FAILED
     assert told == []
+
+
+def many_results() -> dict[str, object]:
+    return task_of([{"id": f"S{n}"} for n in range(65)], gates=["lint"]).model_dump(mode="json", exclude_none=True)
+
+
+def many_inputs() -> dict[str, object]:
+    steps: list[dict[str, object]] = [{"id": f"S{n}"} for n in range(257)]
+    steps.append({"id": "J", "inputs": [f"S{n}.out" for n in range(257)], "gates": ["lint"]})
+    return task_of(steps).model_dump(mode="json", exclude_none=True)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [(many_results(), ["gates", "at most 64", "65"]), (many_inputs(), ["plan.steps[J].inputs", "256", "257"])],
+    ids=["results", "inputs"],
+)
+def test_what_no_gate_request_could_hold_is_refused_on_submit(task: dict[str, object], words: list[str]) -> None:
+    world = stack()
+    header, body = world.client("task.submit", Submit(task=task))
+    assert header.kind == "error"
+    assert isinstance(body, ErrorReply)
+    assert all(word in body.failure.message for word in words), body.failure.message
