@@ -12,7 +12,7 @@ from typing import Final
 
 from protocol.messages.gate import MAX_CHECKED, MAX_CONTEXT
 from protocol.messages.task import TaskIR
-from protocol.plan_graph import PlanProblem, final_artefacts, find_problems
+from protocol.plan_graph import PlanProblem, final_artefacts, find_problems, reads
 from services.kit.registry import Registry
 
 MAX_CONTROL_EDGES: Final = 20_000
@@ -38,8 +38,8 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
 def _beyond_gates(task: TaskIR) -> Iterator[PlanProblem]:
     """Gates are asked in one message: what would not fit into it is refused before anything runs."""
     for step in task.plan.steps if task.plan is not None else ():
-        if step.gates and len(step.inputs) > MAX_CONTEXT:
-            message = f"a step with gates reads at most {MAX_CONTEXT} artefacts, this one {len(step.inputs)}"
+        if step.gates and len(reads(step)) > MAX_CONTEXT:
+            message = f"a step with gates reads at most {MAX_CONTEXT} artefacts, this one {len(reads(step))}"
             yield PlanProblem(step.id, "inputs", f"{message}: join them in several steps, or drop its gates")
     final = len(final_artefacts(task.plan)) if task.plan is not None else 0
     if task.gates and final > MAX_CHECKED:
