@@ -15,7 +15,9 @@ from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferRequest
 from services.inference.generation import Generation
+from services.inference.llama_http import LlamaServer
 from services.inference.noop import noop_handler
+from services.inference.remote import RemoteEngine
 from services.inference.supervisor import EngineSupervisor
 from services.kit import children
 from services.kit.config import Home
@@ -43,7 +45,7 @@ class InferenceService:
             slots=entry.slots,
             load_deadline_s=entry.load_deadline_s,
         )
-        self._engine: EngineSupervisor | None = None
+        self._engine: EngineSupervisor | RemoteEngine | None = None
 
     async def run(self) -> int:
         """Serve until SIGTERM; returns the exit status."""
@@ -52,7 +54,11 @@ class InferenceService:
             service.metrics = lambda: {"engine": "noop"}
             service.answer("infer.request", noop_handler(self._entry.name))
             return await service.run()
-        engine = EngineSupervisor(self._entry, service.home, service.clock, service.log, service.set_state)
+        engine: EngineSupervisor | RemoteEngine
+        if self._entry.engine == "openai":
+            engine = RemoteEngine(self._entry, service.home, service.clock, service.log, service.set_state)
+        else:
+            engine = EngineSupervisor(self._entry, service.home, service.clock, service.log, service.set_state)
         self._engine = engine
         service.metrics = engine.figures
         service.resident_bytes = lambda: children.resident_bytes(os.getpid()) + engine.child_bytes()
@@ -81,7 +87,8 @@ class InferenceService:
             raise self._failed("call.deadline", Category.TIMEOUT, message) from err
         finally:
             engine.calls -= 1
-            if not generation.complete:
+            # A server elsewhere frees its slot when the stream is closed, and nobody here can see whether it has.
+            if not generation.complete and isinstance(engine, EngineSupervisor) and isinstance(server, LlamaServer):
                 await engine.free_slot(server)
 
     def _failed(self, code: str, category: Category, message: str) -> CallFailed:

@@ -1,6 +1,6 @@
 """One `infer.request` from payload to final: what is asked of the engine, what is streamed, how it can fail.
 
-Knows nothing of the child's life: it is given a LlamaServer and raises CallFailed with a typed failure. Deadlines and
+Knows nothing of the child's life: it is given a ChatServer and raises CallFailed with a typed failure. Deadlines and
 cancellation come from outside as cancellation of the task; closing the stream is this module's answer to both.
 """
 
@@ -17,9 +17,10 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from services.inference.answer import BadSchema, check_schema, judge
 from services.inference.llama_http import (
+    ChatServer,
     EngineFaulty,
     EngineGone,
-    LlamaServer,
+    EngineUnavailable,
     Piece,
     PromptTooLong,
     RequestInvalid,
@@ -72,7 +73,7 @@ class Generation:
         return self._finish is not None and self._usage is not None
 
     async def run(
-        self, server: LlamaServer, partial: Callable[[InferPartial], None], progressed: Callable[[], None]
+        self, server: ChatServer, partial: Callable[[InferPartial], None], progressed: Callable[[], None]
     ) -> InferFinal:
         """Generate; `progressed` is called for every piece that arrives. Raises CallFailed."""
         if self._request.json_schema is not None:
@@ -98,6 +99,8 @@ class Generation:
             ) from err
         except RequestInvalid as err:
             raise self._failed("engine.refused", Category.POLICY, f"the engine refused the request: {err}") from err
+        except EngineUnavailable as err:
+            raise self._failed(err.code, err.category, str(err), **err.evidence) from err
         except EngineFaulty as err:
             raise self._failed("engine.faulty", Category.PEER, str(err)) from err
         except EngineGone as err:

@@ -11,11 +11,12 @@ import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import httpx
 
 from protocol.limits import MAX_ARTEFACT_CHARS
+from protocol.messages.failure import Category
 
 _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 """One event may hold a whole answer, escaped; anything larger is no answer."""
@@ -41,6 +42,16 @@ class EngineFaulty(EngineError):
 
 class RequestInvalid(EngineError):
     """The engine calls the request wrong, such as a grammar that cannot be read: the same request fails again."""
+
+
+class EngineUnavailable(EngineError):
+    """No answer was begun, and the reason is none of the classes above: it brings the failure the caller is told."""
+
+    def __init__(self, code: str, category: Category, message: str, **evidence: Any) -> None:
+        super().__init__(message)
+        self.code = code
+        self.category = category
+        self.evidence = evidence
 
 
 class PromptTooLong(EngineError):
@@ -72,6 +83,14 @@ class Usage:
     generated_tokens: int
     prompt_ms: float
     generate_ms: float
+
+
+class ChatServer(Protocol):
+    """What a generation needs of a server, here or elsewhere."""
+
+    def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+        """Stream one answer; closing the iterator ends the generation. Raises EngineError."""
+        ...
 
 
 class LlamaServer:

@@ -47,7 +47,7 @@ MAX_UNSETTLED: Final = 200
 """Ended tasks that wait for memory at once; further ones wait in the journal."""
 _PLAN_TRIES: Final = 5
 _RETRY_MS: Final = 1_000
-_BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled"})
+_BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled", "breaker.open", "remote.unreachable"})
 """PEER failures in which no worker died: they do not count towards poison."""
 
 

@@ -35,10 +35,15 @@ NOTHING: Final = Needs()
 
 
 def inference_needs(registry: Registry, target: str) -> Needs:
-    """Needs of a call for `infer.<model>`: the threads of that model's process; nothing for other targets."""
+    """Needs of a call for `infer.<model>`: the threads of that model's process; nothing for other targets.
+
+    A model on a server elsewhere takes no core here, and its group only if it has one.
+    """
     model = registry.models.get(target.removeprefix(_INFER)) if target.startswith(_INFER) else None
-    if model is None:
+    if model is None or (model.engine == "openai" and model.exclusive is None):
         return NOTHING
+    if model.engine == "openai":
+        return Needs(shared_by=target, group=model.exclusive)
     return Needs(cores=min(model.threads, registry.hardware.cores), shared_by=target, group=model.exclusive)
 
 

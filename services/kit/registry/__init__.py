@@ -13,6 +13,7 @@ from services.kit.registry.entries import (
     ModelEntry,
     PersonaEntry,
     PersonaFit,
+    RemoteLimits,
     RoleEntry,
     Sampling,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Problem",
     "Registry",
     "RegistryError",
+    "RemoteLimits",
     "RoleEntry",
     "Sampling",
     "UnknownNameError",
