@@ -50,6 +50,8 @@ class Welcome(Message):
     """In-flight keys nobody waits for any more: cancel them."""
     resend: list[str] = Field(default_factory=list)
     """Finished keys whose result the hub has not seen: send it again."""
+    registry: str | None = None
+    """Digest of the registry that the hub works with: a service with another one reads it again."""
 
 
 class Reject(Message):
@@ -78,6 +80,8 @@ class Pong(Message):
     """Resident memory of this service plus its children, in bytes."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     """Service-specific figures, such as llama.cpp's token counters; shown by `tierline status`."""
+    registry: str | None = None
+    """Digest of the registry it works with; absent for a service that reads none."""
 
 
 class Goodbye(Message):
@@ -108,6 +112,8 @@ class PeerReport(Message):
     loop_lag_ms: float
     rss_bytes: int
     metrics: dict[str, Any]
+    registry: str | None = None
+    """Digest of the registry it works with, as its pongs say; one that differs from the hub's lags behind."""
 
 
 class StatusReport(Message):
@@ -123,3 +129,5 @@ class StatusReport(Message):
     """Number of tasks per state."""
     counters: dict[str, int]
     """Totals since the hub started, such as `duplicates` and `reattached`."""
+    registry: str | None = None
+    """Digest of the registry that the hub works with."""

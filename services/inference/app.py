@@ -21,7 +21,8 @@ from services.inference.remote import RemoteEngine
 from services.inference.supervisor import EngineSupervisor
 from services.kit import children
 from services.kit.config import Home
-from services.kit.registry import ModelEntry
+from services.kit.following import RegistryFollower
+from services.kit.registry import ModelEntry, Registry
 from services.kit.service import Call, Service
 
 _LONGEST_CALL_S: Final = 3_600.0
@@ -36,7 +37,7 @@ def service_name(model: str) -> str:
 class InferenceService:
     """One entry of models.yaml as a peer of the hub."""
 
-    def __init__(self, home: Home, entry: ModelEntry) -> None:
+    def __init__(self, home: Home, registry: Registry, entry: ModelEntry) -> None:
         self._entry = entry
         self._service = Service(
             home,
@@ -46,6 +47,8 @@ class InferenceService:
             load_deadline_s=entry.load_deadline_s,
         )
         self._engine: EngineSupervisor | RemoteEngine | None = None
+        self._service.follower = RegistryFollower(home, self._service.log, registry, self._take_up)
+        self._leaving: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Serve until SIGTERM; returns the exit status."""
@@ -68,6 +71,30 @@ class InferenceService:
         finally:
             await engine.stop()
         return 1 if engine.crashed else status
+
+    def _take_up(self, registry: Registry, needed: bool) -> bool:
+        """Stay if our entry is what it was; else drain, then begin anew with the new one, or wait to be stopped."""
+        entry = registry.models.get(self._entry.name)
+        if entry == self._entry:
+            return True
+        if entry is None and needed:
+            return False  # running tasks still use it; the hub will say when they have ended
+        if self._leaving is None:
+            self._leaving = asyncio.get_running_loop().create_task(self._leave(begin_anew=entry is not None))
+        return False
+
+    async def _leave(self, *, begin_anew: bool) -> None:
+        """Finish what is here, then give the memory back."""
+        service = self._service
+        if begin_anew:
+            await service.leave("its entry in models.yaml has changed: it begins anew when its calls have ended")
+            if service.home.supervised:
+                service.end("registry")
+                return
+        else:
+            await service.leave("its entry has left models.yaml: it ends when its calls have ended")
+        if self._engine is not None:
+            await self._engine.stop()
 
     async def _infer(self, call: Call) -> InferFinal:
         request = call.read(InferRequest)

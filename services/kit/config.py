@@ -66,6 +66,16 @@ class Home:
         return self.root / "conf.d"
 
     @property
+    def registry_copies(self) -> Path:
+        """Registries that were taken up, one folder each, named by digest."""
+        return self.root / "registry"
+
+    @property
+    def current_registry(self) -> Path:
+        """Link to the copy that the services of a supervised stack read: what `up` or a reload took up last."""
+        return self.registry_copies / "current"
+
+    @property
     def secrets(self) -> Path:
         """Keys of servers elsewhere, one file each with mode 0600, written by the operator."""
         return self.root / "secrets"

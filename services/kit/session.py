@@ -20,6 +20,7 @@ from protocol.header import Header
 from protocol.kinds import CALL_REQUESTS, ENDINGS, UNKNOWN_PEER, family
 from protocol.limits import PROTOCOL_VERSION
 from protocol.messages.failure import Category, Failure
+from protocol.messages.registry import RegistryChanged
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Goodbye, Hello, PeerState, Ping, Reject, Welcome
 
@@ -166,13 +167,21 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
+class FollowRegistry:
+    """The hub works with the registry of this digest; `needed` as in `registry.changed`."""
+
+    digest: str
+    needed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """The hub refuses this peer for good; exit and say why."""
 
     reason: str
 
 
-Command = Transmit | Reopen | ReportState | StartWork | CancelWork | Deliver | Stop
+Command = Transmit | Reopen | ReportState | StartWork | CancelWork | Deliver | FollowRegistry | Stop
 
 
 @dataclass(slots=True)
@@ -280,6 +289,9 @@ class PeerSession:
             if header.kind == "session.ping":
                 unpack_body(Ping, event.body)
                 return [ReportState(corr=header.id, credit=self.granted)] if self.joined else []
+            if header.kind == "registry.changed":
+                told = unpack_body(RegistryChanged, event.body)
+                return [FollowRegistry(told.digest, told.needed)]
             if header.kind == "error" and _is_unknown_peer(event.body):
                 return self._rejoin()
         except BadFrame as err:
@@ -313,6 +325,8 @@ class PeerSession:
         commands.extend(Transmit(replace(ending.header, credit=self.granted), ending.body) for ending in unsent)
         self._unsent.clear()
         commands.extend(Transmit(asked.header, asked.body) for asked in self.asks.values())
+        if welcome.registry is not None:
+            commands.append(FollowRegistry(welcome.registry, needed=True))
         commands.append(ReportState(corr=None, credit=self.granted))  # it may have changed since the HELLO
         return commands
 

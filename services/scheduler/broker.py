@@ -236,6 +236,7 @@ class Broker:
         peer.loop_lag_ms = pong.loop_lag_ms
         peer.rss_bytes = pong.rss_bytes
         peer.metrics = pong.metrics
+        peer.registry = pong.registry
 
     def on_goodbye(self, peer: Peer) -> None:
         """A worker takes no new work and may finish what it has; a client is gone."""

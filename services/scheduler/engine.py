@@ -79,6 +79,11 @@ class Engine:
             self.ended.evict()  # not before: whoever takes the effects may need the tasks that they end
         return effects
 
+    def take_up(self, registry: Registry) -> None:
+        """Work with this registry from now on. It must hold whatever `reloading.used_by` finds among `live`."""
+        self.registry = registry
+        self.ranking.take_up(registry)
+
     def find(self, task_id: str) -> TaskRecord | None:
         """A task that is in memory."""
         return self.live.get(task_id) or self.ended.get(task_id)
@@ -111,6 +116,11 @@ class Engine:
                     self._ask_inference(task, step, at_ms, hold_until_ms=hold)
                 elif step.state is StepState.CHECKING:
                     self._ask_gates(task, step, at_ms)
+
+    def give_up(self, task: TaskRecord, failure: Failure, at_ms: int) -> None:
+        """Take up a task from the journal only to end it: what it needs is not there any more."""
+        self.live[task.id] = task
+        self._end(task, TaskState.FAILED, failure, at_ms, why=failure.message)
 
     def cancel(self, task_id: str, reason: str, at_ms: int) -> None:
         """Stop a task; finished steps stay, a finished task stays what it is."""

@@ -8,6 +8,7 @@ from typing import Any
 from protocol.header import Header
 from protocol.messages.result import ListQuery, Watch
 from services.kit.logs import LogEvent
+from services.kit.registry import Problem, Registry
 from services.scheduler import facts as f
 from services.scheduler.effects import Record
 from services.scheduler.past import Past
@@ -46,6 +47,8 @@ class Restored:
 
     task: TaskRecord
     at_ms: int
+    past: Registry | None = None
+    """An earlier registry that has what the task uses and the present one has not, see `Hub.lacks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,27 @@ class EventsRead:
     facts: list[tuple[int, f.Fact]]
 
 
-Event = FrameIn | Undeliverable | Tick | Restored | LookedUp | EventsRead
+@dataclass(frozen=True, slots=True)
+class RegistryChanged:
+    """The files were read for whoever asked, and have passed every rule."""
+
+    registry: Registry
+    identity: bytes
+    header: Header
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryRefused:
+    """The files were read for whoever asked, and are not taken up."""
+
+    reason: str
+    problems: tuple[Problem, ...]
+    identity: bytes
+    header: Header
+
+
+Event = FrameIn | Undeliverable | Tick | Restored | LookedUp | EventsRead | RegistryChanged | RegistryRefused
 
 
 # Commands
@@ -126,6 +149,16 @@ class ReadStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadRegistry:
+    """Read and check the files; come back with RegistryChanged or RegistryRefused."""
+
+    identity: bytes
+    header: Header
+    digest: str | None
+    """What must be found there; None = whatever there is."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReloadUnsettled:
     """Bring back ended tasks whose outcomes memory does not have, as Restored."""
 
@@ -140,4 +173,4 @@ class Noted:
     fields: dict[str, Any]
 
 
-Command = Send | Record | LookUp | ReadEvents | ReadListing | ReadStatus | ReloadUnsettled | Noted
+Command = Send | Record | LookUp | ReadEvents | ReadListing | ReadStatus | ReadRegistry | ReloadUnsettled | Noted

@@ -138,6 +138,11 @@ class Ranking:
         """The inference of this step's newest attempt took so long."""
         self.durations.observe(self.job(task, step), seconds)
 
+    def take_up(self, registry: Registry) -> None:
+        """Work with this registry from now on: roles may have other models and limits."""
+        self.registry = registry
+        self._ranks.clear()
+
     def forget(self, task_id: str) -> None:
         """The task has ended."""
         self._ranks.pop(task_id, None)

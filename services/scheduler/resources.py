@@ -78,6 +78,12 @@ class Tokens:
         """Cores nobody holds."""
         return self.cores - sum(holding.cores for holding in self._holdings.values())
 
+    def resize(self, cores: int) -> None:
+        """The machine has so many cores from now on; what runs already keeps what it holds."""
+        self.cores = cores
+        if self.free_cores < 0:
+            self._overdrawn |= self._holdings.keys()
+
     def take(self, key: str, target: str, needs: Needs, at_ms: int) -> bool:
         """Take all that `needs` says for this call, or nothing; False = it has to wait."""
         if needs is not NOTHING and self._door_is_closed(target, at_ms):

@@ -4,6 +4,7 @@
 `file:line: field: message`. Field by field: registry/README.md.
 """
 
+from services.kit.registry.copies import keep_copy, make_current, past_registries
 from services.kit.registry.entries import (
     FailureCaps,
     FailureRule,
@@ -36,5 +37,8 @@ __all__ = [
     "RoleEntry",
     "Sampling",
     "UnknownNameError",
+    "keep_copy",
     "load_registry",
+    "make_current",
+    "past_registries",
 ]

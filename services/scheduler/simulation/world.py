@@ -62,6 +62,8 @@ class World:
         self, registry: Registry, *, durations: Durations | None = None, delay_ms: int = 1, calm: bool = False
     ) -> None:
         self.registry = registry
+        self.past: Registry | None = None
+        """An earlier registry that a restarted hub finds, for tasks that use what the present one has not."""
         self.durations = durations
         self.delay_ms = delay_ms
         self.calm = calm
@@ -152,7 +154,7 @@ class World:
         self.hub = Hub(epoch=f"hub{next(self._order)}", registry=self.registry, durations=durations)
         for task in self.recorded_tasks().values():
             if not (task.state.final and task.settled):
-                self.feed(ev.Restored(task, self.now))
+                self.feed(ev.Restored(task, self.now, self.past if self.hub.lacks(task) else None))
 
     def kill_hub(self) -> None:
         """End the hub; its peers notice by its silence."""
@@ -221,7 +223,7 @@ class World:
             case ev.Noted(event=told, fields=fields):
                 self.notes.append(f"{self.now} {told.name} {fields}")
                 del self.notes[:-_KEPT_NOTES]
-            case ev.ReadListing() | ev.ReadStatus() | ev.ReadEvents():
+            case ev.ReadListing() | ev.ReadStatus() | ev.ReadEvents() | ev.ReadRegistry():
                 raise SimulationError("listings and reports are the business of the process, not of its machine")
 
     def _record(self, fact: f.Fact, seq: int) -> None:
