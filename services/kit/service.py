@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import psutil
+from msgspec.structs import replace
 
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame, CallFailed, CallRefused, DeadlineExceeded, SendLater
@@ -273,10 +274,9 @@ class Service:
 
     def _transmit(self, header: Header, body: bytes) -> None:
         seq = self._next()
-        packed = pack_header(
-            header, id=header.id or f"{self._boot}-{seq}", src=self.name, epoch=self._session.epoch, seq=seq
-        )
-        self._unsent.append((packed, body))
+        ident = header.id or f"{self._boot}-{seq}"
+        filled = replace(header, id=ident, src=self.name, epoch=self._session.epoch, seq=seq)
+        self._unsent.append((pack_header(filled), body))
         self._flush()
 
     def _flush(self) -> None:
