@@ -34,6 +34,8 @@ REATTACH_MS: Final = 4_000
 CLIENT_KEPT_MS: Final = 60_000
 _KEPT_ENDINGS: Final = 4_096
 _KEPT_GONE: Final = 256
+_KEPT_QUEUES: Final = 64
+"""So many queues stay when they become empty, since most will soon be needed again."""
 _DEADLINES_SLACK: Final = 1_024
 _DEADLINE_GRACE_MS: Final = 1_000
 """A worker enforces deadlines itself; the hub steps in when it has not."""
@@ -402,7 +404,7 @@ class Broker:
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
         self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
-        if not len(queue):
+        if len(self._queues) > _KEPT_QUEUES and not len(queue):
             del self._queues[target]  # its name may be anything a client thought of
         return None
 
