@@ -8,6 +8,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any, Final, TypeVar
 
+import msgpack
 import msgspec
 from pydantic import ValidationError
 
@@ -18,7 +19,6 @@ from protocol.messages.base import Message
 M = TypeVar("M", bound=Message)
 _PLAIN: Final = frozenset({str, int, bool, type(None)})
 _write: Final = msgspec.msgpack.Encoder().encode
-_read: Final = msgspec.msgpack.Decoder().decode
 
 
 def pack_body(message: Message) -> bytes:
@@ -31,8 +31,8 @@ def unpack_map(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_BODY_BYTES:
         raise BadFrame("body.too_large", f"body of {len(data)} bytes, at most {MAX_BODY_BYTES} are read")
     try:
-        raw = _read(data)
-    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as err:
+        raw = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException, RecursionError) as err:
         raise BadFrame("body.not_msgpack", f"the body is not msgpack: {err}") from err
     if not isinstance(raw, dict):
         raise BadFrame("body.not_a_map", f"the body is a {type(raw).__name__}, expected a map")
