@@ -6,15 +6,19 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferPartial, Sampling
@@ -321,3 +325,40 @@ def test_a_core_dump_is_ruled_out(stack: InferenceStack, elsewhere: Elsewhere) -
     (core,) = [line.split()[4:6] for line in limits.splitlines() if line.startswith("Max core file size")]
     assert core == ["0", "0"]
     os.kill(hello.pid, signal.SIGTERM)
+
+
+def test_https_is_verified_and_a_ca_file_of_ones_own_is_trusted(stack: InferenceStack) -> None:
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    ca_file = stack.root / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca_file))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Models)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        entry(stack, Elsewhere(stack.root), base_url=f"https://localhost:{server.server_port}/v1")
+        start(stack)
+        stack.hub.await_peer("inference-m", state="degraded")
+        assert "certificate is not trusted" in (stack.hub.pongs["inference-m"].reason or "")
+        trusting = {"base_url": f"https://localhost:{server.server_port}/v1", "ca_file": str(ca_file)}
+        entry(stack, Elsewhere(stack.root), **trusting)
+        stack.start("m")
+        stack.hub.await_peer("inference-m", state="ready")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Models(BaseHTTPRequestHandler):
+    """Says that it has the model."""
+
+    def do_GET(self) -> None:
+        data = b'{"data": [{"id": "big"}]}'
+        self.send_response(200)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        return
