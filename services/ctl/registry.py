@@ -58,7 +58,7 @@ def _models(_args: Namespace, context: Context) -> ExitCode:
                 mebibytes(peer.rss_bytes) if peer else "",
                 speed(peer.metrics) if peer else "",
                 ", ".join(roles),
-                model.path.name if model.path is not None else "",
+                model.path.name if model.path is not None else model.base_url or "",
             )
         )
         entry: dict[str, Any] = model.model_dump(mode="json")

@@ -92,9 +92,12 @@ class GateService:
         return True
 
     async def _begin_anew(self) -> None:
-        await self.service.leave("the cores in hardware.yaml have changed: begins anew when its gates have ended")
+        changed = "the cores in hardware.yaml have changed"
         if self._home.supervised:
+            await self.service.leave(f"{changed}: begins anew when its gates have ended")
             self.service.end("registry")
+        else:
+            await self.service.leave(f"{changed}: start it again, since nobody else does")
 
     async def _on_request(self, call: Call) -> Message:
         request = call.read(GateRequest)

@@ -86,11 +86,12 @@ class InferenceService:
     async def _leave(self, *, begin_anew: bool) -> None:
         """Finish what is here, then give the memory back."""
         service = self._service
-        if begin_anew:
+        if begin_anew and service.home.supervised:
             await service.leave("its entry in models.yaml has changed: it begins anew when its calls have ended")
-            if service.home.supervised:
-                service.end("registry")
-                return
+            service.end("registry")
+            return
+        if begin_anew:
+            await service.leave("its entry in models.yaml has changed: start it again, since nobody else does")
         else:
             await service.leave("its entry has left models.yaml: it ends when its calls have ended")
         if self._engine is not None:

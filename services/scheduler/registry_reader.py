@@ -10,10 +10,14 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 from services.kit.config import Home
 from services.kit.registry import Registry, RegistryError, keep_copy, past_registries
 from services.scheduler.events import ReadRegistry, RegistryChanged, RegistryRefused
+
+MAX_WAITING: Final = 16
+"""Readings that may wait; each takes some ten milliseconds for an ordinary registry."""
 
 
 class RegistryReader:
@@ -22,16 +26,23 @@ class RegistryReader:
     def __init__(self, home: Home) -> None:
         self._home = home
         self._asked: deque[ReadRegistry] = deque()
+        self._refused: deque[RegistryRefused] = deque()
         self._reading: ReadRegistry | None = None
         self._done: queue.SimpleQueue[Registry | RegistryError | OSError] = queue.SimpleQueue()
 
     def read(self, asked: ReadRegistry) -> None:
-        """Read the files for whoever asked."""
+        """Read the files for whoever asked; refused where too many wait already."""
+        if len(self._asked) >= MAX_WAITING:
+            reason = f"{MAX_WAITING} reloads wait already; ask again in a moment"
+            self._refused.append(RegistryRefused(reason, (), asked.identity, asked.header))
+            return
         self._asked.append(asked)
         self._next()
 
     def outcomes(self, at_ms: int) -> Iterator[RegistryChanged | RegistryRefused]:
         """What has become of readings, in the order in which they were asked for."""
+        while self._refused:
+            yield self._refused.popleft()
         while self._reading is not None:
             try:
                 found = self._done.get_nowait()

@@ -21,6 +21,7 @@ import yaml
 from protocol.client import Client
 from protocol.errors import CallFailed
 from protocol.messages.result import TaskState
+from protocol.messages.task import TaskIR
 from services.ctl.stack import stray_processes
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY
@@ -45,7 +46,8 @@ class Stack(Installation):
     def scripted(root: Path, name: str, slots: int = 2) -> dict[str, Any]:
         path = write_tiny_gguf(root / f"{name}.gguf")
         slow = {"match": "SLOW", "answers": [{"text": "tick " * 40, "token_s": 0.15}]}
-        Path(f"{path}.script.json").write_text(json.dumps({"default": f"said by {name}", "rules": [slow]}))
+        as_json = {"match": "AS JSON", "answers": ['{"n": 1}']}
+        Path(f"{path}.script.json").write_text(json.dumps({"default": f"said by {name}", "rules": [slow, as_json]}))
         return {
             "tier": "C", "engine": "llama-server", "binary": str(FAKE_BINARY), "path": str(path), "slots": slots,
             "context_tokens": 2048,
@@ -124,10 +126,37 @@ def test_a_new_model_and_role_serve_without_any_restart(stack: Stack) -> None:
     assert view.artefacts[0].value == "said by extra"
     after = stack.pids()
     assert {name: pid for name, pid in after.items() if name in before} == before
+    assert stack.client.plan(TaskIR(objective="Say it.", task_type="chat"), timeout_s=30).task.plan is not None
     assert {digest for service, digest in stack.digests().items() if service != "memory"} == {told["digest"]}
     shown = json.loads(stack.tierline("status", "--json").stdout)
     assert not any(service["registry_lags"] for service in shown["services"])
     assert "not taken up" not in stack.tierline("status").stdout
+
+
+def test_a_new_gate_and_persona_are_known_to_planner_and_gates_service(stack: Stack) -> None:
+    before = stack.pids()
+    registry = stack.root / "registry"
+    gates = yaml.safe_load((registry / "gates.yaml").read_text())
+    gates["gates"]["shape"] = {
+        "description": "As agreed.",
+        "kinds": ["json"],
+        "category": "SCHEMA",
+        "builtin": "schema",
+    }
+    (registry / "gates.yaml").write_text(yaml.safe_dump(gates, sort_keys=False))
+    personas = yaml.safe_load((registry / "personas.yaml").read_text())
+    personas["personas"]["pirate"] = {"description": "At sea.", "prompt": "Speak like a pirate."}
+    (registry / "personas.yaml").write_text(yaml.safe_dump(personas, sort_keys=False))
+    assert set(stack.reload()["added"]) == {"gates.shape", "personas.pirate"}
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    step = {
+        "id": "S1", "actor": "clerk", "action": "AS JSON", "persona": "pirate", "gates": ["shape"],
+        "json_schema": schema, "outputs": [{"name": "one", "kind": "json"}],
+    }  # fmt: skip
+    view = stack.client.run({"objective": "test", "plan": {"steps": [step]}}, timeout_s=30)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert [(gate.gate, gate.verdict.value) for gate in view.steps[0].attempts[-1].gates] == [("shape", "pass")]
+    assert stack.pids() == before
 
 
 def test_a_changed_model_finishes_its_running_step_and_begins_anew(stack: Stack) -> None:
