@@ -111,8 +111,12 @@ def _await_followers(
         programs = [] if supervisor is None else [process.name for process in supervisor.processes()]
         if supervisor is not None and report is not None:
             for name in drained(registry, report, programs, kept):
-                _end_program(home, supervisor, name)
+                with stack_lock(home):
+                    _stop_if_superseded(home, registry)
+                    supervisor.remove_program(name)
+                    (home.conf_d / f"{name}.conf").unlink(missing_ok=True)
                 screen.note(f"{name} has left")
+        _stop_if_superseded(home, registry)
         left = waiting(registry, report, programs)
         if not left or time.monotonic() > deadline:
             return left
@@ -123,10 +127,10 @@ def _await_followers(
         time.sleep(_POLL_S)
 
 
-def _end_program(home: Home, supervisor: Supervisor, name: str) -> None:
-    with stack_lock(home):
-        supervisor.remove_program(name)
-        (home.conf_d / f"{name}.conf").unlink(missing_ok=True)
+def _stop_if_superseded(home: Home, registry: Registry) -> None:
+    """Raise CommandError if somebody has taken up another registry since: what is to be done follows from that one."""
+    if home.current_registry.readlink().name != registry.digest:
+        raise CommandError("another registry has been taken up since; this reload waits no longer")
 
 
 def drained(registry: Registry, report: StatusReport, programs: Sequence[str], kept: Sequence[str]) -> list[str]:

@@ -49,6 +49,7 @@ class InferenceService:
         self._engine: EngineSupervisor | RemoteEngine | None = None
         self._service.follower = RegistryFollower(home, self._service.log, registry, self._take_up)
         self._leaving: asyncio.Task[None] | None = None
+        self._wanted_again = asyncio.Event()
 
     async def run(self) -> int:
         """Serve until SIGTERM; returns the exit status."""
@@ -75,17 +76,22 @@ class InferenceService:
     def _take_up(self, registry: Registry, needed: bool) -> bool:
         """Stay if our entry is what it was; else drain, then begin anew with the new one, or wait to be stopped."""
         entry = registry.models.get(self._entry.name)
+        if self._leaving is not None:
+            if entry is not None:
+                self._wanted_again.set()
+            return False
         if entry == self._entry:
             return True
         if entry is None and needed:
             return False  # running tasks still use it; the hub will say when they have ended
-        if self._leaving is None:
-            self._leaving = asyncio.get_running_loop().create_task(self._leave(begin_anew=entry is not None))
+        self._leaving = asyncio.get_running_loop().create_task(self._leave(begin_anew=entry is not None))
         return False
 
     async def _leave(self, *, begin_anew: bool) -> None:
         """Finish what is here, then give the memory back."""
         service = self._service
+        if service.follower is not None:
+            service.follower.let_go()
         if begin_anew and service.home.supervised:
             await service.leave("its entry in models.yaml has changed: it begins anew when its calls have ended")
             service.end("registry")
@@ -96,6 +102,9 @@ class InferenceService:
             await service.leave("its entry has left models.yaml: it ends when its calls have ended")
         if self._engine is not None:
             await self._engine.stop()
+        await self._wanted_again.wait()  # the entry is back before anybody has stopped us
+        if service.home.supervised:
+            service.end("registry")
 
     async def _infer(self, call: Call) -> InferFinal:
         request = call.read(InferRequest)

@@ -148,6 +148,9 @@ class OpenAiServer:
                     async with _heard_within(loop.time() + _PROBE_TIMEOUT_S, _PROBE_TIMEOUT_S):
                         body_of_error = await _bounded(response)
                     raise self._refusal(response, body_of_error)
+                kind = response.headers.get("content-type", "")
+                if kind.startswith(("application/json", "text/html")):
+                    raise EngineFaulty(f"the server answered with {kind[:80]} where a stream was asked for")
                 due_s, silence_s = began_s + limits.first_token_timeout_s, limits.first_token_timeout_s
                 while True:
                     # Comments keep a connection open, not our patience: what counts is data.
@@ -251,6 +254,8 @@ class OpenAiServer:
         if codes & _TOO_LONG:
             asked = error.get("n_prompt_tokens")
             return PromptTooLong(asked if type(asked) is int else 0, self._entry.context_tokens)
+        if status in (301, 302, 303, 307, 308):
+            return Rejected(f"the server sends us elsewhere (HTTP {status}), which is not followed: repair base_url")
         if status in (401, 403):
             return Rejected(f"the server refuses the key of model {self._entry.name} (HTTP {status}): {message}")
         if status in (404, 405):

@@ -42,6 +42,10 @@ class RegistryFollower:
         if self._reading is None:
             self._reading = asyncio.get_running_loop().create_task(self._read())
 
+    def let_go(self) -> None:
+        """The service leaves: it works with none any more, and wants to hear even of the one it had."""
+        self.digest = ""
+
     async def _read(self) -> None:
         try:
             while self._wanted is not None:

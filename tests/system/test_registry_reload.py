@@ -88,6 +88,9 @@ class Stack(Installation):
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
+    def state(self, service: str) -> str:
+        return next((peer.state for peer in self.client.status().peers if peer.service == service), "absent")
+
     def digests_of_hub(self) -> str | None:
         return self.client.status().registry
 
@@ -230,6 +233,29 @@ def test_a_removed_model_and_role_stay_for_the_running_task_and_leave_afterwards
     assert "inference-extra" not in stack.pids()
     assert not (stack.home.conf_d / "inference-extra.conf").exists()
     assert set(stack.pids()) == {*CORE, "inference-front", "inference-worker"}
+
+
+def test_a_model_that_comes_back_while_its_old_process_still_stands_by_is_served_anew(stack: Stack) -> None:
+    stack.models["extra"] = stack.scripted(stack.root, "extra")
+    stack.write()
+    stack.role("clerk", model="extra")
+    stack.reload()
+    before = stack.pids()["inference-extra"]
+    del stack.models["extra"]
+    stack.write()
+    stack.role("clerk")
+    stack.reload("--no-wait")
+    stack.until(lambda: stack.state("inference-extra") == "draining")
+    stack.models["extra"] = stack.scripted(stack.root, "extra")
+    stack.write()
+    stack.role("clerk", model="extra")
+    assert stack.reload()["waiting"] == []
+    assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+    assert stack.pids()["inference-extra"] != before
+    del stack.models["extra"]
+    stack.write()
+    stack.role("clerk")
+    assert stack.reload()["waiting"] == []
 
 
 def test_kill_9_of_the_hub_in_the_middle_of_a_reload_converges_with_the_next(stack: Stack) -> None:

@@ -86,3 +86,12 @@ async def test_a_service_that_does_not_take_it_yet_lags_and_is_asked_again(home:
     await service.told(new, needed=False)
     assert [needed for _, needed in service.taken] == [True, False]
     assert service.follower.digest == new
+
+
+async def test_a_service_that_leaves_hears_even_of_the_registry_it_had(home: Home) -> None:
+    service = Service(home)
+    service.follower.let_go()
+    assert service.follower.digest not in (service.first, None), "the hub sees that it lags"
+    service.willing = False
+    await service.told(service.first)
+    assert [registry.digest for registry, _ in service.taken] == [service.first]
