@@ -386,6 +386,8 @@ class Broker:
             if start is not None:
                 return start
             del self._dirty[target]
+            if not self._dirty:
+                self._touch(self.tokens.let_in())
         return None
 
     def _start_one(self, target: str, at_ms: int) -> Start | None:

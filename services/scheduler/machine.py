@@ -350,19 +350,24 @@ class Hub:
             self._accept(identity, header, ir, task_id, peer.service, at_ms)
 
     def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
-        active = [task.client for task in self.engine.live.values() if not task.state.final]
-        # Nobody may have more than are left for the others, so that a greedy client never takes the last place.
-        own, free = active.count(client), MAX_ACTIVE_TASKS - len(active)
-        if own >= free:
-            reason = f"{len(active)} tasks are active, {own} of them yours"
-            refused = Refused(reason=reason, retry_after_ms=self._drain.retry_after_ms(at_ms))
+        refused = self.admit(ir, task_id, client, at_ms)
+        if refused is not None:
             self._note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
             self._out.append(self.reply(identity, header, "refused", refused))
             return
+        self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id)))
+
+    def admit(self, ir: TaskIR, task_id: str, client: str, at_ms: int) -> Refused | None:
+        """Take a task that has been checked and begin with it; returns why not, if there is no place for it."""
+        # Nobody may have more than are left for the others, so that a greedy client never takes the last place.
+        own, active = self.engine.active[client], self.engine.active.total()
+        if own >= MAX_ACTIVE_TASKS - active:
+            reason = f"{active} tasks are active, {own} of them yours"
+            return Refused(reason=reason, retry_after_ms=self._drain.retry_after_ms(at_ms))
         accepted = ir.model_copy(update={"task_id": task_id, "created_at": at_ms})
         self.engine.submit(task_id, accepted, client, at_ms)
         self._settle([], at_ms)
-        self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id)))
+        return None
 
     def _on_looked_up(
         self, identity: bytes, header: Header, body: bytes, task: TaskRecord | Past | None, at_ms: int
