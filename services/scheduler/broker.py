@@ -10,7 +10,7 @@ Leaves to others: what an answer means (`machine.py`), sockets and clocks (`app.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -154,6 +154,8 @@ class Broker:
     """Peers and calls. Every method takes the time and returns commands, in order."""
 
     tokens: Tokens
+    weight_of: Callable[[str], float] = field(default=lambda _: 1.0)
+    """Client -> its weight among those that wait for the same capability."""
     peers: dict[bytes, Peer] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     counters: dict[str, int] = field(
@@ -441,7 +443,8 @@ class Broker:
     # Inside
 
     def _push(self, call: Call) -> None:
-        place = Place(call.client, call.interactive, call.rank_s, call.outer_ms)
+        weight = self.weight_of(call.client)
+        place = Place(call.client, call.interactive, call.rank_s, call.outer_ms, weight)
         self._queues.setdefault(call.target, ReadyQueue()).push(call.key, place, call.hold_until_ms)
         self._touch((call.target,))
 

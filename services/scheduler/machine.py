@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Final
 
 from protocol.codec import pack_body, unpack_body
@@ -40,6 +41,7 @@ from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
 from services.scheduler.admission import DrainRate
+from services.scheduler.clients import client_reports
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Ask, Drop, Record
 from services.scheduler.events import (
@@ -76,6 +78,7 @@ MAX_WATCHES: Final = 2_000
 MAX_SESSIONS: Final = 1_000
 """Of clients, and as many of workers, so that neither can shut the others out."""
 _DEFAULT_DEADLINE_MS: Final = 600_000
+_KEPT_WEIGHTS: Final = 1_024
 _TICKS_BETWEEN_CLEANUPS_MS: Final = 5_000
 
 PEER_JOINED = LogEvent("peer.joined", "peer epoch capabilities in_flight reattached dropped resend")
@@ -110,7 +113,8 @@ class Hub:
 
     def __post_init__(self) -> None:
         """The engine shares the registry and what is known of durations."""
-        self.broker = b.Broker(Tokens(self.registry.hardware.cores))
+        weight_of = lru_cache(_KEPT_WEIGHTS)(self.registry.weight_of)
+        self.broker = b.Broker(Tokens(self.registry.hardware.cores), weight_of)
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
 
@@ -149,6 +153,7 @@ class Hub:
             queued=self.broker.queue_lengths(),
             tasks=task_counts,
             counters=dict(self.broker.counters),
+            clients=client_reports(self.broker, self.engine.active),
         )
 
     def reply(self, identity: bytes, request: Header, kind: str, body: Message) -> Send:
