@@ -60,7 +60,7 @@ class Reject(Message):
 
 
 class Ping(Message):
-    """From the hub to every service; clients are not pinged."""
+    """From the hub to every service once a second, and to any peer that was sent much since its last pong."""
 
     at_ms: Millis
 

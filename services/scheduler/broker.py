@@ -246,12 +246,12 @@ class Broker:
         else:
             self.peers.pop(peer.identity, None)
 
-    def on_unreachable(self, identity: bytes, at_ms: int) -> list[Command]:
-        """Sending failed: the connection is gone."""
+    def on_unreachable(self, identity: bytes, at_ms: int, why: str = "disconnected") -> list[Command]:
+        """The connection is gone, or cannot be used any more."""
         peer = self.peers.get(identity)
         if peer is None:
             return []
-        return self._remove(peer, "disconnected", at_ms, blame=peer.state is not PeerState.DRAINING)
+        return self._remove(peer, why, at_ms, blame=peer.state is not PeerState.DRAINING)
 
     def on_tick(self, at_ms: int) -> list[Command]:
         """Time: pings, silent peers, deadlines, calls whose hold is over."""

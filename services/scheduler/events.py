@@ -27,10 +27,11 @@ class FrameIn:
 
 @dataclass(frozen=True, slots=True)
 class Undeliverable:
-    """Sending to this peer failed: it is gone."""
+    """Sending to this peer failed: it is gone, or its pipe is full (`full`), which for the session is the same."""
 
     identity: bytes
     at_ms: int
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -362,7 +362,7 @@ def test_a_client_has_the_weight_of_the_first_entry_that_fits_its_name(folder: P
     [
         ("clients:\n  importer: {weight: 0}\n", 2, "clients.importer.weight", "greater_than_equal", "0.01"),
         ("clients:\n  importer: {weight: .nan}\n", 2, "clients.importer.weight", "finite_number", ""),
-        ('clients:\n  importer: {weight: "3"}\n', 2, "clients.importer.weight", "float_type", "got \"3\""),
+        ('clients:\n  importer: {weight: "3"}\n', 2, "clients.importer.weight", "float_type", 'got "3"'),
         ("clients:\n  importer: {wieght: 3}\n", 2, "clients.importer.wieght", "extra_forbidden", "weight"),
         ("clients:\n\n  im porter: {weight: 3}\n", 3, "clients.im porter", "name", "wildcards"),
         ("clients:\n  a: {weight: 3}\n  a: {weight: 4}\n", 3, "", "duplicate-key", "a"),
