@@ -2,8 +2,8 @@
 
 A socket tells how many messages wait in a pipe, not how large they are, and a peer that sends heartbeats need not read.
 So after every `MARK_BYTES` the hub puts a ping behind what it sent, and its pong says that all before it was read. What
-is unread bounds what a peer may ask for; one that cannot be told anything any more counts as gone. The account belongs to
-the connection: a new HELLO on it changes nothing.
+is unread bounds what a peer may ask for; one that cannot be told anything any more counts as gone. The account belongs
+to the connection: a new HELLO on it changes nothing.
 """
 
 from __future__ import annotations
