@@ -15,7 +15,7 @@ from typing import Final
 
 MARK_BYTES: Final = 4 * 1024 * 1024
 """Sent to a peer until it is asked for a sign that it reads."""
-MAX_UNREAD_PER_PEER: Final = 64 * 1024 * 1024
+MAX_UNREAD_PER_PEER: Final = 32 * 1024 * 1024
 """Beyond this a peer may ask for nothing more; at twice as much it is gone."""
 MAX_UNREAD: Final = 256 * 1024 * 1024
 """Of all peers together: as it fills, each may have no more than are left for the others."""

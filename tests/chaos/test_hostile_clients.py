@@ -192,7 +192,7 @@ def beat(link: socket.socket, stop: threading.Event, lock: threading.Lock) -> No
 
 
 def test_a_peer_that_beats_but_never_reads_large_answers_is_bounded_in_bytes(stack: BareStack) -> None:
-    """Four times the bound in answers, asked for by a peer that goes on living but reads nothing."""
+    """Eight times the bound in answers, asked for by a peer that goes on living but reads nothing."""
     large = task("worker")
     large["inputs"] = [{"name": f"i{number}", "kind": "text", "value": "x" * 1_000_000} for number in range(3)]
     large["plan"]["steps"][0]["inputs"] = []
@@ -204,7 +204,7 @@ def test_a_peer_that_beats_but_never_reads_large_answers_is_bounded_in_bytes(sta
     heart.start()
     peak_mb = 0.0
     try:
-        for number in range(4 * MAX_UNREAD_PER_PEER // 1_000_000):
+        for number in range(8 * MAX_UNREAD_PER_PEER // 1_000_000):
             query = ArtefactQuery(task_id=task_id, name="i0")
             kind, body = ("task.artefact", query) if number % 5 else ("task.show", TaskQuery(task_id=task_id))
             header = Header(kind=kind, id=f"a{number}", epoch="deaf-1", seq=number + 1)
@@ -222,7 +222,8 @@ def test_a_peer_that_beats_but_never_reads_large_answers_is_bounded_in_bytes(sta
             for _ in range(100):
                 other.artefact(task_id, "i1")  # more than the bound, by a client that reads
         bound_mb = MAX_UNREAD_PER_PEER / 2**20
-        assert bound_mb * 0.7 < peak_mb < bound_mb * 1.6, "the bound is reached, and it holds"
+        # While a batch is being sent, what goes out exists twice: as our bytes and as libzmq's.
+        assert bound_mb * 0.7 < peak_mb < bound_mb * 3, "the bound is reached, and it holds"
     finally:
         stop.set()
         heart.join()
