@@ -62,7 +62,7 @@ class Reject(Message):
 
 
 class Ping(Message):
-    """From the hub to every service; clients are not pinged."""
+    """From the hub to every service once a second, and to any peer that was sent much since its last pong."""
 
     at_ms: Millis
 
@@ -116,6 +116,20 @@ class PeerReport(Message):
     """Digest of the registry it works with, as its pongs say; one that differs from the hub's lags behind."""
 
 
+class ClientReport(Message):
+    """One client as the hub sees it: connected, or with tasks that are not final."""
+
+    client: str
+    weight: float
+    """Its share of the slots, by `registry/clients.yaml`."""
+    tasks: int
+    """Its tasks that are not final."""
+    waiting: int
+    """Calls for it that wait for a slot."""
+    running: int
+    """Calls for it that are worked on."""
+
+
 class StatusReport(Message):
     """The hub's view of the system."""
 
@@ -131,3 +145,5 @@ class StatusReport(Message):
     """Totals since the hub started, such as `duplicates` and `reattached`."""
     registry: str | None = None
     """Digest of the registry that the hub works with."""
+    clients: list[ClientReport] | None = None
+    """Those with most calls first, a hundred at most; absent = the hub is of an older version."""

@@ -26,15 +26,14 @@ class RegistryReader:
     def __init__(self, home: Home) -> None:
         self._home = home
         self._asked: deque[ReadRegistry] = deque()
-        self._refused: deque[RegistryRefused] = deque()
+        self._refused: deque[ReadRegistry] = deque()
         self._reading: ReadRegistry | None = None
         self._done: queue.SimpleQueue[Registry | RegistryError | OSError] = queue.SimpleQueue()
 
     def read(self, asked: ReadRegistry) -> None:
         """Read the files for whoever asked; refused where too many wait already."""
         if len(self._asked) >= MAX_WAITING:
-            reason = f"{MAX_WAITING} reloads wait already; ask again in a moment"
-            self._refused.append(RegistryRefused(reason, (), asked.identity, asked.header))
+            self._refused.append(asked)
             return
         self._asked.append(asked)
         self._next()
@@ -42,7 +41,9 @@ class RegistryReader:
     def outcomes(self, at_ms: int) -> Iterator[RegistryChanged | RegistryRefused]:
         """What has become of readings, in the order in which they were asked for."""
         while self._refused:
-            yield self._refused.popleft()
+            asked = self._refused.popleft()
+            reason = f"{MAX_WAITING} reloads wait already; ask again in a moment"
+            yield RegistryRefused(reason, (), asked.identity, asked.header, at_ms)
         while self._reading is not None:
             try:
                 found = self._done.get_nowait()
@@ -90,12 +91,12 @@ def _outcome(
         case RegistryError():
             count = len(found.problems)
             reason = f"the registry has {count} problem{'s' if count > 1 else ''}"
-            return RegistryRefused(reason, found.problems, asked.identity, asked.header)
+            return RegistryRefused(reason, found.problems, asked.identity, asked.header, at_ms)
         case OSError():
             reason = f"no copy of the registry can be kept in the home: {found}"
-            return RegistryRefused(reason, (), asked.identity, asked.header)
+            return RegistryRefused(reason, (), asked.identity, asked.header, at_ms)
         case _:
             if asked.digest not in (None, found.digest):
                 reason = "the files are not those that were checked: somebody has changed them meanwhile; try again"
-                return RegistryRefused(reason, (), asked.identity, asked.header)
+                return RegistryRefused(reason, (), asked.identity, asked.header, at_ms)
             return RegistryChanged(found, asked.identity, asked.header, at_ms)

@@ -157,6 +157,8 @@ def _sections(old: Registry, new: Registry) -> Iterator[tuple[str, Mapping[str, 
         {key.value: rule for key, rule in before.items()},
         {key.value: rule for key, rule in after.items()},
     )
+    clients = ({entry.name: entry for entry in one.clients} for one in (old, new))
+    yield "clients", next(clients), next(clients)
     yield "caps", {"caps": old.failures.caps}, {"caps": new.failures.caps}
     yield "hardware", {"hardware": old.hardware}, {"hardware": new.hardware}
 

@@ -189,7 +189,7 @@ def test_a_refused_registry_changes_nothing_and_says_every_line() -> None:
     asked = Header(kind="registry.reload", id="r1")
     world.submit(task_of([{"id": "S1"}]))  # the client says hello
     before = world.hub.registry
-    world.feed(RegistryRefused("the registry has 1 problem", problems, CLIENT, asked))
+    world.feed(RegistryRefused("the registry has 1 problem", problems, CLIENT, asked, world.now))
     (send,) = [body for header, body in world.client_inbox if header.corr == "r1"]
     assert isinstance(send, ErrorReply)
     (finding,) = send.failure.findings

@@ -16,7 +16,7 @@ from typing import Final
 
 from services.kit.registry.problems import Problem, RegistryError
 from services.kit.registry.registry import Registry, load_registry
-from services.kit.registry.sections import FILES
+from services.kit.registry.sections import FILES, OPTIONAL
 
 _KEPT: Final = 20
 _TRIES: Final = 3
@@ -38,7 +38,8 @@ def keep_copy(folder: Path, models: Path, copies: Path, *, check_files: bool = T
             fresh = Path(name) / "registry"
             fresh.mkdir(mode=0o700)
             for file in FILES:
-                shutil.copyfile(folder / file, fresh / file)
+                if file not in OPTIONAL or (folder / file).exists():
+                    shutil.copyfile(folder / file, fresh / file)
             if load_registry(fresh, models, check_files=False).digest != registry.digest:
                 continue  # somebody is writing: what was checked is not what was copied
             if copy.is_dir():
