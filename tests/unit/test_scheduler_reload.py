@@ -19,6 +19,7 @@ from protocol.messages.registry import Reload, Reloaded
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import TaskState
 from services.kit.registry import Problem, Registry
+from services.kit.registry.entries import ClientEntry
 from services.scheduler.events import FrameIn, ReadRegistry, RegistryChanged, RegistryRefused, Send
 from services.scheduler.reloading import changes, used_by, with_kept
 from services.scheduler.simulation.world import CLIENT, RefusedError
@@ -257,3 +258,13 @@ def test_whatever_is_removed_a_running_task_finds_all_it_names(gone: set[str], a
     told = reload(world, new)
     assert world.finish(task_id).state is TaskState.SUCCEEDED
     assert all(name.partition(".")[2] in SHIPPED.roles or name.startswith("models.") for name in told.kept)
+
+
+def test_new_weights_of_clients_count_for_the_next_call_that_waits() -> None:
+    world = stack()
+    assert world.hub is not None
+    assert world.hub.broker.weight_of("importer") == 1
+    heavy = ClientEntry.model_validate({"name": "import*", "weight": 3})
+    told = reload(world, replace(SHIPPED, clients=(heavy,), digest="2" * 64))
+    assert [(one.section, one.name, one.change) for one in told.changes] == [("clients", "import*", "added")]
+    assert world.hub.broker.weight_of("importer") == 3
