@@ -16,7 +16,7 @@ given, is the --alias; its answers are given in turn, the last one again and aga
 
     {"text": "...", "repeat": 1, "delay_s": 0, "token_s": 0, "finish_reason": "stop", "fault": null, "top_logprobs": []}
 
-with `delay_s` before the first token, `token_s` between tokens, and `top_logprobs` the log probabilities of each token's
+with `delay_s` before the first token, `token_s` between tokens, `top_logprobs` the log probabilities of each token's
 candidates, sent where the request asks for them. Faults: `500` an error body; `garbage` an event that is no JSON; `cut`
 a stream that ends without an ending; `disconnect` in the middle of the text; `hang` no byte until the client leaves;
 `stuck` tokens, and a slot that stays busy for ever; `die` SIGKILL to itself in the middle of the text; `freeze` SIGSTOP
