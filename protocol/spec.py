@@ -44,7 +44,7 @@ _SESSION_DIRECTIONS: Final = {
     "session.hello": "peer → hub",
     "session.pong": "service → hub",
     "session.goodbye": "peer → hub",
-    "session.ping": "hub → service",
+    "session.ping": "hub → peer",
 }
 
 
