@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
 from protocol.header import Header
@@ -46,8 +48,7 @@ HEARTBEAT_MS: Final = 1_000
 _DEFAULT_DEADLINE_MS: Final = 3_600_000
 
 
-@dataclass(frozen=True, slots=True)
-class Tell:
+class Tell(msgspec.Struct, frozen=True):
     """Answer the request of a batch with this message."""
 
     identity: bytes
