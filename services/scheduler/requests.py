@@ -77,5 +77,5 @@ def _seeded(role: RoleEntry, key: str) -> Sampling:
 
 @cache
 def _early_abort(role: RoleEntry) -> AbortLimits | None:
-    """The role's limits as they go on the wire, made once; None where it is switched off."""
-    return AbortLimits.model_validate(role.early_abort.model_dump()) if role.early_abort.enabled else None
+    """The role's limits, made once: a registry has few roles, and they never change."""
+    return role.early_abort.limits()
