@@ -106,7 +106,7 @@ class _Batch:
 class Batches:
     """All batches. Methods named `on_…` take an event; what is to be done comes from `take`.
 
-    `registry` gives the one in force; a batch keeps the one it began with. `slots` tells how many calls for a capability
+    `registry` gives the one in force; a batch keeps the one it began with. `slots` tells how many calls for one target
     can run at once, as far as the broker knows.
     """
 
