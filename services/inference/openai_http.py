@@ -28,6 +28,7 @@ from services.inference.llama_http import (
     PromptTooLong,
     RequestInvalid,
     Usage,
+    candidate_logprobs,
 )
 from services.inference.retry import retry_after_s
 from services.inference.sse import EventStream, EventTooLarge
@@ -37,7 +38,10 @@ _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 _MAX_BODY_BYTES: Final = 1024 * 1024
 _PROBE_TIMEOUT_S: Final = 10.0
 _WRITE_TIMEOUT_S: Final = 60.0
-_STANDARD: Final = ("messages", "max_tokens", "stream", "stream_options", "temperature", "top_p", "seed")
+_STANDARD: Final = (
+    *("messages", "max_tokens", "stream", "stream_options", "temperature", "top_p", "seed"),
+    *("logprobs", "top_logprobs"),
+)
 #: dialect -> our name of a parameter -> the server's; what stands in neither table is not sent.
 EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
     "openai": {},
@@ -209,7 +213,7 @@ class OpenAiServer:
         delta = choice.get("delta")
         text = _text(delta.get("content")) if isinstance(delta, dict) else ""
         answer.pieces += bool(text)
-        return Piece(text, None, answer.pieces, None)
+        return Piece(text, None, answer.pieces, None, candidate_logprobs(choice.get("logprobs")))
 
     def _finish(self, reason: Any) -> str:
         if reason == "content_filter":
