@@ -1,15 +1,18 @@
-"""The inference request of one attempt: which limits apply, what constrains decoding, which prompt.
+"""The inference request of one attempt, or of one prompt of a batch: limits, prompt, what constrains decoding.
 
 Composed when the call starts, not when it is queued: a thousand waiting steps hold no prompts in memory.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from protocol.messages.artefact import ArtefactKind
+from protocol.messages.batch import BatchRequest
+from protocol.messages.infer import AbortLimits, ChatMessage, InferRequest, Sampling
 from services.kit.identity import work_key
-from services.kit.registry import Registry
+from services.kit.registry import EarlyAbort, Registry, RoleEntry
 from services.scheduler.answers import schema_of_parts
 from services.scheduler.prompting import compose
 from services.scheduler.tasks import StepRecord, TaskRecord
@@ -32,9 +35,6 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
         schema = schema_of_parts(step.spec.outputs)
     if schema is None and attempt.constrained and step.spec.outputs[0].kind is ArtefactKind.JSON:
         schema = {"type": "object"}
-    sampling = role.sampling.model_dump(exclude_none=True)
-    if "seed" not in sampling:
-        sampling["seed"] = int(work_key(attempt.key, "seed")[:7], 16)
     body = {
         "role": attempt.role,
         "messages": compose(
@@ -49,11 +49,44 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
             max_tokens=max_tokens,
         ),
         "max_tokens": min(max_tokens, left),
-        "sampling": sampling,
+        "sampling": _seeded(role, attempt.key),
+        "json_output": len(step.spec.outputs) == 1 and step.spec.outputs[0].kind is ArtefactKind.JSON,
         "stream": stream,
     }
     if schema is not None:
         body["json_schema"] = schema
     if step.spec.grammar is not None:
         body["grammar"] = step.spec.grammar
+    limits = _limits(role.early_abort)
+    if limits is not None:
+        body["early_abort"] = limits.model_dump(exclude_none=True)
     return body
+
+
+def batch_item_request(batch: BatchRequest, prompt: str, key: str, registry: Registry) -> InferRequest:
+    """What one prompt of a batch asks of the role's model; `key` is its call's, and gives the seed."""
+    role = registry.roles[batch.role]
+    longest = max(1, registry.models[role.model].context_tokens - 64)
+    return InferRequest(
+        role=batch.role,
+        messages=[ChatMessage(role="system", content=role.prompt), ChatMessage(role="user", content=prompt)],
+        max_tokens=min(batch.max_tokens or role.max_tokens, longest),
+        sampling=Sampling(**_seeded(role, key)),
+        json_schema=batch.json_schema,
+        grammar=batch.grammar,
+        early_abort=_limits(role.early_abort),
+    )
+
+
+def _seeded(role: RoleEntry, key: str) -> dict[str, Any]:
+    """The role's sampling; where it fixes no seed, one that follows from the key: a rerun asks the same."""
+    sampling = role.sampling.model_dump(exclude_none=True)
+    if "seed" not in sampling:
+        sampling["seed"] = int(work_key(key, "seed")[:7], 16)
+    return sampling
+
+
+@cache
+def _limits(early_abort: EarlyAbort) -> AbortLimits | None:
+    """A role's limits as they go on the wire, made once: a registry has few roles, and they never change."""
+    return early_abort.limits()

@@ -5,6 +5,7 @@
 """
 
 from services.kit.registry.entries import (
+    EarlyAbort,
     FailureCaps,
     FailureRule,
     FailureTable,
@@ -20,6 +21,7 @@ from services.kit.registry.problems import Problem, RegistryError, UnknownNameEr
 from services.kit.registry.registry import Registry, load_registry
 
 __all__ = [
+    "EarlyAbort",
     "FailureCaps",
     "FailureRule",
     "FailureTable",
