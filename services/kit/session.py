@@ -193,6 +193,8 @@ class PeerSession:
     """True once the idle slots were granted in this epoch; from then on only endings add to the total."""
     _unsent: list[Transmit] = field(default_factory=list)
     """Endings since the HELLO of this epoch: it listed their keys as in flight, so the hub waits for them."""
+    _spent: int = 0
+    """Requests of this epoch: so many of the granted slots the hub has used."""
     _requests: OrderedDict[str, None] = field(default_factory=OrderedDict)
     """Ids of the requests of this epoch, newest last: a repeat of one has spent no credit and is not work."""
     _heard_ms: int = 0
@@ -240,6 +242,7 @@ class PeerSession:
         self.joined = False
         self._unsent.clear()
         self._requests.clear()
+        self._spent = 0
         self._heard_ms = event.at_ms
         self.granted = self._free_slots()
         self._slots_granted = self._usable()
@@ -331,6 +334,7 @@ class PeerSession:
         if header.id in self._requests:
             return []
         self._requests[header.id] = None
+        self._spent += 1
         while len(self._requests) > _KEPT_REQUESTS:
             self._requests.popitem(last=False)
         key = header.key
@@ -387,9 +391,9 @@ class PeerSession:
             return []
         self.state = event.state
         if self._usable() and not self._slots_granted:
-            # Nothing was spent before, and what ended before is among the free slots now.
+            # What ended before is among the free slots now; a hub that did not know yet may have spent some.
             self._slots_granted = True
-            self.granted = max(self.granted, self._free_slots())
+            self.granted = max(self.granted, self._spent + self._free_slots())
         return [ReportState(corr=None, credit=self.granted)] if self.joined else []
 
     def _on_ticked(self, event: Ticked) -> list[Command]:

@@ -122,6 +122,7 @@ class HubApp:
             _collect_young_garbage_only()
             while self._stop is None:
                 self.turn()
+            self._hub.engine.ranking.learn()
             self._journal.keep_durations(self._durations.state())
         except sqlite3.Error as err:
             self._log.write(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.codec import pack_body, unpack_body
+from protocol.codec import pack_body, pack_map, unpack_body
 from protocol.errors import BadFrame, CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest
@@ -160,7 +160,8 @@ class Engine:
                 self._begin(task, record, at_ms)
 
     def on_tick(self, at_ms: int) -> None:
-        """Fail the tasks whose deadline has passed."""
+        """Fail the tasks whose deadline has passed; learn from what was observed."""
+        self.ranking.learn()
         for task in list(self.live.values()):
             self._expire(task, at_ms)
 
@@ -258,8 +259,7 @@ class Engine:
         task, step = self._locate(call)
         if task is None or step is None:
             raise KeyError(f"call {call.key} belongs to no step")
-        request = infer_request(task, step, self.registry, stream=task.id in self.watched)
-        return pack_body(request)
+        return pack_map(infer_request(task, step, self.registry, stream=task.id in self.watched))
 
     # Planning
 

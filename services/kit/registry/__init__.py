@@ -6,6 +6,7 @@
 
 from services.kit.registry.copies import keep_copy, make_current, past_registries
 from services.kit.registry.entries import (
+    EarlyAbort,
     FailureCaps,
     FailureRule,
     FailureTable,
@@ -22,6 +23,7 @@ from services.kit.registry.problems import Problem, RegistryError, UnknownNameEr
 from services.kit.registry.registry import Registry, load_registry
 
 __all__ = [
+    "EarlyAbort",
     "FailureCaps",
     "FailureRule",
     "FailureTable",
