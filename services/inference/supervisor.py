@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from protocol.messages.session import PeerState
 from services.inference import machine as m
-from services.inference.engines import HOST, EngineUnusable, choose_engine, environment
+from services.inference.command_line import HOST, modes_of
+from services.inference.engines import EngineUnusable, choose_engine, environment
 from services.inference.llama_http import EngineError, LlamaServer
 from services.inference.model_file import BadModelFile, ModelFile
 from services.kit import children
@@ -26,6 +27,7 @@ from services.kit.clock import Clock
 from services.kit.config import Home
 from services.kit.logs import Log, LogEvent
 from services.kit.registry import ModelEntry
+from services.kit.registry.launch import Launch
 
 ENGINE_STARTED = LogEvent("engine.started", "launch engine pid port")
 ENGINE_ENDED = LogEvent("engine.ended", "launch pid how", "warning")
@@ -48,11 +50,13 @@ class EngineSupervisor:
     """Keeps one engine child alive. `report` is called with every state the hub should know."""
 
     def __init__(
-        self, entry: ModelEntry, home: Home, clock: Clock, log: Log, report: Callable[[PeerState, str | None], None]
+        self, launch: Launch, home: Home, clock: Clock, log: Log, report: Callable[[PeerState, str | None], None]
     ) -> None:
+        entry = launch.entry
         if entry.path is None:
             raise ValueError(f"model {entry.name} has no path: engine noop needs no supervisor")
         self._entry = entry
+        self._launched_from = launch
         self._home = home
         self._clock = clock
         self._log = log
@@ -168,12 +172,11 @@ class EngineSupervisor:
             engine = choose_engine(self._entry, self._home)
             self.engine_name = engine.name
             await self._model_file.check()
-            await engine.check()
+            await engine.check(self._launched_from)
             port = _free_port(self._entry)
             self._shorten_output()
-            child = await children.spawn(
-                engine.command(self._entry, port), output=self._output, env=environment(os.environ, key)
-            )
+            command = engine.command(self._launched_from, port, modes_of(self._launched_from)[0])
+            child = await children.spawn(command, output=self._output, env=environment(os.environ, key))
         except (EngineUnusable, BadModelFile) as err:
             self._feed(m.LaunchFailed(self._clock.now_ms(), launch, str(err)))
             return

@@ -84,6 +84,36 @@ def _engine_fields(scene: Scene) -> Iterator[Problem]:
             yield problem((*at, "binary"), "binary-path", f"must be an absolute path, got {str(model.binary)!r}")
 
 
+def _speculation(scene: Scene) -> Iterator[Problem]:
+    """What the fields of `speculation` ask of each other, and of the entry that they name."""
+    for name, model in scene.models.items():
+        spec, at = model.speculation, ("models", name, "speculation")
+        if spec.type == "draft" and spec.draft is None:
+            yield scene.draft.problem(
+                at, "speculation-fields", "type draft needs draft: the entry of tier D that guesses"
+            )
+        for field in ("draft", "lookup", "n_max", "p_min", "p_split"):
+            if spec.type != "draft" and getattr(spec, field) is not None:
+                message = f"belongs to type draft, and the type is {spec.type}; remove it"
+                yield scene.draft.problem((*at, field), "speculation-fields", message)
+        if spec.n_min is not None and spec.type != "draft" and spec.lookup_type != "ngram-mod":
+            message = f"belongs to type draft and to ngram-mod, and the type is {spec.type}; remove it"
+            yield scene.draft.problem((*at, "n_min"), "speculation-fields", message)
+        for field in ("ngram_n", "ngram_m"):
+            if spec.lookup_type is None and getattr(spec, field) is not None:
+                message = "belongs to a lookup; set type or lookup to ngram-simple, or remove it"
+                yield scene.draft.problem((*at, field), "speculation-fields", message)
+        if spec.draft is None:
+            continue
+        if not scene.draft.declares("models", spec.draft):
+            message = f"models.yaml has no {spec.draft!r}; it has: {_names(scene.models)}"
+            yield scene.draft.problem((*at, "draft"), "unknown-draft", message)
+        draft = scene.models.get(spec.draft)
+        if draft is not None and draft.tier != "D":
+            message = f"{spec.draft!r} is of tier {draft.tier}; a draft is an entry of tier D"
+            yield scene.draft.problem((*at, "draft"), "draft-tier", message)
+
+
 def _ports_differ(scene: Scene) -> Iterator[Problem]:
     owner: dict[int, str] = {}
     for name, model in scene.models.items():
@@ -302,6 +332,7 @@ def _every_model_is_used(scene: Scene) -> Iterator[Problem]:
 
 ERRORS: Final[tuple[Rule, ...]] = (
     _engine_fields,
+    _speculation,
     _ports_differ,
     _threads_fit,
     _nodes_agree,
