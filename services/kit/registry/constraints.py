@@ -163,11 +163,56 @@ def _shifted_cache(launch: Launch, facts: ModelFacts) -> Iterator[Problem]:
         yield launch.problem("cache_reuse", "recurrent-cache-reuse", message)
 
 
+def _memory(launch: Launch, facts: ModelFacts) -> Iterator[Problem]:
+    need = launch.memory_bytes()
+    if launch.hardware is None or need is None or need <= launch.hardware.memory_bytes:
+        return
+    entry = launch.entry
+    caches = facts.kv_bytes(entry.context_tokens, entry.slots, entry.kv_type_k, entry.kv_type_v, entry.ubatch_tokens)
+    message = (
+        f"{entry.slots} slots of {entry.context_tokens} tokens take {caches:,} bytes of KV cache, {need:,} with the "
+        f"weights, and the machine has {launch.hardware.memory_bytes:,}; lower this or slots, or set kv_type_k: q8_0"
+    )
+    yield launch.problem("context_tokens", "kv-over-memory", message)
+
+
+def _as_declared(launch: Launch, facts: ModelFacts) -> Iterator[Problem]:
+    declared = launch.entry.declared
+    if declared is None:
+        return
+    kv = 2 * (facts.kv.full_k + facts.kv.full_v + facts.kv.window_k + facts.kv.window_v)
+    found: tuple[tuple[str, object, object, float], ...] = (
+        ("architecture", declared.architecture, facts.architecture, 0),
+        ("parameters_b", declared.parameters_b, facts.parameters_b, 0.05),
+        ("file_bytes", declared.file_bytes, facts.file_bytes, 0.02),
+        ("context_tokens", declared.context_tokens, facts.context_tokens, 0),
+        ("vocabulary_tokens", declared.vocabulary_tokens, facts.vocabulary_tokens, 0),
+        ("kv_bytes_per_token", declared.kv_bytes_per_token, kv, 0.02),
+        ("experts_trained", declared.experts_trained, facts.experts_trained, 0),
+        ("experts_total", declared.experts_total, facts.experts_total, 0),
+        ("recurrent", declared.recurrent, facts.recurrent is not None, 0),
+    )
+    for name, said, is_so, tolerance in found:
+        if said == is_so or _close(said, is_so, tolerance):
+            continue
+        message = f"{said} is declared, and the file has {is_so}: another file, or a wrong line; repair one of them"
+        yield launch.problem(f"declared.{name}", "declared-differs", message)
+
+
+def _close(said: object, is_so: object, tolerance: float) -> bool:
+    """Whether two numbers agree as far as a person rounds them."""
+    if not isinstance(said, int | float) or not isinstance(is_so, int | float):
+        return False
+    return abs(said - is_so) <= tolerance * abs(is_so)
+
+
 CONSTRAINTS: Final[tuple[Constraint, ...]] = (
+    _as_declared,
     _experts,
     _draft_vocabulary,
     _draft_is_smaller,
     _branching,
     _context,
+    _memory,
     _shifted_cache,
 )
