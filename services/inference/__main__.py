@@ -32,12 +32,11 @@ def main() -> int:
         registry = load_registry(home.registry, home.models, check_files=False)
     except RegistryError as err:
         return _refuse(Log(home.logs, service_name(name), SteadyClock()), f"the registry is refused:\n{err}")
-    entry = registry.models.get(name)
-    if entry is None:
+    if name not in registry.models:
         known = ", ".join(registry.models)
         reason = f"models.yaml has no entry {name!r}; it has: {known}"
         return _refuse(Log(home.logs, service_name(name), SteadyClock()), reason)
-    return asyncio.run(InferenceService(home, entry).run())
+    return asyncio.run(InferenceService(home, registry.launch(name)).run())
 
 
 def _refuse(log: Log, reason: str) -> int:

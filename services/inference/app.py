@@ -19,7 +19,7 @@ from services.inference.noop import noop_handler
 from services.inference.supervisor import EngineSupervisor
 from services.kit import children
 from services.kit.config import Home
-from services.kit.registry import ModelEntry
+from services.kit.registry.launch import Launch
 from services.kit.service import Call, Service
 
 _LONGEST_CALL_S: Final = 3_600.0
@@ -34,8 +34,9 @@ def service_name(model: str) -> str:
 class InferenceService:
     """One entry of models.yaml as a peer of the hub."""
 
-    def __init__(self, home: Home, entry: ModelEntry) -> None:
-        self._entry = entry
+    def __init__(self, home: Home, launch: Launch) -> None:
+        self._launch = launch
+        self._entry = entry = launch.entry
         self._service = Service(
             home,
             service_name(entry.name),
@@ -52,7 +53,7 @@ class InferenceService:
             service.metrics = lambda: {"engine": "noop"}
             service.answer("infer.request", noop_handler(self._entry.name))
             return await service.run()
-        engine = EngineSupervisor(self._entry, service.home, service.clock, service.log, service.set_state)
+        engine = EngineSupervisor(self._launch, service.home, service.clock, service.log, service.set_state)
         self._engine = engine
         service.metrics = engine.figures
         service.resident_bytes = lambda: children.resident_bytes(os.getpid()) + engine.child_bytes()

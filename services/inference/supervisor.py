@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from protocol.messages.session import PeerState
 from services.inference import machine as m
-from services.inference.engines import HOST, EngineUnusable, choose_engine, environment
+from services.inference.command_line import HOST, modes_of
+from services.inference.engines import Engine, EngineUnusable, choose_engine, environment
 from services.inference.llama_http import EngineError, LlamaServer
 from services.inference.model_file import BadModelFile, ModelFile
 from services.kit import children
@@ -26,6 +27,8 @@ from services.kit.clock import Clock
 from services.kit.config import Home
 from services.kit.logs import Log, LogEvent
 from services.kit.registry import ModelEntry
+from services.kit.registry.constraints import violations
+from services.kit.registry.launch import Launch
 
 ENGINE_STARTED = LogEvent("engine.started", "launch engine pid port")
 ENGINE_ENDED = LogEvent("engine.ended", "launch pid how", "warning")
@@ -48,16 +51,20 @@ class EngineSupervisor:
     """Keeps one engine child alive. `report` is called with every state the hub should know."""
 
     def __init__(
-        self, entry: ModelEntry, home: Home, clock: Clock, log: Log, report: Callable[[PeerState, str | None], None]
+        self, launch: Launch, home: Home, clock: Clock, log: Log, report: Callable[[PeerState, str | None], None]
     ) -> None:
+        entry = launch.entry
         if entry.path is None:
             raise ValueError(f"model {entry.name} has no path: engine noop needs no supervisor")
         self._entry = entry
+        self._launched_from = launch
         self._home = home
         self._clock = clock
         self._log = log
         self._report = report
         self._model_file = ModelFile(entry.path)
+        draft = launch.draft.path if launch.draft is not None else None
+        self._draft_file = None if draft is None else ModelFile(draft)
         self._output = home.logs / f"inference-{entry.name}.engine.out"
         self._life = m.EngineLife(load_deadline_ms=int(entry.load_deadline_s * 1000))
         self._decided = asyncio.Event()
@@ -167,13 +174,11 @@ class EngineSupervisor:
         try:
             engine = choose_engine(self._entry, self._home)
             self.engine_name = engine.name
-            await self._model_file.check()
-            await engine.check()
+            prepared = await self._prepared(engine)
             port = _free_port(self._entry)
             self._shorten_output()
-            child = await children.spawn(
-                engine.command(self._entry, port), output=self._output, env=environment(os.environ, key)
-            )
+            command = engine.command(prepared, port, modes_of(prepared)[0])
+            child = await children.spawn(command, output=self._output, env=environment(os.environ, key))
         except (EngineUnusable, BadModelFile) as err:
             self._feed(m.LaunchFailed(self._clock.now_ms(), launch, str(err)))
             return
@@ -186,6 +191,18 @@ class EngineSupervisor:
         polling = self._spawn_task(self._poll(launch, server))
         self._spawn_task(self._watch(launch, child, server, polling))
         self._feed(m.Launched(self._clock.now_ms(), launch))
+
+    async def _prepared(self, engine: Engine) -> Launch:
+        """The launch with the files as they are now. Raises BadModelFile, and EngineUnusable where a rule forbids it:
+        the files may have changed since the registry was checked, and some rules ask for the build."""
+        facts = await self._model_file.check()
+        draft_facts = await self._draft_file.check() if self._draft_file is not None else None
+        prepared = self._launched_from.with_facts(facts, draft_facts)
+        await engine.check(prepared)
+        broken = violations(prepared, engine.build)
+        if broken:
+            raise EngineUnusable("; ".join(map(str, broken)))
+        return prepared
 
     async def _kill(self, launch: int, reason: str) -> None:
         if self._child is None or launch != self._life.launch:

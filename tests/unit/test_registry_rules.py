@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from services.kit.registry import Problem, Registry, RegistryError, UnknownNameError, load_registry
+from tests.fakes.gguf_files import write_tiny_gguf
 
 GOOD = {
     "models.yaml": """\
@@ -84,19 +85,25 @@ caps:
     "hardware.yaml": """\
 hardware:
   cores: 4
-  memory_bytes: 100
+  memory_bytes: 100000000
 """,
 }
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small model file for all tests, so that its header is read once."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A good registry with two model files of 8 bytes in `models/`."""
+def folder(tmp_path: Path, tiny: Path) -> Path:
+    """A good registry with two small model files in `models/`."""
     for file, text in GOOD.items():
         (tmp_path / file).write_text(text)
     (tmp_path / "models").mkdir()
     for name in ("front.gguf", "worker.gguf"):
-        (tmp_path / "models" / name).write_bytes(b"GGUF\0\0\0\0")
+        (tmp_path / "models" / name).hardlink_to(tiny)
     return tmp_path
 
 
@@ -123,7 +130,7 @@ def test_a_good_registry_loads_with_absolute_paths_and_answers_by_role_and_model
     assert [role.name for role in registry.roles_of("front")] == ["talker"]
     assert [role.name for role in registry.escalation_chain("worker")] == ["talker"]
     assert registry.escalation_chain("talker") == ()
-    assert (registry.hardware.cores, registry.hardware.memory_bytes) == (4, 100)
+    assert (registry.hardware.cores, registry.hardware.memory_bytes) == (4, 100_000_000)
     assert registry.notes == ()
 
 
@@ -171,7 +178,7 @@ BAD_EDITS = [
     ("models.yaml", "threads: 2", "threads: 5", 12, "models.worker.threads", "threads-over-cores", "4 cores"),
     ("models.yaml", "front.gguf", "gone.gguf", 4, "models.front.path", "model-file-missing", "deploy/fetch-model"),
     ("models.yaml", "front.gguf", "../models.yaml", 4, "models.front.path", "model-file-format", "not a GGUF"),
-    ("hardware.yaml", "memory_bytes: 100", "memory_bytes: 23", 4, "models.front.path", "memory", "need 24 bytes"),
+    ("hardware.yaml", "100000000", "1000", 4, "models.front.path", "memory", "has 1,000"),
     # roles and personas
     ("roles.yaml", "model: worker", "model: wroker", 9, "roles.worker.model", "unknown-model", "front, worker, draft"),
     ("roles.yaml", "model: worker", "model: draft", 9, "roles.worker.model", "draft-tier-role", "tier D"),
@@ -299,11 +306,13 @@ def test_two_separate_circles_are_both_reported(folder: Path) -> None:
     assert [problem.field for problem in refused(folder)] == ["gates.schema.depends_on", "gates.unit.depends_on"]
 
 
-def test_a_split_model_needs_all_its_parts_and_counts_with_all_of_them(folder: Path) -> None:
+def test_a_split_model_needs_all_its_parts_and_counts_with_all_of_them(folder: Path, tiny: Path) -> None:
     for number in (1, 2, 3):
-        (folder / "models" / f"big-0000{number}-of-00003.gguf").write_bytes(b"GGUF" + bytes(26))
+        (folder / "models" / f"big-0000{number}-of-00003.gguf").hardlink_to(tiny)
+    size = tiny.stat().st_size
     edit(folder, "models.yaml", "front.gguf", "big-00001-of-00003.gguf")
-    assert "need 106 bytes" in refused(folder)[0].message
+    edit(folder, "hardware.yaml", "100000000", str(5 * size - 1))
+    assert f"need {5 * size:,} bytes" in refused(folder)[0].message
     (folder / "models" / "big-00003-of-00003.gguf").unlink()
     assert "big-00003-of-00003.gguf" in refused(folder)[0].message
 

@@ -25,9 +25,12 @@ from services.kit.registry.entries import (
     PersonaEntry,
     RoleEntry,
 )
+from services.kit.registry.launch import Launch
+from services.kit.registry.launch_rules import LAUNCH_ERRORS, LAUNCH_NOTES, known_facts
 from services.kit.registry.problems import Problem, RegistryError, UnknownNameError
 from services.kit.registry.rules import ERRORS, NOTES, Scene, resolved_path
 from services.kit.registry.sections import FILES, Draft, read_files
+from services.kit.registry.yaml_lines import Document
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Registry:
         hardware: what may be spent, detected where the file is silent.
         digest: sha256 in hex over the content of the files; comments, order and detected values do not change it.
         notes: what is worth knowing but refuses no launch.
+        document: models.yaml as it was read, for the lines of its fields.
     """
 
     models: Mapping[str, ModelEntry]
@@ -53,6 +57,15 @@ class Registry:
     hardware: Hardware
     digest: str
     notes: tuple[Problem, ...]
+    document: Document
+
+    def launch(self, model: str) -> Launch:
+        """Return what the process of a model is started from. Raises `UnknownNameError`."""
+        if model not in self.models:
+            raise UnknownNameError("model", model, self.models)
+        entry = self.models[model]
+        draft = entry.speculation.draft
+        return Launch(entry, None if draft is None else self.models[draft], self.hardware, self.document)
 
     def model_of(self, role: str) -> ModelEntry:
         """Return the model that serves a role. Raises `UnknownNameError`."""
@@ -95,8 +108,11 @@ def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True
         raise RegistryError([Problem(folder.name, 1, "", "folder-missing", message)])
     draft = read_files(folder)
     hardware = _detected(draft.single("hardware", HardwareEntry))
-    scene = Scene(draft, hardware, models_folder, check_files)
-    problems = [*draft.problems, *(problem for rule in ERRORS for problem in rule(scene))]
+    entries = draft.valid("models", ModelEntry)
+    facts, damaged = known_facts(draft, entries, models_folder, check_files=check_files)
+    scene = Scene(draft, hardware, models_folder, check_files, facts)
+    found = (problem for rule in (*ERRORS, *LAUNCH_ERRORS) for problem in rule(scene))
+    problems = [*draft.problems, *damaged, *found]
     if problems:
         raise RegistryError(problems)
     return Registry(
@@ -107,7 +123,8 @@ def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True
         failures=_failure_table(draft),
         hardware=hardware,
         digest=_digest(draft),
-        notes=tuple(note for rule in NOTES for note in rule(scene)),
+        notes=tuple(note for rule in (*NOTES, *LAUNCH_NOTES) for note in rule(scene)),
+        document=draft.document("models"),
     )
 
 

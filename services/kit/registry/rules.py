@@ -1,20 +1,21 @@
 """What entries must agree on between each other, with the machine, and with the files on its disk.
 
 Each rule is a function from what was read to problems, and `ERRORS` and `NOTES` list them: an error refuses the launch,
-a note is only shown. The rules read sizes and the first bytes of model files; they change nothing. What the GGUF
-metadata itself demands (drafts, experts, recurrent architectures) belongs to the issue that builds acceleration.
+a note is only shown. The rules read sizes and the first bytes of model files; they change nothing. What makes a model
+faster, and what the metadata of its file says to that, is checked by `launch_rules`.
 """
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from protocol.messages.failure import Category
+from services.kit.gguf_header import MAGIC, parts_of
 from services.kit.hardware import parse_cores
+from services.kit.model_facts import ModelFacts
 from services.kit.registry.entries import (
     FailureCaps,
     FailureRule,
@@ -28,9 +29,6 @@ from services.kit.registry.entries import (
 from services.kit.registry.problems import Problem
 from services.kit.registry.sections import Draft
 
-GGUF_MAGIC: Final = b"GGUF"
-_SPLIT_FILE: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-
 #: Outcomes that say nothing about a model's answer: learning from them, or asking a stronger model, would be wrong.
 NEVER_QUALITY: Final = frozenset({Category.PEER, Category.RESOURCE})
 
@@ -43,6 +41,8 @@ class Scene:
     hardware: Hardware
     models_folder: Path
     check_files: bool
+    facts: Mapping[str, ModelFacts] = field(default_factory=dict)
+    """What is known of each model's file, or declared, by the name of the entry."""
 
     @property
     def models(self) -> dict[str, ModelEntry]:
@@ -135,16 +135,16 @@ def _model_files(scene: Scene) -> Iterator[Problem]:
         if path is None or model.engine == "noop":
             continue
         total = 0
-        for part in _parts(path):
+        for part in parts_of(path):
             try:
                 with part.open("rb") as stream:
-                    magic = stream.read(len(GGUF_MAGIC))
+                    magic = stream.read(len(MAGIC))
                     total += os.fstat(stream.fileno()).st_size
             except OSError as error:
                 message = f"cannot open {part}: {error.strerror}; run deploy/fetch-model, or repair the path"
                 yield scene.draft.problem((*at, "path"), "model-file-missing", message)
                 break
-            if magic != GGUF_MAGIC:
+            if magic != MAGIC:
                 message = f"{part} is not a GGUF file (an unfinished download?); fetch it again, or repair the path"
                 yield scene.draft.problem((*at, "path"), "model-file-format", message)
                 break
@@ -163,15 +163,6 @@ def _memory(scene: Scene, sizes: Mapping[str, int]) -> Iterator[Problem]:
             f"({sizes[largest]:,}): take a smaller one, or remove an entry"
         )
         yield scene.draft.problem(("models", largest, "path"), "memory", message)
-
-
-def _parts(path: Path) -> Sequence[Path]:
-    """Return the files of a model: llama.cpp is given the first part of a split one and opens the others itself."""
-    match = _SPLIT_FILE.search(path.name)
-    if match is None:
-        return [path]
-    stem, count = path.name[: match.start()], int(match[2])
-    return [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
 
 
 def _role_models(scene: Scene) -> Iterator[Problem]:

@@ -15,16 +15,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from protocol.messages.failure import Category
 from services.kit.registry.entries import (
-    Entry,
     FailureCaps,
     FailureRule,
     GateEntry,
     HardwareEntry,
     ModelEntry,
-    Name,
     PersonaEntry,
     RoleEntry,
 )
+from services.kit.registry.entry import Entry, Name
 from services.kit.registry.problems import Problem
 from services.kit.registry.yaml_lines import Document, FieldPath, UnreadableFileError, read_document
 
@@ -87,6 +86,10 @@ class Draft:
         if document is None or not isinstance(document.data, dict) or not isinstance(document.data.get(section), dict):
             return True
         return key in document.data[section]
+
+    def document(self, section: str) -> Document:
+        """Return the file that holds a section; it must have been read."""
+        return self._documents[FILE_OF[section]]
 
     def line_of(self, *path: str | int) -> int:
         """Return the line of a field; the first element of its path is the section."""
