@@ -125,6 +125,8 @@ class AttemptAnswered(Fact):
     cached_tokens: int
     generated_tokens: int
     first_token_ms: float
+    repaired: bool | None = None
+    """True where the model had to mend its own answer; absent in journals before this was kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

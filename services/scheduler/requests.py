@@ -1,4 +1,4 @@
-"""The inference request of one attempt: which limits apply, what constrains decoding, which prompt.
+"""The inference request of one attempt, or of one prompt of a batch: limits, prompt, what constrains decoding.
 
 Composed when the call starts, not when it is queued: a thousand waiting steps hold no prompts in memory.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from functools import cache
 
 from protocol.messages.artefact import ArtefactKind
-from protocol.messages.infer import InferRequest, Sampling
+from protocol.messages.batch import BatchRequest
+from protocol.messages.infer import AbortLimits, ChatMessage, InferRequest, Sampling
 from services.kit.identity import work_key
 from services.kit.registry import Registry, RoleEntry
 from services.scheduler.answers import schema_of_parts
@@ -29,9 +30,6 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
         schema = schema_of_parts(step.spec.outputs)
     if schema is None and attempt.constrained and step.spec.outputs[0].kind is ArtefactKind.JSON:
         schema = {"type": "object"}
-    sampling = _sampling(role)
-    if sampling.seed is None:
-        sampling = sampling.model_copy(update={"seed": int(work_key(attempt.key, "seed")[:7], 16)})
     # Built without validation, as is the prompt: every part has been checked where it came in, and this is per step.
     return InferRequest.model_construct(
         role=attempt.role,
@@ -47,14 +45,48 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
             max_tokens=max_tokens,
         ),
         max_tokens=min(max_tokens, left),
-        sampling=sampling,
+        sampling=_seeded(role, attempt.key),
         json_schema=schema,
         grammar=step.spec.grammar,
+        json_output=len(step.spec.outputs) == 1 and step.spec.outputs[0].kind is ArtefactKind.JSON,
+        early_abort=_early_abort(role),
         stream=stream,
     )
+
+
+def batch_item_request(batch: BatchRequest, prompt: str, key: str, registry: Registry) -> InferRequest:
+    """What one prompt of a batch asks of the role's model; `key` is its call's, and gives the seed."""
+    role = registry.roles[batch.role]
+    longest = max(1, registry.models[role.model].context_tokens - 64)
+    return InferRequest.model_construct(
+        role=batch.role,
+        messages=[
+            ChatMessage.model_construct(role="system", content=role.prompt),
+            ChatMessage.model_construct(role="user", content=prompt),
+        ],
+        max_tokens=min(batch.max_tokens or role.max_tokens, longest),
+        sampling=_seeded(role, key),
+        json_schema=batch.json_schema,
+        grammar=batch.grammar,
+        early_abort=_early_abort(role),
+    )
+
+
+def _seeded(role: RoleEntry, key: str) -> Sampling:
+    """The role's sampling; where it fixes no seed, one that follows from the key: a rerun asks the same."""
+    sampling = _sampling(role)
+    if sampling.seed is not None:
+        return sampling
+    return sampling.model_copy(update={"seed": int(work_key(key, "seed")[:7], 16)})
 
 
 @cache
 def _sampling(role: RoleEntry) -> Sampling:
     """The role's sampling as it goes on the wire; a registry has few roles and they never change."""
     return Sampling.model_validate(role.sampling.model_dump())
+
+
+@cache
+def _early_abort(role: RoleEntry) -> AbortLimits | None:
+    """The role's limits as they go on the wire; None where it is switched off."""
+    return AbortLimits.model_validate(role.early_abort.model_dump()) if role.early_abort.enabled else None
