@@ -82,17 +82,24 @@ class InferenceService:
             left_s=left_s,
             figures=self._figures,
         )
+        key = call.header.key or ""
+        seat, final = None, None
         engine.calls += 1
         try:
             async with asyncio.timeout(_LONGEST_CALL_S if left_s is None else left_s):
-                return await generation.run(server, call.partial, engine.progressed)
+                seat = await engine.desk.enter(key, request.messages, server)
+                final = await generation.run(seat.server, call.partial, engine.progressed)
+            return seat.true_figures(final)
         except TimeoutError as err:
             message = f"the deadline passed while {self._entry.name} was generating"
             raise self._failed("call.deadline", Category.TIMEOUT, message) from err
         finally:
             engine.calls -= 1
-            if not generation.complete:
-                await engine.free_slot(server)
+            try:
+                if not generation.complete:
+                    await engine.free_slot(server)
+            finally:
+                engine.desk.leave(key, seat, final, complete=generation.complete)
 
     def _failed(self, code: str, category: Category, message: str) -> CallFailed:
         return CallFailed(Failure(code=code, category=category, origin=self._service.name, message=message))

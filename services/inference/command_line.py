@@ -273,6 +273,12 @@ RULES: Final[tuple[_Rule, ...]] = (
         for name, field in (("n-match", "ngram_n"), ("n-max", "ngram_m"), ("n-min", "n_min"))
     ),
     _Rule("--cache-ram", "", _fixed(str(CACHE_RAM_MIB)), "MiB for prompts of idle slots; llama.cpp would take 8 GiB"),
+    _Rule(
+        "--slot-save-path",
+        "",
+        lambda at: None if at.prefix_folder is None else f"{at.prefix_folder}/",
+        "a beginning that several prompts share is read once and copied from slot to slot",
+    ),
     _Rule("--log-verbosity", "", _fixed(str(LOG_VERBOSITY)), "warnings and errors; more would grow without bound"),
     _Rule("--metrics", "", _fixed(""), "speed and totals for status"),
     _Rule("--slots", "", _fixed(""), "whether a slot is free after a cancel"),

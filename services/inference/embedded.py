@@ -73,6 +73,10 @@ def _host(params: Any, value: str) -> None:
     params.hostnames = [value]
 
 
+def _slot_folder(params: Any, value: str) -> None:
+    params.slot_save_path = value
+
+
 def _switch(name: str, on: bool = True) -> Setting:
     return lambda params, _value: setattr(params, name, on)
 
@@ -118,6 +122,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "--spec-ngram-mod-n-max": _number("speculative", "ngram_mod", "n_max"),
     "--spec-ngram-mod-n-min": _number("speculative", "ngram_mod", "n_min"),
     "--cache-ram": _number("cache_ram_mib"),
+    "--slot-save-path": _slot_folder,
     "--log-verbosity": _number("verbosity"),
     "--metrics": _switch("endpoint_metrics"),
     "--slots": _switch("endpoint_slots"),

@@ -13,6 +13,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,9 +23,11 @@ from services.inference.command_line import HOST, modes_of
 from services.inference.engines import Engine, EngineUnusable, choose_engine, environment
 from services.inference.llama_http import EngineError, LlamaServer
 from services.inference.model_file import BadModelFile, ModelFile
+from services.inference.slots import SlotDesk
 from services.kit import children
 from services.kit.clock import Clock
 from services.kit.config import Home
+from services.kit.gguf_facts import stamp
 from services.kit.logs import Log, LogEvent
 from services.kit.registry import ModelEntry
 from services.kit.registry.constraints import violations
@@ -57,7 +60,9 @@ class EngineSupervisor:
         if entry.path is None:
             raise ValueError(f"model {entry.name} has no path: engine noop needs no supervisor")
         self._entry = entry
-        self._launched_from = launch
+        self.desk = SlotDesk(home.prefixes(entry.name), entry.slots, log)
+        """Who sits in which slot of the child."""
+        self._launched_from = replace(launch, prefix_folder=home.prefixes(entry.name))
         self._home = home
         self._clock = clock
         self._log = log
@@ -106,6 +111,7 @@ class EngineSupervisor:
             await children.end(self._child, grace_s=_KILL_GRACE_S)
         if self._server is not None:
             await self._server.close()
+        self.desk.clear()
 
     def progressed(self) -> None:
         """A piece of an answer has come."""
@@ -148,6 +154,7 @@ class EngineSupervisor:
             "tokens_predicted_total": int(total["tokens_predicted_total"]),
             "prompt_tokens_total": int(total["prompt_tokens_total"]),
             "tokens_per_s": round(self._speed, 1),
+            **self.desk.figures(),
         }
 
     def child_bytes(self) -> int:
@@ -177,6 +184,7 @@ class EngineSupervisor:
             prepared = await self._prepared(engine)
             port = _free_port(self._entry)
             self._shorten_output()
+            self._seat(engine, prepared)
             command = engine.command(prepared, port, modes_of(prepared)[0])
             child = await children.spawn(command, output=self._output, env=environment(os.environ, key))
         except (EngineUnusable, BadModelFile) as err:
@@ -203,6 +211,14 @@ class EngineSupervisor:
         if broken:
             raise EngineUnusable("; ".join(map(str, broken)))
         return prepared
+
+    def _seat(self, engine: Engine, launch: Launch) -> None:
+        """Tell the desk about the child to come. A draft model has a cache of its own that is not saved, and a
+        recurrent model cannot go back to where its prompts part: neither takes copies."""
+        facts = launch.facts
+        simple = launch.draft is None and facts is not None and facts.recurrent is None
+        files = tuple(stamp(path) for path in launch.paths())
+        self.desk.engine_started((engine.name, engine.build, files), copies=simple)
 
     async def _kill(self, launch: int, reason: str) -> None:
         if self._child is None or launch != self._life.launch:

@@ -55,6 +55,10 @@ class Home:
         """Generated supervisord programs, one per model entry."""
         return self.root / "conf.d"
 
+    def prefixes(self, model: str) -> Path:
+        """What the slots of one model have read, saved for its other slots; it does not outlive the service."""
+        return self.run / "prefixes" / model
+
     @property
     def hub_address(self) -> str:
         """The one address every process knows."""

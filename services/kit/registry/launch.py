@@ -34,6 +34,8 @@ class Launch:
     facts: ModelFacts | None = None
     """Of the entry's file, or as declared; None = not known yet."""
     draft_facts: ModelFacts | None = None
+    prefix_folder: Path | None = None
+    """Where slots are saved; None = they are not."""
 
     @property
     def cores(self) -> tuple[int, ...]:

@@ -1,0 +1,90 @@
+"""A fan-out through the hub on real llama.cpp: what its steps share is read once, and every step says what it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.messages.result import TaskState, TaskView
+from services.ctl.bench.bare_stack import BareStack
+from services.inference.engines import find_native
+from services.kit.config import load_home
+
+DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHARED = " ".join(f"Fact {n}: queue {n * 7 % 90} holds {n * 13 % 50} letters." for n in range(24))
+NOOP = {"engine": "noop", "slots": 2, "context_tokens": 4096}
+
+
+@pytest.fixture(scope="module", params=["embedded", "llama-server"])
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareStack]:
+    model = load_home().models / DEMO_MODEL
+    if not model.is_file():
+        pytest.skip(f"no demo model at {model}: run deploy/fetch-model, or set TIERLINE_CACHE")
+    if request.param == "llama-server" and find_native(load_home()) is None:
+        pytest.skip("no llama-server: run deploy/build-native")
+    worker = {"tier": "C", "path": str(model), "engine": request.param, "slots": 4, "context_tokens": 2048}
+    models = {"front": {"tier": "A", **NOOP}, "specialist": {"tier": "B", **NOOP}, "worker": worker}
+    folder = Path(tmp_path_factory.mktemp("affinity"))
+    with BareStack(folder, models=models) as running:
+        yield running
+
+
+def fan_out(width: int, shared: str) -> dict[str, Any]:
+    steps = [
+        {
+            "id": f"S{n}",
+            "actor": "worker",
+            "action": f"Say one word about fact {n}.",
+            "outputs": [{"name": f"word{n}"}],
+            "inputs": ["facts"],
+            "max_tokens": 6,
+            "gates": [],
+        }
+        for n in range(width)
+    ]
+    facts = {"name": "facts", "kind": "text", "value": shared}
+    return {"objective": "Say something about facts.", "inputs": [facts], "plan": {"steps": steps}}
+
+
+def figures(stack: BareStack) -> dict[str, Any]:
+    peers = stack.client.status().peers
+    return next(peer.metrics for peer in peers if peer.service == "inference-worker")
+
+
+def cached(view: TaskView) -> list[int]:
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    return sorted(step.attempts[-1].cached_tokens for step in view.steps)
+
+
+def test_a_fan_out_reads_what_it_shares_once(stack: BareStack) -> None:
+    view = stack.client.run(fan_out(4, SHARED), timeout_s=120)
+    tokens = [step.attempts[-1].prompt_tokens for step in view.steps]
+    first, *others = cached(view)
+    assert min(tokens) > 400
+    assert first < 150, "somebody has to read it"
+    assert min(others) > 0.75 * min(tokens), "without a copy each slot would have read it for itself"
+    assert view.usage.cached_tokens == first + sum(others)
+    stack.client.run(fan_out(1, "Nothing."), timeout_s=60)  # a pong later the totals are in the status
+    totals = figures(stack)
+    assert totals["prefixes_read"] == 1
+    assert totals["prefixes_copied"] == 3
+    assert totals["prefixes_bytes"] > 100_000
+    assert totals["cached_tokens_total"] >= first + sum(others)
+
+
+def test_a_later_fan_out_finds_it_even_in_a_new_engine(stack: BareStack) -> None:
+    import os
+    import signal
+    import time
+
+    os.kill(figures(stack)["child_pid"], signal.SIGKILL)
+    end = time.monotonic() + 30
+    while figures(stack)["respawns"] == 0 and time.monotonic() < end:
+        time.sleep(0.2)
+    stack.wait_ready()
+    view = stack.client.run(fan_out(4, SHARED), timeout_s=120)
+    tokens = [step.attempts[-1].prompt_tokens for step in view.steps]
+    assert min(cached(view)) > 0.75 * min(tokens), "the file outlives the child"
