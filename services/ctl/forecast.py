@@ -184,4 +184,6 @@ def _model(name: str, steps: tuple[StepForecast, ...], registry: Registry) -> Mo
     entry = registry.models[name]
     mine = [step for step in steps if step.model == name]
     size = entry.path.stat().st_size if entry.path is not None and entry.path.is_file() else None
+    if size is None and entry.declared is not None:
+        size = entry.declared.file_bytes
     return ModelForecast(name, entry.slots, len(mine), size, sum(step.expected_s for step in mine) / entry.slots)

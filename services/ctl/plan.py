@@ -31,7 +31,9 @@ _BAR: Final = 50
 
 def add(commands: Commands) -> None:
     """Add the commands of this file."""
-    parser = commands.add("plan", _plan, "dry run: the steps, what runs side by side, expected time, tokens and memory")
+    parser = commands.add(
+        "plan", _plan, "dry run: the steps, what runs side by side, expected time, tokens and memory", elsewhere=True
+    )
     add_task_arguments(parser)
     parser.add_argument(
         "--tokens-per-s",

@@ -9,6 +9,7 @@ from typing import Any, Final
 from protocol.messages.session import PeerReport
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import try_status
+from services.ctl.launch_view import explain_launch
 from services.ctl.outcomes import ExitCode
 from services.ctl.screen import mebibytes, one_line
 from services.ctl.stack_files import checked_registry
@@ -23,10 +24,20 @@ _MODEL_COLUMNS: Final = (
 
 def add(commands: Commands) -> None:
     """Add the commands of this file."""
-    commands.add("models", _models, "list the model entries of the registry with the state of their processes")
+    models = commands.add(
+        "models", _models, "list the model entries of the registry with the state of their processes", elsewhere=True
+    )
+    models.add_argument(
+        "--explain", metavar="NAME", help="print the command line of one model, each flag with its line and its rule"
+    )
     commands.add("roles", _roles, "list the roles of the registry with the model behind each and its state")
     group = commands.group("registry", "check the files that declare models, roles, personas, gates and failures")
-    check = group.add("check", _check, "check every rule of the registry; names file, line and field of each problem")
+    check = group.add(
+        "check",
+        _check,
+        "check every rule of the registry; names file, line and field of each problem",
+        elsewhere=True,
+    )
     check.add_argument("--no-files", action="store_true", help="leave out model files, for a machine without them")
 
 
@@ -35,8 +46,10 @@ def _peers(home: Home) -> dict[str, PeerReport]:
     return {peer.service: peer for peer in report.peers} if report is not None else {}
 
 
-def _models(_args: Namespace, context: Context) -> ExitCode:
+def _models(args: Namespace, context: Context) -> ExitCode:
     registry = checked_registry(context.home, check_files=False)
+    if args.explain is not None:
+        return explain_launch(args.explain, registry, context)
     peers = _peers(context.home)
     rows, data = [], []
     for model in registry.models.values():
@@ -47,7 +60,7 @@ def _models(_args: Namespace, context: Context) -> ExitCode:
             (
                 model.name,
                 model.tier,
-                peer.state if peer else "not running",
+                peer.state if peer else "not running" if model.name in registry.served else "inside others",
                 str(peer.metrics.get("engine", model.engine)) if peer else model.engine,
                 slots(peer) if peer else str(model.slots),
                 str(model.context_tokens),

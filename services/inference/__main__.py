@@ -36,6 +36,10 @@ def main() -> int:
         known = ", ".join(registry.models)
         reason = f"models.yaml has no entry {name!r}; it has: {known}"
         return _refuse(Log(home.logs, service_name(name), SteadyClock()), reason)
+    if name not in registry.served:
+        where = f"{registry.launch(name).where('tier')}: {name} is of tier D"
+        reason = f"{where}: a draft is loaded by the process of the model that it guesses for, and has none of its own"
+        return _refuse(Log(home.logs, service_name(name), SteadyClock()), reason)
     return asyncio.run(InferenceService(home, registry.launch(name)).run())
 
 

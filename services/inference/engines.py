@@ -7,6 +7,7 @@ looked up in `--help` of the binary at hand before it is started, values of list
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
@@ -18,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Protocol
 
-from services.inference.command_line import Mode, arguments, modes_of, pinned, spelled
+from services.inference.command_line import Argument, Mode, arguments, modes_of, pinned, spelled
 from services.inference.embedded import API_KEY_VARIABLE, SETTINGS
 from services.inference.probe import ProbeFailed, probe
 from services.kit.config import Home
@@ -28,7 +29,8 @@ from services.kit.registry.launch import Launch
 _PROBE_TIMEOUT_S: Final = 20.0
 _FLAG: Final = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 _REMOVED: Final = "argument has been removed"
-_VERSION: Final = re.compile(r"version: (\d+) \((\w+)\)")
+_VERSION: Final = re.compile(r"version: (?:\S+ \(build )?(\d+)(?:, commit| \() ?(\w+)\)")
+"""As in `version: 4567 (0a1b2c3)` and `version: 0.5.0-dev (build 4567, commit 0a1b2c3)`."""
 _WORD: Final = re.compile(r"[\w+-]+")
 _LISTED: Final = frozenset({"--spec-type", "--load-mode", "--numa", "--cache-type-k", "--cache-type-v"})
 """Flags whose help lists the values that a build takes."""
@@ -48,6 +50,10 @@ class Engine(Protocol):
 
     async def check(self, launch: Launch) -> None:
         """Raise EngineUnusable if the engine cannot serve this entry on this machine, in any mode it may run in."""
+        ...
+
+    def spelling(self, argument: Argument) -> tuple[str, ...]:
+        """Flag and value of one argument, in the first spelling that this build knows."""
         ...
 
     def command(self, launch: Launch, port: int, mode: Mode) -> list[str]:
@@ -75,7 +81,7 @@ class NativeEngine:
         except ProbeFailed as err:
             raise EngineUnusable(f"{self._binary} does not run: {err}") from err
         self._help = sections_of_help(probed.output.decode("utf-8", "replace"))
-        self.build = build_names(self._binary, version.output.decode("utf-8", "replace"))
+        self.build = await asyncio.to_thread(build_names, self._binary, version.output.decode("utf-8", "replace"))
         unknown = list(unknown_arguments(launch, self._knows))
         if unknown:
             raise EngineUnusable(
@@ -86,6 +92,10 @@ class NativeEngine:
     def command(self, launch: Launch, port: int, mode: Mode) -> list[str]:
         """See Engine. Flags and values are separate arguments: llama-server does not take `--flag=value`."""
         return [*pinned(launch), str(self._binary), *spelled(arguments(launch, port, mode), self._knows)]
+
+    def spelling(self, argument: Argument) -> tuple[str, ...]:
+        """See Engine."""
+        return tuple(spelled([argument], self._knows))
 
     def _knows(self, way: tuple[str, ...]) -> bool:
         for part, value in zip(way, (*way[1:], ""), strict=True):
@@ -119,6 +129,10 @@ class EmbeddedEngine:
         """See Engine."""
         program = [sys.executable, "-m", "services.inference.embedded"]
         return [*pinned(launch), *program, *spelled(arguments(launch, port, mode), self._knows)]
+
+    def spelling(self, argument: Argument) -> tuple[str, ...]:
+        """See Engine."""
+        return tuple(spelled([argument], self._knows))
 
     def _knows(self, way: tuple[str, ...]) -> bool:
         return way[0] in SETTINGS

@@ -29,6 +29,8 @@ class Home:
     """Least level that is written."""
     supervised: bool
     """True when supervisord started this process: it then dies with its supervisor."""
+    hardware: Path | None = None
+    """A hardware.yaml instead of the registry's, for commands that ask what another machine would do."""
 
     @property
     def run(self) -> Path:

@@ -37,7 +37,8 @@ Stamp: TypeAlias = tuple[tuple[int, int, int, int], ...]
 
 def stamp(path: Path) -> Stamp:
     """What changes when one of a model's files is replaced. Raises OSError where one is missing."""
-    return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in (part.stat() for part in parts_of(path)))
+    stats = (part.stat() for part in parts_of(path))
+    return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 def command(path: Path) -> list[str]:

@@ -33,7 +33,17 @@ _FIRST_COMPARED: Final = 5
 _STRING: Final = 8
 _ARRAY: Final = 9
 _SCALARS: Final[Mapping[int, str]] = {
-    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
 }
 _SPLIT_FILE: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 

@@ -40,6 +40,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+#: Flags that change how the real one computes and nothing here, with what its help says of their values.
+ACCEPTED = {
+    **dict.fromkeys(("--threads-batch", "--batch-size", "--ubatch-size", "--cache-reuse"), "N"),
+    "--override-kv": "KEY=TYPE:VALUE",
+    "--flash-attn": "on|off|auto",
+    "--numa": "distribute,isolate,numactl",
+    "--load-mode": "auto,none,mmap,mlock,mmap+mlock",
+    **dict.fromkeys(("--cache-type-k", "--cache-type-v"), "f32,f16,bf16,q8_0,q4_0,q4_1,iq4_nl,q5_0,q5_1"),
+    "--spec-type": "none,draft-simple,ngram-simple,ngram-map-k,ngram-map-k4v,ngram-mod",
+    "--spec-draft-model": "FNAME",
+    **{f"--spec-draft-{name}": "N" for name in ("n-max", "n-min", "p-min", "p-split", "threads", "type-k", "type-v")},
+    **{f"--spec-{kind}-size-{x}": "N" for kind in ("ngram-simple", "ngram-map-k", "ngram-map-k4v") for x in "nm"},
+    **{f"--spec-ngram-mod-{name}": "N" for name in ("n-match", "n-max", "n-min")},
+}
+
 WORDS = re.compile(r"\S+\s*|\s+")
 
 
@@ -296,9 +311,11 @@ def main() -> None:
     parser.add_argument("--metrics", action="store_true")
     parser.add_argument("--slots", action="store_true")
     parser.add_argument("--offline", action="store_true")
+    for flag, values in ACCEPTED.items():
+        parser.add_argument(flag, metavar=values)
     if "--help" in sys.argv:
         for action in parser._actions:  # one line per flag, in column 0 as the real page has them
-            sys.stdout.write(f"{', '.join(action.option_strings)} {action.metavar or ''}".ljust(40) + "scripted\n")
+            sys.stdout.write(f"{', '.join(action.option_strings)} {action.metavar or ''}".ljust(38) + "  scripted\n")
         return
     options = parser.parse_args()
     path = os.environ.get("TIERLINE_FAKE_SCRIPT") or f"{options.model}.script.json"

@@ -6,7 +6,7 @@ The classes here are parts of `ModelEntry`. They check one part by itself; wheth
 
 from typing import Annotated, Final, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from services.kit.hardware import parse_cores
 from services.kit.registry.entry import Entry, Name
@@ -26,13 +26,21 @@ def core_list(text: str) -> str:
     return text
 
 
+def _word(value: object) -> object:
+    """YAML takes a bare on or off for true or false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+FlashAttention: TypeAlias = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
+Policy: TypeAlias = Annotated[Literal["auto", "always", "off"], BeforeValidator(_word)]
+
 CoreList: TypeAlias = Annotated[str, StringConstraints(max_length=4_096), AfterValidator(core_list)]
 
 
 class Speculation(Entry):
     """Tokens that are guessed cheaply and checked by the model in one pass. Helps one stream, hurts full batches."""
 
-    type: Literal["none", "draft"] | Lookup = "none"
+    type: Literal["none", "draft", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod"] = "none"
     """none, draft (a small model guesses) or a lookup: ngram-simple, ngram-map-k, ngram-map-k4v, ngram-mod."""
     draft: Name | None = None
     """Entry of tier D that guesses; for type draft. It needs the vocabulary of this model."""
@@ -50,7 +58,7 @@ class Speculation(Entry):
     """Tokens that must be equal for a lookup; absent = llama.cpp's own."""
     ngram_m: int | None = Field(default=None, ge=1, le=1_024)
     """Tokens that a lookup then guesses; absent = llama.cpp's own."""
-    policy: Literal["auto", "always", "off"] = "auto"
+    policy: Policy = "auto"
     """auto = the process runs with speculation where its load calls for it; always; off = never, the rest stays."""
 
     @property

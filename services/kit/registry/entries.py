@@ -17,7 +17,15 @@ from protocol.messages.artefact import ArtefactKind
 from protocol.messages.failure import Category
 from protocol.messages.task import TaskType
 from services.kit.hardware import Node
-from services.kit.registry.acceleration import CoreList, Declared, KvType, Numa, RecurrentSpeculation, Speculation
+from services.kit.registry.acceleration import (
+    CoreList,
+    Declared,
+    FlashAttention,
+    KvType,
+    Numa,
+    RecurrentSpeculation,
+    Speculation,
+)
 from services.kit.registry.entry import Entry, Name, Text
 
 PLACEHOLDERS: Final = frozenset({"artefact", "workspace", "python"})
@@ -60,7 +68,7 @@ class ModelEntry(Entry):
     """How the file gets into memory: mmap = mapped, mlock = kept there under memory pressure, none = read."""
     numa: Numa = Numa()
     """The cores it may run on."""
-    flash_attention: Literal["auto", "on", "off"] = "auto"
+    flash_attention: FlashAttention = "auto"
     """Attention computed in blocks; a quantised value cache needs it."""
     kv_type_k: KvType = "f16"
     """Type of the keys in the KV cache; q8_0 halves their memory."""

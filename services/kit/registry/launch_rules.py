@@ -59,6 +59,8 @@ def _launches(scene: Scene) -> Iterator[Launch]:
             continue
         named = model.speculation.draft
         draft = scene.models.get(named) if named is not None else None
+        if draft is not None and draft.tier != "D":  # has its own problem
+            draft = None
         launch = Launch(model, draft, scene.hardware, scene.draft.document("models"))
         facts = scene.facts.get(name)
         if facts is not None:

@@ -67,6 +67,11 @@ class Registry:
         draft = entry.speculation.draft
         return Launch(entry, None if draft is None else self.models[draft], self.hardware, self.document)
 
+    @property
+    def served(self) -> Mapping[str, ModelEntry]:
+        """The entries that have a process: drafts are loaded by the process of the model that they guess for."""
+        return {name: model for name, model in self.models.items() if model.tier != "D"}
+
     def model_of(self, role: str) -> ModelEntry:
         """Return the model that serves a role. Raises `UnknownNameError`."""
         return self.models[self._role(role).model]
@@ -92,21 +97,24 @@ class Registry:
         return self.roles[name]
 
 
-def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True) -> Registry:
+def load_registry(
+    folder: Path, models_folder: Path, *, check_files: bool = True, hardware_file: Path | None = None
+) -> Registry:
     """Read and check the registry in a folder.
 
     Args:
         folder: holds the six YAML files.
         models_folder: where relative model paths are looked up.
         check_files: False leaves out what needs the model files and binaries themselves (their existence, memory), for
-            checks on a machine that does not have them.
+            checks on a machine that does not have them; what entries declare of their files counts instead.
+        hardware_file: read instead of the folder's hardware.yaml.
 
     Raises `RegistryError` with every problem of every file.
     """
     if not folder.is_dir():
         message = f"there is no folder {folder}; set TIERLINE_REGISTRY to the folder that holds {', '.join(FILES)}"
         raise RegistryError([Problem(folder.name, 1, "", "folder-missing", message)])
-    draft = read_files(folder)
+    draft = read_files(folder, hardware_file)
     hardware = _detected(draft.single("hardware", HardwareEntry))
     entries = draft.valid("models", ModelEntry)
     facts, damaged = known_facts(draft, entries, models_folder, check_files=check_files)

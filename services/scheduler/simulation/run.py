@@ -29,7 +29,7 @@ def tiers_of(
     """The tiers that the registry describes, one worker each, with other numbers where these are given by model."""
     return [
         Tier(name, (workers or {}).get(name, 1), (slots or {}).get(name, entry.slots))
-        for name, entry in registry.models.items()
+        for name, entry in registry.served.items()
         if registry.roles_of(name)
     ]
 
