@@ -30,6 +30,8 @@ _PROBE_CHARS: Final = 16
 _MAX_PERIODS: Final = 64
 """Lengths of a loop that are tried at one look."""
 _WINDOW_LINES: Final = 24
+_WINDOW_COUNTED: Final = 40
+"""The same for entries of a list in which only numbers differ: it counts on and says nothing new."""
 _FEW_LINES: Final = 3
 _LINE_CHARS: Final = 16
 """Shorter lines, such as braces and empty cells, say nothing."""
@@ -44,6 +46,9 @@ _SHOWN_CHARS: Final = 200
 _KEPT_CHARS: Final = 1_000
 """Of a line or a word that does not end."""
 _NUMBERING: Final = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s*")
+_NUMBER: Final = re.compile(r"\d+")
+_ROW: Final = re.compile(r"[|\t]|,.*,")
+"""Tables and comma-separated values: there the numbers are what matters."""
 _WORDS: Final = re.compile(r"[^\W\d_]{3,}")
 
 
@@ -78,6 +83,8 @@ class DecodingMonitor:
     _data: bool | None = None
     """Whether the answer has the form of data; None until its beginning is there."""
     _lines: deque[str] = field(default_factory=deque)
+    _counted: deque[str] = field(default_factory=deque)
+    """Newest entries of lists with every number the same."""
     _words: deque[str] = field(default_factory=deque)
     _grams: Counter[tuple[str, ...]] = field(default_factory=Counter)
     _entropies: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW_TOKENS))
@@ -187,15 +194,23 @@ class DecodingMonitor:
             self._line = self._line[-_KEPT_CHARS:]
             return None
         *done, self._line = self._line.split("\n")
-        window = _WINDOW_LINES * (_LENIENT if self._data else 1)
         for line in done:
             bare = _NUMBERING.sub("", line).strip()
             if len(bare) < _LINE_CHARS or not _WORDS.search(bare):
                 continue
-            self._lines.append(bare)
-            if len(self._lines) > window:
-                self._lines.popleft()
-        if len(self._lines) < window or len(counts := Counter(self._lines)) > _FEW_LINES:
+            found = self._add_line(self._lines, bare, _WINDOW_LINES * (_LENIENT if self._data else 1))
+            if found is None and not self._data and bare != line.strip() and not _ROW.search(bare):
+                found = self._add_line(self._counted, _NUMBER.sub("N", bare), _WINDOW_COUNTED)
+            if found is not None:
+                return found
+        return None
+
+    def _add_line(self, lines: deque[str], line: str, window: int) -> Abort | None:
+        """Add one; the verdict if the newest `window` of them are hardly different."""
+        lines.append(line)
+        if len(lines) > window:
+            lines.popleft()
+        if len(lines) < window or len(counts := Counter(lines)) > _FEW_LINES:
             return None
         line, times = counts.most_common(1)[0]
         evidence = {"repeated": line[:_SHOWN_CHARS], "times": times, "lines": window, "different_lines": len(counts)}

@@ -249,7 +249,8 @@ def _piece(data: bytes) -> Piece:
         raise EngineFaulty("the engine sent an event that is not an object")
     if "error" in event or ("message" in event and "code" in event):
         raise _refusal(200, data if "error" in event else json.dumps({"error": event}).encode())
-    text, finish_reason, top_logprobs = "", None, ()
+    text, finish_reason = "", None
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
     choices = event.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
         finish_reason = choices[0].get("finish_reason")

@@ -14,14 +14,15 @@ give it a model file from `tests.fakes.gguf_files`. Its script is the JSON file 
 The first rule counts whose `match` is part of the prompt (all messages, joined by newlines) and whose `model`, if
 given, is the --alias; its answers are given in turn, the last one again and again. An ANSWER is a string or
 
-    {"text": "...", "repeat": 1, "delay_s": 0, "token_s": 0, "finish_reason": "stop", "fault": null, "top_logprobs": null}
+    {"text": "...", "repeat": 1, "delay_s": 0, "token_s": 0, "finish_reason": "stop", "fault": null, "top_logprobs": []}
 
-with `delay_s` before the first token, `token_s` between tokens, and `top_logprobs` the log probabilities of each token's
-candidates, sent where the request asks for them. Faults: `500` an error body; `garbage` an event
-that is no JSON; `cut` a stream that ends without an ending; `disconnect` in the middle of the text; `hang` no byte
-until the client leaves; `stuck` tokens, and a slot that stays busy for ever; `die` SIGKILL to itself in the middle of
-the text; `freeze` SIGSTOP to itself in the middle; `unbounded` ignores max_tokens and t_max_predict_ms. Tokens are words. `max_tokens`, t_max_predict_ms, the context of a slot, slots and
-the API key (LLAMA_API_KEY) work as in the real one; sampling, grammar and schema are accepted and ignored.
+with `delay_s` before the first token, `token_s` between tokens, `top_logprobs` the log probabilities of each token's
+candidates, sent where the request asks for them. Faults: `500` an error body; `garbage` an event that is no JSON; `cut`
+a stream that ends without an ending; `disconnect` in the middle of the text; `hang` no byte until the client leaves;
+`stuck` tokens, and a slot that stays busy for ever; `die` SIGKILL to itself in the middle of the text; `freeze` SIGSTOP
+to itself in the middle; `unbounded` ignores max_tokens. Tokens are words. `max_tokens`, `t_max_predict_ms`, the context
+of a slot, slots and the API key (LLAMA_API_KEY) work as in the real one; sampling, grammar and schema are accepted and
+ignored.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.event({**delta, "timings": timings} if timings else delta)
             self.pause(answer.get("token_s", 0))
             took_ms = (time.monotonic() - began) * 1000
-            if fault != "unbounded" and 0 < body.get("t_max_predict_ms", 0) < took_ms:
+            if "\n" in word and 0 < body.get("t_max_predict_ms", 0) < took_ms:
                 finish, words = "length", words[:number]
                 break
         took_ms = (time.monotonic() - began) * 1000

@@ -150,6 +150,18 @@ def test_cancel_frees_the_slot(stack: BareStack) -> None:
         assert time.monotonic() < end, f"slots are not back: {worker}"
 
 
+def test_a_batch_of_prompts_is_decoded_on_several_slots_at_once(stack: BareStack) -> None:
+    prompts = [f"Write one sentence about the number {number}." for number in range(8)]
+    final = stack.client.llm_batch("worker", prompts, timeout_s=120, max_tokens=24)
+    assert [answer.failure for answer in final.answers] == [None] * 8
+    assert all(answer.text and 0 < answer.generated_tokens <= 24 for answer in final.answers)
+    assert final.widest == 4, "the worker's slots"
+    spans = [(answer.started_ms or 0, answer.ended_ms) for answer in final.answers]
+    assert max(sum(1 for other in spans if other[0] <= begin < other[1]) for begin, _ in spans) > 1
+    assert sum(end - begin for begin, end in spans) > 1.5 * final.wall_ms, "they shared the time"
+    assert any(answer.cached_tokens > 0 for answer in final.answers), "the role's prompt was read once per slot"
+
+
 def test_one_input_of_a_task_may_be_used_from_a_client_of_sixty_lines(stack: BareStack) -> None:
     path = CHECKOUT / "tests" / "contract" / "minimal_client.py"
     source = path.read_text(encoding="utf-8")

@@ -68,6 +68,13 @@ def test_a_numbered_list_of_the_same_sentence_is_a_loop() -> None:
     assert chars < 1_000
 
 
+def test_a_list_that_counts_on_and_says_nothing_new_is_a_loop() -> None:
+    found, chars = decode("".join(f"* Animal {number}: An antelope\n" for number in range(1, 500)))
+    assert found is not None
+    assert found.evidence["repeated"] == "Animal N: An antelope"
+    assert chars < 45 * 26
+
+
 def test_a_loop_that_is_not_quite_exact_is_found_by_its_phrases() -> None:
     chosen = random.Random(3)
     text = " ".join(
@@ -92,6 +99,7 @@ LEGITIMATE = {
     "ruler": "Title\n" + "=" * 200 + "\n" + "-" * 300 + "\n",
     "code with many alike": "".join(f"def get_{n}(self) -> int:\n    raise NotImplementedError\n\n" for n in range(60)),
     "csv": "".join(f"2024-01-{day:02},open,0,0,0\n" for day in range(1, 31)) * 2,
+    "log": "".join(f"12:{n % 60:02}:07 GET /items/{n * 7}, 200, {n * 31 % 997} ms\n" for n in range(60)),
     "refrain": "\n".join(f"{prose(20, verse)}\nAnd we all go home again tonight.\n" for verse in range(20)),
     "bytes": "data = bytes([" + ", ".join(f"0x{n * 37 % 256:02x}" for n in range(400)) + "])",
 }
