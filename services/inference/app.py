@@ -16,6 +16,7 @@ from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferRequest
 from services.inference.generation import FIGURES, Generation
+from services.inference.llama_http import LlamaServer
 from services.inference.noop import noop_handler
 from services.inference.supervisor import EngineSupervisor
 from services.kit import children
@@ -69,11 +70,11 @@ class InferenceService:
     async def _infer(self, call: Call) -> InferFinal:
         request = call.read(InferRequest)
         engine = self._engine
-        server = engine.server if engine is not None else None
+        server = await self._server(call, engine)
+        left_s = call.seconds_left(self._service.clock.now_ms())
         if engine is None or server is None:
             reason = engine.reason if engine is not None else None
             raise self._failed("engine.not_ready", Category.RESOURCE, reason or "the model is loading; try again later")
-        left_s = call.seconds_left(self._service.clock.now_ms())
         generation = Generation(
             request,
             service=self._service.name,
@@ -85,14 +86,14 @@ class InferenceService:
         key = call.header.key or ""
         seat, final = None, None
         engine.calls += 1
+        running = engine.modes.began()
         try:
             async with asyncio.timeout(_LONGEST_CALL_S if left_s is None else left_s):
                 seat = await engine.desk.enter(key, request.messages, server)
                 final = await generation.run(seat.server, call.partial, engine.progressed)
             return seat.true_figures(final)
         except TimeoutError as err:
-            message = f"the deadline passed while {self._entry.name} was generating"
-            raise self._failed("call.deadline", Category.TIMEOUT, message) from err
+            raise self._late() from err
         finally:
             engine.calls -= 1
             try:
@@ -100,6 +101,20 @@ class InferenceService:
                     await engine.free_slot(server)
             finally:
                 engine.desk.leave(key, seat, final, complete=generation.complete)
+                engine.modes.ended(running, final)
+
+    async def _server(self, call: Call, engine: EngineSupervisor | None) -> LlamaServer | None:
+        """The engine's API; waits, within the deadline, where the engine is only changing its mode."""
+        left_s = call.seconds_left(self._service.clock.now_ms())
+        try:
+            async with asyncio.timeout(_LONGEST_CALL_S if left_s is None else left_s):
+                return None if engine is None else await engine.serving()
+        except TimeoutError as err:
+            raise self._late() from err
+
+    def _late(self) -> CallFailed:
+        message = f"the deadline passed while {self._entry.name} was generating"
+        return self._failed("call.deadline", Category.TIMEOUT, message)
 
     def _failed(self, code: str, category: Category, message: str) -> CallFailed:
         return CallFailed(Failure(code=code, category=category, origin=self._service.name, message=message))

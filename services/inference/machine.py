@@ -107,6 +107,32 @@ class SlotStuck:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldAsked:
+    """No new calls, please: the child is to be replaced once the running ones are done. `reason` is for people."""
+
+    at_ms: int
+    launch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HoldEnded:
+    """The child may stay after all."""
+
+    at_ms: int
+    launch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeAsked:
+    """No call runs, and the next child should run in another mode. `reason` is for people."""
+
+    at_ms: int
+    launch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChildExited:
     """The child of this launch is gone and reaped. `how` says so for people: signal, status, last line."""
 
@@ -131,6 +157,9 @@ Event = (
     | Progressed
     | SlotsSeen
     | SlotStuck
+    | HoldAsked
+    | HoldEnded
+    | ChangeAsked
     | ChildExited
     | Ticked
 )
@@ -179,6 +208,10 @@ class EngineLife:
     _stuck_since_ms: int | None = None
     _retry_ms: int = 0
     _why: str = ""
+    changing: bool = False
+    """The child is being replaced by one in another mode: nothing is wrong, calls may wait for it."""
+    held: bool = False
+    """New calls are held back for such a change."""
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
@@ -205,6 +238,12 @@ class EngineLife:
                 return self._on_slots_seen(event)
             case SlotStuck(at_ms):
                 return self._kill(at_ms, "a cancelled call left its slot busy") if self.phase is Phase.SERVING else []
+            case HoldAsked(_, _, reason):
+                return self._hold(reason) if self.phase is Phase.SERVING and not self.held else []
+            case HoldEnded():
+                return self._release() if self.phase is Phase.SERVING and self.held else []
+            case ChangeAsked(at_ms, _, reason):
+                return self._change(at_ms, reason) if self.phase is Phase.SERVING else []
             case ChildExited():
                 return self._on_exited(event)
 
@@ -226,6 +265,7 @@ class EngineLife:
         if self.phase is not Phase.LOADING:
             return []
         self._enter(Phase.SERVING, event.at_ms)
+        self.changing = False
         self._alive_ms = event.at_ms
         self._stuck_since_ms = None
         return [Report(PeerState.READY, None)]
@@ -247,6 +287,8 @@ class EngineLife:
 
     def _on_exited(self, event: ChildExited) -> list[Command]:
         match self.phase:
+            case Phase.ENDING if self.changing:
+                return self._launch(event.at_ms)
             case Phase.ENDING:
                 return self._wait(event.at_ms, self._why)
             case Phase.SERVING:
@@ -269,13 +311,28 @@ class EngineLife:
             )
         return []
 
+    def _hold(self, reason: str) -> list[Command]:
+        self.held = True
+        return [Report(PeerState.LOADING, reason)]
+
+    def _release(self) -> list[Command]:
+        self.held = False
+        return [Report(PeerState.READY, None)]
+
+    def _change(self, at_ms: int, reason: str) -> list[Command]:
+        self._enter(Phase.ENDING, at_ms)
+        self.changing = True
+        return [Report(PeerState.LOADING, reason), Kill(self.launch, reason)]
+
     def _kill(self, at_ms: int, reason: str) -> list[Command]:
         self._why = f"the engine was killed: {reason}"
+        self.changing = False
         self._enter(Phase.ENDING, at_ms)
         return [Kill(self.launch, reason), Report(PeerState.DEGRADED, self._why)]
 
     def _wait(self, at_ms: int, reason: str) -> list[Command]:
         self._enter(Phase.WAITING, at_ms)
+        self.changing = False
         pause_ms = BACKOFF_MS[min(self.failures, len(BACKOFF_MS) - 1)]
         self.failures += 1
         self._retry_ms = at_ms + pause_ms
@@ -283,4 +340,5 @@ class EngineLife:
 
     def _enter(self, phase: Phase, at_ms: int) -> None:
         self.phase = phase
+        self.held = False
         self._since_ms = at_ms

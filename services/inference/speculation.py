@@ -26,7 +26,7 @@ MANY_STREAMS: Final = 1.5
 """Mean number of answers at once from which the load is a batch."""
 FEW_STREAMS: Final = 1.2
 """Mean below which it is a single stream again; the gap keeps a load in between from toggling."""
-LOAD_MEMORY_MS: Final = 10_000
+LOAD_MEMORY_MS: Final = 5_000
 """How fast the mean of the load forgets."""
 SPEED_MEMORY_TOKENS: Final = 400
 """How fast a mean speed forgets."""
@@ -56,7 +56,6 @@ PATIENCE_MS: Final = 30_000
 class Answered:
     """A complete answer."""
 
-    at_ms: int
     mode: Mode
     alone: bool
     """Whether it had the engine for itself from its first to its last token."""
@@ -131,10 +130,10 @@ class SpeculationPolicy:
         self._launch_ms = took_ms
         self._wished_since_ms = None
 
-    def launch_failed(self, at_ms: int, mode: Mode, reason: str) -> None:
-        """No child could be had in this mode: with guesses, that is a failed trial."""
+    def failed(self, at_ms: int, mode: Mode, reason: str) -> None:
+        """A child of this mode could not be had or has died: with guesses, that is a failed trial."""
         if mode is Mode.SPECULATING and self.may_change:
-            self._switch_off(at_ms, f"it does not start: {reason}")
+            self._switch_off(at_ms, f"the engine failed while guessing ahead: {reason}")
 
     def load(self, at_ms: int, active: int) -> None:
         """So many calls have slots from now on."""

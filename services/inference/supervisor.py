@@ -23,6 +23,7 @@ from services.inference.command_line import HOST, modes_of
 from services.inference.engines import Engine, EngineUnusable, choose_engine, environment
 from services.inference.llama_http import EngineError, LlamaServer
 from services.inference.model_file import BadModelFile, ModelFile
+from services.inference.modes import EngineModes
 from services.inference.slots import SlotDesk
 from services.kit import children
 from services.kit.clock import Clock
@@ -62,6 +63,8 @@ class EngineSupervisor:
         self._entry = entry
         self.desk = SlotDesk(home.prefixes(entry.name), entry.slots, log)
         """Who sits in which slot of the child."""
+        self.modes = EngineModes(modes_of(launch), clock, self._feed)
+        """Whether the child guesses ahead, and when that changes."""
         self._launched_from = replace(launch, prefix_folder=home.prefixes(entry.name))
         self._home = home
         self._clock = clock
@@ -73,6 +76,8 @@ class EngineSupervisor:
         self._output = home.logs / f"inference-{entry.name}.engine.out"
         self._life = m.EngineLife(load_deadline_ms=int(entry.load_deadline_s * 1000))
         self._decided = asyncio.Event()
+        self._settled = asyncio.Event()
+        """Clear during a change of mode."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._child: asyncio.subprocess.Process | None = None
         self._server: LlamaServer | None = None
@@ -90,6 +95,14 @@ class EngineSupervisor:
     def server(self) -> LlamaServer | None:
         """The serving child's API; None while there is none."""
         return self._server if self._life.phase is m.Phase.SERVING else None
+
+    async def serving(self) -> LlamaServer | None:
+        """The serving child's API, after the end of a change of mode where one is under way; None while there is none.
+
+        The caller has the deadline.
+        """
+        await self._settled.wait()
+        return self.server
 
     @property
     def child_pid(self) -> int | None:
@@ -155,6 +168,7 @@ class EngineSupervisor:
             "prompt_tokens_total": int(total["prompt_tokens_total"]),
             "tokens_per_s": round(self._speed, 1),
             **self.desk.figures(),
+            **self.modes.figures(),
         }
 
     def child_bytes(self) -> int:
@@ -164,7 +178,12 @@ class EngineSupervisor:
     # The machine's commands.
 
     def _feed(self, event: m.Event) -> None:
-        for command in self._life.handle(event):
+        commands = self._life.handle(event)
+        if self._life.changing:
+            self._settled.clear()
+        else:
+            self._settled.set()
+        for command in commands:
             match command:
                 case m.Launch(launch):
                     self._spawn_task(self._launch(launch))
@@ -172,6 +191,8 @@ class EngineSupervisor:
                     self._spawn_task(self._kill(launch, reason))
                 case m.Report(state, reason):
                     self.reason = reason
+                    if state is PeerState.READY:
+                        self.modes.serving()
                     if state is not PeerState.LOADING:
                         self._decided.set()
                     self._report(state, reason)
@@ -185,12 +206,14 @@ class EngineSupervisor:
             port = _free_port(self._entry)
             self._shorten_output()
             self._seat(engine, prepared)
-            command = engine.command(prepared, port, modes_of(prepared)[0])
+            command = engine.command(prepared, port, self.modes.launching())
             child = await children.spawn(command, output=self._output, env=environment(os.environ, key))
         except (EngineUnusable, BadModelFile) as err:
+            self.modes.failed(str(err))
             self._feed(m.LaunchFailed(self._clock.now_ms(), launch, str(err)))
             return
         except OSError as err:
+            self.modes.failed(str(err))
             self._feed(m.LaunchFailed(self._clock.now_ms(), launch, f"the engine cannot be started: {err}"))
             return
         self._log.write(ENGINE_STARTED, launch=launch, engine=engine.name, pid=child.pid, port=port)
@@ -239,6 +262,8 @@ class EngineSupervisor:
             self._past[name] += self._now.get(name, 0.0)
         self._now = {}
         how = _how_it_ended(status, self._output)
+        if self._life.phase is not m.Phase.ENDING:
+            self.modes.failed(how)
         self._log.write(ENGINE_ENDED, launch=launch, pid=child.pid, how=how)
         self._feed(m.ChildExited(self._clock.now_ms(), launch, how))
         await server.close()
@@ -283,6 +308,7 @@ class EngineSupervisor:
         while True:
             await asyncio.sleep(_TICK_S)
             self._feed(m.Ticked(self._clock.now_ms()))
+            self.modes.tick(self._life)
 
     def _shorten_output(self) -> None:
         if self._output.exists() and self._output.stat().st_size > _MAX_OUTPUT_BYTES:
