@@ -439,6 +439,17 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             generated_tokens=9,
             repaired=True,
         ),
+        InferFinal(
+            text="again",
+            finish_reason="length",
+            model="coder",
+            engine="embedded",
+            prompt_tokens=700,
+            cached_tokens=640,
+            generated_tokens=48,
+            draft_tokens=72,
+            accepted_tokens=40,
+        ),
     ],
     "batch.request": [
         BatchRequest(
