@@ -13,11 +13,11 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
+from msgspec.structs import replace
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 
@@ -294,7 +294,7 @@ class AsyncClient:
         timeout_s: float,
         dst: str | None = None,
         key: str | None = None,
-        prio: str | None = None,
+        prio: Literal["interactive", "batch"] | None = None,
         grace_s: float = 0,
         on_piece: Callable[[Message], None] | None = None,
     ) -> M:
@@ -323,7 +323,7 @@ class AsyncClient:
         *,
         dst: str | None = None,
         key: str | None = None,
-        prio: str | None = None,
+        prio: Literal["interactive", "batch"] | None = None,
     ) -> Iterator[Pieces]:
         """An outstanding request and what is answered to it; dropped at the end."""
         if self._socket is None:

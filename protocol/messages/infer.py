@@ -70,7 +70,7 @@ class InferRequest(Message):
 
 
 class InferPartial(Message):
-    """A piece of the answer; pieces may be joined on the way, the final repeats the whole text."""
+    """A piece of the answer; pieces may be joined on the way. The final has the whole text, a repaired one another."""
 
     text: str
     generated_tokens: int = Field(ge=0)

@@ -60,7 +60,7 @@ class Reject(Message):
 
 
 class Ping(Message):
-    """From the hub to every service; clients are not pinged."""
+    """From the hub to every service, which answers; and to clients that wait for a call, which need not."""
 
     at_ms: Millis
 

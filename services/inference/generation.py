@@ -157,7 +157,9 @@ class Generation:
         except CallFailed as err:
             if err.failure.category is Category.POLICY:  # such as a prompt that is too long with the answer in it
                 raise self._unusable(failure, [first]) from err
-            raise
+            spent = err.failure.evidence.get("generated_tokens", 0) + _generated(first)
+            evidence = err.failure.evidence | {"generated_tokens": spent}
+            raise CallFailed(err.failure.model_copy(update={"evidence": evidence})) from err
         failure = await self._objection(second)
         if failure is not None:
             raise self._unusable(failure, [first, second])
@@ -213,7 +215,8 @@ class Generation:
         stream.tokens = max(stream.tokens + 1, piece.generated_tokens or 0)
         if stream.chars > MAX_ARTEFACT_CHARS:
             message = f"the answer grew beyond {MAX_ARTEFACT_CHARS} characters and was cut off"
-            raise self._failed("answer.too_large", Category.FORMAT, message, answer="".join(stream.text)[:500])
+            evidence = {"answer": "".join(stream.text)[:500], "generated_tokens": stream.tokens}
+            raise self._failed("answer.too_large", Category.FORMAT, message, **evidence)
         if stream.monitor is None:
             return
         entropies = [entropy_nats(candidates) for candidates in piece.top_logprobs]

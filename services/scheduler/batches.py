@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
 from protocol.header import Header
@@ -41,11 +43,12 @@ MAX_BYTES: Final = 128 * 1024 * 1024
 """Requests of all batches together."""
 PROGRESS_MS: Final = 100
 """Shortest time between two partials of a batch; what happens in between is in the next one."""
+HEARTBEAT_MS: Final = 1_000
+"""Longest time between two of them."""
 _DEFAULT_DEADLINE_MS: Final = 3_600_000
 
 
-@dataclass(frozen=True, slots=True)
-class Tell:
+class Tell(msgspec.Struct, frozen=True):
     """Answer the request of a batch with this message."""
 
     identity: bytes
@@ -220,9 +223,12 @@ class Batches:
         self._go_on(batch, at_ms)
 
     def on_tick(self, at_ms: int) -> None:
-        """End what is past its deadline; calls at the broker are ended there."""
+        """End what is past its deadline (calls at the broker are ended there), and tell who waits that they do.
+
+        A client that was killed is found by the message that cannot be sent to it.
+        """
         for batch in list(self._batches.values()):
-            if batch.deadline_ms <= at_ms:
+            if batch.deadline_ms <= at_ms or at_ms - batch.told_ms >= HEARTBEAT_MS:
                 self._go_on(batch, at_ms)
 
     def cancel(self, key: str | None, identity: bytes) -> None:

@@ -30,8 +30,7 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
         schema = schema_of_parts(step.spec.outputs)
     if schema is None and attempt.constrained and step.spec.outputs[0].kind is ArtefactKind.JSON:
         schema = {"type": "object"}
-    # Built without validation, as is the prompt: every part has been checked where it came in, and this is per step.
-    return InferRequest.model_construct(
+    return InferRequest(
         role=attempt.role,
         messages=compose(
             role=role,
@@ -58,12 +57,9 @@ def batch_item_request(batch: BatchRequest, prompt: str, key: str, registry: Reg
     """What one prompt of a batch asks of the role's model; `key` is its call's, and gives the seed."""
     role = registry.roles[batch.role]
     longest = max(1, registry.models[role.model].context_tokens - 64)
-    return InferRequest.model_construct(
+    return InferRequest(
         role=batch.role,
-        messages=[
-            ChatMessage.model_construct(role="system", content=role.prompt),
-            ChatMessage.model_construct(role="user", content=prompt),
-        ],
+        messages=[ChatMessage(role="system", content=role.prompt), ChatMessage(role="user", content=prompt)],
         max_tokens=min(batch.max_tokens or role.max_tokens, longest),
         sampling=_seeded(role, key),
         json_schema=batch.json_schema,
@@ -74,19 +70,12 @@ def batch_item_request(batch: BatchRequest, prompt: str, key: str, registry: Reg
 
 def _seeded(role: RoleEntry, key: str) -> Sampling:
     """The role's sampling; where it fixes no seed, one that follows from the key: a rerun asks the same."""
-    sampling = _sampling(role)
-    if sampling.seed is not None:
-        return sampling
-    return sampling.model_copy(update={"seed": int(work_key(key, "seed")[:7], 16)})
-
-
-@cache
-def _sampling(role: RoleEntry) -> Sampling:
-    """The role's sampling as it goes on the wire; a registry has few roles and they never change."""
-    return Sampling.model_validate(role.sampling.model_dump())
+    sampling = role.sampling.model_dump(exclude_none=True)
+    sampling.setdefault("seed", int(work_key(key, "seed")[:7], 16))
+    return Sampling(**sampling)
 
 
 @cache
 def _early_abort(role: RoleEntry) -> AbortLimits | None:
-    """The role's limits as they go on the wire; None where it is switched off."""
-    return AbortLimits.model_validate(role.early_abort.model_dump()) if role.early_abort.enabled else None
+    """The role's limits, made once: a registry has few roles, and they never change."""
+    return role.early_abort.limits()

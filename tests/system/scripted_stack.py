@@ -36,7 +36,7 @@ class ScriptedStack:
 
     def prompts_with(self, text: str) -> list[str]:
         """Prompts that held this text, in order."""
-        lines = self._record.read_text(encoding="utf-8").splitlines()
+        lines = self._record.read_text(encoding="utf-8").splitlines() if self._record.exists() else []
         return [line for line in lines if text in line]
 
     def run(self, *steps: dict[str, Any], **fields: Any) -> TaskView:

@@ -182,21 +182,32 @@ def test_a_cancelled_batch_frees_every_slot(scripted: ScriptedStack) -> None:
     assert len(scripted.prompts_with("medlar")) == SLOTS, "no further prompt was begun"
 
 
-def test_a_client_that_is_killed_frees_the_slots_of_its_calls(scripted: ScriptedStack) -> None:
-    scripted.say({"match": "rowan", "answers": [{"text": "w " * 800, "token_s": 0.05}]})
-    program = (
-        "from protocol.client import Client\n"
-        "with Client() as client:\n"
-        "    client.llm_batch('worker', ['rowan'] * 9, timeout_s=60, max_tokens=900)\n"
-    )
+VANISHING = """
+from protocol.client import Client
+from protocol.messages.infer import ChatMessage, InferRequest
+with Client() as client:
+    if {batch}:
+        client.llm_batch("worker", ["{word}"] * 9, timeout_s=60, max_tokens=900)
+    else:
+        ask = InferRequest(role="t", messages=[ChatMessage(role="user", content="{word}")], max_tokens=900)
+        client.infer("worker", ask, timeout_s=60)
+"""
+
+
+@pytest.mark.parametrize(("word", "batch", "calls"), [("rowan", True, SLOTS), ("hawthorn", False, 1)])
+def test_a_client_that_is_killed_frees_the_slots_of_its_calls(
+    scripted: ScriptedStack, word: str, batch: bool, calls: int
+) -> None:
+    scripted.say({"match": word, "answers": [{"text": "w " * 800, "token_s": 0.05}]})
+    program = VANISHING.format(word=word, batch=batch)
     client = subprocess.Popen([sys.executable, "-c", program], cwd=CHECKOUT, env=scripted.stack.environ)
     try:
-        until(lambda: len(scripted.prompts_with("rowan")) == SLOTS)
+        until(lambda: len(scripted.prompts_with(word)) == calls)
     finally:
         client.kill()
         client.wait(10)
-    until(idle(scripted), within_s=15)
-    assert len(scripted.prompts_with("rowan")) == SLOTS
+    until(idle(scripted), within_s=10)
+    assert len(scripted.prompts_with(word)) == calls, "the rest of the batch went with its client"
 
 
 def test_the_command_answers_a_file_of_prompts_line_by_line(scripted: ScriptedStack, tmp_path: Path) -> None:

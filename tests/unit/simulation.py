@@ -39,6 +39,7 @@ class World(world.World):
         super().feed(event)
         if self.hub is not None:
             self.hub.broker.check_invariants()
+            self.hub.batches.check_invariants(self.hub.broker.calls)
         for peer in self.peers.values():
             peer.session.check_invariants()
 

@@ -15,6 +15,7 @@ from pydantic import Field, StringConstraints
 
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.failure import Category
+from protocol.messages.infer import AbortLimits
 from protocol.messages.task import TaskType
 from services.kit.hardware import Node
 from services.kit.registry.acceleration import (
@@ -117,6 +118,10 @@ class EarlyAbort(Entry):
     entropy_nats: float | None = Field(default=None, gt=0, le=20)
     """Mean entropy per token over 64 tokens above which the model is lost, at most 2.4 is ever seen; absent = not
     measured. Costs the log probabilities of ten candidates for each token."""
+
+    def limits(self) -> AbortLimits | None:
+        """The limits as they go on the wire; None where it is switched off."""
+        return AbortLimits(**self.model_dump(exclude={"enabled"})) if self.enabled else None
 
 
 class RoleEntry(Entry):
