@@ -6,9 +6,9 @@ The header has its own module since it is decoded far more often. Nothing here k
 from __future__ import annotations
 
 from math import isfinite
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-import msgpack
+import msgspec
 from pydantic import ValidationError
 
 from protocol.errors import BadFrame
@@ -16,11 +16,14 @@ from protocol.limits import MAX_BODY_BYTES, MAX_NESTING
 from protocol.messages.base import Message
 
 M = TypeVar("M", bound=Message)
+_PLAIN: Final = frozenset({str, int, bool, type(None)})
+_write: Final = msgspec.msgpack.Encoder().encode
+_read: Final = msgspec.msgpack.Decoder().decode
 
 
 def pack_body(message: Message) -> bytes:
     """Encode a body; fields that hold their default None are left out."""
-    return bytes(msgpack.packb(message.model_dump(mode="json", exclude_none=True)))
+    return _write(message.model_dump(mode="json", exclude_none=True))
 
 
 def unpack_map(data: bytes) -> dict[str, Any]:
@@ -28,8 +31,8 @@ def unpack_map(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_BODY_BYTES:
         raise BadFrame("body.too_large", f"body of {len(data)} bytes, at most {MAX_BODY_BYTES} are read")
     try:
-        raw = msgpack.unpackb(data, raw=False, strict_map_key=True)
-    except (ValueError, msgpack.UnpackException, RecursionError) as err:
+        raw = _read(data)
+    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as err:
         raise BadFrame("body.not_msgpack", f"the body is not msgpack: {err}") from err
     if not isinstance(raw, dict):
         raise BadFrame("body.not_a_map", f"the body is a {type(raw).__name__}, expected a map")
@@ -66,17 +69,19 @@ def _check_values(raw: dict[Any, Any]) -> None:
     for _ in range(MAX_NESTING + 1):
         below: list[Any] = []
         for item in level:
-            if isinstance(item, dict):
-                if not all(isinstance(key, str) for key in item):
+            kind = type(item)
+            if kind in _PLAIN:
+                continue
+            if kind is dict:
+                if any(type(key) is not str for key in item):
                     raise BadFrame("body.not_json", "the body has a map key that is not a string")
                 below.extend(item.values())
-            elif isinstance(item, list):
+            elif kind is list:
                 below.extend(item)
-            elif isinstance(item, float):
-                if not isfinite(item):
-                    raise BadFrame("body.not_json", f"the body holds the number {item}, which JSON does not have")
-            elif not (item is None or isinstance(item, str | int)):
-                raise BadFrame("body.not_json", f"the body holds a {type(item).__name__}; only JSON's types are read")
+            elif kind is not float:
+                raise BadFrame("body.not_json", f"the body holds a {kind.__name__}; only JSON's types are read")
+            elif not isfinite(item):
+                raise BadFrame("body.not_json", f"the body holds the number {item}, which JSON does not have")
         if not below:
             return
         level = below
