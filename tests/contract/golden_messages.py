@@ -275,6 +275,22 @@ _MENDED = _REPORTED.model_copy(
     }
 )
 
+_GUESSED = _VIEW.model_copy(
+    update={
+        "steps": [
+            step.model_copy(
+                update={
+                    "attempts": [
+                        one.model_copy(update={"draft_tokens": 24, "accepted_tokens": 20, "tokens_per_s": 107.5})
+                        for one in step.attempts
+                    ]
+                }
+            )
+            for step in _VIEW.steps
+        ]
+    }
+)
+
 EXAMPLES: Final[Mapping[str, list[Message]]] = {
     "session.hello": [
         Hello(
@@ -344,7 +360,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             fields={"model": "coder", "queued_ms": 10},
         )
     ],
-    "task.result": [_VIEW, _REPORTED, _MENDED],
+    "task.result": [_VIEW, _REPORTED, _MENDED, _GUESSED],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
         TaskView(
@@ -359,6 +375,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         ),
         _VIEW.model_copy(update={"waiting": ["planning waits for planner: 0 workers alive"]}),
         _MENDED,
+        _GUESSED,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
