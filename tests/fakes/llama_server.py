@@ -8,6 +8,7 @@ give it a model file from `tests.fakes.gguf_files`. Its script is the JSON file 
     {"load_s": 0.5,                     seconds until /health is 200
      "record": "/tmp/x/requests.jsonl", every chat request is appended there as one JSON line
      "copies": false,                   refuse to save and restore slots
+     "read_s": 0.5,                     seconds to read a beginning that several prompts share
      "persist": true,                   answers go on in turn after a respawn and over all processes of the script
      "default": ANSWER,                 where no rule matches
      "rules": [{"match": "text in the prompt", "model": "worker", "answers": [ANSWER, ANSWER, ...]}]}
@@ -161,6 +162,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/chat/completions" and body.get("max_tokens") == 0:
             # The beginning of prompts to come, read into a slot: no answer, so no turn of the script either.
             tokens = len(WORDS.findall("\n".join(str(turn["content"]) for turn in body["messages"])))
+            time.sleep(self.script.read().get("read_s", 0))
             self.reply(200, {"choices": [], "timings": {"prompt_n": tokens, "prompt_ms": 1.0}})
         elif self.path == "/v1/chat/completions":
             self.chat(body)

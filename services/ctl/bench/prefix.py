@@ -2,8 +2,8 @@
 
 The same fan-out in two forms, through the whole bus with the demo model: steps that all read one long input, and steps
 that read one of equal length each, so that no cache has anything to give. The forms take turns, and each is new to the
-engine every time. The second baseline is llama.cpp's own choice of slots, asked over HTTP without any bus, with its
-prompt cache on: what one gets by just sending the prompts.
+engine every time. The second baseline is llama.cpp's own choice of slots with its prompt cache on, in turn as well:
+what one gets by just sending the prompts that share to a fresh engine with the same command line, over HTTP and no bus.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def measure(runs: int, tokens: int = 700, engine: str = "auto") -> dict[str, Any
     models = {"front": {"tier": "A", **IDLE}, "specialist": {"tier": "B", **IDLE}, "worker": entry}
     shared: list[float] = []
     apart: list[float] = []
+    alone: list[float] = []
     cached: list[int] = []
     read: list[int] = []
     with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=models) as stack:
@@ -70,10 +71,8 @@ def measure(runs: int, tokens: int = 700, engine: str = "auto") -> dict[str, Any
             read.append(view.usage.prompt_tokens)
             others = [_text(1_000 * (run + 1) + step, tokens) for step in range(STEPS)]
             apart.append(_took_s(_finished(stack, _fan_out(others, ANSWER_TOKENS))))
-        metrics = next(peer.metrics for peer in stack.client.status().peers if peer.service == "inference-worker")
-        name = str(metrics["engine"])
-        command = Path(f"/proc/{metrics['child_pid']}/cmdline").read_bytes().decode().split("\0")[:-1]
-    alone = [asyncio.run(_engine_alone(command, _text(5_000 + run, tokens))) for run in range(runs)]
+            alone.append(asyncio.run(_engine_alone(_command(stack), _text(5_000 + run, tokens))))
+        metrics = _figures(stack)
     seconds = statistics.median(shared)
     return {
         "prefix_speedup": round(statistics.median(apart) / seconds, 2),
@@ -84,7 +83,7 @@ def measure(runs: int, tokens: int = 700, engine: str = "auto") -> dict[str, Any
         "cached_share": round(statistics.median(cached) / statistics.median(read), 3),
         "prefixes_read": int(metrics["prefixes_read"]),
         "prefixes_copied": int(metrics["prefixes_copied"]),
-        "engine": name,
+        "engine": metrics["engine"],
         "steps": STEPS,
         "slots": SLOTS,
         "prefix_tokens": tokens,
@@ -132,6 +131,15 @@ def _took_s(view: TaskView) -> float:
     return ((view.ended_ms or 0) - view.created_ms - planning_ms) / 1000
 
 
+def _figures(stack: BareStack) -> dict[str, Any]:
+    return next(peer.metrics for peer in stack.client.status().peers if peer.service == "inference-worker")
+
+
+def _command(stack: BareStack) -> list[str]:
+    """The command line of the engine in the stack."""
+    return Path(f"/proc/{_figures(stack)['child_pid']}/cmdline").read_bytes().decode().split("\0")[:-1]
+
+
 async def _engine_alone(command: list[str], text: str) -> float:
     """Seconds for the same prompts on the same command line, as many at once as there are slots; on a fresh engine."""
     with socket.socket() as probe:
@@ -139,8 +147,6 @@ async def _engine_alone(command: list[str], text: str) -> float:
         port, key = probe.getsockname()[1], secrets.token_urlsafe(16)
     command = list(command)
     command[command.index("--port") + 1] = str(port)
-    folder = command.index("--slot-save-path")
-    del command[folder : folder + 2]  # nothing is copied here, and the folder has gone with its service
     child = subprocess.Popen(  # noqa: ASYNC220  nothing else runs in this loop meanwhile
         command,
         cwd=CHECKOUT,
