@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,7 +48,8 @@ def explain_launch(name: str, registry: Registry, context: Context) -> ExitCode:
     """Print how one model is started. FAILED where it would be refused; raises BadInput for an unknown name."""
     if name not in registry.served:
         raise BadInput(f"there is no served model {name!r}, but {', '.join(registry.served)}")
-    launch, refusals = _with_facts(registry.launch(name))
+    served = replace(registry.launch(name), prefix_folder=context.home.prefixes(name))
+    launch, refusals = _with_facts(served)
     engine, why = _engine(launch, context.home)
     refusals += [why] if why is not None else []
     refusals += [str(problem) for problem in violations(launch, engine.build or None)]

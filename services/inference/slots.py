@@ -71,8 +71,11 @@ class SlotDesk:
         self._stamp: object = None
         self._totals = Counter({"prefixes_read": 0, "prefixes_copied": 0, "cached_tokens_total": 0})
 
-    def engine_started(self, stamp: object, *, copies: bool) -> None:
-        """A new child: its slots are empty. Files read with another model or engine, as `stamp` tells, are removed."""
+    def engine_started(self, stamp: object, *, copies: bool) -> bool:
+        """A new child: its slots are empty. Files read with another model or engine, as `stamp` tells, are removed.
+
+        Returns whether slots are copied: they may be, and the disk has room.
+        """
         self._book.emptied()
         if stamp != self._stamp:
             self.clear()
@@ -85,6 +88,7 @@ class SlotDesk:
         if copies and not roomy:
             self._log.write(PREFIX_OFF, reason=f"{self._folder} has less than {2 * DISK_BYTES} bytes of room")
         self._book.copies = copies and roomy
+        return self._book.copies
 
     def clear(self) -> None:
         """Forget and remove every saved beginning."""

@@ -205,8 +205,7 @@ class EngineSupervisor:
             prepared = await self._prepared(engine)
             port = _free_port(self._entry)
             self._shorten_output()
-            self._seat(engine, prepared)
-            command = engine.command(prepared, port, self.modes.launching())
+            command = engine.command(self._seated(engine, prepared), port, self.modes.launching())
             child = await children.spawn(command, output=self._output, env=environment(os.environ, key))
         except (EngineUnusable, BadModelFile) as err:
             self.modes.failed(str(err))
@@ -235,13 +234,17 @@ class EngineSupervisor:
             raise EngineUnusable("; ".join(map(str, broken)))
         return prepared
 
-    def _seat(self, engine: Engine, launch: Launch) -> None:
-        """Tell the desk about the child to come. A draft model has a cache of its own that is not saved, and a
-        recurrent model cannot go back to where its prompts part: neither takes copies."""
+    def _seated(self, engine: Engine, launch: Launch) -> Launch:
+        """Tell the desk about the child to come; returns the launch without a folder for slots where none are copied.
+
+        A draft model has a cache of its own that is not saved, and a recurrent model cannot go back to where its
+        prompts part: neither takes copies.
+        """
         facts = launch.facts
         simple = launch.draft is None and facts is not None and facts.recurrent is None
         files = tuple(stamp(path) for path in launch.paths())
-        self.desk.engine_started((engine.name, engine.build, files), copies=simple)
+        copies = self.desk.engine_started((engine.name, engine.build, files), copies=simple)
+        return launch if copies else replace(launch, prefix_folder=None)
 
     async def _kill(self, launch: int, reason: str) -> None:
         if self._child is None or launch != self._life.launch:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from protocol.kinds import Empty
-from protocol.messages.infer import InferFinal
+from protocol.messages.infer import ChatMessage, InferFinal
 from protocol.messages.reply import ErrorReply
+from services.inference.llama_http import LlamaServer
+from services.inference.slots import SlotDesk
+from services.kit.clock import SteadyClock
+from services.kit.logs import Log
 from tests.system.inference_stack import FAKE_BINARY, InferenceStack, ask_for
 
 SHARED = " ".join(f"fact {number}" for number in range(150))
@@ -87,6 +95,73 @@ def test_a_child_that_dies_while_it_reads_is_replaced(stack: InferenceStack) -> 
     stack.hub.await_peer("inference-m", "degraded")
     stack.hub.await_peer("inference-m", "ready", timeout_s=20)
     assert_all_slots_work(stack)
+
+
+def test_beside_a_draft_model_nothing_is_copied() -> None:
+    with InferenceStack() as stack:
+        fields = {"binary": str(FAKE_BINARY), "engine": "llama-server", "slots": 3, "context_tokens": 2048}
+        stack.entry("m", **fields, speculation={"type": "draft", "draft": "d", "policy": "always"})
+        stack.entry("d", tier="D")
+        stack.start("m")
+        stack.hub.await_peer("inference-m")
+        for request in send_three(stack):
+            assert isinstance(stack.hub.collect(request, timeout_s=20)[1], InferFinal)
+        metrics = stack.figures("m", fresh_s=1.2)
+        assert metrics["mode"] == "speculating"
+        assert (metrics["prefixes_read"], metrics["prefixes_copied"]) == (0, 0)
+        assert not list(stack.root.glob("run/prefixes/m/*"))
+
+
+def test_the_disk_keeps_what_was_used_last_within_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.inference.slots.DISK_BYTES", 10)  # the scripted engine writes 6 bytes a slot
+    folder = tmp_path / "prefixes"
+    desk = SlotDesk(folder, 2, Log(tmp_path, "desk", SteadyClock()))
+    assert desk.engine_started("one model", copies=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        str(FAKE_BINARY),
+        "--model",
+        "m",
+        "--port",
+        str(port),
+        "--parallel",
+        "2",
+        "--slot-save-path",
+        f"{folder}/",
+    ]
+    child = subprocess.Popen(command, env={**os.environ, "LLAMA_API_KEY": "key"})
+    try:
+        asyncio.run(_two_groups(desk, LlamaServer(port, "key"), folder))
+    finally:
+        child.kill()
+        child.wait()
+
+
+def files_in(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+async def _two_groups(desk: SlotDesk, server: LlamaServer, folder: Path) -> None:
+    for _ in range(100):
+        if await server.alive():
+            break
+        await asyncio.sleep(0.1)
+    kept = []
+    for group in "ab":
+        messages = [[ChatMessage(role="user", content=group * 2_000 + str(n))] for n in range(2)]
+        seats = await asyncio.gather(*(desk.enter(f"{group}{n}", one, server) for n, one in enumerate(messages)))
+        assert [seat.restored for seat in seats] == [False, True]
+        for n, seat in enumerate(seats):
+            desk.leave(f"{group}{n}", seat, None, complete=True)
+        kept.append(files_in(folder))
+    assert [len(names) for names in kept] == [1, 1]
+    assert kept[0] != kept[1]
+    assert desk.figures()["prefixes_bytes"] <= 10
+    desk.engine_started("another model", copies=True)
+    assert not files_in(folder)
+    await server.close()
 
 
 def test_files_do_not_outlive_the_service(stack: InferenceStack) -> None:

@@ -132,6 +132,21 @@ def test_a_batch_changes_the_mode_once_idle_and_a_single_stream_changes_it_back(
     assert again["requests_processing"] == 0
 
 
+def test_an_engine_that_is_never_idle_is_drained_for_a_change(scripted: InferenceStack) -> None:
+    running = {scripted.hub.request("inference-m", "infer.request", ask_for("go"))}
+    end = time.monotonic() + 90
+    while scripted.hub.pongs["inference-m"].state.value == "ready" and time.monotonic() < end:
+        scripted.figures("m", fresh_s=0.9)
+        running |= {scripted.hub.request("inference-m", "infer.request", ask_for("go"))}  # always two or three at work
+        ended = {head.corr for _, head, _ in scripted.hub.received if head.kind == "infer.final"}
+        running -= ended
+    assert "about to change to plain" in (scripted.hub.pongs["inference-m"].reason or "")
+    for request in running:
+        _, final, _ = scripted.hub.collect(request, timeout_s=30)
+        assert isinstance(final, InferFinal), "what runs is not cut off"
+    assert not guesses(await_figures(scripted, 30, mode="plain")["child_pid"])
+
+
 def test_a_child_that_dies_during_a_change_is_replaced_and_no_slot_is_lost(scripted: InferenceStack) -> None:
     old = scripted.figures("m", fresh_s=1.2)["child_pid"]
     run_batch(scripted, 8)

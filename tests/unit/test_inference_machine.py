@@ -98,9 +98,44 @@ def test_events_of_an_older_child_change_nothing() -> None:
     life.handle(m.Launched(500, 2))
     before = repr(life)
     old = [m.HealthOk(600, 1), m.HealthFailed(600, 1), m.SlotStuck(600, 1), m.ChildExited(600, 1, "again")]
+    old += [m.HoldAsked(600, 1, "old"), m.HoldEnded(600, 1), m.ChangeAsked(600, 1, "old")]
     for event in [*old, m.Launched(600, 1), m.LaunchFailed(600, 1, "late"), m.Progressed(600, 1)]:
         assert life.handle(event) == []
     assert repr(life) == before
+
+
+def test_a_change_of_mode_is_a_new_child_at_once_and_no_failure() -> None:
+    life = serving()
+    assert life.handle(m.HoldAsked(1_000, 1, "about to")) == [m.Report(PeerState.LOADING, "about to")]
+    assert life.handle(m.HoldAsked(1_100, 1, "about to")) == []
+    assert life.handle(m.ChangeAsked(2_000, 1, "changing")) == [
+        m.Report(PeerState.LOADING, "changing"),
+        m.Kill(1, "changing"),
+    ]
+    assert life.changing
+    assert life.handle(m.ChildExited(2_100, 1, "SIGTERM")) == [m.Launch(2)]
+    life.handle(m.Launched(2_100, 2))
+    assert life.handle(m.HealthOk(2_200, 2)) == [m.Report(PeerState.READY, None)]
+    assert (life.changing, life.failures) == (False, 0)
+
+
+def test_a_hold_ends_without_a_change() -> None:
+    life = serving()
+    assert life.handle(m.HoldEnded(0, 1)) == []
+    life.handle(m.HoldAsked(1_000, 1, "about to"))
+    assert life.handle(m.HoldEnded(2_000, 1)) == [m.Report(PeerState.READY, None)]
+
+
+def test_a_change_that_fails_waits_like_any_other_launch() -> None:
+    life = serving()
+    life.handle(m.ChangeAsked(0, 1, "changing"))
+    life.handle(m.ChildExited(0, 1, "SIGTERM"))
+    life.handle(m.Launched(0, 2))
+    (report,) = life.handle(m.ChildExited(100, 2, "SIGSEGV"))
+    assert isinstance(report, m.Report)
+    assert report.state is PeerState.DEGRADED
+    assert not life.changing, "calls do not wait for it"
+    assert life.handle(m.Ticked(600)) == [m.Launch(3)]
 
 
 class World:
@@ -147,12 +182,21 @@ class World:
             self.feed(m.HealthFailed(self.now_ms, launch))
         elif action == "stuck" and self.alive is not None:
             self.feed(m.SlotStuck(self.now_ms, launch))
+        elif action == "hold" and self.alive is not None:
+            self.feed(m.HoldAsked(self.now_ms, launch, "about to change"))
+        elif action == "release" and self.alive is not None:
+            self.feed(m.HoldEnded(self.now_ms, launch))
+        elif action == "change" and self.alive is not None:
+            self.feed(m.ChangeAsked(self.now_ms, launch, "changing"))
         elif action == "busy" and self.alive is not None:
             self.feed(m.SlotsSeen(self.now_ms, launch, busy=2, calls=0))
 
 
+ACTIONS = ["pass", "launch", "fail", "exit", "ok", "sick", "stuck", "busy", "hold", "release", "change"]
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(["pass", "launch", "fail", "exit", "ok", "sick", "stuck", "busy"]), max_size=80))
+@given(st.lists(st.sampled_from(ACTIONS), max_size=80))
 def test_never_two_children_and_in_the_end_ready_or_degraded_with_a_reason(actions: list[str]) -> None:
     world = World()
     for action in actions:
@@ -171,6 +215,7 @@ def test_never_two_children_and_in_the_end_ready_or_degraded_with_a_reason(actio
             world.do("exit")
         world.do("launch")
         world.do("ok")
+        world.do("release")
         world.do("pass")
     assert world.state is PeerState.READY
     assert world.alive is not None
