@@ -23,7 +23,7 @@ from services.ctl.outcomes import CommandError, ExitCode
 
 SPECULATION: Final = {"type": "ngram-simple", "ngram_n": 4, "ngram_m": 24}
 _ANSWER_TOKENS: Final = 240
-_PROSE_TOKENS: Final = 120
+_PROSE_TOKENS: Final = 96
 _CALL_S: Final = 300.0
 _DECIDED_S: Final = 120.0
 """The policy stays in a mode for ten launches at least, and a launch of the demo model takes about a second."""
@@ -52,6 +52,14 @@ def histogram(values, buckets):
         index = min(int((value - low) / step), buckets - 1)
         counts[index] += 1
     return counts
+
+
+def median(values):
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) / 2
 """
 _COPY: Final = (
     ChatMessage(role="user", content="Write the module."),
@@ -94,15 +102,15 @@ def measure(pairs: int, engine: str = "auto") -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=models) as stack:
         for model in ("specialist", "worker"):
             _ask(stack, model, _COPY, 16)
-        copies = [_pair(stack, _COPY, _ANSWER_TOKENS) for _ in range(pairs)]
+        copies = [_pair(stack, number, _COPY, _ANSWER_TOKENS) for number in range(pairs)]
         copy_mode = _figures(stack)["mode"]
         before: list[tuple[InferFinal, InferFinal]] = []
         end = time.monotonic() + _DECIDED_S
         while _figures(stack)["mode"] == copy_mode and time.monotonic() < end:
-            before.append(_pair(stack, _prose(len(before)), _PROSE_TOKENS))
+            before.append(_pair(stack, len(before), _prose(len(before)), _PROSE_TOKENS))
             time.sleep(1.5)  # a change of mode waits for an idle moment, and figures come with the next ping
         _ready(stack)
-        after = [_pair(stack, _prose(number), _PROSE_TOKENS) for number in range(pairs)]
+        after = [_pair(stack, number, _prose(number), _PROSE_TOKENS) for number in range(pairs)]
         last = _figures(stack)
     drafted, accepted = (sum(getattr(one[0], name) for one in copies) for name in ("draft_tokens", "accepted_tokens"))
     return {
@@ -127,13 +135,17 @@ def _prose(number: int) -> tuple[ChatMessage, ...]:
     return (ChatMessage(role="user", content=_PROSE[number % len(_PROSE)]),)
 
 
-def _pair(stack: BareStack, messages: tuple[ChatMessage, ...], max_tokens: int) -> tuple[InferFinal, InferFinal]:
-    """The same prompt on the guessing entry and on the plain one."""
-    return _ask(stack, "worker", messages, max_tokens), _ask(stack, "specialist", messages, max_tokens)
+def _pair(
+    stack: BareStack, number: int, messages: tuple[ChatMessage, ...], max_tokens: int
+) -> tuple[InferFinal, InferFinal]:
+    """The same prompt on the guessing entry and on the plain one, which take turns in being the first."""
+    order = ("worker", "specialist") if number % 2 else ("specialist", "worker")
+    finals = {model: _ask(stack, model, messages, max_tokens) for model in order}
+    return finals["worker"], finals["specialist"]
 
 
 def _ask(stack: BareStack, model: str, messages: tuple[ChatMessage, ...], max_tokens: int) -> InferFinal:
-    sampling = Sampling(temperature=0, seed=1)
+    sampling = Sampling(temperature=0, top_k=1, seed=1)
     request = InferRequest(role="bench", messages=list(messages), max_tokens=max_tokens, sampling=sampling)
     return stack.client.infer(model, request, _CALL_S)
 
