@@ -8,6 +8,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any, Final, TypeVar
 
+import msgpack
 import msgspec
 from pydantic import ValidationError
 
@@ -17,8 +18,9 @@ from protocol.messages.base import Message
 
 M = TypeVar("M", bound=Message)
 _PLAIN: Final = frozenset({str, int, bool, type(None)})
+_LEVELS_ABOVE_A_VALUE: Final = 8
+"""Room for what is around the value of an artefact: the views, requests and joins that it will be part of."""
 _write: Final = msgspec.msgpack.Encoder().encode
-_read: Final = msgspec.msgpack.Decoder().decode
 
 
 def pack_body(message: Message) -> bytes:
@@ -31,13 +33,22 @@ def unpack_map(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_BODY_BYTES:
         raise BadFrame("body.too_large", f"body of {len(data)} bytes, at most {MAX_BODY_BYTES} are read")
     try:
-        raw = _read(data)
-    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as err:
+        raw = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException, RecursionError) as err:
         raise BadFrame("body.not_msgpack", f"the body is not msgpack: {err}") from err
     if not isinstance(raw, dict):
         raise BadFrame("body.not_a_map", f"the body is a {type(raw).__name__}, expected a map")
     _check_values(raw)
     return raw
+
+
+def check_value(value: Any) -> None:
+    """Raise BadFrame unless every message that carries this value can be written and read."""
+    _check_values({"value": value}, MAX_NESTING - _LEVELS_ABOVE_A_VALUE)
+    try:
+        _write(value)
+    except (ValueError, OverflowError) as err:  # half of a surrogate pair, or a number of more than 64 bits
+        raise BadFrame("body.not_json", f"the value cannot be written: {err}") from err
 
 
 def unpack_body(model: type[M], data: bytes) -> M:
@@ -59,14 +70,14 @@ def describe(err: ValidationError) -> str:
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
-def _check_values(raw: dict[Any, Any]) -> None:
+def _check_values(raw: dict[Any, Any], levels: int = MAX_NESTING) -> None:
     """Raise BadFrame for what JSON could not hold either, and for hostile nesting.
 
     msgpack has binary, timestamps and NaN: one of them deep inside a JSON artefact would blow up far from here.
     Breadth-first, so that a hostile body cannot exhaust our own stack.
     """
     level: list[Any] = [raw]
-    for _ in range(MAX_NESTING + 1):
+    for _ in range(levels + 1):
         below: list[Any] = []
         for item in level:
             kind = type(item)
@@ -85,4 +96,4 @@ def _check_values(raw: dict[Any, Any]) -> None:
         if not below:
             return
         level = below
-    raise BadFrame("body.too_deep", f"the body nests deeper than {MAX_NESTING} levels")
+    raise BadFrame("body.too_deep", f"the body nests deeper than {levels} levels")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -34,15 +34,12 @@ class LogEvent:
     fields: str
     level: Level = "info"
 
-    @property
-    def allowed(self) -> frozenset[str]:
-        """The declared fields."""
-        return _declared(self.fields)
+    allowed: frozenset[str] = field(init=False, repr=False)
+    """The declared fields, one by one."""
 
-
-@cache
-def _declared(fields: str) -> frozenset[str]:
-    return frozenset(fields.split())
+    def __post_init__(self) -> None:
+        """Take the declaration apart once: every line asks for it."""
+        object.__setattr__(self, "allowed", frozenset(self.fields.split()))
 
 
 class Log:
@@ -70,7 +67,7 @@ class Log:
 
     def write(self, event: LogEvent, **fields: Any) -> None:
         """Write one line. Raises KeyError for a field that the event does not declare; None values are left out."""
-        if not event.allowed.issuperset(fields):
+        if not fields.keys() <= event.allowed:
             unknown = next(name for name in fields if name not in event.allowed)
             raise KeyError(f"{event.name} does not declare the field {unknown!r}")
         if not self.keeps(event):
