@@ -48,6 +48,9 @@ def explain_launch(name: str, registry: Registry, context: Context) -> ExitCode:
     """Print how one model is started. FAILED where it would be refused; raises BadInput for an unknown name."""
     if name not in registry.served:
         raise BadInput(f"there is no served model {name!r}, but {', '.join(registry.served)}")
+    entry = registry.models[name]
+    if entry.path is None:
+        raise BadInput(f"{name} has engine {entry.engine}, which starts no llama.cpp")
     launch, engine, refusals = looked_at(registry.launch(name), context.home)
     modes = modes_of(launch)
     commands = {mode.value: engine.command(launch, launch.entry.port, mode) for mode in modes}
