@@ -23,6 +23,7 @@ import psutil
 from services.ctl.commands import Commands, Context
 from services.ctl.hardware import show_hardware
 from services.ctl.hub import listening
+from services.ctl.launch_view import looked_at
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import mebibytes
 from services.ctl.stack import stray_processes
@@ -140,6 +141,8 @@ def _models(scene: Scene) -> Iterator[Check]:
 def _engines(scene: Scene) -> Iterator[Check]:
     embedded = find_spec("xllamacpp") is not None
     for model in _entries(scene):
+        if model.tier == "D":
+            continue  # loaded by the engine of the model that it guesses for
         name, binary = f"engine {model.name}", _native_binary(model, scene.home)
         if model.engine == "noop":
             yield Check(name, "ok", "noop: answers at once, without a model")
@@ -151,6 +154,22 @@ def _engines(scene: Scene) -> Iterator[Check]:
             yield Check(name, "fail", "no llama-server is found", "call deploy/build-native, or use engine: auto")
         else:
             yield Check(name, "fail", "no llama.cpp is found", "call deploy/setup; it installs xllamacpp")
+
+
+def _commands(scene: Scene) -> Iterator[Check]:
+    """What a service would refuse at its start: flags that the binary lacks, and what the file does not allow."""
+    if scene.registry is None:
+        return
+    for name, model in scene.registry.served.items():
+        if model.path is None or not model.path.is_file():
+            continue
+        launch, engine, refusals = looked_at(scene.registry.launch(name), scene.home)
+        if refusals:
+            yield Check(f"command {name}", "fail", "; ".join(refusals), f"tierline models --explain {name}")
+        else:
+            need = launch.memory_bytes()
+            memory = "" if need is None else f"; it needs {mebibytes(need)} with its KV cache"
+            yield Check(f"command {name}", "ok", f"{engine.name} knows its flags, its file allows them{memory}")
 
 
 def _native_binary(model: ModelEntry, home: Home) -> Path | None:
@@ -290,6 +309,7 @@ CHECKS: Final[tuple[Callable[[Scene], Iterator[Check]], ...]] = (
     _registry,
     _models,
     _engines,
+    _commands,
     _sandbox,
     _leftovers,
 )

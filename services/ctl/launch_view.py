@@ -48,11 +48,11 @@ def explain_launch(name: str, registry: Registry, context: Context) -> ExitCode:
     """Print how one model is started. FAILED where it would be refused; raises BadInput for an unknown name."""
     if name not in registry.served:
         raise BadInput(f"there is no served model {name!r}, but {', '.join(registry.served)}")
+    entry = registry.models[name]
+    if entry.path is None:
+        raise BadInput(f"{name} has engine {entry.engine}, which starts no llama.cpp")
     served = replace(registry.launch(name), prefix_folder=context.home.prefixes(name))
-    launch, refusals = _with_facts(served)
-    engine, why = _engine(launch, context.home)
-    refusals += [why] if why is not None else []
-    refusals += [str(problem) for problem in violations(launch, engine.build or None)]
+    launch, engine, refusals = looked_at(served, context.home)
     modes = modes_of(launch)
     commands = {mode.value: engine.command(launch, launch.entry.port, mode) for mode in modes}
     flags = _flags(launch, modes, engine)
@@ -71,6 +71,15 @@ def explain_launch(name: str, registry: Registry, context: Context) -> ExitCode:
     else:
         _print(context.screen, launch, engine, commands, flags, refusals)
     return ExitCode.FAILED if refusals else ExitCode.OK
+
+
+def looked_at(launch: Launch, home: Home) -> tuple[Launch, Engine, list[str]]:
+    """The launch with the facts of its files, the engine that would serve it, and every reason why it would not."""
+    launch, refusals = _with_facts(launch)
+    engine, why = _engine(launch, home)
+    refusals += [why] if why is not None else []
+    refusals += [str(problem) for problem in violations(launch, engine.build or None)]
+    return launch, engine, refusals
 
 
 def _with_facts(launch: Launch) -> tuple[Launch, list[str]]:

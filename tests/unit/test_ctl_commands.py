@@ -42,6 +42,16 @@ def usage(out: Out, *argv: str) -> str:
     return out.readouterr().err
 
 
+def test_the_command_of_a_model_is_printed_with_the_line_behind_each_flag(capsys: Out) -> None:
+    assert main(["models", "--explain", "front"]) == 1  # this home has no models folder
+    told = capsys.readouterr().out
+    assert "--ctx-size" in told
+    assert "models.yaml:18 front.context_tokens" in told
+    assert "refused: cannot open the model file" in told
+    assert main(["models", "--explain", "fron"]) == 2
+    assert "front, specialist, worker" in capsys.readouterr().err
+
+
 def test_a_command_is_needed_and_the_wrong_one_is_met_with_the_list(capsys: Out) -> None:
     assert "required: COMMAND" in usage(capsys)
     assert "'doctor'" in usage(capsys, "docter")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from services.kit.gguf_facts import facts_of, read_facts
 from services.kit.gguf_header import BadHeader, Header, read_header
 from services.kit.model_facts import KvShape, ModelFacts, Vocabulary, same_vocabulary
-from tests.fakes.gguf_files import write_tiny_gguf, write_tiny_moe
+from tests.fakes.gguf_files import write_tiny_gguf
+from tests.fakes.runnable_models import write_tiny_moe
 
 SIZES = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
 MIB = 1024**2

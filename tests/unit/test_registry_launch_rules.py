@@ -217,6 +217,16 @@ def test_a_longer_guess_than_was_good_and_memory_beyond_the_node_are_notes(folde
     assert (notes["draft-length"].line, notes["memory-over-node"].field) == (12, "models.moe.numa.nodes")
 
 
+def test_a_draft_that_nobody_guesses_with_is_a_note(folder: Path) -> None:
+    edit(
+        folder,
+        "models.yaml",
+        "type: draft\n      draft: small\n      lookup: ngram-simple\n      n_max: 8",
+        "type: ngram-mod",
+    )
+    assert [(note.line, note.rule) for note in load(folder).notes] == [(31, "draft-unused")]
+
+
 def model(billions: float, trained: int | None = 8) -> ModelFacts:
     return ModelFacts("qwen3moe", round(billions * 1e9), 1, 8192, 9, KvShape(0, 0), experts_trained=trained)
 

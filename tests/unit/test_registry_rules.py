@@ -131,7 +131,7 @@ def test_a_good_registry_loads_with_absolute_paths_and_answers_by_role_and_model
     assert [role.name for role in registry.escalation_chain("worker")] == ["talker"]
     assert registry.escalation_chain("talker") == ()
     assert (registry.hardware.cores, registry.hardware.memory_bytes) == (4, 100_000_000)
-    assert registry.notes == ()
+    assert [note.rule for note in registry.notes] == ["draft-unused"]
 
 
 #: file, text that is replaced, its replacement, line, field, rule, a part of the message
@@ -335,6 +335,7 @@ def test_more_threads_than_cores_in_all_and_an_unused_model_are_notes_only(folde
     assert [(note.line, note.field, note.rule) for note in notes] == [
         (1, "models", "cores-shared"),
         (2, "models.front", "model-unused"),
+        (13, "models.draft", "draft-unused"),
     ]
 
 

@@ -193,6 +193,14 @@ def _draft_lengths(scene: Scene) -> Iterator[Problem]:
             yield launch.problem("speculation.n_max", "draft-length", message)
 
 
+def _every_draft_is_used(scene: Scene) -> Iterator[Problem]:
+    used = {model.speculation.draft for model in scene.models.values()}
+    for name, model in scene.models.items():
+        if model.tier == "D" and name not in used:
+            message = "no model guesses with this draft; name it in a speculation, or remove it"
+            yield scene.draft.problem(("models", name), "draft-unused", message)
+
+
 def _near_memory(scene: Scene) -> Iterator[Problem]:
     for launch in _launches(scene):
         near = [
@@ -218,4 +226,4 @@ LAUNCH_ERRORS: Final[tuple[Rule, ...]] = (
     _bound_apart,
     _metadata,
 )
-LAUNCH_NOTES: Final[tuple[Rule, ...]] = (_draft_lengths, _near_memory)
+LAUNCH_NOTES: Final[tuple[Rule, ...]] = (_draft_lengths, _every_draft_is_used, _near_memory)

@@ -262,7 +262,12 @@ def _failure_rules(scene: Scene) -> Iterator[Problem]:
 
 
 def _cores_are_shared(scene: Scene) -> Iterator[Problem]:
-    threads = sum(model.threads for model in scene.models.values() if model.engine != "noop")
+    groups: dict[str, int] = {}
+    for name, model in scene.models.items():
+        if model.engine != "noop" and model.tier != "D":  # a draft computes in turn with its target
+            group = f"group {model.exclusive}" if model.exclusive is not None else name
+            groups[group] = max(groups.get(group, 0), model.threads)
+    threads = sum(groups.values())
     if threads > scene.hardware.cores:
         message = (
             f"all models together use {threads} threads on {scene.hardware.cores} cores; they slow each other down"
