@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +13,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from protocol.codec import describe
-from protocol.limits import MAX_BODY_BYTES
+from protocol.limits import MAX_BATCH_PROMPTS, MAX_BODY_BYTES
 from protocol.messages.batch import BatchFinal, BatchPartial
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import connect
@@ -47,22 +48,24 @@ def _batch(args: Namespace, context: Context) -> ExitCode:
     if args.timeout <= 0:
         raise BadInput(f"--timeout {args.timeout:g}: must be above 0")
     try:
-        final = asyncio.run(_ask(args, prompts, schema, context))
+        finals = asyncio.run(_ask(args, prompts, schema, context))
     except ValidationError as err:
         raise BadInput(f"this batch cannot be asked: {describe(err)}") from err
-    failed = 0
-    for prompt, answer in zip(prompts, final.answers, strict=True):
-        failed += answer.failure is not None
-        context.screen.record({"prompt": prompt, **answer.model_dump(mode="json", exclude_none=True)})
+    failed = sum(answer.failure is not None for final in finals for answer in final.answers)
     if not context.screen.json:
+        took, widest = sum(final.wall_ms for final in finals), max(final.widest for final in finals)
         context.screen.note(
-            f"{len(prompts) - failed} answered, {failed} failed in {seconds(final.wall_ms)} by {final.role} on "
-            f"{final.model}, up to {final.widest} at once"
+            f"{len(prompts) - failed} answered, {failed} failed in {seconds(took)} by {args.role} on "
+            f"{finals[0].model}, up to {widest} at once"
         )
     return ExitCode.FAILED if failed else ExitCode.OK
 
 
-async def _ask(args: Namespace, prompts: list[str], schema: dict[str, Any] | None, context: Context) -> BatchFinal:
+async def _ask(
+    args: Namespace, prompts: list[str], schema: dict[str, Any] | None, context: Context
+) -> list[BatchFinal]:
+    """Ask, as many prompts at once as one batch may have, and write the answers as each batch ends."""
+
     def show(piece: BatchPartial) -> None:
         context.screen.note(
             f"{piece.done + piece.failed} of {piece.total}, {piece.running} running, {piece.failed} failed, "
@@ -70,16 +73,24 @@ async def _ask(args: Namespace, prompts: list[str], schema: dict[str, Any] | Non
         )
 
     live = context.screen.rich is not None
+    until = time.monotonic() + args.timeout
+    finals = []
     async with connect(context.home) as client:
-        return await client.llm_batch(
-            args.role,
-            prompts,
-            timeout_s=args.timeout,
-            max_tokens=args.max_tokens,
-            json_schema=schema,
-            concurrency=args.concurrency,
-            on_progress=show if live else None,
-        )
+        for at in range(0, len(prompts), MAX_BATCH_PROMPTS):
+            asked = prompts[at : at + MAX_BATCH_PROMPTS]
+            final = await client.llm_batch(
+                args.role,
+                asked,
+                timeout_s=max(0.1, until - time.monotonic()),
+                max_tokens=args.max_tokens,
+                json_schema=schema,
+                concurrency=args.concurrency,
+                on_progress=show if live else None,
+            )
+            for prompt, answer in zip(asked, final.answers, strict=True):
+                context.screen.record({"prompt": prompt, **answer.model_dump(mode="json", exclude_none=True)})
+            finals.append(final)
+    return finals
 
 
 def _prompts(path: Path) -> list[str]:
@@ -115,7 +126,7 @@ def _text(path: Path) -> str:
     try:
         data = sys.stdin.buffer.read(MAX_BODY_BYTES + 1) if str(path) == "-" else _read(path)
         if len(data) > MAX_BODY_BYTES:
-            raise BadInput(f"{path}: larger than the {MAX_BODY_BYTES:,} bytes that one batch may have; split it")
+            raise BadInput(f"{path}: larger than the {MAX_BODY_BYTES:,} bytes that may be asked at once; split it")
         return data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise BadInput(f"{path}: cannot be read: {err}") from err

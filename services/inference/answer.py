@@ -18,6 +18,8 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from protocol.codec import check_value
+from protocol.errors import BadFrame
 from protocol.messages.failure import Category, Failure, Finding
 from services.inference.probe import ProbeFailed, probe
 
@@ -79,6 +81,10 @@ def problems_of(text: str, schema: dict[str, Any]) -> list[str]:
         return [f"the answer is not JSON: {err}"]
     except RecursionError:
         return ["the answer nests too deep"]
+    try:
+        check_value(value)
+    except BadFrame as err:
+        return [f"the answer is JSON that no message can carry: {err}"]
     validator = validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
     problems: list[str] = []
     try:

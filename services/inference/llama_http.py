@@ -259,6 +259,8 @@ def _piece(data: bytes) -> Piece:
         top_logprobs = _top_logprobs(choices[0].get("logprobs"))
     if not isinstance(text, str) or not isinstance(finish_reason, str | None):
         raise EngineFaulty("the engine sent an answer whose text is no text")
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair could not be sent on
     timings = event.get("timings")
     timings = timings if isinstance(timings, dict) else {}
     return Piece(

@@ -80,6 +80,7 @@ class _Batch:
     request: BatchRequest
     size_bytes: int
     client: str
+    registry: Registry
     model: str
     deadline_ms: int
     began_ms: int
@@ -105,10 +106,11 @@ class _Batch:
 class Batches:
     """All batches. Methods named `on_…` take an event; what is to be done comes from `take`.
 
-    `slots` tells how many calls for a capability can run at once, as far as the broker knows.
+    `registry` gives the one in force; a batch keeps the one it began with. `slots` tells how many calls for one target
+    can run at once, as far as the broker knows.
     """
 
-    registry: Registry
+    registry: Callable[[], Registry]
     slots: Callable[[str], int]
     _batches: dict[str, _Batch] = field(default_factory=dict)
     _owners: dict[str, str] = field(default_factory=dict)
@@ -156,9 +158,10 @@ class Batches:
             known.identity, known.header = identity, header
             return
         request = unpack_body(BatchRequest, body)
-        role = self.registry.roles.get(request.role)
+        registry = self.registry()
+        role = registry.roles.get(request.role)
         if role is None:
-            names = ", ".join(self.registry.roles)
+            names = ", ".join(registry.roles)
             raise BadFrame("role.unknown", f"the registry has no role {request.role!r}; it has: {names}")
         batch = _Batch(
             identity=identity,
@@ -166,6 +169,7 @@ class Batches:
             request=request,
             size_bytes=len(body),
             client=client,
+            registry=registry,
             model=role.model,
             deadline_ms=header.deadline or at_ms + _DEFAULT_DEADLINE_MS,
             began_ms=at_ms,
@@ -179,7 +183,7 @@ class Batches:
         """The body of an item's call, composed when it starts."""
         batch = self._batches[self._owners[call.key]]
         prompt = batch.request.prompts[batch.open[call.key].index]
-        return pack_body(batch_item_request(batch.request, prompt, call.key, self.registry))
+        return pack_body(batch_item_request(batch.request, prompt, call.key, batch.registry))
 
     def on_started(
         self,
@@ -202,7 +206,7 @@ class Batches:
         item.started_ms = None
         item.losses += 1
         past = [*item.past, Past(batch.request.role, Category.PEER)]
-        action = decide(self.registry, past, losses=item.losses, max_level=0)
+        action = decide(batch.registry, past, losses=item.losses, max_level=0)
         if action.kind == "fail":
             self._effects.append(Drop(call.key))
             message = f"{item.losses} workers died with this prompt; the last one was {worker}"
@@ -260,7 +264,7 @@ class Batches:
         """Ask as much as the window holds, then say how far it is, or that it is done."""
         total = len(batch.answers)
         target = f"infer.{batch.model}"
-        window = batch.request.concurrency or max(1, self.slots(target), self.registry.models[batch.model].slots)
+        window = batch.request.concurrency or max(1, self.slots(target), batch.registry.models[batch.model].slots)
         while batch.next < total:
             if batch.deadline_ms <= at_ms:
                 message = "the deadline of the batch passed before it was this prompt's turn"
@@ -291,9 +295,9 @@ class Batches:
             queued_ms=at_ms,
             interactive=batch.header.prio != "batch",
             client=batch.client,
-            needs=inference_needs(self.registry, target),
+            needs=inference_needs(batch.registry, target),
             outer_ms=batch.deadline_ms,
-            timeout_ms=int(self.registry.roles[request.role].timeout_s * 1000),
+            timeout_ms=int(batch.registry.roles[request.role].timeout_s * 1000),
             trace=batch.header.trace,
             retry_lost=True,
             hold_until_ms=hold_until_ms,
@@ -326,11 +330,11 @@ class Batches:
     def _on_failure(self, batch: _Batch, call: Call, failure: Failure, at_ms: int) -> None:
         item = batch.open[call.key]
         past = [*item.past, Past(batch.request.role, failure.category)]
-        if self.registry.failures.rules[failure.category].action == "rerun":
+        if batch.registry.failures.rules[failure.category].action == "rerun":
             item.losses += 0 if failure.code in BLAMELESS else 1
         else:
             item.past = past
-        action = decide(self.registry, past, losses=item.losses, max_level=0)
+        action = decide(batch.registry, past, losses=item.losses, max_level=0)
         again_ms = at_ms + action.delay_ms
         if action.kind in ("rerun", "backoff") and again_ms < batch.deadline_ms:
             self._ask_item(batch, item, at_ms, hold_until_ms=again_ms)

@@ -117,7 +117,7 @@ class Hub:
         self.broker = b.Broker(Tokens(self.registry.hardware.cores))
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
-        self.batches = Batches(self.registry, self.broker.slots)
+        self.batches = Batches(lambda: self.registry, self.broker.slots)
 
     def handle(self, happened: Event) -> list[Command]:
         """Take one event; return what to do, in order."""

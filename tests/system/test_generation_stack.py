@@ -223,6 +223,10 @@ def test_the_command_answers_a_file_of_prompts_line_by_line(scripted: ScriptedSt
     assert [answer.get("text") for answer in answers] == ["tart", None, "tart"]
     assert answers[1]["failure"]["category"] == "PEER"
     assert "2 answered, 1 failed" in done.stderr
+    file.write_text('"sloe"\n' * 1_001, "utf-8")
+    many = tierline(scripted, "batch", "worker", "--file", str(file))
+    assert many.returncode == 0, many.stderr
+    assert len(many.stdout.splitlines()) == 1_001, "more than one batch may have"
     file.write_text('"fine"\nnot JSON\n', "utf-8")
     refused = tierline(scripted, "batch", "worker", "--file", str(file))
     assert refused.returncode == 2

@@ -171,6 +171,13 @@ def test_json_that_nothing_constrains_is_taken_from_its_fence_or_mended(stack: I
     assert (fenced.repaired, mended.repaired, mended.text) == (False, True, "[1, 2]")
 
 
+def test_half_a_character_from_the_engine_does_not_cost_the_answer(stack: InferenceStack) -> None:
+    stack.script("m", {"default": "a\ud800b"})
+    final = stack.ask("m", ask_for("go"))
+    assert isinstance(final, InferFinal)
+    assert final.text == "a?b"
+
+
 def test_grammar_and_schema_together_are_refused_with_the_reason(stack: InferenceStack) -> None:
     body = InferRequest.model_construct(
         role="t",
