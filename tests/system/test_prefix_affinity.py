@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,13 +78,20 @@ def test_a_fan_out_reads_what_it_shares_once(stack: BareStack) -> None:
     assert totals["prefixes_copied"] == 3
     assert totals["prefixes_bytes"] > 100_000
     assert totals["cached_tokens_total"] >= first + sum(others)
+    shown = subprocess.run(
+        [sys.executable, "-m", "services.ctl", "show", view.task_id],
+        env=stack.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    ).stdout
+    heads = next(line.split() for line in shown.splitlines() if "cached" in line and "tries" in line)
+    rows = [line.split() for line in shown.splitlines() if line.split() and line.split()[0] in ("S0", "S1", "S2", "S3")]
+    assert sorted(int(row[heads.index("cached")]) for row in rows[:4]) == [first, *others]
 
 
 def test_a_later_fan_out_finds_it_even_in_a_new_engine(stack: BareStack) -> None:
-    import os
-    import signal
-    import time
-
     os.kill(figures(stack)["child_pid"], signal.SIGKILL)
     end = time.monotonic() + 30
     while figures(stack)["respawns"] == 0 and time.monotonic() < end:
