@@ -42,7 +42,7 @@ _NAMES: Final = {"string": "text", "integer": "integer", "number": "number", "bo
 _NAME_PATTERN: Final = TypeAdapter(Name).json_schema()["pattern"]
 _SESSION_DIRECTIONS: Final = {
     "session.hello": "peer → hub",
-    "session.pong": "service → hub",
+    "session.pong": "peer → hub",
     "session.goodbye": "peer → hub",
     "session.ping": "hub → peer",
 }

@@ -89,8 +89,12 @@ def test_an_answer_that_is_not_json_where_json_was_required_is_asked_for_again(s
     view = scripted.run(step | {"gates": ["schema"]})
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert view.artefacts[0].value == {"n": 7}
-    categories = [attempt.failure.category for attempt in view.steps[0].attempts if attempt.failure]
-    assert categories == [Category.SCHEMA, Category.SCHEMA]
+    first, second = view.steps[0].attempts
+    assert first.failure is not None
+    assert first.failure.category is Category.SCHEMA
+    assert first.failure.evidence["repair"], "the model was shown its answer before the step was tried again"
+    assert second.failure is None
+    assert len(scripted.prompts_with("elder")) == 3
 
 
 def test_a_step_past_its_time_is_escalated_at_once(scripted: ScriptedStack) -> None:
