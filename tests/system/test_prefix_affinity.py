@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 
+from protocol.kinds import Empty
+from protocol.messages.infer import InferFinal
+from protocol.messages.reply import ErrorReply
 from protocol.messages.result import TaskState, TaskView
 from services.ctl.bench.bare_stack import BareStack
 from services.inference.engines import find_native
 from services.kit.config import load_home
+from tests.system.inference_stack import InferenceStack, ask_for
 
 DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED = " ".join(f"Fact {n}: queue {n * 7 % 90} holds {n * 13 % 50} letters." for n in range(24))
@@ -100,3 +104,26 @@ def test_a_later_fan_out_finds_it_even_in_a_new_engine(stack: BareStack) -> None
     view = stack.client.run(fan_out(4, SHARED), timeout_s=120)
     tokens = [step.attempts[-1].prompt_tokens for step in view.steps]
     assert min(cached(view)) > 0.75 * min(tokens), "the file outlives the child"
+
+
+@pytest.mark.parametrize("engine", ["embedded", "llama-server"])
+def test_a_cancel_while_the_beginning_is_read_frees_the_slot_without_a_respawn(engine: str) -> None:
+    model = load_home().models / DEMO_MODEL
+    native = find_native(load_home())
+    if not model.is_file() or (engine == "llama-server" and native is None):
+        pytest.skip("no demo model, or no llama-server: run deploy/fetch-model, deploy/build-native")
+    fields = {"binary": str(native)} if engine == "llama-server" else {}
+    with InferenceStack() as alone:
+        alone.entry("m", path=str(model), engine=engine, slots=3, context_tokens=2048, **fields)
+        alone.start("m")
+        alone.hub.await_peer("inference-m", timeout_s=60)
+        asked = [ask_for(f"{SHARED} {SHARED} And now {number}.", max_tokens=4) for number in range(3)]
+        requests = [alone.hub.request("inference-m", "infer.request", one, key=f"k{n}") for n, one in enumerate(asked)]
+        alone.figures("m", fresh_s=0.5)
+        alone.hub.send(alone.hub.peers["inference-m"], "infer.cancel", Empty(), corr=requests[0], key="k0")
+        bodies = [alone.hub.collect(request, timeout_s=120)[1] for request in requests]
+        assert isinstance(bodies[0], ErrorReply)
+        assert bodies[0].failure.code == "call.cancelled"
+        assert all(isinstance(body, InferFinal) for body in bodies[1:]), bodies
+        metrics = alone.figures("m", fresh_s=2.2)
+        assert (metrics["respawns"], metrics["requests_processing"]) == (0, 0)
