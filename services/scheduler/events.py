@@ -41,6 +41,14 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class MemorySeen:
+    """What the machine, or its control group, has left by its own account."""
+
+    available_bytes: int
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Restored:
     """A task from the journal, to be taken up where it stood."""
 
@@ -69,7 +77,7 @@ class EventsRead:
     facts: list[tuple[int, f.Fact]]
 
 
-Event = FrameIn | Undeliverable | Tick | Restored | LookedUp | EventsRead
+Event = FrameIn | Undeliverable | Tick | MemorySeen | Restored | LookedUp | EventsRead
 
 
 # Commands
