@@ -266,10 +266,15 @@ class World:
     # Processes and clients
 
     def add(
-        self, service: str, capabilities: tuple[str, ...], answer: Callable[[Header, bytes], Answer], slots: int = 4
+        self,
+        service: str,
+        capabilities: tuple[str, ...],
+        answer: Callable[[Header, bytes], Answer],
+        slots: int = 4,
+        load_ms: int | None = None,
     ) -> SimPeer:
-        """Start a process that answers calls for these capabilities."""
-        peer = SimPeer(self, service, capabilities, slots, answer)
+        """Start a process that answers calls for these capabilities; `load_ms` is how long its model takes to load."""
+        peer = SimPeer(self, service, capabilities, slots, answer, load_ms)
         self.peers[service] = peer
         peer.start()
         return peer
