@@ -12,8 +12,10 @@ living one with its report, and neither disturbs the session as a second HELLO w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec.structs import replace
 
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame

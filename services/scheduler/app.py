@@ -50,7 +50,9 @@ from services.scheduler.facts import (
     AttemptAnswered,
     AttemptFailed,
     AttemptQueued,
+    AttemptStarted,
     Fact,
+    StepDone,
     StepFailed,
     TaskEnded,
     TaskPlanned,
@@ -66,6 +68,7 @@ TASK_DAMAGED = LogEvent("journal.damaged", "task seq reason", "error")
 _FIELDS: Final = "task step attempt what seq code category action rule state source"
 TASK_EVENT = LogEvent("task.event", _FIELDS)
 TASK_DETAIL = LogEvent("task.detail", _FIELDS, "debug")
+_DETAILS: Final = (AttemptQueued, AttemptAnswered)
 
 _TICK_MS: Final = 100
 _MEMORY_EVERY_MS: Final = 1_000
@@ -294,8 +297,13 @@ class HubApp:
 
     def _log_fact(self, record: Record) -> None:
         fact = record.fact
+        told = TASK_DETAIL if isinstance(fact, _DETAILS) else TASK_EVENT
+        if not self._log.keeps(told):
+            return
         extra: dict[str, Any] = {}
         match fact:
+            case StepDone() | AttemptStarted():
+                pass  # by far the most frequent ones
             case AttemptFailed():
                 extra = {"code": fact.failure["code"], "category": fact.failure["category"]}
                 extra |= {"action": fact.action, "rule": fact.rule}
@@ -307,7 +315,6 @@ class HubApp:
                 extra = {"source": fact.source}
             case _:
                 pass
-        told = TASK_DETAIL if isinstance(fact, AttemptQueued | AttemptAnswered) else TASK_EVENT
         self._log.write(
             told, task=fact.task, step=fact.step, attempt=fact.number, what=fact.EVENT, seq=record.seq, **extra
         )

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from protocol.codec import pack_body
 from protocol.header import Header
 from protocol.kinds import family
@@ -32,13 +34,14 @@ REATTACH_MS: Final = 4_000
 CLIENT_KEPT_MS: Final = 60_000
 _KEPT_ENDINGS: Final = 4_096
 _KEPT_GONE: Final = 256
+_KEPT_QUEUES: Final = 64
+"""So many queues stay when they become empty, since most will soon be needed again."""
 _DEADLINES_SLACK: Final = 1_024
 _DEADLINE_GRACE_MS: Final = 1_000
 """A worker enforces deadlines itself; the hub steps in when it has not."""
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct):
     """One request for a capability. `requester` None = the hub itself."""
 
     key: str
@@ -79,8 +82,7 @@ class Call:
 # Commands
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Hand this call to that peer."""
 
     call: Call
@@ -89,16 +91,14 @@ class Start:
     """The last stretch of its wait in which no worker of its target was READY; None if one always was."""
 
 
-@dataclass(frozen=True, slots=True)
-class CancelAt:
+class CancelAt(msgspec.Struct, frozen=True):
     """Tell that peer to stop."""
 
     call: Call
     identity: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """A call has its ending: `kind` is a final, or `error`."""
 
     call: Call
@@ -107,31 +107,27 @@ class Ended:
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(msgspec.Struct, frozen=True):
     """A call's worker is gone; the call is queued again."""
 
     call: Call
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class Attached:
+class Attached(msgspec.Struct, frozen=True):
     """A worker came back with this running call: nothing is computed again."""
 
     call: Call
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class SendPing:
+class SendPing(msgspec.Struct, frozen=True):
     """Ping that peer."""
 
     identity: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PeerGone:
+class PeerGone(msgspec.Struct, frozen=True):
     """A session is over."""
 
     peer: Peer
@@ -416,7 +412,7 @@ class Broker:
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
         self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
-        if not len(queue):
+        if len(self._queues) > _KEPT_QUEUES and not len(queue):
             del self._queues[target]  # its name may be anything a client thought of
         return None
 

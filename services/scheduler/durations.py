@@ -71,12 +71,7 @@ class LearnedDurations:
 
     def expected_s(self, job: Job) -> float:
         """See Durations."""
-        log_s = math.log(max(_LEAST_S, job.max_tokens / PRIOR_TOKENS_PER_S))
-        for level in _levels(job):
-            mean = self._means.get(level)
-            if mean is not None:
-                log_s = (mean.count * mean.value + _SHRINKAGE * log_s) / (mean.count + _SHRINKAGE)
-        return math.exp(log_s)
+        return math.exp(self._expected_log_s(job, _levels(job)))
 
     def spread(self) -> float:
         """See Durations."""
@@ -85,9 +80,13 @@ class LearnedDurations:
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations."""
         log_s = math.log(max(_LEAST_S, seconds))
-        self._errors.add((log_s - math.log(self.expected_s(job))) ** 2)
-        for level in _levels(job):
-            self._means.setdefault(level, _Mean()).add(log_s)
+        levels = _levels(job)
+        self._errors.add((log_s - self._expected_log_s(job, levels)) ** 2)
+        for level in levels:
+            mean = self._means.get(level)
+            if mean is None:
+                mean = self._means[level] = _Mean()
+            mean.add(log_s)
 
     def state(self) -> list[tuple[list[str], float, float]]:
         """Everything learned, as plain values for the journal."""
@@ -96,6 +95,14 @@ class LearnedDurations:
     def restore(self, state: list[tuple[list[str], float, float]]) -> None:
         """Take up what `state` gave."""
         self._means = {tuple(level): _Mean(log_s, count) for level, log_s, count in state}
+
+    def _expected_log_s(self, job: Job, levels: tuple[tuple[str, ...], ...]) -> float:
+        log_s = math.log(max(_LEAST_S, job.max_tokens / PRIOR_TOKENS_PER_S))
+        for level in levels:
+            mean = self._means.get(level)
+            if mean is not None:
+                log_s = (mean.count * mean.value + _SHRINKAGE * log_s) / (mean.count + _SHRINKAGE)
+        return log_s
 
 
 class TokenSpeed:

@@ -58,6 +58,8 @@ class _Class:
                 del self.waiting[client], self.served[client]
 
     def first_client(self) -> str | None:
+        if len(self.waiting) < 2:
+            return next(iter(self.waiting), None)
         return min(self.waiting, key=lambda client: (self.served[client], self.waiting[client][0]), default=None)
 
     def pop(self, client: str) -> None:
@@ -166,10 +168,10 @@ class ReadyQueue:
         group.push(place.client, (-place.rank_s, deadline, arrival, key))
 
     def _choose(self) -> tuple[_Class, str] | None:
-        order = [self._interactive, self._batch]
+        first, second = self._interactive, self._batch
         if self._since_batch >= BATCH_EVERY - 1:
-            order.reverse()
-        for group in order:
+            first, second = second, first
+        for group in (first, second):
             client = group.first_client()
             if client is not None:
                 return group, client
