@@ -45,6 +45,7 @@ _SESSION_DIRECTIONS: Final = {
     "session.pong": "service → hub",
     "session.goodbye": "peer → hub",
     "session.ping": "hub → service",
+    "session.reside": "hub → service",
 }
 
 

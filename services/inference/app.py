@@ -56,10 +56,16 @@ class InferenceService:
         engine = EngineSupervisor(self._launch, service.home, service.clock, service.log, service.set_state)
         self._engine = engine
         service.metrics = engine.figures
+        service.model_bytes = engine.model_bytes
+        service.on_residence = engine.reside
         service.resident_bytes = lambda: children.resident_bytes(os.getpid()) + engine.child_bytes()
         service.answer("infer.request", self._infer)
         try:
-            status = await service.run(engine.start)
+            if self._entry.residency == "hot":
+                status = await service.run(engine.start)
+            else:
+                await engine.start()  # PARKED at once, so that the first HELLO says so
+                status = await service.run()
         finally:
             await engine.stop()
         return 1 if engine.crashed else status

@@ -132,6 +132,8 @@ class PeerGone(msgspec.Struct, frozen=True):
 
     peer: Peer
     why: str
+    silent: bool = False
+    """It said nothing any more; its process may live, with all it has in memory."""
 
 
 Command = Start | CancelAt | Ended | Lost | Attached | SendPing | PeerGone
@@ -158,6 +160,8 @@ class Broker:
     gone_ms: dict[str, int] = field(default_factory=dict)
     """Capability -> when a peer that had it was last lost, in unix ms; the newest of them."""
     admission: Admission = field(default_factory=Admission)
+    closed: set[str] = field(default_factory=set)
+    """Capabilities for which nothing is handed out, although a worker may be READY: their model is to be unloaded."""
     _queues: dict[str, ReadyQueue] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
     """Keys that have ended lately, to tell a duplicate from a stranger."""
@@ -232,6 +236,8 @@ class Broker:
         peer.loop_lag_ms = pong.loop_lag_ms
         peer.rss_bytes = pong.rss_bytes
         peer.metrics = pong.metrics
+        peer.model_bytes = pong.model_bytes
+        peer.order = pong.order
 
     def on_goodbye(self, peer: Peer) -> None:
         """A worker takes no new work and may finish what it has; a client is gone."""
@@ -256,7 +262,9 @@ class Broker:
                 if not peer.is_worker:
                     continue
                 if at_ms - peer.heard_ms >= DEAD_MS:
-                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", at_ms, blame=True))
+                    commands.extend(
+                        self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", at_ms, blame=True, silent=True)
+                    )
                 else:
                     commands.append(SendPing(peer.identity))
         while self._deadlines and self._deadlines[0][0] <= at_ms:
@@ -386,7 +394,7 @@ class Broker:
 
     def _start_one(self, target: str, at_ms: int) -> Start | None:
         queue = self._queues.get(target)
-        if queue is None:
+        if queue is None or target in self.closed:
             return None
         queue.release(at_ms)
         while (key := queue.first()) is not None:
@@ -407,6 +415,43 @@ class Broker:
         if len(self._queues) > _KEPT_QUEUES and not len(queue):
             del self._queues[target]  # its name may be anything a client thought of
         return None
+
+    def waits(self, target: str, at_ms: int) -> bool:
+        """True if a call for this capability could go out now, were there a worker."""
+        queue = self._queues.get(target)
+        if queue is None:
+            return False
+        queue.release(at_ms)
+        while (key := queue.first()) is not None:
+            if self._is_queued(key):
+                return True
+            queue.drop()
+        return False
+
+    def is_unserved(self, target: str) -> bool:
+        """True if calls wait for this capability and none of its workers is READY."""
+        return target in self._unserved
+
+    def loading_began(self, target: str, at_ms: int) -> None:
+        """The model behind this capability was told to load: until now its calls waited for memory, not for it."""
+        if target in self._unserved:
+            self._unserved[target] = at_ms
+
+    def look_again(self, targets: Iterable[str]) -> None:
+        """Something may have become possible for these capabilities."""
+        self._touch(targets)
+
+    def refuse_waiting(self, target: str, failure: Failure, at_ms: int) -> list[Command]:
+        """End every call that waits for this capability with a failure; those that are held back stay."""
+        queue = self._queues.get(target)
+        keys = set() if queue is None else {key for key in queue.waiting_keys() if self._is_queued(key)}
+        body = pack_body(ErrorReply(failure=failure))
+        commands: list[Command] = []
+        for key in sorted(keys):
+            call = self.calls.get(key)
+            if call is not None and call.hold_until_ms <= at_ms:
+                commands.extend(self._end(call, "error", body, "scheduler"))
+        return commands
 
     def _release(self, call: Call) -> None:
         """A call that ran is over at its worker, as far as we know: its tokens are free."""
@@ -550,7 +595,7 @@ class Broker:
         commands.extend(self._end(call, "error", pack_body(ErrorReply(failure=failure)), "scheduler"))
         return commands
 
-    def _remove(self, peer: Peer, why: str, at_ms: int, *, blame: bool) -> list[Command]:
+    def _remove(self, peer: Peer, why: str, at_ms: int, *, blame: bool, silent: bool = False) -> list[Command]:
         """End a session. Its calls are queued again or ended with PEER; `blame` says whether they count as killers."""
         self.peers.pop(peer.identity, None)
         for target in peer.capabilities:
@@ -558,7 +603,7 @@ class Broker:
             self.gone_ms[target] = at_ms
         while len(self.gone_ms) > _KEPT_GONE:
             del self.gone_ms[next(iter(self.gone_ms))]
-        commands: list[Command] = [PeerGone(peer, why)]
+        commands: list[Command] = [PeerGone(peer, why, silent)]
         for key in sorted(peer.calls):
             call = self.calls[key]
             call.worker = None

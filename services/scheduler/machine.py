@@ -33,7 +33,7 @@ from protocol.messages.result import (
     TaskView,
     Watch,
 )
-from protocol.messages.session import Hello, Ping, Pong, Reject, StatusReport, Welcome
+from protocol.messages.session import Hello, ModelQuery, Ping, Pong, Reject, Reside, StatusReport, Welcome
 from protocol.messages.task import Accepted, Extend, Extended, TaskIR
 from services.kit.identity import work_key
 from services.kit.logs import LogEvent
@@ -51,6 +51,7 @@ from services.scheduler.events import (
     FrameIn,
     LookedUp,
     LookUp,
+    MemorySeen,
     Noted,
     ReadEvents,
     ReadListing,
@@ -62,10 +63,12 @@ from services.scheduler.events import (
     Undeliverable,
 )
 from services.scheduler.growth import checked_extension
+from services.scheduler.loading import Loading
 from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.requested import read_task, task_asked_for
+from services.scheduler.residency import Order
 from services.scheduler.resources import Tokens, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
@@ -84,6 +87,8 @@ PEER_JOINED = LogEvent("peer.joined", "peer epoch capabilities in_flight reattac
 PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
 FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
 TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
+MODEL_LOAD = LogEvent("model.load", "model why bytes free_bytes")
+MODEL_UNLOAD = LogEvent("model.unload", "model why bytes free_bytes")
 RESULT_DUPLICATE = LogEvent("result.duplicate", "peer key task step", "warning")
 
 
@@ -98,6 +103,7 @@ class Hub:
     durations: Durations = field(default_factory=LearnedDurations)
     broker: b.Broker = field(init=False)
     engine: e.Engine = field(init=False)
+    loading: Loading = field(init=False)
     _out: list[Command] = field(default_factory=list)
     _watches: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
     """Task -> (identity, request id) -> request, of those who want the events."""
@@ -115,6 +121,8 @@ class Hub:
         self.broker = b.Broker(Tokens(self.registry.hardware.cores))
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
+        self.loading = Loading(self.registry, self.broker, ranking, self.engine.live)
+        self.loading.declare(self.registry, self.started_ms)
 
     def handle(self, happened: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
@@ -125,6 +133,9 @@ class Hub:
                 self._on_looked_up(identity, header, body, task, at_ms)
             case Tick(at_ms):
                 self._on_tick(at_ms)
+            case MemorySeen(available_bytes, at_ms):
+                self.loading.machine_memory(available_bytes)
+                self._settle([], at_ms)
             case EventsRead(identity, header, query, facts):
                 self._on_events_read(identity, header, query, facts)
             case Undeliverable(identity, at_ms):
@@ -150,7 +161,9 @@ class Hub:
             peers=[peer.report(at_ms) for peer in self.broker.peers.values() if peer.is_worker],
             queued=self.broker.queue_lengths(),
             tasks=task_counts,
-            counters=dict(self.broker.counters),
+            counters=self.broker.counters | self.loading.residency.counters,
+            models=self.loading.reports(at_ms),
+            memory=self.loading.budget(),
         )
 
     def reply(self, identity: bytes, request: Header, kind: str, body: Message) -> Send:
@@ -200,6 +213,7 @@ class Hub:
             pong = unpack_body(Pong, body)
             if header.seq is None or header.seq == peer.last_seq:  # else a later message has overtaken it
                 self.broker.on_pong(peer, pong)
+                self.loading.ponged(peer, at_ms)
             self._settle([], at_ms)
         elif kind == "session.goodbye":
             if not peer.is_worker:
@@ -242,6 +256,7 @@ class Hub:
         welcoming, commands = self.broker.on_hello(identity, hello, epoch, header.credit or 0, at_ms)
         if header.seq is not None:
             self.broker.peers[identity].is_repeat(header.seq)
+        self.loading.joined(self.broker.peers[identity], at_ms)
         welcome = Welcome(
             protocol=PROTOCOL_VERSION,
             hub_epoch=self.epoch,
@@ -329,6 +344,8 @@ class Hub:
                 self._out.append(ReadListing(identity, header, unpack_body(ListQuery, body)))
             case "task.submit":
                 self._on_submit(identity, header, body, at_ms)
+            case "model.load" | "model.unload":
+                self._on_model(identity, header, unpack_body(ModelQuery, body).model, at_ms)
             case _:
                 task_id = task_asked_for(header.kind, body)
                 known = self.engine.find(task_id)
@@ -336,6 +353,19 @@ class Hub:
                     self._out.append(LookUp(task_id, identity, header, body))
                 else:
                     self._answer_about(identity, header, body, known, at_ms)
+
+    def _on_model(self, identity: bytes, header: Header, model: str, at_ms: int) -> None:
+        """Somebody wants a model in memory, or out of it."""
+        if header.kind == "model.load":
+            answer = self.loading.load(model, at_ms)
+        else:
+            orders, answer = self.loading.unload(model, at_ms)
+            self._note_orders(orders)
+        self._settle([], at_ms)
+        if isinstance(answer, Failure):
+            self._out.append(self.reply(identity, header, "error", ErrorReply(failure=answer)))
+        else:
+            self._out.append(self.reply(identity, header, "model.report", self.loading.report(model, at_ms)))
 
     def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
         ir = read_task(body, self.registry)
@@ -425,7 +455,8 @@ class Hub:
 
     def _view(self, task: TaskRecord, at_ms: int) -> TaskView:
         """The task as it stands, and why what could run does not."""
-        return view(task).model_copy(update={"waiting": reasons(self.broker, task, self.started_ms, at_ms)})
+        why = reasons(self.broker, self.loading, task, self.started_ms, at_ms)
+        return view(task).model_copy(update={"waiting": why})
 
     def _watch(self, identity: bytes, header: Header, query: Watch, task: TaskRecord) -> None:
         behind = not query.quiet and query.after_seq < task.seq
@@ -468,6 +499,7 @@ class Hub:
 
     def _on_tick(self, at_ms: int) -> None:
         self.engine.on_tick(at_ms)
+        self.loading.passed()
         self._settle(self.broker.on_tick(at_ms), at_ms)
         if at_ms - self._cleaned_ms >= _TICKS_BETWEEN_CLEANUPS_MS:
             self._cleaned_ms = at_ms
@@ -484,6 +516,7 @@ class Hub:
     def _settle(self, commands: Iterable[b.Command], at_ms: int) -> None:
         """Carry out the broker's commands and the engine's effects until neither has any, then hand out calls."""
         todo = deque(commands)
+        looked = False
         while True:
             for effect in self.engine.take():
                 match effect:
@@ -498,14 +531,40 @@ class Hub:
                 self._carry_out(todo.popleft(), at_ms)
             elif (start := self.broker.next_start(at_ms)) is not None:
                 self._carry_out(start, at_ms)
+            elif not looked and self.loading.has_guests and self.loading.wants_a_look():
+                refused = self._order_models(at_ms)
+                looked = not refused
+                todo.extend(refused)
             else:
                 return
+
+    def next_due_ms(self) -> int | None:
+        """When a tick will find something to do, pings apart; None = never."""
+        due = [at_ms for at_ms in (self.broker.next_due_ms(), self.loading.next_due_ms()) if at_ms is not None]
+        return min(due, default=None)
+
+    def _order_models(self, at_ms: int) -> list[b.Command]:
+        """Have models loaded and unloaded as is needed; returns the ends of calls that no model will ever serve."""
+        orders, told, refused = self.loading.look(at_ms)
+        self._note_orders(orders)
+        for tell in told:
+            header = Header(kind="session.reside", id=self._next_id(), epoch=self.epoch)
+            body = pack_body(Reside(loaded=tell.loaded, order=tell.order))
+            self._out.append(Send(tell.peer.identity, pack_header(header), body, promises=False))
+        return refused
+
+    def _note_orders(self, orders: Iterable[Order]) -> None:
+        for order in orders:
+            told = MODEL_LOAD if order.loaded else MODEL_UNLOAD
+            free = self.broker.tokens.free_bytes
+            self._note(told, model=order.model, why=order.why, bytes=order.bytes, free_bytes=free)
 
     def _carry_out(self, command: b.Command, at_ms: int) -> None:
         match command:
             case b.Start(call, peer, unserved_ms):
                 self._start(call, peer, unserved_ms, at_ms)
             case b.Ended(call, kind, body, worker):
+                self.loading.ended(call.target)
                 if call.requester is None:
                     self.engine.on_ended(call, kind, body, worker, at_ms)
                 else:
@@ -518,12 +577,14 @@ class Hub:
                 if call.requester is None:
                     self.engine.on_started(call, worker, at_ms, reattached=True)
             case b.CancelAt(call, identity):
+                self.loading.ended(call.target)
                 header = Header(kind=f"{family(call.kind)}.cancel", id=self._next_id(), key=call.key, epoch=self.epoch)
                 self._out.append(Send(identity, pack_header(header), _EMPTY, promises=False))
             case b.SendPing(identity):
                 header = Header(kind="session.ping", id=self._next_id(), epoch=self.epoch)
                 self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms)), promises=False))
-            case b.PeerGone(peer, why):
+            case b.PeerGone(peer, why, silent):
+                self.loading.gone(peer, at_ms, silent=silent)
                 self._note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)
                 if not peer.is_worker:
                     self._forget_client(peer.identity, at_ms)

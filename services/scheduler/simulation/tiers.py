@@ -36,6 +36,8 @@ class Tier:
     workers: int
     slots: int
     """Of each worker."""
+    load_s: float | None = None
+    """How long its model takes to load when it is needed; None = it is always in memory."""
 
 
 def add_core(world: World) -> None:
@@ -50,7 +52,8 @@ def add_tiers(world: World, tiers: Sequence[Tier], seconds: Seconds) -> None:
     answer = _Inference(world, seconds)
     for tier in tiers:
         for number in range(tier.workers):
-            world.add(f"inference-{tier.model}-{number}", (f"infer.{tier.model}",), answer, tier.slots)
+            load_ms = None if tier.load_s is None else round(tier.load_s * 1000)
+            world.add(f"inference-{tier.model}-{number}", (f"infer.{tier.model}",), answer, tier.slots, load_ms)
 
 
 def plan_as_given(_header: Header, body: bytes) -> Answer:

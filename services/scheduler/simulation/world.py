@@ -121,7 +121,7 @@ class World:
     def _next_ms(self) -> tuple[int | None, int | None]:
         """When something happens next, and when a tick of a calm world has work to do."""
         due = self._heap[0][0] if self._heap else None
-        waits = self.hub.broker.next_due_ms() if self.calm and self.hub is not None else None
+        waits = self.hub.next_due_ms() if self.calm and self.hub is not None else None
         return waits if due is None or (waits is not None and waits < due) else due, waits
 
     def _jump(self, due: int, tick: bool) -> None:
@@ -149,7 +149,9 @@ class World:
     def boot_hub(self) -> None:
         """Start a hub; tasks in the journal that are not settled are taken up where they stood."""
         durations = self.durations if self.durations is not None else LearnedDurations()
-        self.hub = Hub(epoch=f"hub{next(self._order)}", registry=self.registry, durations=durations)
+        self.hub = Hub(
+            epoch=f"hub{next(self._order)}", registry=self.registry, started_ms=self.now, durations=durations
+        )
         for task in self.recorded_tasks().values():
             if not (task.state.final and task.settled):
                 self.feed(ev.Restored(task, self.now))
@@ -264,10 +266,15 @@ class World:
     # Processes and clients
 
     def add(
-        self, service: str, capabilities: tuple[str, ...], answer: Callable[[Header, bytes], Answer], slots: int = 4
+        self,
+        service: str,
+        capabilities: tuple[str, ...],
+        answer: Callable[[Header, bytes], Answer],
+        slots: int = 4,
+        load_ms: int | None = None,
     ) -> SimPeer:
-        """Start a process that answers calls for these capabilities."""
-        peer = SimPeer(self, service, capabilities, slots, answer)
+        """Start a process that answers calls for these capabilities; `load_ms` is how long its model takes to load."""
+        peer = SimPeer(self, service, capabilities, slots, answer, load_ms)
         self.peers[service] = peer
         peer.start()
         return peer

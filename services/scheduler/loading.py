@@ -1,0 +1,322 @@
+"""Joins the residency of models with the broker and the tasks: what services say goes in, what they are told comes out.
+
+It gathers what is wanted (calls that run and wait, steps whose inputs come soon), lets `residency` decide, keeps closed
+models from getting work, and ends calls that nobody will ever serve. Sending is the hub's. A stack without warm or cold
+models pays nothing for it per step: there is nothing to gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from protocol.messages.failure import Category, Failure
+from protocol.messages.session import MemoryBudget, ModelReport, PeerState
+from services.kit.registry import Registry
+from services.scheduler.broker import Broker, Command
+from services.scheduler.foresight import needed_soon
+from services.scheduler.peers import Peer
+from services.scheduler.ranks import Ranking
+from services.scheduler.residency import Demand, Order, Residency, State
+from services.scheduler.tasks import TaskRecord
+
+RESEND_MS: Final = 3_000
+"""A word that its service has not confirmed for so long is said again."""
+FORESIGHT_MS: Final = 500
+"""How often the tasks are looked through for steps that will need a model."""
+LOW_SHARE: Final = 0.03
+LEAST_LOW_BYTES: Final = 128 * 1024 * 1024
+"""The machine counts as short of memory below this share of the budget, and below this in any case."""
+
+#: What several processes of one model amount to: the first state that one of them has.
+_STATES: Final[tuple[tuple[PeerState, State], ...]] = (
+    (PeerState.READY, State.LOADED),
+    (PeerState.LOADING, State.LOADING),
+    (PeerState.DEGRADED, State.DEGRADED),
+    (PeerState.UNLOADING, State.UNLOADING),
+    (PeerState.DRAINING, State.UNLOADING),
+    (PeerState.STARTING, State.LOADING),
+    (PeerState.PARKED, State.PARKED),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send this peer a `session.reside`."""
+
+    peer: Peer
+    loaded: bool
+    order: int
+
+
+@dataclass(slots=True)
+class Loading:
+    """See the module."""
+
+    registry: Registry
+    broker: Broker
+    ranking: Ranking
+    tasks: Mapping[str, TaskRecord]
+    """Those that are alive."""
+    residency: Residency = field(init=False)
+    _models: dict[str, str] = field(default_factory=dict)
+    """Capability -> model, of warm and cold models."""
+    _hot: dict[str, str] = field(default_factory=dict)
+    """The same of hot ones."""
+    _dirty: bool = False
+    _unserved: tuple[str, ...] = ()
+    """Capabilities that nobody served when it was decided last."""
+    _soon: dict[str, int] = field(default_factory=dict)
+    _soon_ms: int = 0
+    """When `_soon` was made."""
+
+    def __post_init__(self) -> None:
+        """The budget is the broker's memory token."""
+        self.residency = Residency(self.broker.tokens)
+
+    def declare(self, registry: Registry, at_ms: int) -> None:
+        """Take over the models of a registry."""
+        self.registry = registry
+        self.residency.declare(registry, at_ms)
+        guests = self.residency.guests
+        self._models = {f"infer.{name}": name for name in guests}
+        self._hot = {f"infer.{name}": name for name in self.residency.places if name not in guests}
+        self._dirty = bool(guests)
+
+    # What happened
+
+    def joined(self, peer: Peer, at_ms: int) -> None:
+        """A worker has opened a session."""
+        for target, model in self._models_of(peer):
+            if not any(other.service != peer.service for other in self._peers(target)):
+                self.residency.joined(model)
+            self._hear(target, model, at_ms)
+
+    def ponged(self, peer: Peer, at_ms: int) -> None:
+        """A worker has said how it is."""
+        for target, model in self._models_of(peer):
+            self._hear(target, model, at_ms)
+
+    def gone(self, peer: Peer, at_ms: int, *, silent: bool) -> None:
+        """A worker's session is over."""
+        for target, model in self._models_of(peer):
+            if self._peers(target):
+                self._hear(target, model, at_ms)
+            else:
+                self.residency.gone(model, at_ms, silent=silent)
+                self._dirty = True
+
+    def ended(self, target: str) -> None:
+        """A call for this capability is over."""
+        if target in self._models:
+            self._dirty = True
+
+    def passed(self) -> None:
+        """Time has passed."""
+        self._dirty = bool(self._models)
+
+    def machine_memory(self, available_bytes: int) -> None:
+        """What the machine, or its control group, has left."""
+        low_bytes = max(LEAST_LOW_BYTES, int(LOW_SHARE * self.broker.tokens.memory_bytes))
+        self.residency.machine_memory(available_bytes, low_bytes)
+        self._dirty = bool(self._models)
+
+    # What is to be done
+
+    @property
+    def has_guests(self) -> bool:
+        """Whether any model comes and goes at all."""
+        return bool(self._models)
+
+    def wants_a_look(self) -> bool:
+        """True if something has happened that may change what is decided."""
+        if self._dirty or self.residency.restless():
+            return True
+        return self._unserved != tuple(target for target in self._models if self.broker.is_unserved(target))
+
+    def look(self, at_ms: int) -> tuple[list[Order], list[Tell], list[Command]]:
+        """Decide; returns what was ordered, whom to tell what, and the calls that end since nobody will serve them."""
+        self._dirty = False
+        broker, residency = self.broker, self.residency
+        if at_ms - self._soon_ms >= FORESIGHT_MS:
+            self._soon_ms = at_ms
+            self._soon = needed_soon(
+                self.tasks.values(), self.ranking, residency.guests, lambda model: self._is_loaded(model), at_ms
+            )
+        orders = residency.decide(
+            {model: self._demand(target, model, at_ms) for target, model in self._models.items()}, at_ms
+        )
+        for order in orders:
+            if order.loaded:
+                broker.loading_began(f"infer.{order.model}", at_ms)
+        closed = {target for target, model in self._models.items() if residency.guests[model].closed}
+        opened = broker.closed - closed
+        broker.closed = closed
+        broker.look_again([*opened, *broker.tokens.blocked()])
+        refused: list[Command] = []
+        for target, model in self._models.items():
+            if residency.hopeless(model) and broker.waits(target, at_ms):
+                refused += broker.refuse_waiting(target, _cold(model), at_ms)
+        self._unserved = tuple(target for target in self._models if broker.is_unserved(target))
+        return orders, list(self._tell(at_ms)), refused
+
+    def next_due_ms(self) -> int | None:
+        """When a look will find something new if nothing happens before; None = never."""
+        due = self.residency.due_ms
+        parked = any(place.state is State.PARKED for place in self.residency.guests.values())
+        if parked and any(not task.state.final for task in self.tasks.values()):
+            look = self._soon_ms + FORESIGHT_MS
+            due = look if due is None else min(due, look)
+        return due
+
+    def load(self, model: str, at_ms: int) -> ModelReport | Failure:
+        """Somebody asks for this model by name; returns its report, or why that cannot be."""
+        if model not in self.residency.guests:
+            return self._not_movable(model)
+        self.residency.ask(model, at_ms)
+        self._dirty = True
+        return self.report(model, at_ms)
+
+    def unload(self, model: str, at_ms: int) -> tuple[list[Order], ModelReport | Failure]:
+        """Somebody wants this model out of memory."""
+        if model not in self.residency.guests:
+            return [], self._not_movable(model)
+        demand = self._demand(f"infer.{model}", model, at_ms)
+        if demand.running or demand.waiting:
+            what = "calls run on it" if demand.running else "calls wait for it"
+            message = f"{model} is needed: {what}; let them end, or cancel their tasks, then ask again"
+            return [], Failure(code="model.busy", category=Category.RESOURCE, origin="scheduler", message=message)
+        orders = self.residency.ask_away(model, at_ms)
+        self._dirty = True
+        self.broker.closed.update(f"infer.{order.model}" for order in orders)
+        return orders, self.report(model, at_ms)
+
+    # What is said of it
+
+    def reports(self, at_ms: int) -> list[ModelReport]:
+        """Every model that takes memory."""
+        return [self.report(model, at_ms) for model in self.residency.places]
+
+    def report(self, model: str, at_ms: int) -> ModelReport:
+        """One model, as `tierline models` shows it."""
+        place = self.residency.places[model]
+        waits = place.wait_ms is not None or (place.state is State.LOADING and place.residency != "hot")
+        return ModelReport(
+            model=model,
+            residency=place.residency,
+            pinned=place.pinned,
+            state=place.state.value,
+            need_bytes=place.need_bytes,
+            held_bytes=self.broker.tokens.held_by(model),
+            measured_bytes=place.measured_bytes,
+            used_ms=place.used_ms,
+            loads=place.loads,
+            waiting=self.reason(f"infer.{model}", at_ms) if waits else None,
+        )
+
+    def budget(self) -> MemoryBudget:
+        """The memory that all models share."""
+        tokens, residency = self.broker.tokens, self.residency
+        return MemoryBudget(
+            budget_bytes=tokens.memory_bytes,
+            held_bytes=tokens.held_bytes,
+            available_bytes=residency.available_bytes,
+            low=residency.low,
+        )
+
+    def reason(self, target: str, at_ms: int) -> str | None:
+        """Why calls for this capability wait, as far as it is a matter of memory; else None."""
+        place = self.residency.guests.get(self._models.get(target, ""))
+        if place is None:
+            return None
+        model, since_s = place.model, max(0, at_ms - place.since_ms) / 1000
+        if place.closing:
+            return f"waits for {model}: it gets no new work, since another model has waited for its memory"
+        match place.state:
+            case State.LOADING:
+                return f"waits for {model}: it loads since {since_s:.1f} s (last time {place.load_ms / 1000:.1f} s)"
+            case State.UNLOADING:
+                return f"waits for {model}: it is being unloaded, and loads again when there is room"
+            case State.PARKED if self.residency.hopeless(model):
+                return f"waits for {model}: it is cold; load it with: tierline models load {model}"
+            case State.PARKED if place.pause_ms > at_ms:
+                pause_s = (place.pause_ms - at_ms) / 1000
+                return f"waits for {model}: loading it failed, next try in {pause_s:.0f} s; see: tierline tail"
+            case State.PARKED:
+                return f"waits for memory: {model} needs {_gib(place.need_bytes)}, {self._who_has_it()}"
+            case _:
+                return None
+
+    def _who_has_it(self) -> str:
+        tokens = self.broker.tokens
+        parts = []
+        for name, place in self.residency.guests.items():
+            held = tokens.held_by(name)
+            if held:
+                calls = sum(len(peer.calls) for peer in self._peers(f"infer.{name}"))
+                doing = f"{calls} calls run" if calls else "pinned" if place.pinned else place.state.value
+                parts.append(f"{name} {_gib(held)} ({doing})")
+        others = f"; in memory beside the hot models: {', '.join(parts)}" if parts else ""
+        return f"{_gib(max(0, tokens.free_bytes))} of {_gib(tokens.memory_bytes)} are free{others}"
+
+    # Inside
+
+    def _models_of(self, peer: Peer) -> Iterable[tuple[str, str]]:
+        for target in peer.capabilities:
+            model = self._models.get(target) or self._hot.get(target)
+            if model is not None:
+                yield target, model
+
+    def _peers(self, target: str) -> list[Peer]:
+        """Sessions that serve this capability; of a process that came back only the newest."""
+        return list({peer.service: peer for peer in self.broker.peers.values() if target in peer.capabilities}.values())
+
+    def _hear(self, target: str, model: str, at_ms: int) -> None:
+        peers = self._peers(target)
+        states = {peer.state for peer in peers}
+        state = next(ours for theirs, ours in _STATES if theirs in states)
+        settled = all(peer.order >= peer.told for peer in peers)
+        measured = sum(peer.model_bytes for peer in peers)
+        self.residency.heard(model, state, measured, at_ms, settled=settled)
+        self._dirty = self._dirty or target in self._models
+
+    def _is_loaded(self, model: str) -> bool:
+        place = self.residency.guests.get(model)
+        return place is None or place.state is State.LOADED
+
+    def _demand(self, target: str, model: str, at_ms: int) -> Demand:
+        return Demand(
+            running=any(peer.calls for peer in self._peers(target)),
+            waiting=self.broker.waits(target, at_ms),
+            soon_ms=self._soon.get(model),
+        )
+
+    def _tell(self, at_ms: int) -> Iterable[Tell]:
+        """Whoever has not heard the newest word, or has not confirmed it for long."""
+        for target, model in self._models.items():
+            place = self.residency.guests[model]
+            if place.wish is None:
+                continue
+            for peer in self._peers(target):
+                late = peer.order < peer.told and at_ms - peer.told_ms >= RESEND_MS
+                if peer.told < place.order or late:
+                    peer.told, peer.told_ms = place.order, at_ms
+                    yield Tell(peer, place.wish, place.order)
+
+    def _not_movable(self, model: str) -> Failure:
+        if model in self.registry.models:
+            code, message = "model.hot", f"{model} is hot: it is always in memory; set residency in models.yaml"
+        else:
+            known = ", ".join(self.registry.models)
+            code, message = "model.unknown", f"models.yaml has no entry {model!r}; it has: {known}"
+        return Failure(code=code, category=Category.POLICY, origin="scheduler", message=message)
+
+
+def _cold(model: str) -> Failure:
+    message = f"the model {model} is cold and not in memory; load it with: tierline models load {model}"
+    return Failure(code="model.cold", category=Category.RESOURCE, origin="scheduler", message=message)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
