@@ -7,19 +7,25 @@ models pays nothing for it per step: there is nothing to gather.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
-from protocol.messages.session import MemoryBudget, ModelReport, PeerState
+from protocol.messages.session import MemoryBudget, ModelReport, PeerState, Reside
+from services.kit.logs import LogEvent
 from services.kit.registry import Registry
 from services.scheduler.broker import Broker, Command
+from services.scheduler.events import Noted, Send
 from services.scheduler.foresight import needed_soon
 from services.scheduler.peers import Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.residency import Demand, Order, Residency, State
 from services.scheduler.tasks import TaskRecord
+
+MODEL_LOAD = LogEvent("model.load", "model why bytes free_bytes")
+MODEL_UNLOAD = LogEvent("model.unload", "model why bytes free_bytes")
 
 RESEND_MS: Final = 3_000
 """A word that its service has not confirmed for so long is said again."""
@@ -41,15 +47,6 @@ _STATES: Final[tuple[tuple[PeerState, State], ...]] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send this peer a `session.reside`."""
-
-    peer: Peer
-    loaded: bool
-    order: int
-
-
 @dataclass(slots=True)
 class Loading:
     """See the module."""
@@ -59,6 +56,8 @@ class Loading:
     ranking: Ranking
     tasks: Mapping[str, TaskRecord]
     """Those that are alive."""
+    message: Callable[[bytes, str, Message], Send]
+    """Makes a message to the peer of this identity, of this kind and with this body."""
     residency: Residency = field(init=False)
     _models: dict[str, str] = field(default_factory=dict)
     """Capability -> model, of warm and cold models."""
@@ -135,8 +134,8 @@ class Loading:
             return True
         return self._unserved != tuple(target for target in self._models if self.broker.is_unserved(target))
 
-    def look(self, at_ms: int) -> tuple[list[Order], list[Tell], list[Command]]:
-        """Decide; returns what was ordered, whom to tell what, and the calls that end since nobody will serve them."""
+    def look(self, at_ms: int) -> tuple[list[Noted | Send], list[Command]]:
+        """Decide; returns what to write and to send, and the ends of calls that nobody will ever serve."""
         self._dirty = False
         broker, residency = self.broker, self.residency
         if at_ms - self._soon_ms >= FORESIGHT_MS:
@@ -159,7 +158,7 @@ class Loading:
             if residency.hopeless(model) and broker.waits(target, at_ms):
                 refused += broker.refuse_waiting(target, _cold(model), at_ms)
         self._unserved = tuple(target for target in self._models if broker.is_unserved(target))
-        return orders, list(self._tell(at_ms)), refused
+        return [*self._noted(orders), *self._tell(at_ms)], refused
 
     def next_due_ms(self) -> int | None:
         """When a look will find something new if nothing happens before; None = never."""
@@ -170,27 +169,21 @@ class Loading:
             due = look if due is None else min(due, look)
         return due
 
-    def load(self, model: str, at_ms: int) -> ModelReport | Failure:
-        """Somebody asks for this model by name; returns its report, or why that cannot be."""
+    def move(self, loaded: bool, model: str, at_ms: int) -> Failure | None:
+        """Somebody wants this model in memory, or out of it; returns why that cannot be, None if it will be."""
         if model not in self.residency.guests:
             return self._not_movable(model)
-        self.residency.ask(model, at_ms)
         self._dirty = True
-        return self.report(model, at_ms)
-
-    def unload(self, model: str, at_ms: int) -> tuple[list[Order], ModelReport | Failure]:
-        """Somebody wants this model out of memory."""
-        if model not in self.residency.guests:
-            return [], self._not_movable(model)
+        if loaded:
+            self.residency.ask(model, at_ms)
+            return None
         demand = self._demand(f"infer.{model}", model, at_ms)
         if demand.running or demand.waiting:
             what = "calls run on it" if demand.running else "calls wait for it"
             message = f"{model} is needed: {what}; let them end, or cancel their tasks, then ask again"
-            return [], Failure(code="model.busy", category=Category.RESOURCE, origin="scheduler", message=message)
-        orders = self.residency.ask_away(model, at_ms)
-        self._dirty = True
-        self.broker.closed.update(f"infer.{order.model}" for order in orders)
-        return orders, self.report(model, at_ms)
+            return Failure(code="model.busy", category=Category.RESOURCE, origin="scheduler", message=message)
+        self.residency.ask_away(model)
+        return None
 
     # What is said of it
 
@@ -292,7 +285,13 @@ class Loading:
             soon_ms=self._soon.get(model),
         )
 
-    def _tell(self, at_ms: int) -> Iterable[Tell]:
+    def _noted(self, orders: Iterable[Order]) -> Iterator[Noted]:
+        for order in orders:
+            told = MODEL_LOAD if order.loaded else MODEL_UNLOAD
+            free = self.broker.tokens.free_bytes
+            yield Noted(told, {"model": order.model, "why": order.why, "bytes": order.bytes, "free_bytes": free})
+
+    def _tell(self, at_ms: int) -> Iterator[Send]:
         """Whoever has not heard the newest word, or has not confirmed it for long."""
         for target, model in self._models.items():
             place = self.residency.guests[model]
@@ -302,7 +301,7 @@ class Loading:
                 late = peer.order < peer.told and at_ms - peer.told_ms >= RESEND_MS
                 if peer.told < place.order or late:
                     peer.told, peer.told_ms = place.order, at_ms
-                    yield Tell(peer, place.wish, place.order)
+                    yield self.message(peer.identity, "session.reside", Reside(loaded=place.wish, order=place.order))
 
     def _not_movable(self, model: str) -> Failure:
         if model in self.registry.models:

@@ -110,6 +110,8 @@ class Place:
     """Since when it is waited for without being loaded."""
     asked_ms: int | None = None
     """Since when somebody asks for it by name."""
+    asked_away: bool = False
+    """Somebody wants it out of memory, at the next decision."""
     closing: bool = False
     """It gets no new work: another model waits for its room."""
     wish: bool | None = None
@@ -258,13 +260,9 @@ class Residency:
         if place.state is not State.LOADED:
             place.asked_ms = at_ms if place.asked_ms is None else place.asked_ms
 
-    def ask_away(self, model: str, at_ms: int) -> list[Order]:
+    def ask_away(self, model: str) -> None:
         """Somebody wants a warm or cold model out of memory, be it pinned; no work needs it now."""
-        place = self.guests[model]
-        place.asked_ms = None
-        if place.state in (State.LOADED, State.LOADING, State.DEGRADED):
-            return [self._unload(place, "asked away", at_ms)]
-        return []
+        self.guests[model].asked_ms, self.guests[model].asked_away = None, True
 
     # Decisions
 
@@ -274,6 +272,7 @@ class Residency:
         orders: list[Order] = []
         for place in self.guests.values():
             self._look_at(place, demand.get(place.model, NONE), at_ms)
+        orders += self._send_away(at_ms)
         orders += self._relieve(demand, at_ms)
         first = self._serve_waiting(demand, orders, at_ms)
         orders += self._run_dry(demand, at_ms, needed=first)
@@ -419,6 +418,15 @@ class Residency:
                 place.closing = False
             elif not demand.get(place.model, NONE).running and place.state in (State.LOADED, State.DEGRADED):
                 orders.append(self._unload(place, "room", at_ms))
+        return orders
+
+    def _send_away(self, at_ms: int) -> list[Order]:
+        """Unload what somebody wants out of memory."""
+        orders = []
+        for place in self.guests.values():
+            if place.asked_away and place.state in (State.LOADED, State.LOADING, State.DEGRADED):
+                orders.append(self._unload(place, "asked away", at_ms))
+            place.asked_away = False
         return orders
 
     def _relieve(self, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
