@@ -141,7 +141,11 @@ class Loading:
         if at_ms - self._soon_ms >= FORESIGHT_MS:
             self._soon_ms = at_ms
             self._soon = needed_soon(
-                self.tasks.values(), self.ranking, residency.guests, lambda model: self._is_loaded(model), at_ms
+                self.tasks.values(),
+                self.ranking,
+                residency.guests,
+                lambda model: self._ready_in_ms(model, at_ms),
+                at_ms,
             )
         orders = residency.decide(
             {model: self._demand(target, model, at_ms) for target, model in self._models.items()}, at_ms
@@ -274,9 +278,11 @@ class Loading:
         self.residency.heard(model, state, measured, at_ms, settled=settled)
         self._dirty = self._dirty or target in self._models
 
-    def _is_loaded(self, model: str) -> bool:
+    def _ready_in_ms(self, model: str, at_ms: int) -> int | None:
         place = self.residency.guests.get(model)
-        return place is None or place.state is State.LOADED
+        if place is None or place.state is State.LOADED:
+            return 0
+        return max(0, place.load_ms - (at_ms - place.since_ms)) if place.state is State.LOADING else None
 
     def _demand(self, target: str, model: str, at_ms: int) -> Demand:
         return Demand(
