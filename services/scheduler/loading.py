@@ -7,7 +7,7 @@ models pays nothing for it per step: there is nothing to gather.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -63,6 +63,8 @@ class Loading:
     """Capability -> model, of warm and cold models."""
     _hot: dict[str, str] = field(default_factory=dict)
     """The same of hot ones."""
+    _workers: dict[str, dict[str, Peer]] = field(default_factory=dict)
+    """Capability of a model -> service -> its newest session."""
     _dirty: bool = False
     _unserved: tuple[str, ...] = ()
     """Capabilities that nobody served when it was decided last."""
@@ -88,7 +90,9 @@ class Loading:
     def joined(self, peer: Peer, at_ms: int) -> None:
         """A worker has opened a session."""
         for target, model in self._models_of(peer):
-            if not any(other.service != peer.service for other in self._peers(target)):
+            workers = self._workers.setdefault(target, {})
+            workers[peer.service] = peer
+            if len(workers) == 1:
                 self.residency.joined(model)
             self._hear(target, model, at_ms)
 
@@ -100,7 +104,11 @@ class Loading:
     def gone(self, peer: Peer, at_ms: int, *, silent: bool) -> None:
         """A worker's session is over."""
         for target, model in self._models_of(peer):
-            if self._peers(target):
+            workers = self._workers.get(target, {})
+            if workers.get(peer.service) is not peer:
+                continue  # a later session of the same process, or of its next life, has taken its place
+            del workers[peer.service]
+            if workers:
                 self._hear(target, model, at_ms)
             else:
                 self.residency.gone(model, at_ms, silent=silent)
@@ -130,7 +138,7 @@ class Loading:
 
     def wants_a_look(self) -> bool:
         """True if something has happened that may change what is decided."""
-        if self._dirty or self.residency.restless():
+        if self._dirty or self.residency.wants_core:
             return True
         return self._unserved != tuple(target for target in self._models if self.broker.is_unserved(target))
 
@@ -265,9 +273,9 @@ class Loading:
             if model is not None:
                 yield target, model
 
-    def _peers(self, target: str) -> list[Peer]:
+    def _peers(self, target: str) -> Collection[Peer]:
         """Sessions that serve this capability; of a process that came back only the newest."""
-        return list({peer.service: peer for peer in self.broker.peers.values() if target in peer.capabilities}.values())
+        return self._workers.get(target, {}).values()
 
     def _hear(self, target: str, model: str, at_ms: int) -> None:
         peers = self._peers(target)

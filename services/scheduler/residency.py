@@ -162,6 +162,8 @@ class Residency:
     )
     due_ms: int | None = None
     """When `decide` will next come to something new if nothing happens; None = never."""
+    wants_core: bool = False
+    """A model has its room and waits for a core to load with, so whatever ends may matter."""
     _pressure_ms: int = 0
 
     def declare(self, registry: Registry, at_ms: int) -> None:
@@ -268,7 +270,7 @@ class Residency:
 
     def decide(self, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
         """Orders that follow from what is there and what is wanted. The same again orders nothing again."""
-        self.due_ms = None
+        self.due_ms, self.wants_core = None, False
         orders: list[Order] = []
         for place in self.guests.values():
             self._look_at(place, demand.get(place.model, NONE), at_ms)
@@ -290,10 +292,6 @@ class Residency:
             and place.asked_ms is None
             and place.state in (State.PARKED, State.UNLOADING)
         )
-
-    def restless(self) -> bool:
-        """True while some model waits for its room, so that anything which ends may matter."""
-        return any(place.wait_ms is not None for place in self.guests.values())
 
     def _look_at(self, place: Place, demand: Demand, at_ms: int) -> None:
         if place.kept_until_ms is not None:
@@ -333,6 +331,7 @@ class Residency:
                 if self._begin(place, at_ms):
                     orders.append(self._load(place, why, at_ms))
                     continue
+                self.wants_core = True
             elif first is None:
                 orders += self._make_room(place, demand, at_ms)
                 if self._is_alone(place) and self._begin(place, at_ms, overdraw=True):
