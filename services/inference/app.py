@@ -76,7 +76,9 @@ class InferenceService:
         server = engine.server if engine is not None else None
         if engine is None or server is None:
             reason = engine.reason if engine is not None else None
-            raise self._failed("engine.not_ready", Category.RESOURCE, reason or "the model is loading; try again later")
+            raise self._failed(
+                "engine.not_ready", Category.RESOURCE, reason or "the model is not in memory yet; try again later"
+            )
         generation = Generation(request, service=self._service.name, model=self._entry.name, engine=engine.engine_name)
         left_s = call.seconds_left(self._service.clock.now_ms())
         engine.calls += 1

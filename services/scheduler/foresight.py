@@ -1,7 +1,7 @@
 """When the inputs of steps that need a certain model will be there, by what is known of durations. Pure.
 
-Only as far ahead as it pays to know: chains of a few steps from what runs now. A step that itself waits for a model
-which is not loaded holds up everything behind it for an unknown time, so nothing behind it counts as needed soon.
+Only as far ahead as it pays to know: chains of a few steps from what runs now. A step that itself waits for room in
+memory holds up everything behind it for an unknown time, so nothing behind it counts as needed soon.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ def needed_soon(
     tasks: Iterable[TaskRecord],
     ranking: Ranking,
     models: Collection[str],
-    is_loaded: Callable[[str], bool],
+    ready_in_ms: Callable[[str], int | None],
     at_ms: int,
 ) -> dict[str, int]:
-    """For each of `models`, in how many ms the first waiting step for it has its inputs; absent = not in sight."""
+    """For each of `models`, in how many ms the first waiting step for it has its inputs; absent = not in sight.
+
+    `ready_in_ms` says when a model is loaded, None if it is not even on its way.
+    """
     soon: dict[str, int] = {}
     left = _MAX_STEPS
     for task in tasks:
@@ -42,7 +45,7 @@ def needed_soon(
             model = ranking.registry.roles[step.role].model
             if model not in models:
                 continue
-            ready_ms = _ready_ms(task, step, ranking, is_loaded, known, at_ms, HORIZON_STEPS)
+            ready_ms = _ready_ms(task, step, ranking, ready_in_ms, known, at_ms, HORIZON_STEPS)
             if ready_ms is not None:
                 soon[model] = min(ready_ms, soon.get(model, ready_ms))
     return soon
@@ -52,7 +55,7 @@ def _ready_ms(
     task: TaskRecord,
     step: StepRecord,
     ranking: Ranking,
-    is_loaded: Callable[[str], bool],
+    ready_in_ms: Callable[[str], int | None],
     known: dict[str, int | None],
     at_ms: int,
     depth: int,
@@ -61,7 +64,7 @@ def _ready_ms(
     last = 0
     for name in step.waiting_for:
         if name not in known:
-            known[name] = _end_ms(task, task.steps[name], ranking, is_loaded, known, at_ms, depth - 1)
+            known[name] = _end_ms(task, task.steps[name], ranking, ready_in_ms, known, at_ms, depth - 1)
         end_ms = known[name]
         if end_ms is None:
             return None
@@ -73,7 +76,7 @@ def _end_ms(
     task: TaskRecord,
     step: StepRecord,
     ranking: Ranking,
-    is_loaded: Callable[[str], bool],
+    ready_in_ms: Callable[[str], int | None],
     known: dict[str, int | None],
     at_ms: int,
     depth: int,
@@ -87,9 +90,10 @@ def _end_ms(
             started_ms = step.attempt.started_ms
             return max(0, cost_ms - (at_ms - started_ms)) if started_ms is not None else cost_ms
         case StepState.READY:
-            return cost_ms if is_loaded(ranking.registry.roles[step.role].model) else None
+            wait_ms = ready_in_ms(ranking.registry.roles[step.role].model)
+            return None if wait_ms is None else wait_ms + cost_ms
         case StepState.WAITING if depth > 0:
-            ready_ms = _ready_ms(task, step, ranking, is_loaded, known, at_ms, depth)
+            ready_ms = _ready_ms(task, step, ranking, ready_in_ms, known, at_ms, depth)
             return None if ready_ms is None else ready_ms + cost_ms
         case _:
             return None

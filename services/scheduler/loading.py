@@ -7,19 +7,25 @@ models pays nothing for it per step: there is nothing to gather.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
-from protocol.messages.session import MemoryBudget, ModelReport, PeerState
+from protocol.messages.session import MemoryBudget, ModelReport, PeerState, Reside
+from services.kit.logs import LogEvent
 from services.kit.registry import Registry
 from services.scheduler.broker import Broker, Command
+from services.scheduler.events import Noted, Send
 from services.scheduler.foresight import needed_soon
 from services.scheduler.peers import Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.residency import Demand, Order, Residency, State
 from services.scheduler.tasks import TaskRecord
+
+MODEL_LOAD = LogEvent("model.load", "model why bytes free_bytes")
+MODEL_UNLOAD = LogEvent("model.unload", "model why bytes free_bytes")
 
 RESEND_MS: Final = 3_000
 """A word that its service has not confirmed for so long is said again."""
@@ -41,15 +47,6 @@ _STATES: Final[tuple[tuple[PeerState, State], ...]] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send this peer a `session.reside`."""
-
-    peer: Peer
-    loaded: bool
-    order: int
-
-
 @dataclass(slots=True)
 class Loading:
     """See the module."""
@@ -59,11 +56,15 @@ class Loading:
     ranking: Ranking
     tasks: Mapping[str, TaskRecord]
     """Those that are alive."""
+    message: Callable[[bytes, str, Message], Send]
+    """Makes a message to the peer of this identity, of this kind and with this body."""
     residency: Residency = field(init=False)
     _models: dict[str, str] = field(default_factory=dict)
     """Capability -> model, of warm and cold models."""
     _hot: dict[str, str] = field(default_factory=dict)
     """The same of hot ones."""
+    _workers: dict[str, dict[str, Peer]] = field(default_factory=dict)
+    """Capability of a model -> service -> its newest session."""
     _dirty: bool = False
     _unserved: tuple[str, ...] = ()
     """Capabilities that nobody served when it was decided last."""
@@ -89,7 +90,9 @@ class Loading:
     def joined(self, peer: Peer, at_ms: int) -> None:
         """A worker has opened a session."""
         for target, model in self._models_of(peer):
-            if not any(other.service != peer.service for other in self._peers(target)):
+            workers = self._workers.setdefault(target, {})
+            workers[peer.service] = peer
+            if len(workers) == 1:
                 self.residency.joined(model)
             self._hear(target, model, at_ms)
 
@@ -101,7 +104,11 @@ class Loading:
     def gone(self, peer: Peer, at_ms: int, *, silent: bool) -> None:
         """A worker's session is over."""
         for target, model in self._models_of(peer):
-            if self._peers(target):
+            workers = self._workers.get(target, {})
+            if workers.get(peer.service) is not peer:
+                continue  # a later session of the same process, or of its next life, has taken its place
+            del workers[peer.service]
+            if workers:
                 self._hear(target, model, at_ms)
             else:
                 self.residency.gone(model, at_ms, silent=silent)
@@ -131,18 +138,22 @@ class Loading:
 
     def wants_a_look(self) -> bool:
         """True if something has happened that may change what is decided."""
-        if self._dirty or self.residency.restless():
+        if self._dirty or self.residency.wants_core:
             return True
         return self._unserved != tuple(target for target in self._models if self.broker.is_unserved(target))
 
-    def look(self, at_ms: int) -> tuple[list[Order], list[Tell], list[Command]]:
-        """Decide; returns what was ordered, whom to tell what, and the calls that end since nobody will serve them."""
+    def look(self, at_ms: int) -> tuple[list[Noted | Send], list[Command]]:
+        """Decide; returns what to write and to send, and the ends of calls that nobody will ever serve."""
         self._dirty = False
         broker, residency = self.broker, self.residency
         if at_ms - self._soon_ms >= FORESIGHT_MS:
             self._soon_ms = at_ms
             self._soon = needed_soon(
-                self.tasks.values(), self.ranking, residency.guests, lambda model: self._is_loaded(model), at_ms
+                self.tasks.values(),
+                self.ranking,
+                residency.guests,
+                lambda model: self._ready_in_ms(model, at_ms),
+                at_ms,
             )
         orders = residency.decide(
             {model: self._demand(target, model, at_ms) for target, model in self._models.items()}, at_ms
@@ -159,7 +170,7 @@ class Loading:
             if residency.hopeless(model) and broker.waits(target, at_ms):
                 refused += broker.refuse_waiting(target, _cold(model), at_ms)
         self._unserved = tuple(target for target in self._models if broker.is_unserved(target))
-        return orders, list(self._tell(at_ms)), refused
+        return [*self._noted(orders), *self._tell(at_ms)], refused
 
     def next_due_ms(self) -> int | None:
         """When a look will find something new if nothing happens before; None = never."""
@@ -170,27 +181,21 @@ class Loading:
             due = look if due is None else min(due, look)
         return due
 
-    def load(self, model: str, at_ms: int) -> ModelReport | Failure:
-        """Somebody asks for this model by name; returns its report, or why that cannot be."""
+    def move(self, loaded: bool, model: str, at_ms: int) -> Failure | None:
+        """Somebody wants this model in memory, or out of it; returns why that cannot be, None if it will be."""
         if model not in self.residency.guests:
             return self._not_movable(model)
-        self.residency.ask(model, at_ms)
         self._dirty = True
-        return self.report(model, at_ms)
-
-    def unload(self, model: str, at_ms: int) -> tuple[list[Order], ModelReport | Failure]:
-        """Somebody wants this model out of memory."""
-        if model not in self.residency.guests:
-            return [], self._not_movable(model)
+        if loaded:
+            self.residency.ask(model, at_ms)
+            return None
         demand = self._demand(f"infer.{model}", model, at_ms)
         if demand.running or demand.waiting:
             what = "calls run on it" if demand.running else "calls wait for it"
             message = f"{model} is needed: {what}; let them end, or cancel their tasks, then ask again"
-            return [], Failure(code="model.busy", category=Category.RESOURCE, origin="scheduler", message=message)
-        orders = self.residency.ask_away(model, at_ms)
-        self._dirty = True
-        self.broker.closed.update(f"infer.{order.model}" for order in orders)
-        return orders, self.report(model, at_ms)
+            return Failure(code="model.busy", category=Category.RESOURCE, origin="scheduler", message=message)
+        self.residency.ask_away(model)
+        return None
 
     # What is said of it
 
@@ -268,9 +273,9 @@ class Loading:
             if model is not None:
                 yield target, model
 
-    def _peers(self, target: str) -> list[Peer]:
+    def _peers(self, target: str) -> Collection[Peer]:
         """Sessions that serve this capability; of a process that came back only the newest."""
-        return list({peer.service: peer for peer in self.broker.peers.values() if target in peer.capabilities}.values())
+        return self._workers.get(target, {}).values()
 
     def _hear(self, target: str, model: str, at_ms: int) -> None:
         peers = self._peers(target)
@@ -281,9 +286,11 @@ class Loading:
         self.residency.heard(model, state, measured, at_ms, settled=settled)
         self._dirty = self._dirty or target in self._models
 
-    def _is_loaded(self, model: str) -> bool:
+    def _ready_in_ms(self, model: str, at_ms: int) -> int | None:
         place = self.residency.guests.get(model)
-        return place is None or place.state is State.LOADED
+        if place is None or place.state is State.LOADED:
+            return 0
+        return max(0, place.load_ms - (at_ms - place.since_ms)) if place.state is State.LOADING else None
 
     def _demand(self, target: str, model: str, at_ms: int) -> Demand:
         return Demand(
@@ -292,7 +299,13 @@ class Loading:
             soon_ms=self._soon.get(model),
         )
 
-    def _tell(self, at_ms: int) -> Iterable[Tell]:
+    def _noted(self, orders: Iterable[Order]) -> Iterator[Noted]:
+        for order in orders:
+            told = MODEL_LOAD if order.loaded else MODEL_UNLOAD
+            free = self.broker.tokens.free_bytes
+            yield Noted(told, {"model": order.model, "why": order.why, "bytes": order.bytes, "free_bytes": free})
+
+    def _tell(self, at_ms: int) -> Iterator[Send]:
         """Whoever has not heard the newest word, or has not confirmed it for long."""
         for target, model in self._models.items():
             place = self.residency.guests[model]
@@ -302,7 +315,7 @@ class Loading:
                 late = peer.order < peer.told and at_ms - peer.told_ms >= RESEND_MS
                 if peer.told < place.order or late:
                     peer.told, peer.told_ms = place.order, at_ms
-                    yield Tell(peer, place.wish, place.order)
+                    yield self.message(peer.identity, "session.reside", Reside(loaded=place.wish, order=place.order))
 
     def _not_movable(self, model: str) -> Failure:
         if model in self.registry.models:

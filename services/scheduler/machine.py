@@ -33,7 +33,7 @@ from protocol.messages.result import (
     TaskView,
     Watch,
 )
-from protocol.messages.session import Hello, ModelQuery, Ping, Pong, Reject, Reside, StatusReport, Welcome
+from protocol.messages.session import Hello, ModelQuery, Ping, Pong, Reject, StatusReport, Welcome
 from protocol.messages.task import Accepted, Extend, Extended, TaskIR
 from services.kit.identity import work_key
 from services.kit.logs import LogEvent
@@ -68,7 +68,6 @@ from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.requested import read_task, task_asked_for
-from services.scheduler.residency import Order
 from services.scheduler.resources import Tokens, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
@@ -87,8 +86,6 @@ PEER_JOINED = LogEvent("peer.joined", "peer epoch capabilities in_flight reattac
 PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
 FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
 TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
-MODEL_LOAD = LogEvent("model.load", "model why bytes free_bytes")
-MODEL_UNLOAD = LogEvent("model.unload", "model why bytes free_bytes")
 RESULT_DUPLICATE = LogEvent("result.duplicate", "peer key task step", "warning")
 
 
@@ -121,7 +118,7 @@ class Hub:
         self.broker = b.Broker(Tokens(self.registry.hardware.cores))
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
-        self.loading = Loading(self.registry, self.broker, ranking, self.engine.live)
+        self.loading = Loading(self.registry, self.broker, ranking, self.engine.live, self._unpromised)
         self.loading.declare(self.registry, self.started_ms)
 
     def handle(self, happened: Event) -> list[Command]:
@@ -165,6 +162,11 @@ class Hub:
             models=self.loading.reports(at_ms),
             memory=self.loading.budget(),
         )
+
+    def _unpromised(self, identity: bytes, kind: str, body: Message) -> Send:
+        """A message of the hub's own that may go out before what led to it is written."""
+        header = Header(kind=kind, id=self._next_id(), epoch=self.epoch)
+        return Send(identity, pack_header(header), pack_body(body), promises=False)
 
     def reply(self, identity: bytes, request: Header, kind: str, body: Message) -> Send:
         """A message that answers `request`."""
@@ -356,14 +358,10 @@ class Hub:
 
     def _on_model(self, identity: bytes, header: Header, model: str, at_ms: int) -> None:
         """Somebody wants a model in memory, or out of it."""
-        if header.kind == "model.load":
-            answer = self.loading.load(model, at_ms)
-        else:
-            orders, answer = self.loading.unload(model, at_ms)
-            self._note_orders(orders)
+        refusal = self.loading.move(header.kind == "model.load", model, at_ms)
         self._settle([], at_ms)
-        if isinstance(answer, Failure):
-            self._out.append(self.reply(identity, header, "error", ErrorReply(failure=answer)))
+        if refusal is not None:
+            self._out.append(self.reply(identity, header, "error", ErrorReply(failure=refusal)))
         else:
             self._out.append(self.reply(identity, header, "model.report", self.loading.report(model, at_ms)))
 
@@ -532,9 +530,10 @@ class Hub:
             elif (start := self.broker.next_start(at_ms)) is not None:
                 self._carry_out(start, at_ms)
             elif not looked and self.loading.has_guests and self.loading.wants_a_look():
-                refused = self._order_models(at_ms)
-                looked = not refused
+                said, refused = self.loading.look(at_ms)
+                self._out.extend(said)
                 todo.extend(refused)
+                looked = not refused
             else:
                 return
 
@@ -542,22 +541,6 @@ class Hub:
         """When a tick will find something to do, pings apart; None = never."""
         due = [at_ms for at_ms in (self.broker.next_due_ms(), self.loading.next_due_ms()) if at_ms is not None]
         return min(due, default=None)
-
-    def _order_models(self, at_ms: int) -> list[b.Command]:
-        """Have models loaded and unloaded as is needed; returns the ends of calls that no model will ever serve."""
-        orders, told, refused = self.loading.look(at_ms)
-        self._note_orders(orders)
-        for tell in told:
-            header = Header(kind="session.reside", id=self._next_id(), epoch=self.epoch)
-            body = pack_body(Reside(loaded=tell.loaded, order=tell.order))
-            self._out.append(Send(tell.peer.identity, pack_header(header), body, promises=False))
-        return refused
-
-    def _note_orders(self, orders: Iterable[Order]) -> None:
-        for order in orders:
-            told = MODEL_LOAD if order.loaded else MODEL_UNLOAD
-            free = self.broker.tokens.free_bytes
-            self._note(told, model=order.model, why=order.why, bytes=order.bytes, free_bytes=free)
 
     def _carry_out(self, command: b.Command, at_ms: int) -> None:
         match command:

@@ -110,6 +110,8 @@ class Place:
     """Since when it is waited for without being loaded."""
     asked_ms: int | None = None
     """Since when somebody asks for it by name."""
+    asked_away: bool = False
+    """Somebody wants it out of memory, at the next decision."""
     closing: bool = False
     """It gets no new work: another model waits for its room."""
     wish: bool | None = None
@@ -160,6 +162,8 @@ class Residency:
     )
     due_ms: int | None = None
     """When `decide` will next come to something new if nothing happens; None = never."""
+    wants_core: bool = False
+    """A model has its room and waits for a core to load with, so whatever ends may matter."""
     _pressure_ms: int = 0
 
     def declare(self, registry: Registry, at_ms: int) -> None:
@@ -259,22 +263,19 @@ class Residency:
         if place.state is not State.LOADED:
             place.asked_ms = at_ms if place.asked_ms is None else place.asked_ms
 
-    def ask_away(self, model: str, at_ms: int) -> list[Order]:
+    def ask_away(self, model: str) -> None:
         """Somebody wants a warm or cold model out of memory, be it pinned; no work needs it now."""
-        place = self.guests[model]
-        place.asked_ms = None
-        if place.state in (State.LOADED, State.LOADING, State.DEGRADED):
-            return [self._unload(place, "asked away", at_ms)]
-        return []
+        self.guests[model].asked_ms, self.guests[model].asked_away = None, True
 
     # Decisions
 
     def decide(self, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
         """Orders that follow from what is there and what is wanted. The same again orders nothing again."""
-        self.due_ms = None
+        self.due_ms, self.wants_core = None, False
         orders: list[Order] = []
         for place in self.guests.values():
             self._look_at(place, demand.get(place.model, NONE), at_ms)
+        orders += self._send_away(at_ms)
         orders += self._relieve(demand, at_ms)
         first = self._serve_waiting(demand, orders, at_ms)
         orders += self._run_dry(demand, at_ms, needed=first)
@@ -292,10 +293,6 @@ class Residency:
             and place.asked_ms is None
             and place.state in (State.PARKED, State.UNLOADING)
         )
-
-    def restless(self) -> bool:
-        """True while some model waits for its room, so that anything which ends may matter."""
-        return any(place.wait_ms is not None for place in self.guests.values())
 
     def _look_at(self, place: Place, demand: Demand, at_ms: int) -> None:
         if place.kept_until_ms is not None:
@@ -335,6 +332,7 @@ class Residency:
                 if self._begin(place, at_ms):
                     orders.append(self._load(place, why, at_ms))
                     continue
+                self.wants_core = True
             elif first is None:
                 orders += self._make_room(place, demand, at_ms)
                 if self._is_alone(place) and self._begin(place, at_ms, overdraw=True):
@@ -420,6 +418,15 @@ class Residency:
                 place.closing = False
             elif not demand.get(place.model, NONE).running and place.state in (State.LOADED, State.DEGRADED):
                 orders.append(self._unload(place, "room", at_ms))
+        return orders
+
+    def _send_away(self, at_ms: int) -> list[Order]:
+        """Unload what somebody wants out of memory."""
+        orders = []
+        for place in self.guests.values():
+            if place.asked_away and place.state in (State.LOADED, State.LOADING, State.DEGRADED):
+                orders.append(self._unload(place, "asked away", at_ms))
+            place.asked_away = False
         return orders
 
     def _relieve(self, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:

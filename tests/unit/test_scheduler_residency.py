@@ -16,9 +16,12 @@ from protocol.messages.reply import ErrorReply
 from protocol.messages.result import TaskQuery, TaskState, TaskView
 from protocol.messages.session import ModelQuery, ModelReport, PeerState
 from services.kit.registry import Registry
+from services.kit.registry.memory import expected_load_s
 from services.scheduler import events as ev
+from services.scheduler.durations import TokenSpeed
 from services.scheduler.events import Event
-from services.scheduler.residency import MIN_RESIDENCE_MS, MIN_TURN_MS, State
+from services.scheduler.residency import MIN_RESIDENCE_MS, MIN_TURN_MS, RESIDENCE_LOADS, State
+from services.scheduler.simulation.run import run_tasks, tiers_of
 from services.scheduler.simulation.tiers import memory_takes
 from tests.unit.simulation import (
     Answer,
@@ -410,3 +413,20 @@ def test_stacks_without_warm_models_never_look() -> None:
     assert not world.hub.loading.has_guests
     world.finish(world.submit(task_of([{"id": "S"}])))
     assert world.hub.loading._soon_ms == 0
+
+
+def test_a_simulated_run_knows_that_warm_models_must_load() -> None:
+    hot = registry_of(specialist={"memory_bytes": 6 * GB}, worker={"memory_bytes": 6 * GB}, budget=20 * GB)
+    both = registry_of(specialist=warm(6 * GB), worker=warm(6 * GB), budget=20 * GB)
+    tight = registry_of(specialist=warm(6 * GB), worker=warm(6 * GB))
+    steps: list[dict[str, object]] = [{"id": "A", "actor": "coder", "max_tokens": 300}]
+    steps.append({"id": "B", "actor": "worker", "inputs": ["A.out"], "max_tokens": 300})
+    took = {}
+    for name, registry in (("hot", hot), ("both", both), ("tight", tight)):
+        run = run_tasks([task_of(steps)], registry, tiers_of(registry), TokenSpeed(30), TokenSpeed(30))
+        took[name] = run.outcome.makespan_s
+    load_s = expected_load_s(both.models["worker"])
+    assert took["hot"] == pytest.approx(20, abs=0.1)
+    assert took["both"] == pytest.approx(20 + load_s, abs=0.2), "the second is loaded while the first works"
+    residence_s = max(0.0, RESIDENCE_LOADS * load_s - 10)
+    assert took["tight"] == pytest.approx(20 + 2 * load_s + residence_s, abs=0.3)
