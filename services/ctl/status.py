@@ -100,7 +100,7 @@ def memory_line(memory: MemoryBudget) -> str:
 def _place_line(place: ModelReport) -> str:
     held = f", holds {mebibytes(place.held_bytes)}" if place.held_bytes else f", needs {mebibytes(place.need_bytes)}"
     waiting = f"; work {place.waiting}" if place.waiting else ""
-    return f"{place.residency} model {place.model}: {place.state}{held}, loaded {place.loads} times{waiting}"
+    return f"{place.residency} model {place.model}: {place.state}{held}, {place.loads} loads{waiting}"
 
 
 def slots(peer: PeerReport) -> str:

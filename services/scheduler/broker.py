@@ -26,6 +26,7 @@ from services.scheduler.admission import Admission
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 from services.scheduler.queues import Place, ReadyQueue
 from services.scheduler.resources import NOTHING, Needs, Tokens
+from services.scheduler.unserved import Unserved
 
 MAX_QUEUED: Final = 10_000
 """Calls of other peers that may wait per capability; the hub's own steps are bounded by its tasks."""
@@ -162,6 +163,7 @@ class Broker:
     admission: Admission = field(default_factory=Admission)
     closed: set[str] = field(default_factory=set)
     """Capabilities for which nothing is handed out, although a worker may be READY: their model is to be unloaded."""
+    unserved: Unserved = field(default_factory=Unserved)
     _queues: dict[str, ReadyQueue] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
     """Keys that have ended lately, to tell a duplicate from a stranger."""
@@ -170,10 +172,6 @@ class Broker:
     _deadlines: list[tuple[int, str]] = field(default_factory=list)
     _dirty: dict[str, None] = field(default_factory=dict)
     """Capabilities for which something may have become possible, in the order in which it did."""
-    _unserved: dict[str, int] = field(default_factory=dict)
-    """Capability -> since when calls wait for it while none of its workers is READY."""
-    _unserved_last: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Capability -> the newest such stretch that is over."""
     _pinged_ms: int = 0
 
     # Peers
@@ -411,7 +409,7 @@ class Broker:
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
-        self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
+        self.unserved.forget(target)
         if len(self._queues) > _KEPT_QUEUES and not len(queue):
             del self._queues[target]  # its name may be anything a client thought of
         return None
@@ -427,15 +425,6 @@ class Broker:
                 return True
             queue.drop()
         return False
-
-    def is_unserved(self, target: str) -> bool:
-        """True if calls wait for this capability and none of its workers is READY."""
-        return target in self._unserved
-
-    def loading_began(self, target: str, at_ms: int) -> None:
-        """The model behind this capability was told to load: until now its calls waited for memory, not for it."""
-        if target in self._unserved:
-            self._unserved[target] = at_ms
 
     def look_again(self, targets: Iterable[str]) -> None:
         """Something may have become possible for these capabilities."""
@@ -506,9 +495,9 @@ class Broker:
         if free is None and not any(
             peer.state is PeerState.READY and target in peer.capabilities for peer in self.peers.values()
         ):
-            self._unserved.setdefault(target, at_ms)
-        elif target in self._unserved:
-            self._unserved_last[target] = (self._unserved.pop(target), at_ms)
+            self.unserved.begin(target, at_ms)
+        else:
+            self.unserved.end(target, at_ms)
 
     def _start(self, call: Call, peer: Peer, at_ms: int) -> Start:
         peer.used += 1
@@ -519,8 +508,7 @@ class Broker:
             call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
             self._watch_deadline(call)
         self.counters["started"] += 1
-        unserved = self._unserved_last.get(call.target)
-        return Start(call, peer, unserved if unserved is not None and unserved[1] > call.queued_ms else None)
+        return Start(call, peer, self.unserved.last(call.target, call.queued_ms))
 
     def _attach(self, call: Call, peer: Peer) -> None:
         # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are
