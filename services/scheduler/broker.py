@@ -10,7 +10,8 @@ Leaves to others: what an answer means (`machine.py`), sockets and clocks (`app.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -153,6 +154,8 @@ class Broker:
     """Peers and calls. Every method takes the time and returns commands, in order."""
 
     tokens: Tokens
+    weight_of: Callable[[str], float] = field(default=lambda _: 1.0)
+    """Client -> its weight among those that wait for the same capability."""
     peers: dict[bytes, Peer] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     counters: dict[str, int] = field(
@@ -170,6 +173,8 @@ class Broker:
     _children: dict[str, set[str]] = field(default_factory=dict)
     """Key of a call -> keys of the calls made during it."""
     _deadlines: list[tuple[int, str]] = field(default_factory=list)
+    _overdue: deque[Command] = field(default_factory=deque)
+    """Ends of calls that were found expired when it was their turn."""
     _dirty: dict[str, None] = field(default_factory=dict)
     """Capabilities for which something may have become possible, in the order in which it did."""
     _pinged_ms: int = 0
@@ -244,12 +249,12 @@ class Broker:
         else:
             self.peers.pop(peer.identity, None)
 
-    def on_unreachable(self, identity: bytes, at_ms: int) -> list[Command]:
-        """Sending failed: the connection is gone."""
+    def on_unreachable(self, identity: bytes, at_ms: int, why: str = "disconnected") -> list[Command]:
+        """The connection is gone, or cannot be used any more."""
         peer = self.peers.get(identity)
         if peer is None:
             return []
-        return self._remove(peer, "disconnected", at_ms, blame=peer.state is not PeerState.DRAINING)
+        return self._remove(peer, why, at_ms, blame=peer.state is not PeerState.DRAINING)
 
     def on_tick(self, at_ms: int) -> list[Command]:
         """Time: pings, silent peers, deadlines, calls whose hold is over."""
@@ -377,17 +382,24 @@ class Broker:
         call = self.calls.get(key or "")
         return call if call is not None and call.worker == peer.identity else None
 
-    def next_start(self, at_ms: int) -> Start | None:
+    def next_start(self, at_ms: int) -> Command | None:
         """The next call to hand out: first in its queue, to the peer with most free slots; None when nothing can go.
 
-        One at a time, so that what follows from a start or a loss is known before the next choice.
+        One at a time, so that what follows from a start or a loss is known before the next choice. A call whose
+        deadline has passed is not handed out: the next commands are its end.
         """
+        if self._overdue:
+            return self._overdue.popleft()
         while self._dirty:
             target = next(iter(self._dirty))
             start = self._start_one(target, at_ms)
             if start is not None:
                 return start
+            if self._overdue:
+                return self._overdue.popleft()
             del self._dirty[target]
+            if not self._dirty:
+                self._touch(self.tokens.let_in())
         return None
 
     def _start_one(self, target: str, at_ms: int) -> Start | None:
@@ -399,6 +411,10 @@ class Broker:
             if not self._is_queued(key):
                 queue.drop()
                 continue
+            due_ms = self.calls[key].deadline_ms
+            if due_ms is not None and due_ms <= at_ms:
+                self._overdue.extend(self._expire(self.calls[key]))
+                return None
             peer = self._freest(target, at_ms)
             self._note_served(target, peer, at_ms)
             if peer is None:
@@ -469,7 +485,8 @@ class Broker:
     # Inside
 
     def _push(self, call: Call) -> None:
-        place = Place(call.client, call.interactive, call.rank_s, call.outer_ms)
+        weight = self.weight_of(call.client)
+        place = Place(call.client, call.interactive, call.rank_s, call.outer_ms, weight)
         self._queues.setdefault(call.target, ReadyQueue()).push(call.key, place, call.hold_until_ms)
         self._touch((call.target,))
 
