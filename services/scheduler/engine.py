@@ -7,6 +7,7 @@ follows a failure is `failures.py`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -30,7 +31,7 @@ from services.scheduler.answers import cut_outputs
 from services.scheduler.broker import REATTACH_MS, Call
 from services.scheduler.effects import Ask, Drop, Effect, Record
 from services.scheduler.ended import EndedTasks
-from services.scheduler.failures import Action, Past, decide
+from services.scheduler.failures import BLAMELESS, Action, Past, decide
 from services.scheduler.growth import items_of, join_of, reach_of
 from services.scheduler.outcomes import UNEMBEDDABLE, outcomes_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
@@ -47,8 +48,6 @@ MAX_UNSETTLED: Final = 200
 """Ended tasks that wait for memory at once; further ones wait in the journal."""
 _PLAN_TRIES: Final = 5
 _RETRY_MS: Final = 1_000
-_BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled"})
-"""PEER failures in which no worker died: they do not count towards poison."""
 
 
 @dataclass(slots=True)
@@ -59,6 +58,8 @@ class Engine:
     ranking: Ranking
     live: dict[str, TaskRecord] = field(default_factory=dict)
     """Tasks that are not final, or whose outcomes memory does not have yet."""
+    active: Counter[str] = field(default_factory=Counter)
+    """Client -> its tasks that are not final."""
     ended: EndedTasks = field(default_factory=EndedTasks)
     """The newest of those that are over."""
     unsettled: set[str] = field(default_factory=set)
@@ -92,12 +93,16 @@ class Engine:
         )
         task = begin(fact)
         self.live[task_id] = task
+        self.active[client] += 1
         self._effects.append(Record(fact, task.seq))
         self._ask_plan(task, at_ms)
 
     def restore(self, task: TaskRecord, at_ms: int) -> None:
         """Take up a task from the journal where it stood; work in flight may be brought back by its worker."""
+        known = self.live.get(task.id)
         self.live[task.id] = task
+        if not task.state.final and known is None:
+            self.active[task.client] += 1
         if task.state.final:
             self._settle_outcomes(task, at_ms)
         elif task.state is TaskState.PLANNING:
@@ -386,6 +391,7 @@ class Engine:
                 cached_tokens=final.cached_tokens,
                 generated_tokens=final.generated_tokens,
                 first_token_ms=final.first_token_ms,
+                repaired=final.repaired or None,
             ),
         )
         if step.spec.gates:
@@ -429,7 +435,7 @@ class Engine:
             self._on_failure(task, step, verdict, at_ms)
 
     def _rerun_gates(self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int) -> None:
-        blame = failure.code not in _BLAMELESS
+        blame = failure.code not in BLAMELESS
         self._lose(task, step, failure.code, failure.message, at_ms, blame=blame)
         action = self._decide(task, step, Category.PEER)
         if action.kind == "fail":
@@ -442,7 +448,7 @@ class Engine:
     ) -> None:
         action = self._decide(task, step, failure.category)
         if action.kind == "rerun":
-            self._lose(task, step, failure.code, failure.message, at_ms, blame=failure.code not in _BLAMELESS)
+            self._lose(task, step, failure.code, failure.message, at_ms, blame=failure.code not in BLAMELESS)
             action = self._decide(task, step, failure.category)
             if action.kind == "rerun":
                 self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + action.delay_ms)
@@ -554,6 +560,9 @@ class Engine:
                 )
         value = None if failure is None else failure.model_dump(mode="json", exclude_none=True)
         self._emit(task, f.TaskEnded(task=task.id, at_ms=at_ms, state=state.value, failure=value))
+        self.active[task.client] -= 1
+        if not self.active[task.client]:
+            del self.active[task.client]  # clients come and go under ever new names
         self._plan_tries.pop(task.id, None)
         self.ranking.forget(task.id)
         self._settle_outcomes(task, at_ms)
