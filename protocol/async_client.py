@@ -47,7 +47,7 @@ from protocol.messages.result import (
     TaskView,
     Watch,
 )
-from protocol.messages.session import StatusReport, StatusRequest
+from protocol.messages.session import ModelQuery, ModelReport, StatusReport, StatusRequest
 from protocol.messages.task import Accepted, Extend, Extended, Step, Submit, TaskIR
 from protocol.pieces import Pieces
 from protocol.zmq_transport import ZmqDealer
@@ -203,6 +203,14 @@ class AsyncClient:
     async def status(self, *, timeout_s: float = 10) -> StatusReport:
         """The hub's view of the system."""
         return await self.ask("session.status", StatusRequest(), StatusReport, timeout_s=timeout_s)
+
+    async def load_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
+        """Have a warm or cold model loaded as soon as there is room; returns at once, `status` tells when it is."""
+        return await self.ask("model.load", ModelQuery(model=model), ModelReport, timeout_s=timeout_s)
+
+    async def unload_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
+        """Have a warm or cold model unloaded. Raises CallFailed with `model.busy` while work needs it."""
+        return await self.ask("model.unload", ModelQuery(model=model), ModelReport, timeout_s=timeout_s)
 
     async def infer(
         self,

@@ -23,8 +23,12 @@ BODIES: Final[Mapping[str, type[Message]]] = {
     "session.ping": session.Ping,
     "session.pong": session.Pong,
     "session.goodbye": session.Goodbye,
+    "session.reside": session.Reside,
     "session.status": session.StatusRequest,
     "session.report": session.StatusReport,
+    "model.load": session.ModelQuery,
+    "model.unload": session.ModelQuery,
+    "model.report": session.ModelReport,
     "task.submit": task.Submit,
     "task.accepted": task.Accepted,
     "task.watch": result.Watch,
@@ -64,6 +68,8 @@ BODIES: Final[Mapping[str, type[Message]]] = {
 #: Requests the hub answers itself -> the kind of their final.
 HUB_REQUESTS: Final[Mapping[str, str]] = {
     "session.status": "session.report",
+    "model.load": "model.report",
+    "model.unload": "model.report",
     "task.submit": "task.accepted",
     "task.watch": "task.result",
     "task.show": "task.detail",

@@ -32,6 +32,7 @@ from services.gates.sandbox import Sandbox
 from services.kit.config import Home
 from services.kit.hardware import detect
 from services.kit.registry import ModelEntry, Registry, RegistryError, load_registry
+from services.kit.registry.memory import largest_guest, memory_needs, resident_floor
 
 MAX_SOCKET_PATH_BYTES: Final = 107
 """Linux keeps a unix socket's path in 108 bytes, the last of them zero."""
@@ -197,11 +198,24 @@ def _cores(scene: Scene) -> Iterator[Check]:
 
 def _memory(scene: Scene) -> Iterator[Check]:
     memory = psutil.virtual_memory()
-    needed = sum(
-        model.path.stat().st_size for model in _entries(scene) if model.path is not None and model.path.is_file()
+    models = _entries(scene)
+    needs = memory_needs({model.name: model for model in models})
+    guest = largest_guest(models, needs)
+    staying = resident_floor(models, needs)
+    needed = staying + (needs[guest] if guest is not None else 0)
+    beside = f" and the largest that comes and goes ({guest})" if guest is not None else ""
+    message = (
+        f"{mebibytes(memory.available)} available of {mebibytes(memory.total)}; models that stay{beside} need about "
+        f"{mebibytes(needed)}"
     )
-    message = f"{mebibytes(memory.available)} available of {mebibytes(memory.total)}; model files {mebibytes(needed)}"
-    if needed > memory.total:
+    budget = scene.registry.hardware.memory_bytes if scene.registry is not None else memory.total
+    if needed > budget:
+        advice = "raise memory_bytes in hardware.yaml, make a hot model warm, or take a smaller one"
+        yield Check("memory", "fail", f"{message}, the budget is {mebibytes(budget)}", advice)
+    elif budget > memory.total:
+        advice = "lower memory_bytes in hardware.yaml to what the machine has"
+        yield Check("memory", "warn", f"{message}; the budget of {mebibytes(budget)} is more than there is", advice)
+    elif needed > memory.total:
         yield Check("memory", "fail", message, "take smaller models, or fewer entries in models.yaml")
     elif needed > memory.available and not listening(scene.home):
         yield Check("memory", "warn", message, "end other programs, or the models will be slow to load")

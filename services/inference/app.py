@@ -59,10 +59,16 @@ class InferenceService:
         engine = EngineSupervisor(self._launch, service.home, service.clock, service.log, service.set_state)
         self._engine = engine
         service.metrics = lambda: {**engine.figures(), **self._figures}
+        service.model_bytes = engine.model_bytes
+        service.on_residence = engine.reside
         service.resident_bytes = lambda: children.resident_bytes(os.getpid()) + engine.child_bytes()
         service.answer("infer.request", self._infer)
         try:
-            status = await service.run(engine.start)
+            if self._entry.residency == "hot":
+                status = await service.run(engine.start)
+            else:
+                await engine.start()  # PARKED at once, so that the first HELLO says so
+                status = await service.run()
         finally:
             await engine.stop()
         return 1 if engine.crashed else status
@@ -74,7 +80,9 @@ class InferenceService:
         left_s = call.seconds_left(self._service.clock.now_ms())
         if engine is None or server is None:
             reason = engine.reason if engine is not None else None
-            raise self._failed("engine.not_ready", Category.RESOURCE, reason or "the model is loading; try again later")
+            raise self._failed(
+                "engine.not_ready", Category.RESOURCE, reason or "the model is not loaded; try again later"
+            )
         generation = Generation(
             request,
             service=self._service.name,

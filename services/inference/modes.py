@@ -32,20 +32,24 @@ class EngineModes:
         self._feed = feed
         self._policy = SpeculationPolicy(modes)
         self._next = self._policy.mode
-        self._launch_began_ms = 0
+        self._launch_began_ms: int | None = None
+        """None once the child of that launch has served."""
         self._running: set[Running] = set()
         self._totals = Counter({"draft_tokens_total": 0, "accepted_tokens_total": 0, "mode_changes": 0})
 
     def launching(self) -> Mode:
         """A child is about to be started; returns its mode."""
-        self._launch_began_ms = self._clock.now_ms()
-        self._next = self._policy.choose(self._launch_began_ms).mode
+        self._launch_began_ms = now_ms = self._clock.now_ms()
+        self._next = self._policy.choose(now_ms).mode
         return self._next
 
     def serving(self) -> None:
-        """That child is ready."""
+        """The child is ready: for the first time, or again after calls were held back in vain."""
+        if self._launch_began_ms is None:
+            return
         now_ms = self._clock.now_ms()
         self._policy.launched(now_ms, self._next, now_ms - self._launch_began_ms)
+        self._launch_began_ms = None
 
     def failed(self, reason: str) -> None:
         """It could not be started, or has died by itself."""

@@ -37,6 +37,7 @@ from services.kit.registry.launch import Launch
 ENGINE_STARTED = LogEvent("engine.started", "launch engine pid port")
 ENGINE_ENDED = LogEvent("engine.ended", "launch pid how", "warning")
 ENGINE_KILLED = LogEvent("engine.killed", "launch pid reason", "warning")
+ENGINE_UNLOADED = LogEvent("engine.unloaded", "launch pid")
 ENGINE_BUG = LogEvent("engine.bug", "error", "error")
 
 _TICK_S: Final = 0.1
@@ -47,6 +48,7 @@ _SLOT_FREE_S: Final = 2.0
 """A slot that says it is busy so long after its connection was closed stays busy."""
 _SLOT_ANSWER_S: Final = 30.0
 """A child that says nothing about its slots for so long is replaced; one batch of a large model takes seconds."""
+_MEASURE_S: Final = 10.0
 _MAX_OUTPUT_BYTES: Final = 16 * 1024 * 1024
 _TOTALS: Final = ("tokens_predicted_total", "prompt_tokens_total", "tokens_predicted_seconds_total")
 
@@ -74,7 +76,7 @@ class EngineSupervisor:
         draft = launch.draft.path if launch.draft is not None else None
         self._draft_file = None if draft is None else ModelFile(draft)
         self._output = home.logs / f"inference-{entry.name}.engine.out"
-        self._life = m.EngineLife(load_deadline_ms=int(entry.load_deadline_s * 1000))
+        self._life = m.EngineLife(load_deadline_ms=int(entry.load_deadline_s * 1000), wanted=entry.residency == "hot")
         self._decided = asyncio.Event()
         self._settled = asyncio.Event()
         """Clear during a change of mode."""
@@ -84,6 +86,8 @@ class EngineSupervisor:
         self._past = dict.fromkeys(_TOTALS, 0.0)
         self._now: dict[str, float] = {}
         self._speed = 0.0
+        self._model_bytes = 0
+        self._measured_s = 0.0
         self.engine_name: str = entry.engine
         self.calls = 0
         """Calls that may hold a slot at the moment."""
@@ -110,7 +114,7 @@ class EngineSupervisor:
         return None if self._child is None else self._child.pid
 
     async def start(self) -> None:
-        """Begin; returns when the engine is READY for the first time, or DEGRADED with a reason."""
+        """Begin; returns when the engine is READY for the first time, or DEGRADED with a reason, or PARKED."""
         self._spawn_task(self._tick())
         self._feed(m.Started(self._clock.now_ms()))
         await self._decided.wait()
@@ -125,6 +129,11 @@ class EngineSupervisor:
         if self._server is not None:
             await self._server.close()
         self.desk.clear()
+
+    def reside(self, loaded: bool) -> None:
+        """The hub wants the model in memory, or out of it."""
+        now = self._clock.now_ms()
+        self._feed(m.LoadAsked(now) if loaded else m.ParkAsked(now))
 
     def progressed(self) -> None:
         """A piece of an answer has come."""
@@ -162,7 +171,9 @@ class EngineSupervisor:
             "model_file": self._model_file.path.name,
             "child_pid": self.child_pid,
             "child_rss_bytes": self.child_bytes(),
-            "respawns": max(0, self._life.launch - 1),
+            "respawns": self._life.respawns,
+            "loads": self._life.loads,
+            "load_ms": self._life.load_ms,
             "requests_processing": int(self._now.get("requests_processing", 0)),
             "tokens_predicted_total": int(total["tokens_predicted_total"]),
             "prompt_tokens_total": int(total["prompt_tokens_total"]),
@@ -170,6 +181,10 @@ class EngineSupervisor:
             **self.desk.figures(),
             **self.modes.figures(),
         }
+
+    def model_bytes(self) -> int:
+        """What the loaded model is measured to take; 0 before the first measurement and without a child."""
+        return self._model_bytes
 
     def child_bytes(self) -> int:
         """Resident memory of the child in bytes; 0 without one."""
@@ -189,6 +204,8 @@ class EngineSupervisor:
                     self._spawn_task(self._launch(launch))
                 case m.Kill(launch, reason):
                     self._spawn_task(self._kill(launch, reason))
+                case m.Unload(launch):
+                    self._spawn_task(self._unload(launch))
                 case m.Report(state, reason):
                     self.reason = reason
                     if state is PeerState.READY:
@@ -252,6 +269,12 @@ class EngineSupervisor:
         self._log.write(ENGINE_KILLED, launch=launch, pid=self._child.pid, reason=reason)
         await children.end(self._child, grace_s=_KILL_GRACE_S)
 
+    async def _unload(self, launch: int) -> None:
+        if self._child is None or launch != self._life.launch:
+            return
+        self._log.write(ENGINE_UNLOADED, launch=launch, pid=self._child.pid)
+        await children.end(self._child, grace_s=_KILL_GRACE_S)
+
     async def _watch(
         self, launch: int, child: asyncio.subprocess.Process, server: LlamaServer, polling: asyncio.Task[None]
     ) -> None:
@@ -261,6 +284,7 @@ class EngineSupervisor:
         polling.cancel()
         self._child = None
         self._server = None
+        self._model_bytes = 0
         for name in _TOTALS:
             self._past[name] += self._now.get(name, 0.0)
         self._now = {}
@@ -274,6 +298,7 @@ class EngineSupervisor:
     async def _poll(self, launch: int, server: LlamaServer) -> None:
         while True:
             if self._life.phase is m.Phase.SERVING:
+                await self._measure(server)
                 await asyncio.sleep(_SERVING_POLL_S)
                 await self._poll_serving(launch, server)
                 continue
@@ -306,6 +331,16 @@ class EngineSupervisor:
         )
         self._speed = tokens / seconds if seconds > 0 else self._speed
         self._now = metrics
+
+    async def _measure(self, server: LlamaServer) -> None:
+        """Measure what the child takes, now and then: the kernel walks through all its pages for it."""
+        now_s = asyncio.get_running_loop().time()
+        if self._child is None or (self._model_bytes and now_s - self._measured_s < _MEASURE_S):
+            return
+        self._measured_s = now_s
+        measured = await asyncio.to_thread(children.proportional_bytes, self._child.pid)
+        if server is self._server:
+            self._model_bytes = measured
 
     async def _tick(self) -> None:
         while True:

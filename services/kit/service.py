@@ -99,6 +99,9 @@ class Service:
         self.clock = SteadyClock()
         self.log = Log(home.logs, name, self.clock, level=home.log_level)
         self.metrics: Callable[[], dict[str, Any]] = dict
+        self.on_residence: Callable[[bool], None] = lambda _loaded: None
+        """Called when the hub wants the model in memory, or out of it; services without a model ignore it."""
+        self.model_bytes: Callable[[], int] = lambda: 0
         self.resident_bytes: Callable[[], int] = lambda: psutil.Process().memory_info().rss
         self._drain_s = drain_s
         self._boot = boot_id()
@@ -322,6 +325,8 @@ class Service:
             case s.CancelWork(key):
                 if key in self._work:
                     self._work[key].cancel()
+            case s.ChangeResidence(loaded):
+                self.on_residence(loaded)
             case s.Deliver(header, body):
                 if header.corr in self._waiting:
                     self._waiting[header.corr].put_nowait((header, body))
@@ -346,6 +351,8 @@ class Service:
             loop_lag_ms=lag,
             rss_bytes=self.resident_bytes(),
             metrics=self.metrics(),
+            model_bytes=self.model_bytes(),
+            order=self._session.order,
         )
 
     def _start(self, call: Call) -> None:

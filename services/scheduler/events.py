@@ -39,6 +39,13 @@ class Tick(msgspec.Struct, frozen=True):
     at_ms: int
 
 
+class MemorySeen(msgspec.Struct, frozen=True):
+    """What the machine, or its control group, has left by its own account."""
+
+    available_bytes: int
+    at_ms: int
+
+
 class Restored(msgspec.Struct, frozen=True):
     """A task from the journal, to be taken up where it stood."""
 
@@ -65,7 +72,7 @@ class EventsRead(msgspec.Struct, frozen=True):
     facts: list[tuple[int, f.Fact]]
 
 
-Event = FrameIn | Undeliverable | Tick | Restored | LookedUp | EventsRead
+Event = FrameIn | Undeliverable | Tick | MemorySeen | Restored | LookedUp | EventsRead
 
 
 # Commands

@@ -44,6 +44,12 @@ class Peer:
     loop_lag_ms: float = 0
     rss_bytes: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
+    model_bytes: int = 0
+    order: int = 0
+    """Newest `session.reside` it has heard in this session."""
+    told: int = 0
+    """Newest one it was sent."""
+    told_ms: int = 0
 
     @property
     def is_worker(self) -> bool:

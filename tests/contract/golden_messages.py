@@ -57,11 +57,15 @@ from protocol.messages.result import (
 from protocol.messages.session import (
     Goodbye,
     Hello,
+    MemoryBudget,
+    ModelQuery,
+    ModelReport,
     PeerReport,
     PeerState,
     Ping,
     Pong,
     Reject,
+    Reside,
     StatusReport,
     StatusRequest,
     Welcome,
@@ -266,6 +270,18 @@ _REPORTED = _VIEW.model_copy(
     }
 )
 
+_MODEL: Final = ModelReport(
+    model="architect",
+    residency="warm",
+    pinned=False,
+    state="loading",
+    need_bytes=9_000_000_000,
+    held_bytes=9_000_000_000,
+    measured_bytes=8_500_000_000,
+    used_ms=1_700_000_000_000,
+    loads=2,
+    waiting="it loads since 3.0 s",
+)
 _MENDED = _REPORTED.model_copy(
     update={
         "steps": [
@@ -316,9 +332,21 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             loop_lag_ms=0.5,
             rss_bytes=123_456_789,
             metrics={"generated_tokens": 7},
-        )
+        ),
+        Pong(
+            state=PeerState.PARKED,
+            in_flight=0,
+            loop_lag_ms=0.5,
+            rss_bytes=50_000_000,
+            model_bytes=123_456_789,
+            order=3,
+        ),
     ],
     "session.goodbye": [Goodbye(reason="SIGTERM")],
+    "session.reside": [Reside(loaded=True, order=3)],
+    "model.load": [ModelQuery(model="architect")],
+    "model.unload": [ModelQuery(model="architect")],
+    "model.report": [_MODEL],
     "session.status": [StatusRequest()],
     "session.report": [
         StatusReport(
@@ -344,7 +372,20 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             queued={"infer.worker": 1},
             tasks={"running": 1},
             counters={"duplicates": 0},
-        )
+        ),
+        StatusReport(
+            hub_epoch="a1b2c3d4e5f6",
+            hub_pid=4241,
+            uptime_ms=5_000,
+            peers=[],
+            queued={},
+            tasks={},
+            counters={"loads": 1},
+            models=[_MODEL],
+            memory=MemoryBudget(
+                budget_bytes=16_000_000_000, held_bytes=9_000_000_000, available_bytes=4_000_000_000, low=False
+            ),
+        ),
     ],
     "task.submit": [Submit(task={"objective": "Say hello", "idempotency_key": "order-42", "context": None})],
     "task.accepted": [Accepted(task_id="T-1", duplicate=True)],

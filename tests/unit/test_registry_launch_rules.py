@@ -57,11 +57,11 @@ ROLES = "".join(
 HARDWARE = """\
 hardware:
   cores: 8
-  memory_bytes: 100000000
+  memory_bytes: 10000000000
   nodes: [{cores: 0-3, memory_bytes: 3000}, {cores: 4-7, memory_bytes: 90000000}]
 """
 WORDS = [f"t{number}" for number in range(300)]
-ATTENTION = {"attention.head_count": 8, "attention.head_count_kv": 8, "attention.key_length": 1024}
+ATTENTION = {"attention.head_count": 8, "attention.head_count_kv": 8, "attention.key_length": 1_000_000}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,6 @@ BAD_EDITS = [
     ("qwen3moe", "qwen2moe", 22, "moe.declared.architecture", "declared-differs", "has qwen3moe"),
     # context and memory
     ("context_tokens: 1024", "context_tokens: 5000", 5, "dense.context_tokens", "context-over-trained", "4096 at most"),
-    ("dense.gguf", "thirsty.gguf", 5, "dense.context_tokens", "kv-over-memory", "1 slots of 1024 tokens take"),
     ("threads: 2", "kv_type_v: q8_0\n    flash_attention: off", 6, "dense.kv_type_v", "quantised-values", "line 7"),
     ("threads: 2", "batch_tokens: 64\n    ubatch_tokens: 65", 7, "dense.ubatch_tokens", "batch-order", "(64)"),
     ("dense.gguf", "cut.gguf", 4, "dense.path", "model-file-damaged", "breaks off at byte 900"),
@@ -171,11 +170,19 @@ BAD_EDITS = [
 def test_a_bad_edit_is_refused_with_its_line_and_field(
     folder: Path, old: str, new: str, line: int, field: str, rule: str, part: str
 ) -> None:
-    edit(folder, "hardware.yaml", "100000000", "9000000")
     edit(folder, "models.yaml", old, new)
     problems = refused(folder)
     assert [(problem.line, problem.field, problem.rule) for problem in problems] == [(line, f"models.{field}", rule)]
     assert part in problems[0].message
+
+
+def test_a_cache_that_does_not_fit_is_refused_by_itself_and_with_all_that_stays(folder: Path) -> None:
+    edit(folder, "models.yaml", "dense.gguf", "thirsty.gguf")
+    cache = 1024 * 8 * (1_000_000 + 1) * 2  # tokens, heads, key and value lengths, bytes
+    (alone, together) = sorted(refused(folder), key=lambda problem: problem.rule)
+    assert (alone.line, alone.field, alone.rule) == (5, "models.dense.context_tokens", "kv-over-memory")
+    assert f"1 slots of 1024 tokens take {cache:,} bytes" in alone.message
+    assert (together.field, together.rule) == ("models.dense.path", "memory")
 
 
 def test_what_is_declared_is_checked_where_the_file_is_absent(folder: Path) -> None:

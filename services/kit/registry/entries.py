@@ -90,6 +90,15 @@ class ModelEntry(Entry):
     """Group of models of which one computes at a time, such as `heavy`; absent = beside any other."""
     load_deadline_s: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds the model may take to load before the launch counts as failed."""
+    residency: Literal["hot", "warm", "cold"] = "hot"
+    """When it is in memory: hot = always; warm = loaded when work needs it, unloaded when idle or when another model
+    needs the room; cold = loaded only when somebody asks for it (`tierline models load`), then treated as warm."""
+    idle_unload_s: float | None = Field(default=None, gt=0, le=604_800)
+    """For warm and cold: seconds without work after which it is unloaded; absent = 300."""
+    pinned: bool = False
+    """For warm and cold: once loaded it stays, whoever needs the room, until `tierline models unload`."""
+    memory_bytes: int | None = Field(default=None, ge=1)
+    """Memory the loaded model needs, in bytes; absent = estimated from its file, context and slots."""
 
 
 class Sampling(Entry):

@@ -51,8 +51,8 @@ class Launch:
         """Memory of the process in bytes: files, KV caches and states of all slots; None where facts are missing."""
         if self.facts is None:
             return None
-        return _loaded_bytes(self.entry, self.entry, self.facts) + (
-            _loaded_bytes(self.draft, self.entry, self.draft_facts) if self.draft and self.draft_facts else 0
+        return loaded_bytes(self.entry, self.entry, self.facts) + (
+            loaded_bytes(self.draft, self.entry, self.draft_facts) if self.draft and self.draft_facts else 0
         )
 
     def with_facts(self, facts: ModelFacts, draft_facts: ModelFacts | None) -> Launch:
@@ -75,7 +75,7 @@ class Launch:
         return self.document.problem(path, rule, message)
 
 
-def _loaded_bytes(model: ModelEntry, served: ModelEntry, facts: ModelFacts) -> int:
+def loaded_bytes(model: ModelEntry, served: ModelEntry, facts: ModelFacts) -> int:
     """Weights of one model and its caches for the context and the slots of the entry that it serves."""
     context, slots = served.context_tokens, served.slots
     caches = facts.kv_bytes(context, slots, model.kv_type_k, model.kv_type_v, served.ubatch_tokens)

@@ -169,6 +169,8 @@ def _bound_apart(scene: Scene) -> Iterator[Problem]:
     """Models that are always in memory and bound to cores do not share them, unless they compute one at a time."""
     owner: dict[int, ModelEntry] = {}
     for name, model in scene.models.items():
+        if model.residency != "hot":
+            continue
         for core in bound_cores(model, scene.hardware.nodes):
             other = owner.setdefault(core, model)
             if other is model or (model.exclusive is not None and model.exclusive == other.exclusive):
