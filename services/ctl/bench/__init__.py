@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from services.ctl.bench import barrier, makespan, overhead, soak
+from services.ctl.bench import barrier, lookup, makespan, overhead, prefix, soak, warm_load
 from services.ctl.commands import Commands
 
 #: Adds one benchmark's command to the group.
-BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (overhead.add, barrier.add, makespan.add, soak.add)
+BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (
+    overhead.add,
+    barrier.add,
+    makespan.add,
+    soak.add,
+    prefix.add,
+    lookup.add,
+    warm_load.add,
+)
 
 
 def add(commands: Commands) -> None:
