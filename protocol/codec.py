@@ -23,6 +23,18 @@ _LEVELS_ABOVE_A_VALUE: Final = 8
 _write: Final = msgspec.msgpack.Encoder().encode
 
 
+class Unpacked(bytes):
+    """A body that stays the object it is, because it never leaves its process, as in virtual time. Empty as bytes."""
+
+    message: Message
+
+    def __new__(cls, message: Message) -> Unpacked:
+        """A body that `unpack_body` turns into this very message."""
+        body = super().__new__(cls)
+        body.message = message
+        return body
+
+
 def pack_body(message: Message) -> bytes:
     """Encode a body; fields that hold their default None are left out."""
     return _write(message.model_dump(mode="json", exclude_none=True))
@@ -53,6 +65,8 @@ def check_value(value: Any) -> None:
 
 def unpack_body(model: type[M], data: bytes) -> M:
     """Decode and validate a body; raises BadFrame naming every field that is wrong."""
+    if isinstance(data, Unpacked) and isinstance(data.message, model):
+        return data.message
     raw = unpack_map(data)
     try:
         return model.model_validate(raw)

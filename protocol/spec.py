@@ -42,9 +42,9 @@ _NAMES: Final = {"string": "text", "integer": "integer", "number": "number", "bo
 _NAME_PATTERN: Final = TypeAdapter(Name).json_schema()["pattern"]
 _SESSION_DIRECTIONS: Final = {
     "session.hello": "peer → hub",
-    "session.pong": "service → hub",
+    "session.pong": "peer → hub",
     "session.goodbye": "peer → hub",
-    "session.ping": "hub → service",
+    "session.ping": "hub → peer",
     "session.reside": "hub → service",
 }
 

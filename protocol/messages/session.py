@@ -64,7 +64,7 @@ class Reject(Message):
 
 
 class Ping(Message):
-    """From the hub to every service; clients are not pinged."""
+    """From the hub to every service once a second, and to any peer that was sent much since its last pong."""
 
     at_ms: Millis
 
@@ -166,6 +166,20 @@ class ModelQuery(Message):
     model: str = Field(max_length=128)
 
 
+class ClientReport(Message):
+    """One client as the hub sees it: connected, or with tasks that are not final."""
+
+    client: str
+    weight: float
+    """Its share of the slots, by `registry/clients.yaml`."""
+    tasks: int
+    """Its tasks that are not final."""
+    waiting: int
+    """Calls for it that wait for a slot."""
+    running: int
+    """Calls for it that are worked on."""
+
+
 class StatusReport(Message):
     """The hub's view of the system."""
 
@@ -183,3 +197,5 @@ class StatusReport(Message):
     """Every model entry with its place in memory."""
     memory: MemoryBudget | None = None
     """The budget they share."""
+    clients: list[ClientReport] | None = None
+    """Those with most calls first, a hundred at most; absent = the hub is of an older version."""

@@ -64,8 +64,15 @@ def _print(screen: Screen, rows: list[ServiceRow], report: StatusReport | None, 
     for place in report.models:
         if place.residency != "hot":
             screen.line(_place_line(place))
-    clients = [peer for peer in report.peers if not peer.capabilities]
-    screen.line(f"clients: {len(clients)}")
+    if report.clients:
+        screen.heading("clients")
+        screen.table(
+            ("client", "weight", "tasks", "waiting", "running"),
+            [
+                (one.client, f"{one.weight:g}", str(one.tasks), str(one.waiting), str(one.running))
+                for one in report.clients
+            ],
+        )
 
 
 def _cells(row: ServiceRow, report: StatusReport | None) -> tuple[str, ...]:
@@ -100,7 +107,7 @@ def memory_line(memory: MemoryBudget) -> str:
 def _place_line(place: ModelReport) -> str:
     held = f", holds {mebibytes(place.held_bytes)}" if place.held_bytes else f", needs {mebibytes(place.need_bytes)}"
     waiting = f"; work {place.waiting}" if place.waiting else ""
-    return f"{place.residency} model {place.model}: {place.state}{held}, loaded {place.loads} times{waiting}"
+    return f"{place.residency} model {place.model}: {place.state}{held}, {place.loads} loads{waiting}"
 
 
 def slots(peer: PeerReport) -> str:

@@ -291,9 +291,11 @@ class HubApp:
         for send in sends:
             try:
                 self._port.send(send.identity, send.header, send.body)
-            except (StrandPeer, SendLater):
-                # A full pipe is a peer that has not read 20,000 messages: gone for all purposes; it may rejoin.
+            except StrandPeer:
                 self._feed(Undeliverable(send.identity, self._clock.now_ms()))
+            except SendLater:
+                # A full pipe is a peer that has not read 20,000 messages: gone for all purposes; it may rejoin.
+                self._feed(Undeliverable(send.identity, self._clock.now_ms(), full=True))
 
     def _log_fact(self, record: Record) -> None:
         fact = record.fact

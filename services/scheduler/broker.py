@@ -10,7 +10,8 @@ Leaves to others: what an answer means (`machine.py`), sockets and clocks (`app.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -26,6 +27,7 @@ from services.scheduler.admission import Admission
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 from services.scheduler.queues import Place, ReadyQueue
 from services.scheduler.resources import NOTHING, Needs, Tokens
+from services.scheduler.unserved import Unserved
 
 MAX_QUEUED: Final = 10_000
 """Calls of other peers that may wait per capability; the hub's own steps are bounded by its tasks."""
@@ -152,6 +154,8 @@ class Broker:
     """Peers and calls. Every method takes the time and returns commands, in order."""
 
     tokens: Tokens
+    weight_of: Callable[[str], float] = field(default=lambda _: 1.0)
+    """Client -> its weight among those that wait for the same capability."""
     peers: dict[bytes, Peer] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     counters: dict[str, int] = field(
@@ -162,18 +166,17 @@ class Broker:
     admission: Admission = field(default_factory=Admission)
     closed: set[str] = field(default_factory=set)
     """Capabilities for which nothing is handed out, although a worker may be READY: their model is to be unloaded."""
+    unserved: Unserved = field(default_factory=Unserved)
     _queues: dict[str, ReadyQueue] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
     """Keys that have ended lately, to tell a duplicate from a stranger."""
     _children: dict[str, set[str]] = field(default_factory=dict)
     """Key of a call -> keys of the calls made during it."""
     _deadlines: list[tuple[int, str]] = field(default_factory=list)
+    _overdue: deque[Command] = field(default_factory=deque)
+    """Ends of calls that were found expired when it was their turn."""
     _dirty: dict[str, None] = field(default_factory=dict)
     """Capabilities for which something may have become possible, in the order in which it did."""
-    _unserved: dict[str, int] = field(default_factory=dict)
-    """Capability -> since when calls wait for it while none of its workers is READY."""
-    _unserved_last: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Capability -> the newest such stretch that is over."""
     _pinged_ms: int = 0
 
     # Peers
@@ -246,12 +249,12 @@ class Broker:
         else:
             self.peers.pop(peer.identity, None)
 
-    def on_unreachable(self, identity: bytes, at_ms: int) -> list[Command]:
-        """Sending failed: the connection is gone."""
+    def on_unreachable(self, identity: bytes, at_ms: int, why: str = "disconnected") -> list[Command]:
+        """The connection is gone, or cannot be used any more."""
         peer = self.peers.get(identity)
         if peer is None:
             return []
-        return self._remove(peer, "disconnected", at_ms, blame=peer.state is not PeerState.DRAINING)
+        return self._remove(peer, why, at_ms, blame=peer.state is not PeerState.DRAINING)
 
     def on_tick(self, at_ms: int) -> list[Command]:
         """Time: pings, silent peers, deadlines, calls whose hold is over."""
@@ -379,17 +382,24 @@ class Broker:
         call = self.calls.get(key or "")
         return call if call is not None and call.worker == peer.identity else None
 
-    def next_start(self, at_ms: int) -> Start | None:
+    def next_start(self, at_ms: int) -> Command | None:
         """The next call to hand out: first in its queue, to the peer with most free slots; None when nothing can go.
 
-        One at a time, so that what follows from a start or a loss is known before the next choice.
+        One at a time, so that what follows from a start or a loss is known before the next choice. A call whose
+        deadline has passed is not handed out: the next commands are its end.
         """
+        if self._overdue:
+            return self._overdue.popleft()
         while self._dirty:
             target = next(iter(self._dirty))
             start = self._start_one(target, at_ms)
             if start is not None:
                 return start
+            if self._overdue:
+                return self._overdue.popleft()
             del self._dirty[target]
+            if not self._dirty:
+                self._touch(self.tokens.let_in())
         return None
 
     def _start_one(self, target: str, at_ms: int) -> Start | None:
@@ -401,6 +411,10 @@ class Broker:
             if not self._is_queued(key):
                 queue.drop()
                 continue
+            due_ms = self.calls[key].deadline_ms
+            if due_ms is not None and due_ms <= at_ms:
+                self._overdue.extend(self._expire(self.calls[key]))
+                return None
             peer = self._freest(target, at_ms)
             self._note_served(target, peer, at_ms)
             if peer is None:
@@ -411,7 +425,7 @@ class Broker:
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
-        self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
+        self.unserved.forget(target)
         if len(self._queues) > _KEPT_QUEUES and not len(queue):
             del self._queues[target]  # its name may be anything a client thought of
         return None
@@ -427,15 +441,6 @@ class Broker:
                 return True
             queue.drop()
         return False
-
-    def is_unserved(self, target: str) -> bool:
-        """True if calls wait for this capability and none of its workers is READY."""
-        return target in self._unserved
-
-    def loading_began(self, target: str, at_ms: int) -> None:
-        """The model behind this capability was told to load: until now its calls waited for memory, not for it."""
-        if target in self._unserved:
-            self._unserved[target] = at_ms
 
     def look_again(self, targets: Iterable[str]) -> None:
         """Something may have become possible for these capabilities."""
@@ -480,7 +485,8 @@ class Broker:
     # Inside
 
     def _push(self, call: Call) -> None:
-        place = Place(call.client, call.interactive, call.rank_s, call.outer_ms)
+        weight = self.weight_of(call.client)
+        place = Place(call.client, call.interactive, call.rank_s, call.outer_ms, weight)
         self._queues.setdefault(call.target, ReadyQueue()).push(call.key, place, call.hold_until_ms)
         self._touch((call.target,))
 
@@ -506,9 +512,9 @@ class Broker:
         if free is None and not any(
             peer.state is PeerState.READY and target in peer.capabilities for peer in self.peers.values()
         ):
-            self._unserved.setdefault(target, at_ms)
-        elif target in self._unserved:
-            self._unserved_last[target] = (self._unserved.pop(target), at_ms)
+            self.unserved.begin(target, at_ms)
+        else:
+            self.unserved.end(target, at_ms)
 
     def _start(self, call: Call, peer: Peer, at_ms: int) -> Start:
         peer.used += 1
@@ -519,8 +525,7 @@ class Broker:
             call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
             self._watch_deadline(call)
         self.counters["started"] += 1
-        unserved = self._unserved_last.get(call.target)
-        return Start(call, peer, unserved if unserved is not None and unserved[1] > call.queued_ms else None)
+        return Start(call, peer, self.unserved.last(call.target, call.queued_ms))
 
     def _attach(self, call: Call, peer: Peer) -> None:
         # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are

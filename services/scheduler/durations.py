@@ -9,6 +9,7 @@ step does not spoil the estimate; old observations fade, so that a faster model 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -88,13 +89,19 @@ class LearnedDurations:
                 mean = self._means[level] = _Mean()
             mean.add(log_s)
 
-    def state(self) -> list[tuple[list[str], float, float]]:
-        """Everything learned, as plain values for the journal."""
-        return [(list(level), mean.value, mean.count) for level, mean in self._means.items()]
+    def observations(self) -> dict[str, int]:
+        """Role -> from how many of its steps its estimates come; old ones fade, so never more than the memory holds."""
+        return {level[0]: round(mean.count) for level, mean in self._means.items() if len(level) == 1}
 
-    def restore(self, state: list[tuple[list[str], float, float]]) -> None:
+    def state(self) -> list[tuple[list[str], float, float]]:
+        """Everything learned, as plain values for the journal; the errors stand under no level."""
+        means: dict[tuple[str, ...], _Mean] = {(): self._errors} | self._means
+        return [(list(level), mean.value, mean.count) for level, mean in means.items()]
+
+    def restore(self, state: Iterable[tuple[list[str], float, float]]) -> None:
         """Take up what `state` gave."""
-        self._means = {tuple(level): _Mean(log_s, count) for level, log_s, count in state}
+        self._means = {tuple(level): _Mean(value, count) for level, value, count in state}
+        self._errors = self._means.pop((), _Mean(_PRIOR_SPREAD**2, 1.0))
 
     def _expected_log_s(self, job: Job, levels: tuple[tuple[str, ...], ...]) -> float:
         log_s = math.log(max(_LEAST_S, job.max_tokens / PRIOR_TOKENS_PER_S))

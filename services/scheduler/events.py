@@ -26,10 +26,11 @@ class FrameIn(msgspec.Struct, frozen=True):
 
 
 class Undeliverable(msgspec.Struct, frozen=True):
-    """Sending to this peer failed: it is gone."""
+    """Sending to this peer failed: it is gone, or its pipe is full (`full`), which for the session is the same."""
 
     identity: bytes
     at_ms: int
+    full: bool = False
 
 
 class Tick(msgspec.Struct, frozen=True):

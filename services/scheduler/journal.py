@@ -209,14 +209,7 @@ class Journal:
 
     def durations(self) -> Learned:
         """What was learned when it was last kept; empty where there is nothing, or nothing that can be read."""
-        row = self._db.execute("SELECT data FROM learned WHERE name = ?", (_DURATIONS,)).fetchone()
-        if row is None:
-            return []
-        try:
-            state = msgpack.unpackb(row[0], raw=False)
-            return [([str(part) for part in level], float(log_s), float(count)) for level, log_s, count in state]
-        except (ValueError, TypeError, msgpack.UnpackException):
-            return []  # estimates only: they are learned again
+        return read_learned(self._db)
 
     def close(self) -> None:
         """Close the file; a clean close folds the WAL back in."""
@@ -291,6 +284,18 @@ class Journal:
         self._db.execute(
             "INSERT INTO tallies VALUES (?1, ?2) ON CONFLICT (state) DO UPDATE SET tasks = tasks + ?2", (state, change)
         )
+
+
+def read_learned(database: sqlite3.Connection) -> Learned:
+    """What a hub has learned of durations, from its journal; see `Journal.durations`. Raises sqlite3.Error."""
+    row = database.execute("SELECT data FROM learned WHERE name = ?", (_DURATIONS,)).fetchone()
+    if row is None:
+        return []
+    try:
+        state = msgpack.unpackb(row[0], raw=False)
+        return [([str(part) for part in level], float(log_s), float(count)) for level, log_s, count in state]
+    except (ValueError, TypeError, msgpack.UnpackException):
+        return []  # estimates only: they are learned again
 
 
 def _row(record: Record) -> tuple[str, int, str, bytes, int]:

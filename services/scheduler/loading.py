@@ -140,7 +140,7 @@ class Loading:
         """True if something has happened that may change what is decided."""
         if self._dirty or self.residency.wants_core:
             return True
-        return self._unserved != tuple(target for target in self._models if self.broker.is_unserved(target))
+        return self._unserved != tuple(target for target in self._models if target in self.broker.unserved)
 
     def look(self, at_ms: int) -> tuple[list[Noted | Send], list[Command]]:
         """Decide; returns what to write and to send, and the ends of calls that nobody will ever serve."""
@@ -160,7 +160,7 @@ class Loading:
         )
         for order in orders:
             if order.loaded:
-                broker.loading_began(f"infer.{order.model}", at_ms)
+                broker.unserved.begin_anew(f"infer.{order.model}", at_ms)
         closed = {target for target, model in self._models.items() if residency.guests[model].closed}
         opened = broker.closed - closed
         broker.closed = closed
@@ -169,7 +169,7 @@ class Loading:
         for target, model in self._models.items():
             if residency.hopeless(model) and broker.waits(target, at_ms):
                 refused += broker.refuse_waiting(target, _cold(model), at_ms)
-        self._unserved = tuple(target for target in self._models if broker.is_unserved(target))
+        self._unserved = tuple(target for target in self._models if target in broker.unserved)
         return [*self._noted(orders), *self._tell(at_ms)], refused
 
     def next_due_ms(self) -> int | None:

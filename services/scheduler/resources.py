@@ -79,6 +79,8 @@ class Tokens:
     """Holders that came back with running work which did not fit any more."""
     _blocked: dict[str, int] = field(default_factory=dict)
     """Target -> since when (unix ms) its first call waits for tokens, oldest first."""
+    _shut_out: dict[str, str] = field(default_factory=dict)
+    """Target that found the door closed -> who had closed it."""
 
     @property
     def free_cores(self) -> int:
@@ -88,6 +90,7 @@ class Tokens:
     def take(self, key: str, target: str, needs: Needs, at_ms: int) -> bool:
         """Take all that `needs` says for this call, or nothing; False = it has to wait."""
         if needs is not NOTHING and self._door_is_closed(target, at_ms):
+            self._shut_out[target] = next(iter(self._blocked))
             return False
         if not self._fits(key, needs):
             self._blocked.setdefault(target, at_ms)
@@ -167,6 +170,16 @@ class Tokens:
     def unblock(self, target: str) -> None:
         """Nobody waits for this target any more."""
         self._blocked.pop(target, None)
+
+    def let_in(self) -> list[str]:
+        """Targets that found a door closed which is open by now, each once: they should be tried."""
+        if not self._shut_out:
+            return []
+        closer = next(iter(self._blocked), None)
+        opened = [target for target, by in self._shut_out.items() if by != closer]
+        for target in opened:
+            del self._shut_out[target]
+        return opened
 
     def blocked(self) -> list[str]:
         """Targets whose first call waits for tokens, the longest waiting first."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import Field, StringConstraints
 
@@ -27,6 +27,11 @@ from services.kit.registry.acceleration import (
     Speculation,
 )
 from services.kit.registry.entry import Entry, Name, Text
+
+CLIENT_PATTERN: Final = r"^[A-Za-z0-9_.*?-]{1,64}$"
+"""Names of clients are chosen by programs; `*` and `?` stand for any characters and for one."""
+
+ClientPattern: TypeAlias = Annotated[str, StringConstraints(pattern=CLIENT_PATTERN)]
 
 PLACEHOLDERS: Final = frozenset({"artefact", "workspace", "python"})
 _PLACEHOLDER: Final = re.compile(r"\{(\w*)\}")
@@ -188,6 +193,15 @@ class GateEntry(Entry):
         """Return every `{word}` in argv that `command` could not fill in."""
         found = {word for argument in self.argv for word in _PLACEHOLDER.findall(argument)}
         return sorted(found - PLACEHOLDERS)
+
+
+class ClientEntry(Entry):
+    """What share of the slots the clients of a name get, where several wait for the same model."""
+
+    name: ClientPattern
+    """Key of the entry: the name a client gives itself, or a pattern with `*` and `?`."""
+    weight: float = Field(default=1.0, ge=0.01, le=100)
+    """Calls that a client of this name gets for each one of a client of weight 1."""
 
 
 class FailureRule(Entry):
