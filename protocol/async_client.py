@@ -33,6 +33,7 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.plan import PlanFinal, PlanRequest
+from protocol.messages.registry import Reload, Reloaded
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import (
     ArtefactQuery,
@@ -211,6 +212,10 @@ class AsyncClient:
     async def unload_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
         """Have a warm or cold model unloaded. Raises CallFailed with `model.busy` while work needs it."""
         return await self.ask("model.unload", ModelQuery(model=model), ModelReport, timeout_s=timeout_s)
+
+    async def reload_registry(self, digest: str | None = None, *, timeout_s: float = 60) -> Reloaded:
+        """Have the hub read its registry again; with a digest, only that one. Raises CallFailed with every problem."""
+        return await self.ask("registry.reload", Reload(digest=digest), Reloaded, timeout_s=timeout_s)
 
     async def infer(
         self,

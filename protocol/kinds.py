@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from protocol.messages import batch, gate, infer, memory, plan, reply, result, session, task
+from protocol.messages import batch, gate, infer, memory, plan, registry, reply, result, session, task
 from protocol.messages.base import Message
 
 
@@ -29,6 +29,9 @@ BODIES: Final[Mapping[str, type[Message]]] = {
     "model.load": session.ModelQuery,
     "model.unload": session.ModelQuery,
     "model.report": session.ModelReport,
+    "registry.reload": registry.Reload,
+    "registry.reloaded": registry.Reloaded,
+    "registry.changed": registry.RegistryChanged,
     "task.submit": task.Submit,
     "task.accepted": task.Accepted,
     "task.watch": result.Watch,
@@ -70,6 +73,7 @@ HUB_REQUESTS: Final[Mapping[str, str]] = {
     "session.status": "session.report",
     "model.load": "model.report",
     "model.unload": "model.report",
+    "registry.reload": "registry.reloaded",
     "task.submit": "task.accepted",
     "task.watch": "task.result",
     "task.show": "task.detail",

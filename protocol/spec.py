@@ -46,6 +46,7 @@ _SESSION_DIRECTIONS: Final = {
     "session.goodbye": "peer → hub",
     "session.ping": "hub → peer",
     "session.reside": "hub → service",
+    "registry.changed": "hub → service",
 }
 
 

@@ -54,6 +54,8 @@ class Welcome(Message):
     """In-flight keys nobody waits for any more: cancel them."""
     resend: list[str] = Field(default_factory=list)
     """Finished keys whose result the hub has not seen: send it again."""
+    registry: str | None = None
+    """Digest of the registry that the hub works with: a service with another one reads it again."""
 
 
 class Reject(Message):
@@ -87,6 +89,8 @@ class Pong(Message):
     """Memory that the loaded model is measured to take, its share of shared pages counted once; 0 = not measured."""
     order: int = Field(default=0, ge=0)
     """Number of the newest `session.reside` of this session that it has heard; `state` is what came of it so far."""
+    registry: str | None = None
+    """Digest of the registry it works with; absent for a service that reads none."""
 
 
 class Reside(Message):
@@ -126,6 +130,8 @@ class PeerReport(Message):
     loop_lag_ms: float
     rss_bytes: int
     metrics: dict[str, Any]
+    registry: str | None = None
+    """Digest of the registry it works with, as its pongs say; one that differs from the hub's lags behind."""
 
 
 class ModelReport(Message):
@@ -198,5 +204,7 @@ class StatusReport(Message):
     """Every model entry with its place in memory."""
     memory: MemoryBudget | None = None
     """The budget they share."""
+    registry: str | None = None
+    """Digest of the registry that the hub works with."""
     clients: list[ClientReport] | None = None
     """Those with most calls first, a hundred at most; absent = the hub is of an older version."""

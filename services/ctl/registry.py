@@ -11,6 +11,7 @@ from protocol.messages.session import PeerReport, StatusReport
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import try_status
 from services.ctl.outcomes import ExitCode
+from services.ctl.reload import add_reload
 from services.ctl.residency import move_model
 from services.ctl.screen import mebibytes, one_line, seconds
 from services.ctl.stack_files import checked_registry
@@ -30,8 +31,9 @@ def add(commands: Commands) -> None:
     models.add_argument("name", nargs="?", metavar="NAME", help="of its entry in models.yaml")
     models.add_argument("--wait", type=float, default=600, metavar="S", help="seconds to wait for it; 0 = only ask")
     commands.add("roles", _roles, "list the roles of the registry with the model behind each and its state")
-    group = commands.group("registry", "check the files that declare models, roles, personas, gates and failures")
+    group = commands.group("registry", "check or take up the files that declare models, roles, personas, gates")
     check = group.add("check", _check, "check every rule of the registry; names file, line and field of each problem")
+    add_reload(group)
     check.add_argument("--no-files", action="store_true", help="leave out model files, for a machine without them")
 
 
@@ -69,7 +71,7 @@ def _models(args: Namespace, context: Context) -> ExitCode:
                 _ago(place.used_ms) if place else "",
                 speed(peer.metrics) if peer else "",
                 ", ".join(roles),
-                model.path.name if model.path is not None else "",
+                model.path.name if model.path is not None else model.base_url or "",
             )
         )
         entry: dict[str, Any] = model.model_dump(mode="json")

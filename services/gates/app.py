@@ -24,6 +24,7 @@ from services.gates.judge import Judge
 from services.gates.sandbox import Sandbox
 from services.gates.workspace import Workspace, make_workspace, private_folder
 from services.kit.config import CHECKOUT, Home
+from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
 from services.kit.registry import GateEntry, Registry
 from services.kit.service import Call, Service
@@ -52,7 +53,10 @@ class GateService:
         self.service = Service(home, "gates", ("gate",), slots=cores)
         self.service.answer("gate.request", self._on_request)
         self.service.metrics = self._metrics
-        self._gates = registry.gates
+        self.service.follower = RegistryFollower(home, self.service.log, registry, self._take_up)
+        self._gates: Mapping[str, GateEntry] = registry.gates
+        self._cores = registry.hardware.cores
+        self._leaving: asyncio.Task[None] | None = None
         self._machine = m.GateMachine(cores)
         self._home = home
         self._folder: Path | None = None
@@ -74,6 +78,26 @@ class GateService:
         """Remove the folder of this process."""
         if self._folder is not None:
             shutil.rmtree(self._folder)
+
+    def _take_up(self, registry: Registry, _needed: bool) -> bool:
+        """Judge by these gates from now on. Removed ones stay: only tasks from before the change still ask for them.
+
+        Slots follow from the cores of the machine, so a change of those is taken up by beginning anew.
+        """
+        if registry.hardware.cores != self._cores:
+            if self._leaving is None:
+                self._leaving = asyncio.get_running_loop().create_task(self._begin_anew())
+            return False
+        self._gates = {**self._gates, **registry.gates}
+        return True
+
+    async def _begin_anew(self) -> None:
+        changed = "the cores in hardware.yaml have changed"
+        if self._home.supervised:
+            await self.service.leave(f"{changed}: begins anew when its gates have ended")
+            self.service.end("registry")
+        else:
+            await self.service.leave(f"{changed}: start it again, since nobody else does")
 
     async def _on_request(self, call: Call) -> Message:
         request = call.read(GateRequest)

@@ -50,6 +50,8 @@ class Peer:
     told: int = 0
     """Newest one it was sent."""
     told_ms: int = 0
+    registry: str | None = None
+    """Digest of the registry that its newest pong names."""
 
     @property
     def is_worker(self) -> bool:
@@ -104,4 +106,5 @@ class Peer:
             loop_lag_ms=self.loop_lag_ms,
             rss_bytes=self.rss_bytes,
             metrics=self.metrics,
+            registry=self.registry,
         )

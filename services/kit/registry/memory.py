@@ -26,10 +26,12 @@ _LOAD_BASE_S: Final = 1.0
 
 
 def memory_need_bytes(entry: ModelEntry) -> int:
-    """Memory in bytes that the loaded model takes: as declared, else estimated; 0 for engine noop.
+    """Memory in bytes that the loaded model takes: as declared, else estimated; 0 for engines noop and openai.
 
     file + slots * context_tokens * 2.5 * sqrt(file) + 96 MiB. A file that is not there counts as nothing.
     """
+    if entry.engine in ("noop", "openai"):
+        return 0
     if entry.memory_bytes is not None:
         return entry.memory_bytes
     size = file_bytes(entry)

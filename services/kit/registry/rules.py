@@ -26,6 +26,7 @@ from services.kit.registry.entries import (
 )
 from services.kit.registry.memory import largest_guest, memory_need_bytes, model_parts, resident_floor
 from services.kit.registry.problems import Problem
+from services.kit.registry.remote_rules import remote_entries, remote_sampling
 from services.kit.registry.sections import Draft
 
 GGUF_MAGIC: Final = b"GGUF"
@@ -73,11 +74,11 @@ def _engine_fields(scene: Scene) -> Iterator[Problem]:
         at = ("models", name)
         if model.engine == "noop" and model.path is not None:
             yield problem((*at, "path"), "engine-fields", "engine noop loads no model; remove path")
-        if model.engine != "noop" and model.path is None:
+        if model.is_local and model.path is None:
             yield problem(at, "engine-fields", f"engine {model.engine} needs path: the GGUF file to load")
         if model.binary is None:
             continue
-        if model.engine in ("embedded", "noop"):
+        if model.engine in ("embedded", "noop", "openai"):
             yield problem((*at, "binary"), "engine-fields", f"engine {model.engine} starts no binary; remove it")
         elif not model.binary.expanduser().is_absolute():
             yield problem((*at, "binary"), "binary-path", f"must be an absolute path, got {str(model.binary)!r}")
@@ -98,7 +99,7 @@ def _ports_differ(scene: Scene) -> Iterator[Problem]:
 def _threads_fit(scene: Scene) -> Iterator[Problem]:
     cores = scene.hardware.cores
     for name, model in scene.models.items():
-        if model.engine != "noop" and model.threads > cores:
+        if model.is_local and model.threads > cores:
             message = f"{model.threads} threads on {cores} cores would slow each other down; at most {cores}"
             yield scene.draft.problem(("models", name, "threads"), "threads-over-cores", message)
 
@@ -130,7 +131,7 @@ def _model_files(scene: Scene) -> Iterator[Problem]:
             message = f"{model.binary} is no executable file; repair the path, or remove it to use the one on PATH"
             yield scene.draft.problem((*at, "binary"), "binary-missing", message)
         path = resolved_path(model, scene.models_folder)
-        if path is None or model.engine == "noop":
+        if path is None or not model.is_local:
             continue
         for part in model_parts(path):
             try:
@@ -198,8 +199,8 @@ def _residency_fields(scene: Scene) -> Iterator[Problem]:
                     message = "a hot model is never unloaded; remove it, or set residency to warm or cold"
                     yield scene.draft.problem((*at, field), "residency-fields", message)
             continue
-        if model.engine == "noop":
-            message = f"engine noop loads no model, so it cannot be {model.residency}; remove residency"
+        if model.engine in ("noop", "openai"):
+            message = f"engine {model.engine} loads no model here, so it cannot be {model.residency}; remove residency"
             yield scene.draft.problem((*at, "residency"), "residency-fields", message)
         if model.tier == "D":
             message = "a draft is loaded together with its target and by no work of its own; remove residency"
@@ -303,7 +304,7 @@ def _failure_rules(scene: Scene) -> Iterator[Problem]:
 
 
 def _cores_are_shared(scene: Scene) -> Iterator[Problem]:
-    threads = sum(model.threads for model in scene.models.values() if model.engine != "noop")
+    threads = sum(model.threads for model in scene.models.values() if model.is_local)
     if threads > scene.hardware.cores:
         message = (
             f"all models together use {threads} threads on {scene.hardware.cores} cores; they slow each other down"
@@ -316,7 +317,7 @@ def _threads_fit_a_node(scene: Scene) -> Iterator[Problem]:
         return
     largest = max(len(node.cores) for node in scene.hardware.nodes)
     for name, model in scene.models.items():
-        if model.engine != "noop" and model.threads > largest:
+        if model.is_local and model.threads > largest:
             message = (
                 f"{model.threads} threads, and the largest NUMA node has {largest} cores: some of them will work "
                 f"on far memory; {largest} or fewer are often faster"
@@ -334,6 +335,7 @@ def _every_model_is_used(scene: Scene) -> Iterator[Problem]:
 
 ERRORS: Final[tuple[Rule, ...]] = (
     _engine_fields,
+    remote_entries,
     _ports_differ,
     _threads_fit,
     _nodes_agree,
@@ -346,7 +348,7 @@ ERRORS: Final[tuple[Rule, ...]] = (
     _gate_order,
     _failure_rules,
 )
-NOTES: Final[tuple[Rule, ...]] = (_cores_are_shared, _threads_fit_a_node, _every_model_is_used)
+NOTES: Final[tuple[Rule, ...]] = (_cores_are_shared, _threads_fit_a_node, _every_model_is_used, remote_sampling)
 
 
 def _names(entries: Mapping[str, object]) -> str:

@@ -73,6 +73,8 @@ class SimPeer:
         self.frozen = False
         self.boots = 0
         self.started: list[str] = []
+        self.registry: str | None = None
+        """Digest that its pongs name; what it is told about the registry it does not follow."""
         self._inbox: list[s.Event] = []
         """What happened to a frozen process: it notices when it thaws."""
         self._working: dict[str, int] = {}
@@ -154,6 +156,7 @@ class SimPeer:
                     rss_bytes=0,
                     model_bytes=self.model_bytes if self.session.state is PeerState.READY else 0,
                     order=self.session.order,
+                    registry=self.registry,
                 )
                 self._transmit(Header(kind="session.pong", id="", corr=corr, credit=credit), pack_body(pong))
             case s.StartWork(header, body):
@@ -164,8 +167,8 @@ class SimPeer:
                 self._change_residence(loaded=loaded)
             case s.Reopen():
                 self._reopen()
-            case s.Deliver():
-                pass  # these peers ask nobody anything
+            case s.Deliver() | s.FollowRegistry():
+                pass  # these peers ask nobody anything, and have no registry
             case s.Stop(reason):
                 raise SimulationError(f"{self.service} was told to stop: {reason}")
 
