@@ -76,14 +76,18 @@ class Loading:
         """The budget is the broker's memory token."""
         self.residency = Residency(self.broker.tokens)
 
-    def declare(self, registry: Registry, at_ms: int) -> None:
-        """Take over the models of a registry."""
+    def declare(self, registry: Registry) -> None:
+        """Take over the models of a registry, at the start or when it has changed."""
         self.registry = registry
-        self.residency.declare(registry, at_ms)
+        self.residency.declare(registry)
         guests = self.residency.guests
         self._models = {f"infer.{name}": name for name in guests}
         self._hot = {f"infer.{name}": name for name in self.residency.places if name not in guests}
         self._dirty = bool(guests)
+        self._workers = {}
+        for peer in self.broker.peers.values():
+            for target, _ in self._models_of(peer):
+                self._workers.setdefault(target, {})[peer.service] = peer
 
     # What happened
 

@@ -76,6 +76,7 @@ from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
 from services.scheduler.requested import read_task, task_asked_for
+from services.scheduler.residency import TRUST_MS
 from services.scheduler.resources import Tokens, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.unread import RETRY_AFTER_MS, Unread
@@ -144,7 +145,8 @@ class Hub:
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
         self.loading = Loading(self.registry, self.broker, ranking, self.engine.live, self._unpromised)
-        self.loading.declare(self.registry, self.started_ms)
+        self.loading.declare(self.registry)
+        self.loading.residency.trust_ms = self.started_ms + TRUST_MS
         self.batches = Batches(lambda: self.registry, self.broker.slots)
 
     def handle(self, happened: Event) -> list[Command]:
@@ -577,7 +579,7 @@ class Hub:
 
     def _on_registry_changed(self, event: RegistryChanged) -> None:
         told = self.registries.take_up(event.registry, self.engine.live.values())
-        self._use(self.registries.in_force, event.at_ms)
+        self._use(self.registries.in_force)
         self._note(REGISTRY_TAKEN, digest=told.digest, previous=told.previous, draining=told.draining, kept=told.kept)
         self._out.append(self.reply(event.identity, event.header, "registry.reloaded", told))
         self._tell_services(event.at_ms)
@@ -591,7 +593,7 @@ class Hub:
     def _on_restored(self, task: TaskRecord, past: Registry | None, at_ms: int) -> None:
         if past is not None:
             self.registries.bring_back(past, [task])
-            self._use(self.registries.in_force, at_ms)
+            self._use(self.registries.in_force)
         self.engine.forget_ended(task.id)
         lacking = self.lacks(task)
         if lacking.keys() & {"roles", "models"}:
@@ -604,12 +606,12 @@ class Hub:
         """The registry's weights, found once for each client."""
         return lru_cache(_KEPT_WEIGHTS)(self.registry.weight_of)
 
-    def _use(self, registry: Registry, at_ms: int) -> None:
+    def _use(self, registry: Registry) -> None:
         self.registry = registry
         self.broker.weight_of = self._weights()
         self.broker.tokens.resize(registry.hardware.cores)
-        self.loading.declare(registry, at_ms)
         self.engine.take_up(registry)
+        self.loading.declare(registry)
 
     def _tell_services(self, at_ms: int) -> None:
         workers = [peer for peer in self.broker.peers.values() if peer.is_worker]
@@ -625,7 +627,7 @@ class Hub:
         self.batches.on_tick(at_ms)
         self._settle(self.broker.on_tick(at_ms), at_ms)
         if self.registries.let_go(self.engine.live.values(), at_ms):
-            self._use(self.registries.in_force, at_ms)
+            self._use(self.registries.in_force)
             self._note(REGISTRY_LET_GO, kept=kept_names(self.registries.declared, self.registry))
         self._tell_services(at_ms)
         if at_ms - self._cleaned_ms >= _TICKS_BETWEEN_CLEANUPS_MS:

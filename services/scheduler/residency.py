@@ -166,7 +166,7 @@ class Residency:
     """A model has its room and waits for a core to load with, so whatever ends may matter."""
     _pressure_ms: int = 0
 
-    def declare(self, registry: Registry, at_ms: int) -> None:
+    def declare(self, registry: Registry) -> None:
         """Take over the models of a registry, at the start or when it has changed; what is known of them stays."""
         known = self.places
         self.tokens.memory_bytes = registry.hardware.memory_bytes
@@ -189,7 +189,6 @@ class Residency:
             self.tokens.end_load(name)
             self.tokens.release_memory(name)
         self.guests = {name: place for name, place in self.places.items() if place.residency != "hot"}
-        self.trust_ms = at_ms + TRUST_MS
 
     # What services say
 

@@ -201,8 +201,8 @@ def _residency_fields(scene: Scene) -> Iterator[Problem]:
                     message = "a hot model is never unloaded; remove it, or set residency to warm or cold"
                     yield scene.draft.problem((*at, field), "residency-fields", message)
             continue
-        if model.engine == "noop":
-            message = f"engine noop loads no model, so it cannot be {model.residency}; remove residency"
+        if model.engine in ("noop", "openai"):
+            message = f"engine {model.engine} loads no model here, so it cannot be {model.residency}; remove residency"
             yield scene.draft.problem((*at, "residency"), "residency-fields", message)
         if model.tier == "D":
             message = "a draft is loaded together with its target and by no work of its own; remove residency"
