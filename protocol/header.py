@@ -54,6 +54,8 @@ class Header:
     """Key of the call during which this call was made: it is cancelled with its parent."""
     credit: int | None = None
     """Slots granted by the sender since its epoch began: a running total, so repeats do no harm."""
+    cores: int | None = None
+    """On a request that the hub hands out: cores it has reserved for it. From an asker: how many could be used."""
     prio: str | None = None
     """`interactive` or `batch`."""
     trace: str | None = None
@@ -84,6 +86,7 @@ _CHECKS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "step": _token,
     "parent": _token,
     "credit": _count,
+    "cores": _count,
     "prio": lambda value: value in ("interactive", "batch"),
     "trace": lambda value: isinstance(value, str) and _TRACE.match(value) is not None,
 }

@@ -64,7 +64,7 @@ from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.requested import read_task, task_asked_for
-from services.scheduler.resources import Tokens, inference_needs
+from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event, view
 from services.scheduler.waiting import reasons
@@ -270,7 +270,7 @@ class Hub:
             queued_ms=at_ms,
             interactive=header.prio != "batch",
             client=peer.service,
-            needs=inference_needs(self.registry, header.dst),
+            needs=self._needs_of(header.dst, header.cores),
             body=body,
             requester=peer.identity,
             corr=header.id,
@@ -291,6 +291,12 @@ class Hub:
             return
         self.broker.ask(call)
         self._settle([], at_ms)
+
+    def _needs_of(self, target: str, useful: int | None) -> Needs:
+        """Tokens of another peer's call. Its body is not read here, so a gate run counts as one that needs a core."""
+        if target == e.GATE:
+            return asked_cores(self.registry, 1, useful or 1)
+        return inference_needs(self.registry, target)
 
     def _on_partial(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         call = self.broker.running(peer, header.key)
@@ -539,6 +545,7 @@ class Hub:
             task=call.task,
             step=call.step,
             parent=call.parent,
+            cores=self.broker.tokens.held(call.key) or None,
             prio="interactive" if call.interactive else "batch",
             trace=call.trace,
         )

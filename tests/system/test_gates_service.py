@@ -30,18 +30,21 @@ MORE_GATES = """
     kinds: [code]
     category: CODE
     argv: ["{python}", "{artefact}"]
+    executes: true
     timeout_s: 3
   hang2:
     description: The same again, to see two at once.
     kinds: [code]
     category: CODE
     argv: ["{python}", "{artefact}"]
+    executes: true
     timeout_s: 3
   patient:
     description: The same with time enough to fill memory on a busy machine.
     kinds: [code]
     category: CODE
     argv: ["{python}", "{artefact}"]
+    executes: true
     timeout_s: 25
   nosuchtool:
     description: A command that no machine has.
@@ -80,7 +83,8 @@ class Stack:
         self.registry = root / "registry"
         shutil.copytree(CHECKOUT / "registry", self.registry)
         table = self.registry / "gates.yaml"
-        table.write_text(table.read_text().replace("timeout_s: 60", "timeout_s: 4") + MORE_GATES)
+        gates, policy = table.read_text().replace("timeout_s: 60", "timeout_s: 4").split("\npolicy:\n")
+        table.write_text(f"{gates}{MORE_GATES}\npolicy:\n{policy}")
         hardware = self.registry / "hardware.yaml"
         hardware.write_text(hardware.read_text().replace("# cores: 2", "cores: 2"))
         self.home = root / "home"
@@ -104,8 +108,8 @@ class Stack:
             self.process.kill()
             self.hub.close()
 
-    def ask(self, *gates: str, timeout_s: float = 30, **fields: Any) -> list[GateResult]:
-        body = self.hub.ask("gates", "gate.request", request(*gates, **fields), timeout_s)
+    def ask(self, *gates: str, timeout_s: float = 30, cores: int | None = None, **fields: Any) -> list[GateResult]:
+        body = self.hub.ask("gates", "gate.request", request(*gates, **fields), timeout_s, cores=cores)
         assert isinstance(body, GateFinal), body
         return body.results
 
@@ -230,7 +234,7 @@ def test_a_schema_that_would_compute_for_ever_is_killed_while_the_service_answer
 @pytest.mark.parametrize(
     ("tests", "rule"),
     [
-        ("import sys\n\ndef test_a():\n    pass\n\nsys.exit(0)\n", "error"),
+        ("import sys\n\ndef test_a():\n    pass\n\nsys.exit(0)\n", "no-tests"),
         ("import os\n\ndef test_a():\n    pass\n\nos._exit(0)\n", "no-report"),
         ("import os\n\ndef test_a():\n    os._exit(0)\n", "no-report"),
         ("import sys\n\ndef test_a():\n    sys.exit(0)\n", "failure"),
@@ -392,7 +396,7 @@ def test_a_missing_tool_is_an_error_and_never_a_pass(stack: Stack) -> None:
 def test_an_unknown_gate_is_an_error_by_policy_and_the_others_still_run(stack: Stack) -> None:
     results = stack.ask("nonsense", "lint", artefacts=[python("a", "x = 1\n")])
     assert [(one.verdict.value, one.category.value) for one in results] == [("error", "POLICY"), ("pass", "FORMAT")]
-    assert "it has: schema, format, lint, unit" in results[0].message
+    assert "it has: schema, taskir, data," in results[0].message
 
 
 def test_a_gate_without_anything_to_judge_says_so(stack: Stack) -> None:
@@ -402,7 +406,13 @@ def test_a_gate_without_anything_to_judge_says_so(stack: Stack) -> None:
 
 
 def test_independent_gates_overlap_in_time(stack: Stack) -> None:
-    first, second = stack.ask("hang", "hang2", artefacts=[python("a", "import time\ntime.sleep(0.7)\n")])
+    artefacts = [python("a", "import time\ntime.sleep(0.7)\n")]
+    alone = stack.ask("hang", "hang2", artefacts=artefacts)
+    assert alone[0].ended_ms <= alone[1].started_ms, (
+        "without a word from the hub a run has the cores of its widest gate"
+    )
+    other = [python("b", "import time\ntime.sleep(0.7)\n")]
+    first, second = stack.ask("hang", "hang2", artefacts=other, cores=2)
     assert (first.verdict, second.verdict) == (Verdict.PASS, Verdict.PASS)
     assert max(first.started_ms, second.started_ms) < min(first.ended_ms, second.ended_ms) - 300
 

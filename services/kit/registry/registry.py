@@ -19,6 +19,7 @@ from services.kit.registry.entries import (
     FailureRule,
     FailureTable,
     GateEntry,
+    GatePolicy,
     Hardware,
     HardwareEntry,
     ModelEntry,
@@ -39,6 +40,7 @@ class Registry:
         roles: entries by name; every `model` and `escalates_to` exists.
         personas: entries by name.
         gates: entries by name; `depends_on` is acyclic.
+        gate_policy: how the gates of one request are run.
         failures: a rule for every `Category`, and the caps.
         hardware: what may be spent, detected where the file is silent.
         digest: sha256 in hex over the content of the files; comments, order and detected values do not change it.
@@ -49,6 +51,7 @@ class Registry:
     roles: Mapping[str, RoleEntry]
     personas: Mapping[str, PersonaEntry]
     gates: Mapping[str, GateEntry]
+    gate_policy: GatePolicy
     failures: FailureTable
     hardware: Hardware
     digest: str
@@ -104,6 +107,7 @@ def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True
         roles=MappingProxyType(scene.roles),
         personas=MappingProxyType(draft.valid("personas", PersonaEntry)),
         gates=MappingProxyType(scene.gates),
+        gate_policy=draft.single("policy", GatePolicy),
         failures=_failure_table(draft),
         hardware=hardware,
         digest=_digest(draft),
