@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -74,14 +74,17 @@ async def run_bounded(
     env: Mapping[str, str],
     pass_fds: Sequence[int] = (),
     report_fds: tuple[int, int] | None = None,
+    dies_with_us: bool = True,
 ) -> Ended:
     """Run a command in its own session; returns when it has ended and its output is closed by all who held it.
 
     `report_fds` is a pipe (end to read, end to write) whose write end is among `pass_fds`; both ends are closed here.
-    Cancelling this kills the command first. Raises OSError if it cannot be started.
+    With `dies_with_us` False the command must see to it by itself that it dies with this process; it then starts
+    faster, without a copy of this process. Cancelling this kills the command first. Raises OSError if it cannot be
+    started.
     """
     try:
-        child = await _started(argv, env, pass_fds)
+        child = await _started(argv, env, pass_fds, _die_with_us if dies_with_us else None)
     except BaseException:
         for descriptor in report_fds or ():
             os.close(descriptor)
@@ -120,7 +123,9 @@ async def run_bounded(
     return Ended(how, child.returncode or 0, bytes(out), bytes(err), bytes(report))
 
 
-async def _started(argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int]) -> asyncio.subprocess.Process:
+async def _started(
+    argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int], before: Callable[[], None] | None
+) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         *argv,
         stdin=asyncio.subprocess.DEVNULL,
@@ -129,7 +134,7 @@ async def _started(argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequen
         env=dict(env),
         pass_fds=tuple(pass_fds),
         start_new_session=True,
-        preexec_fn=_die_with_us,
+        preexec_fn=before,
     )
 
 

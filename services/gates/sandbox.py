@@ -178,7 +178,10 @@ class Sandbox:
             ]
             bounds = Bounds(limits.timeout_s, limits.output_bytes, limits.memory_bytes)
             passed = (*opened, *(report_fds[1:] if report_fds else ()))
-            ended = await run_bounded(command, bounds=bounds, env={}, pass_fds=passed, report_fds=report_fds)
+            # bwrap itself dies with this process (--die-with-parent), and takes what it runs along.
+            ended = await run_bounded(
+                command, bounds=bounds, env={}, pass_fds=passed, report_fds=report_fds, dies_with_us=False
+            )
             if ended.how is How.EXITED and not _command_ended(status_fd):
                 raise SandboxBroken(_tail(ended.err))
             return ended

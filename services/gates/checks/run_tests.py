@@ -144,8 +144,8 @@ class _Reporter:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+        raised = call.excinfo  # before other plugins put another one in its place
         report = yield
-        raised = call.excinfo
         expected = hasattr(report, "wasxfail")
         # What was raised counts, not what other plugins made of it.
         swallowed = raised is not None and report.outcome == "passed" and not expected
