@@ -55,11 +55,12 @@ def mutants(source: str) -> list[Mutant]:
 
     Where a kind has no place, another mutant of a kind that has one takes its turn, as long as there are any.
     """
-    places = {kind: list(_places(ast.parse(source), kind)) for kind in KINDS}
+    places = {kind: _all_places(ast.parse(source), kind) for kind in KINDS}
+    middle = {kind: sum(1 for _ in _places(ast.parse(source), kind)) // 2 for kind in KINDS}
     chosen: list[Mutant] = []
     taken: set[str] = set()
     for kind in KINDS:
-        order = [(kind, len(places[kind]) // 2)] if places[kind] else []
+        order = [(kind, middle[kind])] if places[kind] else []
         order += [(other, index) for other in KINDS for index in range(len(places[other]))]
         for other, index in order:
             mutant = _mutant(source, other, index)
@@ -72,9 +73,22 @@ def mutants(source: str) -> list[Mutant]:
 
 def _mutant(source: str, kind: Kind, index: int) -> Mutant:
     tree = ast.parse(source)
-    line, change = list(_places(tree, kind))[index]
+    line, change = _all_places(tree, kind)[index]
     change()
     return Mutant(kind, line, f"{ast.unparse(ast.fix_missing_locations(tree))}\n")
+
+
+def _all_places(tree: ast.Module, kind: Kind) -> list[tuple[int, Callable[[], None]]]:
+    """The places of a kind, and behind them those for functions that have neither constants nor operators."""
+    return [*_places(tree, kind), *_last_resorts(tree, kind)]
+
+
+def _last_resorts(tree: ast.Module, kind: Kind) -> Iterator[tuple[int, Callable[[], None]]]:
+    """What is returned becomes a constant, or is negated."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return) and node.value is not None and kind != "return":
+            value = ast.Constant(0) if kind == "constant" else ast.UnaryOp(ast.Not(), node.value)
+            yield node.lineno, lambda node=node, value=value: setattr(node, "value", value)  # type: ignore[misc]
 
 
 def _places(tree: ast.Module, kind: Kind) -> Iterator[tuple[int, Callable[[], None]]]:
