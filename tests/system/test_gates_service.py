@@ -46,6 +46,17 @@ MORE_GATES = """
     argv: ["{python}", "{artefact}"]
     executes: true
     timeout_s: 25
+  slowtool:
+    description: A tool that hangs, whatever the artefact.
+    kinds: [code]
+    category: CODE
+    argv: ["{python}", -c, "import time; time.sleep(60)"]
+    timeout_s: 2
+  loudtool:
+    description: A tool that prints a gigabyte.
+    kinds: [code]
+    category: CODE
+    argv: ["{python}", -c, "import os; [os.write(1, b'x' * 65536) for _ in range(16384)]"]
   nosuchtool:
     description: A command that no machine has.
     kinds: [code]
