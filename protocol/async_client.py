@@ -14,11 +14,11 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
+from msgspec.structs import replace
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 

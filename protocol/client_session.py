@@ -12,8 +12,10 @@ living one with its report, and neither disturbs the session as a second HELLO w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec.structs import replace
 
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
@@ -24,7 +26,7 @@ from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import TaskEvent, Watch
-from protocol.messages.session import Goodbye, Hello, Reject, StatusRequest, Welcome
+from protocol.messages.session import Goodbye, Hello, PeerState, Pong, Reject, StatusRequest, Welcome
 
 PROBE_MS: Final = 2_000
 """Silence after which the hub is probed, and pause between two HELLOs that nobody answers."""
@@ -195,6 +197,10 @@ class ClientSession:
         if header.kind == "error" and _is_unknown_peer(event.body):
             # One such error per message that we sent; the first one counts, HELLO answers them all.
             return [self._hello(event.at_ms)] if self.joined else []
+        if header.kind == "session.ping":
+            # The hub wants to know how far we have read.
+            pong = Pong(state=PeerState.READY, in_flight=len(self.outstanding), loop_lag_ms=0, rss_bytes=0)
+            return [Transmit(Header(kind="session.pong", id="", corr=header.id), pack_body(pong))]
         request = self.outstanding.get(header.corr or "")
         if request is not None:
             return self._on_answer(request, event)

@@ -6,9 +6,10 @@ The header has its own module since it is decoded far more often. Nothing here k
 from __future__ import annotations
 
 from math import isfinite
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgpack
+import msgspec
 from pydantic import ValidationError
 
 from protocol.errors import BadFrame
@@ -16,11 +17,27 @@ from protocol.limits import MAX_BODY_BYTES, MAX_NESTING
 from protocol.messages.base import Message
 
 M = TypeVar("M", bound=Message)
+_PLAIN: Final = frozenset({str, int, bool, type(None)})
+_LEVELS_ABOVE_A_VALUE: Final = 8
+"""Room for what is around the value of an artefact: the views, requests and joins that it will be part of."""
+_write: Final = msgspec.msgpack.Encoder().encode
+
+
+class Unpacked(bytes):
+    """A body that stays the object it is, because it never leaves its process, as in virtual time. Empty as bytes."""
+
+    message: Message
+
+    def __new__(cls, message: Message) -> Unpacked:
+        """A body that `unpack_body` turns into this very message."""
+        body = super().__new__(cls)
+        body.message = message
+        return body
 
 
 def pack_body(message: Message) -> bytes:
     """Encode a body; fields that hold their default None are left out."""
-    return bytes(msgpack.packb(message.model_dump(mode="json", exclude_none=True)))
+    return _write(message.model_dump(mode="json", exclude_none=True))
 
 
 def unpack_map(data: bytes) -> dict[str, Any]:
@@ -37,8 +54,19 @@ def unpack_map(data: bytes) -> dict[str, Any]:
     return raw
 
 
+def check_value(value: Any) -> None:
+    """Raise BadFrame unless every message that carries this value can be written and read."""
+    _check_values({"value": value}, MAX_NESTING - _LEVELS_ABOVE_A_VALUE)
+    try:
+        _write(value)
+    except (ValueError, OverflowError) as err:  # half of a surrogate pair, or a number of more than 64 bits
+        raise BadFrame("body.not_json", f"the value cannot be written: {err}") from err
+
+
 def unpack_body(model: type[M], data: bytes) -> M:
     """Decode and validate a body; raises BadFrame naming every field that is wrong."""
+    if isinstance(data, Unpacked) and isinstance(data.message, model):
+        return data.message
     raw = unpack_map(data)
     try:
         return model.model_validate(raw)
@@ -56,28 +84,30 @@ def describe(err: ValidationError) -> str:
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
-def _check_values(raw: dict[Any, Any]) -> None:
+def _check_values(raw: dict[Any, Any], levels: int = MAX_NESTING) -> None:
     """Raise BadFrame for what JSON could not hold either, and for hostile nesting.
 
     msgpack has binary, timestamps and NaN: one of them deep inside a JSON artefact would blow up far from here.
     Breadth-first, so that a hostile body cannot exhaust our own stack.
     """
     level: list[Any] = [raw]
-    for _ in range(MAX_NESTING + 1):
+    for _ in range(levels + 1):
         below: list[Any] = []
         for item in level:
-            if isinstance(item, dict):
-                if not all(isinstance(key, str) for key in item):
+            kind = type(item)
+            if kind in _PLAIN:
+                continue
+            if kind is dict:
+                if any(type(key) is not str for key in item):
                     raise BadFrame("body.not_json", "the body has a map key that is not a string")
                 below.extend(item.values())
-            elif isinstance(item, list):
+            elif kind is list:
                 below.extend(item)
-            elif isinstance(item, float):
-                if not isfinite(item):
-                    raise BadFrame("body.not_json", f"the body holds the number {item}, which JSON does not have")
-            elif not (item is None or isinstance(item, str | int)):
-                raise BadFrame("body.not_json", f"the body holds a {type(item).__name__}; only JSON's types are read")
+            elif kind is not float:
+                raise BadFrame("body.not_json", f"the body holds a {kind.__name__}; only JSON's types are read")
+            elif not isfinite(item):
+                raise BadFrame("body.not_json", f"the body holds the number {item}, which JSON does not have")
         if not below:
             return
         level = below
-    raise BadFrame("body.too_deep", f"the body nests deeper than {MAX_NESTING} levels")
+    raise BadFrame("body.too_deep", f"the body nests deeper than {levels} levels")

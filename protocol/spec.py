@@ -11,17 +11,17 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from protocol import limits
 from protocol.codec import pack_body
-from protocol.header import Header, pack_header
+from protocol.header import Count, Header, pack_header
 from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, family
 from protocol.messages.base import Message, Name
 from protocol.messages.session import Hello, Welcome
@@ -42,9 +42,9 @@ _NAMES: Final = {"string": "text", "integer": "integer", "number": "number", "bo
 _NAME_PATTERN: Final = TypeAdapter(Name).json_schema()["pattern"]
 _SESSION_DIRECTIONS: Final = {
     "session.hello": "peer → hub",
-    "session.pong": "service → hub",
+    "session.pong": "peer → hub",
     "session.goodbye": "peer → hub",
-    "session.ping": "hub → service",
+    "session.ping": "hub → peer",
 }
 
 
@@ -64,10 +64,10 @@ def header_table() -> str:
     """One row per header field, with the docstring it has in the code."""
     notes = _attribute_docstrings(Header)
     rows = []
-    for field in fields(Header):
-        kind = str(field.type).removesuffix(" | None")
-        needed = "yes" if field.default is MISSING or field.name == "v" else ""
-        rows.append((f"`{field.name}`", {"str": "text", "int": "integer"}[kind], needed, notes.get(field.name, "")))
+    for field in msgspec.structs.fields(Header):
+        kind = "integer" if field.type in (Count, Count | None) else "text"
+        needed = "yes" if field.required or field.name == "v" else ""
+        rows.append((f"`{field.name}`", kind, needed, notes.get(field.name, "")))
     return _table(("field", "type", "required", "meaning"), rows)
 
 
@@ -136,7 +136,7 @@ def example() -> str:
     parts = []
     for what, header, body in messages:
         frames = pack_header(header), pack_body(body)
-        shown = {name: value for name in Header.__slots__ if (value := getattr(header, name)) is not None}
+        shown = {name: value for name, value in msgspec.structs.asdict(header).items() if value is not None}
         lines = [f"header {json.dumps(shown)}", *_hex(frames[0])]
         lines += [f"body   {body.model_dump_json(exclude_none=True)}", *_hex(frames[1])]
         parts.append(f"{what}\n\n```\n" + "\n".join(lines) + "\n```\n")

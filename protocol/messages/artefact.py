@@ -52,7 +52,7 @@ class Artefact(Strict):
             return f"{self.name}.json"
         if self.kind is ArtefactKind.CODE:
             return f"{self.name}{SUFFIXES.get(self.content_type or 'text/x-python', '.txt')}"
-        return f"{self.name}{SUFFIXES.get(self.content_type or 'text/markdown', '.md')}"
+        return f"{self.name}{TEXT_SUFFIXES.get(self.content_type or 'text/markdown', '.md')}"
 
 
 SUFFIXES: dict[str, str] = {
@@ -60,8 +60,12 @@ SUFFIXES: dict[str, str] = {
     "text/x-shellscript": ".sh",
     "text/x-c": ".c",
     "text/javascript": ".js",
+}
+"""File suffix per content type of code; Python where none is given."""
+
+TEXT_SUFFIXES: dict[str, str] = {
     "application/json": ".json",
     "application/yaml": ".yaml",
     "application/toml": ".toml",
 }
-"""File suffix per content type; where none is given, that of Python for code and of Markdown for text."""
+"""File suffix per content type of text; Markdown where none is given."""

@@ -6,7 +6,7 @@ The same `TaskView` answers `task.show` and ends `task.watch`, so that there is 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
@@ -31,7 +31,7 @@ class TaskState(StrEnum):
     @property
     def final(self) -> bool:
         """True once nothing about the task can change any more."""
-        return self in (TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED)
+        return self in _FINAL_TASK_STATES
 
 
 class StepState(StrEnum):
@@ -50,7 +50,11 @@ class StepState(StrEnum):
     @property
     def final(self) -> bool:
         """True once nothing about the step can change any more."""
-        return self in (StepState.DONE, StepState.FAILED, StepState.CANCELLED, StepState.SKIPPED)
+        return self in _FINAL_STEP_STATES
+
+
+_FINAL_TASK_STATES: Final = (TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED)
+_FINAL_STEP_STATES: Final = (StepState.DONE, StepState.FAILED, StepState.CANCELLED, StepState.SKIPPED)
 
 
 class Segment(Message):

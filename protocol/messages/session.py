@@ -60,7 +60,7 @@ class Reject(Message):
 
 
 class Ping(Message):
-    """From the hub to every service; clients are not pinged."""
+    """From the hub to every service once a second, and to any peer that was sent much since its last pong."""
 
     at_ms: Millis
 
@@ -110,6 +110,20 @@ class PeerReport(Message):
     metrics: dict[str, Any]
 
 
+class ClientReport(Message):
+    """One client as the hub sees it: connected, or with tasks that are not final."""
+
+    client: str
+    weight: float
+    """Its share of the slots, by `registry/clients.yaml`."""
+    tasks: int
+    """Its tasks that are not final."""
+    waiting: int
+    """Calls for it that wait for a slot."""
+    running: int
+    """Calls for it that are worked on."""
+
+
 class StatusReport(Message):
     """The hub's view of the system."""
 
@@ -123,3 +137,5 @@ class StatusReport(Message):
     """Number of tasks per state."""
     counters: dict[str, int]
     """Totals since the hub started, such as `duplicates` and `reattached`."""
+    clients: list[ClientReport] | None = None
+    """Those with most calls first, a hundred at most; absent = the hub is of an older version."""

@@ -1,7 +1,7 @@
 """What a plan will cost before anything is run: schedule, makespan, critical path, bottleneck, tokens, memory.
 
-The schedule comes from the real hub machine in virtual time. An upper estimate: every step is taken to write as many
-tokens as it may, at one stated speed for every slot; reading prompts, gates and retries are not in it, nor other tasks.
+The schedule comes from the real hub machine in virtual time, with the durations that this stack has learned, a given
+speed, or the prior (`learned.py`). Gates and retries are not in it, nor other tasks.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from typing import Final
 
 from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import needs
+from services.ctl.learned import KnownDurations
 from services.kit.registry import Registry
-from services.scheduler.durations import TokenSpeed
+from services.scheduler.ranks import job_of
 from services.scheduler.simulation.outcome import spans_of
 from services.scheduler.simulation.run import Run, run_tasks, tiers_of
-
-TOKENS_PER_S: Final = 30.0
-"""Generated tokens per second and slot where --tokens-per-s says nothing: a 135M model on a shared core. A prior, not
-a measurement; `tierline status` shows what this machine reaches."""
-
+from services.scheduler.simulation.tiers import WRITTEN
 
 _ALMOST: Final = 1.001
 """A makespan within this factor of the critical path is as good as equal: milliseconds are rounded."""
@@ -96,12 +93,19 @@ class Forecast:
     """With every retry that the failure table allows, within the task's budget."""
 
 
-def forecast(task: TaskIR, plan: Plan, registry: Registry, tokens_per_s: float) -> Forecast:
+def forecast(task: TaskIR, plan: Plan, registry: Registry, durations: KnownDurations) -> Forecast:
     """Forecast a plan without problems, whose roles the registry has; raises SimulationError where it cannot run."""
     waits_for = needs(plan)
     order = list(TopologicalSorter(waits_for).static_order())
     limit = {step.id: step.max_tokens or registry.roles[step.actor].max_tokens for step in plan.steps}
-    cost = {step: tokens / tokens_per_s for step, tokens in limit.items()}
+    known = durations.fresh()
+    given = {artefact.name: len(artefact.text()) for artefact in task.inputs}
+    cost = {
+        step.id: known.expected_s(
+            job_of(task, step, registry.roles[step.actor], sum(given.get(name, len(WRITTEN)) for name in step.inputs))
+        )
+        for step in plan.steps
+    }
     level: dict[str, int] = {}
     finish: dict[str, float] = {}
     for step in order:
@@ -126,7 +130,7 @@ def forecast(task: TaskIR, plan: Plan, registry: Registry, tokens_per_s: float) 
     models = tuple(_model(name, steps, registry) for name in registry.models if any(s.model == name for s in steps))
     critical_s, tokens = max(finish.values()), sum(limit.values())
     alone = task.model_copy(update={"idempotency_key": None, "plan": plan})
-    run = run_tasks([alone], registry, tiers_of(registry), TokenSpeed(tokens_per_s), TokenSpeed(tokens_per_s))
+    run = run_tasks([alone], registry, tiers_of(registry), durations.fresh(), durations.fresh())
     schedule = _schedule(run)
     makespan_s = max((one.end_s for one in schedule), default=0.0)
     failed = run.tasks[0].failure

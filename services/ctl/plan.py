@@ -15,7 +15,8 @@ from protocol.messages.plan import PlanFinal
 from protocol.messages.result import PlanView
 from protocol.messages.task import TaskIR
 from services.ctl.commands import Commands, Context
-from services.ctl.forecast import TOKENS_PER_S, Forecast, forecast
+from services.ctl.forecast import Forecast, forecast
+from services.ctl.learned import KnownDurations, add_duration_arguments, known_durations
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.result_view import print_plan_choices
 from services.ctl.screen import Screen, mebibytes, one_line, seconds
@@ -33,31 +34,26 @@ def add(commands: Commands) -> None:
     """Add the commands of this file."""
     parser = commands.add("plan", _plan, "dry run: the steps, what runs side by side, expected time, tokens and memory")
     add_task_arguments(parser)
-    parser.add_argument(
-        "--tokens-per-s",
-        type=float,
-        default=TOKENS_PER_S,
-        metavar="N",
-        help=f"speed of one slot in generated tokens per second, for the expected times ({TOKENS_PER_S:g})",
-    )
+    add_duration_arguments(parser)
 
 
 def _plan(args: Namespace, context: Context) -> ExitCode:
-    if args.tokens_per_s <= 0:
-        raise BadInput(f"--tokens-per-s {args.tokens_per_s:g}: must be above 0")
+    durations = known_durations(args, context.home)
     task = task_from(args)
     registry = checked_registry(context.home, check_files=False)
     final = dry_run(task, registry)
     if final.task.plan is None:
         raise BadInput("the planner made no plan")
     try:
-        expected = forecast(final.task, final.task.plan, registry, args.tokens_per_s)
+        expected = forecast(final.task, final.task.plan, registry, durations)
     except SimulationError as err:
         raise BadInput(f"this plan cannot be run by this registry: {err}") from err
     if context.screen.json:
-        context.screen.document({**final.model_dump(mode="json"), "forecast": asdict(expected)})
+        context.screen.document(
+            {**final.model_dump(mode="json"), "durations": durations.document(), "forecast": asdict(expected)}
+        )
     else:
-        _print(context.screen, final, expected, args.tokens_per_s)
+        _print(context.screen, final, expected, durations)
     return ExitCode.OK
 
 
@@ -74,7 +70,7 @@ def dry_run(task: TaskIR, registry: Registry) -> PlanFinal:
     return command.final
 
 
-def _print(screen: Screen, final: PlanFinal, expected: Forecast, tokens_per_s: float) -> None:
+def _print(screen: Screen, final: PlanFinal, expected: Forecast, durations: KnownDurations) -> None:
     screen.line(f"dry run, nothing is executed: {one_line(final.task.objective, 200)}")
     screen.heading("steps")
     actions = {step.id: step.action for step in final.task.plan.steps} if final.task.plan else {}
@@ -97,12 +93,10 @@ def _print(screen: Screen, final: PlanFinal, expected: Forecast, tokens_per_s: f
             for step in sorted(expected.steps, key=lambda step: step.level)
         ],
     )
-    screen.heading("expected, at most")
+    screen.heading("expected")
     screen.line(f"{len(expected.steps)} steps on {expected.levels} levels, up to {expected.width} side by side")
-    screen.line(
-        f"critical path {seconds(expected.critical_s * 1000)}: {' -> '.join(expected.critical)} "
-        f"(at {tokens_per_s:g} tokens/s per slot, a prior; every step writes all it may)"
-    )
+    screen.line(durations.words())
+    screen.line(f"critical path {seconds(expected.critical_s * 1000)}: {' -> '.join(expected.critical)}")
     screen.line(
         f"makespan {seconds(expected.makespan_s * 1000)} for {seconds(expected.work_s * 1000)} of work, alone on this "
         f"stack; no schedule is faster than {seconds(expected.bound_s * 1000)}"

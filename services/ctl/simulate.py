@@ -10,19 +10,19 @@ import random
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from protocol.messages.task import TaskIR
 from services.ctl.commands import Commands, Context
+from services.ctl.learned import KnownDurations, add_duration_arguments, known_durations
 from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.ctl.plan import dry_run
 from services.ctl.screen import Screen, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.task_file import checked_task, read_task_fields
 from services.kit.registry import Registry
-from services.scheduler.durations import PRIOR_TOKENS_PER_S, Durations, LearnedDurations, TokenSpeed
 from services.scheduler.simulation.outcome import Outcome
 from services.scheduler.simulation.peers import SimulationError
 from services.scheduler.simulation.run import Run, run_tasks, tiers_of
@@ -53,30 +53,22 @@ def add(commands: Commands) -> None:
         parser.add_argument(
             f"--{name}", action="append", default=[], metavar="MODEL=N", help=f"what if: {what}, repeatable"
         )
-    parser.add_argument(
-        "--tokens-per-s",
-        type=float,
-        metavar="N",
-        help="speed of every slot, known to the scheduler; every step writes all it may "
-        f"(default: the scheduler's own prior, {PRIOR_TOKENS_PER_S:g} tokens per second)",
-    )
+    add_duration_arguments(parser)
 
 
 def _simulate(args: Namespace, context: Context) -> ExitCode:
-    if args.tokens_per_s is not None and not 0 < args.tokens_per_s <= 1e6:
-        raise BadInput(f"--tokens-per-s {args.tokens_per_s:g}: expected a number above 0, at most 1e6")
+    durations = known_durations(args, context.home)
     registry = checked_registry(context.home, check_files=False)
     workers, slots = _numbers("workers", args.workers, registry), _numbers("slots", args.slots, registry)
     tasks = _tasks(args, registry)
-    base, base_wall_s = _timed(tasks, registry, tiers_of(registry), args.tokens_per_s)
+    base, pace = _timed(tasks, registry, tiers_of(registry), durations)
     other: Outcome | None = None
     if workers or slots:
-        other = _timed(tasks, registry, tiers_of(registry, workers, slots), args.tokens_per_s)[0].outcome
-    steps_per_s = base.outcome.steps / base_wall_s
+        other = _timed(tasks, registry, tiers_of(registry, workers, slots), durations)[0].outcome
     if context.screen.json:
-        context.screen.document(_document(base.outcome, other, steps_per_s))
+        context.screen.document(_document(base.outcome, other, durations, pace))
     else:
-        _print(context.screen, base.outcome, other, steps_per_s)
+        _print(context.screen, base.outcome, other, durations, pace)
     failed = [task for task in base.tasks if task.failure is not None]
     for task in failed[:5]:
         message = task.failure.message if task.failure else ""
@@ -111,35 +103,45 @@ def _numbers(option: str, given: Sequence[str], registry: Registry) -> dict[str,
     return numbers
 
 
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How fast virtual time was: what was simulated in one second of real time."""
+
+    tasks_per_s: float
+    steps_per_s: float
+
+
 def _timed(
-    tasks: Sequence[TaskIR], registry: Registry, tiers: Sequence[Tier], tokens_per_s: float | None
-) -> tuple[Run, float]:
-    """A run and the real seconds it took."""
+    tasks: Sequence[TaskIR], registry: Registry, tiers: Sequence[Tier], durations: KnownDurations
+) -> tuple[Run, _Pace]:
     began = time.perf_counter()
     try:
-        run = run_tasks(tasks, registry, tiers, _durations(tokens_per_s), _durations(tokens_per_s))
+        run = run_tasks(tasks, registry, tiers, durations.fresh(), durations.fresh())
     except RefusedError as err:
         raise BadInput(f"the scheduler would not take a task: {err}") from err
     except SimulationError as err:
         raise CommandError(f"the simulation did not come to its end: {err}") from err
-    return run, time.perf_counter() - began
+    took_s = time.perf_counter() - began
+    return run, _Pace(run.outcome.tasks / took_s, run.outcome.steps / took_s)
 
 
-def _durations(tokens_per_s: float | None) -> Durations:
-    return LearnedDurations() if tokens_per_s is None else TokenSpeed(tokens_per_s)
-
-
-def _document(base: Outcome, other: Outcome | None, steps_per_s: float) -> dict[str, Any]:
+def _document(base: Outcome, other: Outcome | None, durations: KnownDurations, pace: _Pace) -> dict[str, Any]:
     return {
         "base": asdict(base),
         "what_if": None if other is None else asdict(other),
         "speedup": None if other is None else round(base.makespan_s / other.makespan_s, 4),
-        "simulated_steps_per_wall_s": round(steps_per_s),
+        "durations": durations.document(),
+        "simulated_tasks_per_s": round(pace.tasks_per_s, 1),
+        "simulated_steps_per_s": round(pace.steps_per_s, 1),
     }
 
 
-def _print(screen: Screen, base: Outcome, other: Outcome | None, steps_per_s: float) -> None:
-    screen.line(f"{base.tasks} tasks, {base.steps} steps in virtual time; {steps_per_s:.0f} simulated steps a second")
+def _print(screen: Screen, base: Outcome, other: Outcome | None, durations: KnownDurations, pace: _Pace) -> None:
+    screen.line(
+        f"{base.tasks} tasks, {base.steps} steps in virtual time; {pace.tasks_per_s:.0f} simulated tasks, "
+        f"{pace.steps_per_s:.0f} simulated steps a second"
+    )
+    screen.line(durations.words())
     screen.heading("as the registry says" if other is not None else "outcome")
     _print_one(screen, base)
     if other is None:

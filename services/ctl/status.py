@@ -59,8 +59,15 @@ def _print(screen: Screen, rows: list[ServiceRow], report: StatusReport | None, 
     screen.line(f"epoch {report.hub_epoch}, pid {report.hub_pid}, up {seconds(report.uptime_ms)}")
     for name, figures in (("tasks", report.tasks), ("queued", report.queued), ("counters", report.counters)):
         screen.line(f"{name}: {', '.join(f'{key} {value}' for key, value in sorted(figures.items())) or 'none'}")
-    clients = [peer for peer in report.peers if not peer.capabilities]
-    screen.line(f"clients: {len(clients)}")
+    if report.clients:
+        screen.heading("clients")
+        screen.table(
+            ("client", "weight", "tasks", "waiting", "running"),
+            [
+                (one.client, f"{one.weight:g}", str(one.tasks), str(one.waiting), str(one.running))
+                for one in report.clients
+            ],
+        )
 
 
 def _cells(row: ServiceRow, report: StatusReport | None) -> tuple[str, ...]:

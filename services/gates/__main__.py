@@ -6,11 +6,13 @@ import asyncio
 import sys
 
 from services.gates.app import GateService
+from services.kit.command_line import takes_no_arguments
 from services.kit.config import load_home
 from services.kit.registry import RegistryError, load_registry
 
 
 def main() -> int:
+    takes_no_arguments("gates", "Runs checks on artefacts in a sandbox.")
     home = load_home().make()
     try:
         registry = load_registry(home.registry, home.models, check_files=False)

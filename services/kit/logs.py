@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal
+
+import msgspec
 
 from services.kit.clock import Clock
 
@@ -21,6 +23,7 @@ LEVELS: Final[tuple[Level, ...]] = ("debug", "info", "warning", "error")
 _MAX_FIELD_CHARS: Final = 2_000
 _MAX_BATCH_LINES: Final = 1_000
 _MAX_FILE_BYTES: Final = 64 * 1024 * 1024
+_as_json: Final = msgspec.json.Encoder(enc_hook=str).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +34,12 @@ class LogEvent:
     fields: str
     level: Level = "info"
 
-    @property
-    def allowed(self) -> frozenset[str]:
-        """The declared fields."""
-        return _declared(self.fields)
+    allowed: frozenset[str] = field(init=False, repr=False)
+    """The declared fields, one by one."""
 
-
-@cache
-def _declared(fields: str) -> frozenset[str]:
-    return frozenset(fields.split())
+    def __post_init__(self) -> None:
+        """Take the declaration apart once: every line asks for it."""
+        object.__setattr__(self, "allowed", frozenset(self.fields.split()))
 
 
 class Log:
@@ -56,18 +56,21 @@ class Log:
         self._path = folder / f"{service}.jsonl"
         self._service = service
         self._clock = clock
-        self._from = LEVELS.index(level)
+        self._left_out = frozenset(LEVELS[: LEVELS.index(level)])
         self._batched = batched
         self._lines: list[bytes] = []
         self._fd = self._open()
 
+    def keeps(self, event: LogEvent) -> bool:
+        """Whether lines of this kind are written at all: spares making their fields."""
+        return event.level not in self._left_out
+
     def write(self, event: LogEvent, **fields: Any) -> None:
         """Write one line. Raises KeyError for a field that the event does not declare; None values are left out."""
-        allowed = event.allowed
-        for name in fields:
-            if name not in allowed:
-                raise KeyError(f"{event.name} does not declare the field {name!r}")
-        if LEVELS.index(event.level) < self._from:
+        if not fields.keys() <= event.allowed:
+            unknown = next(name for name in fields if name not in event.allowed)
+            raise KeyError(f"{event.name} does not declare the field {unknown!r}")
+        if not self.keeps(event):
             return
         line: dict[str, Any] = {
             "ts": _stamp(self._clock.now_ms()),
@@ -78,7 +81,7 @@ class Log:
         for name, value in fields.items():
             if value is not None:
                 line[name] = value[:_MAX_FIELD_CHARS] if isinstance(value, str) else value
-        self._lines.append((json.dumps(line, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace"))
+        self._lines.append(_encoded(line))
         if not self._batched or len(self._lines) >= _MAX_BATCH_LINES:
             self.flush()
 
@@ -86,7 +89,7 @@ class Log:
         """Write the lines of a batched log."""
         if not self._lines:
             return
-        data = b"".join(self._lines)
+        data = b"\n".join(self._lines) + b"\n"
         self._lines.clear()
         if os.fstat(self._fd).st_size + len(data) > _MAX_FILE_BYTES:
             self._path.replace(self._path.with_suffix(".jsonl.1"))
@@ -101,6 +104,13 @@ class Log:
 
     def _open(self) -> int:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    try:
+        return _as_json(line)
+    except UnicodeEncodeError:  # half of a surrogate pair: a model may write anything
+        return json.dumps(line, default=str).encode()
 
 
 def _stamp(at_ms: int) -> str:

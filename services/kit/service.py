@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import psutil
+from msgspec.structs import replace
 
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame, CallFailed, CallRefused, DeadlineExceeded, SendLater
@@ -104,18 +105,20 @@ class Service:
             service=name, capabilities=capabilities, slots=slots, pid=os.getpid(), load_deadline_s=load_deadline_s
         )
         self._reason: str | None = None
-        self._handlers: dict[str, Handler] = {}
+        self._handlers: dict[str, tuple[Handler, bool]] = {}
+        """Kind -> who works on it, and whether that takes a task of its own."""
         self._work: dict[str, asyncio.Task[None]] = {}
         self._waiting: dict[str, asyncio.Queue[tuple[Header, bytes]]] = {}
         self._socket: ZmqDealer | None = None
         self._unsent: list[tuple[bytes, bytes]] = []
+        self._receiving = False
         self._loop_lag_ms = 0.0
         self._stopping = asyncio.Event()
         self._stop_reason = "SIGTERM"
 
     def answer(self, kind: str, handler: Handler) -> None:
         """Register who works on requests of this kind. The handler returns the final or raises CallFailed."""
-        self._handlers[kind] = handler
+        self._handlers[kind] = handler, inspect.iscoroutinefunction(handler)
 
     def set_state(self, state: PeerState, reason: str | None = None) -> None:
         """Tell the hub; only a READY peer is given work. `reason` says why it is not."""
@@ -243,6 +246,13 @@ class Service:
 
     def _receive_all(self) -> None:
         """Empty the socket: its descriptor signals changes only, so nothing may be left behind."""
+        self._receiving = True
+        try:
+            self._receive()
+        finally:
+            self._receiving = False
+
+    def _receive(self) -> None:
         while self._socket is not None and (frames := self._socket.receive()) is not None:
             if len(frames) != 2:
                 self.log.write(FRAME_REFUSED, code="frames", reason=f"{len(frames)} frames, expected 2")
@@ -273,10 +283,9 @@ class Service:
 
     def _transmit(self, header: Header, body: bytes) -> None:
         seq = self._next()
-        packed = pack_header(
-            header, id=header.id or f"{self._boot}-{seq}", src=self.name, epoch=self._session.epoch, seq=seq
-        )
-        self._unsent.append((packed, body))
+        ident = header.id or f"{self._boot}-{seq}"
+        filled = replace(header, id=ident, src=self.name, epoch=self._session.epoch, seq=seq)
+        self._unsent.append((pack_header(filled), body))
         self._flush()
 
     def _flush(self) -> None:
@@ -286,8 +295,9 @@ class Service:
             except SendLater:
                 return  # the next tick tries again; credit bounds how much can wait here
             del self._unsent[0]
-        # Sending may swallow the signal that something arrived.
-        asyncio.get_running_loop().call_soon(self._receive_all)
+        if not self._receiving:  # else whoever is at it goes on until nothing is left
+            # Sending may swallow the signal that something arrived.
+            asyncio.get_running_loop().call_soon(self._receive_all)
 
     def _carry_out(self, command: s.Command) -> None:
         match command:
@@ -329,18 +339,20 @@ class Service:
     def _start(self, call: Call) -> None:
         header = call.header
         key = header.key or ""
-        handler = self._handlers.get(header.kind)
-        if handler is None:
+        known = self._handlers.get(header.kind)
+        if known is None:
             failure = _failure(
                 "call.unknown_kind", Category.POLICY, self.name, f"{self.name} does not do {header.kind}"
             )
             self.feed(s.WorkEnded(key, "error", pack_body(ErrorReply(failure=failure))))
             return
-        self.log.write(
-            CALL_STARTED, task=header.task, step=header.step, attempt=header.attempt, kind=header.kind, key=key
-        )
+        handler, takes_time = known
+        if self.log.keeps(CALL_STARTED):
+            self.log.write(
+                CALL_STARTED, task=header.task, step=header.step, attempt=header.attempt, kind=header.kind, key=key
+            )
         started = self.clock.now_ms()
-        if inspect.iscoroutinefunction(handler):
+        if takes_time:
             self._work[key] = asyncio.create_task(self._work_on(call, handler, started))
             return
         try:
@@ -370,16 +382,18 @@ class Service:
     def _end(self, call: Call, ending: Message | Failure, started_ms: int) -> None:
         header = call.header
         code = ending.code if isinstance(ending, Failure) else None
-        self.log.write(
-            CALL_ENDED if code is None else CALL_FAILED,
-            task=header.task,
-            step=header.step,
-            attempt=header.attempt,
-            kind=header.kind,
-            key=header.key,
-            code=code,
-            took_ms=self.clock.now_ms() - started_ms,
-        )
+        told = CALL_ENDED if code is None else CALL_FAILED
+        if self.log.keeps(told):
+            self.log.write(
+                told,
+                task=header.task,
+                step=header.step,
+                attempt=header.attempt,
+                kind=header.kind,
+                key=header.key,
+                code=code,
+                took_ms=self.clock.now_ms() - started_ms,
+            )
         if isinstance(ending, Failure):
             self.feed(s.WorkEnded(header.key or "", "error", pack_body(ErrorReply(failure=ending))))
         else:

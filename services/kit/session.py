@@ -11,8 +11,11 @@ hub re-attaches them. Nothing is computed again for want of a message.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
@@ -35,16 +38,14 @@ _PROBE_PINGS: Final = 1.2
 # Events
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(msgspec.Struct, frozen=True):
     """A fresh socket is there; `epoch` names the new session."""
 
     at_ms: int
     epoch: str
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     """One message came in."""
 
     at_ms: int
@@ -52,20 +53,17 @@ class Received:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Ticked:
+class Ticked(msgspec.Struct, frozen=True):
     """Time has passed."""
 
     at_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reconnected:
+class Reconnected(msgspec.Struct, frozen=True):
     """The connection was broken and has come back: the hub may be a new one, and messages may be lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkEnded:
+class WorkEnded(msgspec.Struct, frozen=True):
     """The work for `key` has its ending."""
 
     key: str
@@ -73,8 +71,7 @@ class WorkEnded:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PartialMade:
+class PartialMade(msgspec.Struct, frozen=True):
     """A piece of a running answer; dropped while there is no hub, since the final repeats it."""
 
     key: str
@@ -82,30 +79,26 @@ class PartialMade:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """This service wants something from another, through the hub."""
 
     header: Header
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class AskDropped:
+class AskDropped(msgspec.Struct, frozen=True):
     """Nobody waits for that answer any more."""
 
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class StateChanged:
+class StateChanged(msgspec.Struct, frozen=True):
     """The service became ready, degraded, and so on."""
 
     state: PeerState
 
 
-@dataclass(frozen=True, slots=True)
-class DrainAsked:
+class DrainAsked(msgspec.Struct, frozen=True):
     """Take no new work; finish what is there."""
 
     reason: str
@@ -119,54 +112,47 @@ Event = (
 # Commands
 
 
-@dataclass(frozen=True, slots=True)
-class Transmit:
+class Transmit(msgspec.Struct, frozen=True):
     """Send this message; the driver fills in epoch, src and seq, and the id where it is empty."""
 
     header: Header
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Reopen:
+class Reopen(msgspec.Struct, frozen=True):
     """Close the socket, wait (backoff after `failures` vain tries), open a fresh one under a new epoch."""
 
     failures: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReportState:
+class ReportState(msgspec.Struct, frozen=True):
     """Send a pong; the driver measures what goes into it."""
 
     corr: str | None
     credit: int
 
 
-@dataclass(frozen=True, slots=True)
-class StartWork:
+class StartWork(msgspec.Struct, frozen=True):
     """Do this; end with WorkEnded."""
 
     header: Header
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class CancelWork:
+class CancelWork(msgspec.Struct, frozen=True):
     """Stop working on this key; WorkEnded is still expected."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True):
     """An answer (or a piece of one) to something this service asked."""
 
     header: Header
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """The hub refuses this peer for good; exit and say why."""
 
     reason: str

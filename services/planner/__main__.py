@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from services.kit.command_line import takes_no_arguments
 from services.kit.config import load_home
 from services.kit.registry import RegistryError, load_registry
 from services.kit.service import Service
@@ -13,7 +14,7 @@ from services.planner.app import PlannerApp
 SLOTS = 4  # planning mostly waits for other services
 
 
-async def main() -> int:
+async def serve() -> int:
     home = load_home().make()
     try:
         # Model files are the business of those who load them.
@@ -26,5 +27,10 @@ async def main() -> int:
     return await service.run()
 
 
+def main() -> int:
+    takes_no_arguments("planner", "Makes a plan of every objective, and new plans where one fails.")
+    return asyncio.run(serve())
+
+
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(main())

@@ -4,6 +4,7 @@ import sys
 
 from protocol.errors import AddressTaken
 from protocol.zmq_transport import ZmqRouter
+from services.kit.command_line import takes_no_arguments
 from services.kit.config import load_home
 from services.kit.registry import RegistryError, load_registry
 from services.scheduler.app import HubApp
@@ -11,6 +12,7 @@ from services.scheduler.journal_file import JournalVersionError
 
 
 def main() -> int:
+    takes_no_arguments("scheduler", "The hub of the bus: routes every call, owns every task, runs the graphs.")
     home = load_home().make()
     try:
         # Whether model files exist concerns the inference services, not the hub.

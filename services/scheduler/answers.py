@@ -11,7 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-from protocol.errors import CallFailed
+from protocol.codec import check_value
+from protocol.errors import BadFrame, CallFailed
 from protocol.limits import MAX_ARTEFACT_CHARS
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.failure import Category, Failure, Finding
@@ -68,9 +69,11 @@ def _parse_json(answer: str) -> Any:
     if text.startswith("```") and (block := _FENCE.search(text)):
         text = block.group(1)
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as err:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        check_value(value)  # JSON can say what no message can carry: 1e999, "\ud800", lists in lists without end
+    except (ValueError, RecursionError, BadFrame) as err:
         raise _fail(Category.SCHEMA, "answer.not_json", f"expected JSON: {err}", evidence=answer[:500]) from err
+    return value
 
 
 def _refuse_constant(name: str) -> Any:

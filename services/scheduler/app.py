@@ -47,7 +47,9 @@ from services.scheduler.facts import (
     AttemptAnswered,
     AttemptFailed,
     AttemptQueued,
+    AttemptStarted,
     Fact,
+    StepDone,
     StepFailed,
     TaskEnded,
     TaskPlanned,
@@ -63,6 +65,7 @@ TASK_DAMAGED = LogEvent("journal.damaged", "task seq reason", "error")
 _FIELDS: Final = "task step attempt what seq code category action rule state source"
 TASK_EVENT = LogEvent("task.event", _FIELDS)
 TASK_DETAIL = LogEvent("task.detail", _FIELDS, "debug")
+_DETAILS: Final = (AttemptQueued, AttemptAnswered)
 
 _TICK_MS: Final = 100
 _BATCH: Final = 512
@@ -273,14 +276,21 @@ class HubApp:
         for send in sends:
             try:
                 self._port.send(send.identity, send.header, send.body)
-            except (StrandPeer, SendLater):
-                # A full pipe is a peer that has not read 20,000 messages: gone for all purposes; it may rejoin.
+            except StrandPeer:
                 self._feed(Undeliverable(send.identity, self._clock.now_ms()))
+            except SendLater:
+                # A full pipe is a peer that has not read 20,000 messages: gone for all purposes; it may rejoin.
+                self._feed(Undeliverable(send.identity, self._clock.now_ms(), full=True))
 
     def _log_fact(self, record: Record) -> None:
         fact = record.fact
+        told = TASK_DETAIL if isinstance(fact, _DETAILS) else TASK_EVENT
+        if not self._log.keeps(told):
+            return
         extra: dict[str, Any] = {}
         match fact:
+            case StepDone() | AttemptStarted():
+                pass  # by far the most frequent ones
             case AttemptFailed():
                 extra = {"code": fact.failure["code"], "category": fact.failure["category"]}
                 extra |= {"action": fact.action, "rule": fact.rule}
@@ -292,7 +302,6 @@ class HubApp:
                 extra = {"source": fact.source}
             case _:
                 pass
-        told = TASK_DETAIL if isinstance(fact, AttemptQueued | AttemptAnswered) else TASK_EVENT
         self._log.write(
             told, task=fact.task, step=fact.step, attempt=fact.number, what=fact.EVENT, seq=record.seq, **extra
         )

@@ -10,9 +10,12 @@ Leaves to others: what an answer means (`machine.py`), sockets and clocks (`app.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from protocol.codec import pack_body
 from protocol.header import Header
@@ -32,13 +35,14 @@ REATTACH_MS: Final = 4_000
 CLIENT_KEPT_MS: Final = 60_000
 _KEPT_ENDINGS: Final = 4_096
 _KEPT_GONE: Final = 256
+_KEPT_QUEUES: Final = 64
+"""So many queues stay when they become empty, since most will soon be needed again."""
 _DEADLINES_SLACK: Final = 1_024
 _DEADLINE_GRACE_MS: Final = 1_000
 """A worker enforces deadlines itself; the hub steps in when it has not."""
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct):
     """One request for a capability. `requester` None = the hub itself."""
 
     key: str
@@ -79,8 +83,7 @@ class Call:
 # Commands
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Hand this call to that peer."""
 
     call: Call
@@ -89,16 +92,14 @@ class Start:
     """The last stretch of its wait in which no worker of its target was READY; None if one always was."""
 
 
-@dataclass(frozen=True, slots=True)
-class CancelAt:
+class CancelAt(msgspec.Struct, frozen=True):
     """Tell that peer to stop."""
 
     call: Call
     identity: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """A call has its ending: `kind` is a final, or `error`."""
 
     call: Call
@@ -107,31 +108,27 @@ class Ended:
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(msgspec.Struct, frozen=True):
     """A call's worker is gone; the call is queued again."""
 
     call: Call
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class Attached:
+class Attached(msgspec.Struct, frozen=True):
     """A worker came back with this running call: nothing is computed again."""
 
     call: Call
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class SendPing:
+class SendPing(msgspec.Struct, frozen=True):
     """Ping that peer."""
 
     identity: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PeerGone:
+class PeerGone(msgspec.Struct, frozen=True):
     """A session is over."""
 
     peer: Peer
@@ -154,6 +151,8 @@ class Broker:
     """Peers and calls. Every method takes the time and returns commands, in order."""
 
     tokens: Tokens
+    weight_of: Callable[[str], float] = field(default=lambda _: 1.0)
+    """Client -> its weight among those that wait for the same capability."""
     peers: dict[bytes, Peer] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     counters: dict[str, int] = field(
@@ -168,6 +167,8 @@ class Broker:
     _children: dict[str, set[str]] = field(default_factory=dict)
     """Key of a call -> keys of the calls made during it."""
     _deadlines: list[tuple[int, str]] = field(default_factory=list)
+    _overdue: deque[Command] = field(default_factory=deque)
+    """Ends of calls that were found expired when it was their turn."""
     _dirty: dict[str, None] = field(default_factory=dict)
     """Capabilities for which something may have become possible, in the order in which it did."""
     _unserved: dict[str, int] = field(default_factory=dict)
@@ -244,12 +245,12 @@ class Broker:
         else:
             self.peers.pop(peer.identity, None)
 
-    def on_unreachable(self, identity: bytes, at_ms: int) -> list[Command]:
-        """Sending failed: the connection is gone."""
+    def on_unreachable(self, identity: bytes, at_ms: int, why: str = "disconnected") -> list[Command]:
+        """The connection is gone, or cannot be used any more."""
         peer = self.peers.get(identity)
         if peer is None:
             return []
-        return self._remove(peer, "disconnected", at_ms, blame=peer.state is not PeerState.DRAINING)
+        return self._remove(peer, why, at_ms, blame=peer.state is not PeerState.DRAINING)
 
     def on_tick(self, at_ms: int) -> list[Command]:
         """Time: pings, silent peers, deadlines, calls whose hold is over."""
@@ -375,17 +376,24 @@ class Broker:
         call = self.calls.get(key or "")
         return call if call is not None and call.worker == peer.identity else None
 
-    def next_start(self, at_ms: int) -> Start | None:
+    def next_start(self, at_ms: int) -> Command | None:
         """The next call to hand out: first in its queue, to the peer with most free slots; None when nothing can go.
 
-        One at a time, so that what follows from a start or a loss is known before the next choice.
+        One at a time, so that what follows from a start or a loss is known before the next choice. A call whose
+        deadline has passed is not handed out: the next commands are its end.
         """
+        if self._overdue:
+            return self._overdue.popleft()
         while self._dirty:
             target = next(iter(self._dirty))
             start = self._start_one(target, at_ms)
             if start is not None:
                 return start
+            if self._overdue:
+                return self._overdue.popleft()
             del self._dirty[target]
+            if not self._dirty:
+                self._touch(self.tokens.let_in())
         return None
 
     def _start_one(self, target: str, at_ms: int) -> Start | None:
@@ -397,6 +405,10 @@ class Broker:
             if not self._is_queued(key):
                 queue.drop()
                 continue
+            due_ms = self.calls[key].deadline_ms
+            if due_ms is not None and due_ms <= at_ms:
+                self._overdue.extend(self._expire(self.calls[key]))
+                return None
             peer = self._freest(target, at_ms)
             self._note_served(target, peer, at_ms)
             if peer is None:
@@ -408,7 +420,7 @@ class Broker:
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
         self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
-        if not len(queue):
+        if len(self._queues) > _KEPT_QUEUES and not len(queue):
             del self._queues[target]  # its name may be anything a client thought of
         return None
 
@@ -445,7 +457,8 @@ class Broker:
     # Inside
 
     def _push(self, call: Call) -> None:
-        place = Place(call.client, call.interactive, call.rank_s, call.outer_ms)
+        weight = self.weight_of(call.client)
+        place = Place(call.client, call.interactive, call.rank_s, call.outer_ms, weight)
         self._queues.setdefault(call.target, ReadyQueue()).push(call.key, place, call.hold_until_ms)
         self._touch((call.target,))
 

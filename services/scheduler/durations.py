@@ -9,6 +9,7 @@ step does not spoil the estimate; old observations fade, so that a faster model 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -71,12 +72,7 @@ class LearnedDurations:
 
     def expected_s(self, job: Job) -> float:
         """See Durations."""
-        log_s = math.log(max(_LEAST_S, job.max_tokens / PRIOR_TOKENS_PER_S))
-        for level in _levels(job):
-            mean = self._means.get(level)
-            if mean is not None:
-                log_s = (mean.count * mean.value + _SHRINKAGE * log_s) / (mean.count + _SHRINKAGE)
-        return math.exp(log_s)
+        return math.exp(self._expected_log_s(job, _levels(job)))
 
     def spread(self) -> float:
         """See Durations."""
@@ -85,17 +81,35 @@ class LearnedDurations:
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations."""
         log_s = math.log(max(_LEAST_S, seconds))
-        self._errors.add((log_s - math.log(self.expected_s(job))) ** 2)
-        for level in _levels(job):
-            self._means.setdefault(level, _Mean()).add(log_s)
+        levels = _levels(job)
+        self._errors.add((log_s - self._expected_log_s(job, levels)) ** 2)
+        for level in levels:
+            mean = self._means.get(level)
+            if mean is None:
+                mean = self._means[level] = _Mean()
+            mean.add(log_s)
+
+    def observations(self) -> dict[str, int]:
+        """Role -> from how many of its steps its estimates come; old ones fade, so never more than the memory holds."""
+        return {level[0]: round(mean.count) for level, mean in self._means.items() if len(level) == 1}
 
     def state(self) -> list[tuple[list[str], float, float]]:
-        """Everything learned, as plain values for the journal."""
-        return [(list(level), mean.value, mean.count) for level, mean in self._means.items()]
+        """Everything learned, as plain values for the journal; the errors stand under no level."""
+        means: dict[tuple[str, ...], _Mean] = {(): self._errors} | self._means
+        return [(list(level), mean.value, mean.count) for level, mean in means.items()]
 
-    def restore(self, state: list[tuple[list[str], float, float]]) -> None:
+    def restore(self, state: Iterable[tuple[list[str], float, float]]) -> None:
         """Take up what `state` gave."""
-        self._means = {tuple(level): _Mean(log_s, count) for level, log_s, count in state}
+        self._means = {tuple(level): _Mean(value, count) for level, value, count in state}
+        self._errors = self._means.pop((), _Mean(_PRIOR_SPREAD**2, 1.0))
+
+    def _expected_log_s(self, job: Job, levels: tuple[tuple[str, ...], ...]) -> float:
+        log_s = math.log(max(_LEAST_S, job.max_tokens / PRIOR_TOKENS_PER_S))
+        for level in levels:
+            mean = self._means.get(level)
+            if mean is not None:
+                log_s = (mean.count * mean.value + _SHRINKAGE * log_s) / (mean.count + _SHRINKAGE)
+        return log_s
 
 
 class TokenSpeed:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from services.scheduler import facts as f
 from services.scheduler.broker import Call
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True):
     """Write this fact to the journal and tell the task's watchers."""
 
     fact: f.Fact
     seq: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """Queue this call at the broker."""
 
     call: Call
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(msgspec.Struct, frozen=True):
     """Cancel the call with this key, if it is still there."""
 
     key: str

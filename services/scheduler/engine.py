@@ -7,6 +7,7 @@ follows a failure is `failures.py`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -59,6 +60,8 @@ class Engine:
     ranking: Ranking
     live: dict[str, TaskRecord] = field(default_factory=dict)
     """Tasks that are not final, or whose outcomes memory does not have yet."""
+    active: Counter[str] = field(default_factory=Counter)
+    """Client -> its tasks that are not final."""
     ended: EndedTasks = field(default_factory=EndedTasks)
     """The newest of those that are over."""
     unsettled: set[str] = field(default_factory=set)
@@ -92,12 +95,16 @@ class Engine:
         )
         task = begin(fact)
         self.live[task_id] = task
+        self.active[client] += 1
         self._effects.append(Record(fact, task.seq))
         self._ask_plan(task, at_ms)
 
     def restore(self, task: TaskRecord, at_ms: int) -> None:
         """Take up a task from the journal where it stood; work in flight may be brought back by its worker."""
+        known = self.live.get(task.id)
         self.live[task.id] = task
+        if not task.state.final and known is None:
+            self.active[task.client] += 1
         if task.state.final:
             self._settle_outcomes(task, at_ms)
         elif task.state is TaskState.PLANNING:
@@ -564,6 +571,9 @@ class Engine:
                 )
         value = None if failure is None else failure.model_dump(mode="json", exclude_none=True)
         self._emit(task, f.TaskEnded(task=task.id, at_ms=at_ms, state=state.value, failure=value))
+        self.active[task.client] -= 1
+        if not self.active[task.client]:
+            del self.active[task.client]  # clients come and go under ever new names
         self._plan_tries.pop(task.id, None)
         self.ranking.forget(task.id)
         self._settle_outcomes(task, at_ms)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from protocol.header import Header
 from protocol.messages.result import ListQuery, Watch
@@ -16,8 +17,7 @@ from services.scheduler.tasks import TaskRecord
 # Events
 
 
-@dataclass(frozen=True, slots=True)
-class FrameIn:
+class FrameIn(msgspec.Struct, frozen=True):
     """A message arrived on the socket."""
 
     identity: bytes
@@ -25,31 +25,28 @@ class FrameIn:
     at_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Undeliverable:
-    """Sending to this peer failed: it is gone."""
+class Undeliverable(msgspec.Struct, frozen=True):
+    """Sending to this peer failed: it is gone, or its pipe is full (`full`), which for the session is the same."""
 
     identity: bytes
     at_ms: int
+    full: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """Time has passed."""
 
     at_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Restored:
+class Restored(msgspec.Struct, frozen=True):
     """A task from the journal, to be taken up where it stood."""
 
     task: TaskRecord
     at_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class LookedUp:
+class LookedUp(msgspec.Struct, frozen=True):
     """What the journal knows about the task that a message is about."""
 
     identity: bytes
@@ -59,8 +56,7 @@ class LookedUp:
     at_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class EventsRead:
+class EventsRead(msgspec.Struct, frozen=True):
     """The next facts for a watcher that came late, with their numbers; none = the journal has no more."""
 
     identity: bytes
@@ -75,8 +71,7 @@ Event = FrameIn | Undeliverable | Tick | Restored | LookedUp | EventsRead
 # Commands
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """Send this message; one that `promises` something goes out only when all facts before it are written.
 
     Work for a peer promises nothing: keys follow from the inputs alone, so a hub that dies before it has written what
@@ -89,8 +84,7 @@ class Send:
     promises: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class LookUp:
+class LookUp(msgspec.Struct, frozen=True):
     """Read this task from the journal and come back with LookedUp."""
 
     task_id: str
@@ -99,8 +93,7 @@ class LookUp:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ReadEvents:
+class ReadEvents(msgspec.Struct, frozen=True):
     """Read facts after `query.after_seq`, as many as suit, once all facts so far are written; answer EventsRead."""
 
     identity: bytes
@@ -108,8 +101,7 @@ class ReadEvents:
     query: Watch
 
 
-@dataclass(frozen=True, slots=True)
-class ReadListing:
+class ReadListing(msgspec.Struct, frozen=True):
     """Answer a `task.list` from the journal's index."""
 
     identity: bytes
@@ -117,23 +109,20 @@ class ReadListing:
     query: ListQuery
 
 
-@dataclass(frozen=True, slots=True)
-class ReadStatus:
+class ReadStatus(msgspec.Struct, frozen=True):
     """Answer a `session.status`: the report needs the journal's counts."""
 
     identity: bytes
     header: Header
 
 
-@dataclass(frozen=True, slots=True)
-class ReloadUnsettled:
+class ReloadUnsettled(msgspec.Struct, frozen=True):
     """Bring back ended tasks whose outcomes memory does not have, as Restored."""
 
     limit: int
 
 
-@dataclass(frozen=True, slots=True)
-class Noted:
+class Noted(msgspec.Struct, frozen=True):
     """A line for the log."""
 
     event: LogEvent

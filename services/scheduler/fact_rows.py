@@ -9,8 +9,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 
-import msgpack
-
 from services.scheduler import facts as f
 from services.scheduler.tasks import JournalError, TaskRecord, apply, begin
 
@@ -43,7 +41,7 @@ def read_rows(task: str, rows: Iterable[Row], after: int = 0) -> Iterator[tuple[
             raise DamagedTask(task, seq, f"its bytes are not those that were written ({kind})")
         try:
             fact = f.unpack_fact(kind, data)
-        except (ValueError, TypeError, KeyError, msgpack.UnpackException) as err:
+        except ValueError as err:
             raise DamagedTask(task, seq, f"cannot be read ({kind}): {err or type(err).__name__}") from err
         if fact.task != task:
             raise DamagedTask(task, seq, f"is about task {fact.task}")

@@ -7,14 +7,12 @@ nothing again. Fields are added at the end with a default, never renamed: old jo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Final
 
-import msgpack
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fact:
+class Fact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base: which task, and when (unix ms)."""
 
     EVENT: ClassVar[str]
@@ -27,8 +25,7 @@ class Fact:
     """Attempt, from 1."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskAccepted(Fact):
+class TaskAccepted(Fact, frozen=True, kw_only=True):
     """The hub has promised to finish this task."""
 
     EVENT: ClassVar[str] = "task.accepted"
@@ -36,8 +33,7 @@ class TaskAccepted(Fact):
     client: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskPlanned(Fact):
+class TaskPlanned(Fact, frozen=True, kw_only=True):
     """The plan is adopted; from here on the steps exist."""
 
     EVENT: ClassVar[str] = "task.planned"
@@ -56,8 +52,7 @@ class TaskPlanned(Fact):
     """Slots of the models that the steps are planned for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepsAdded(Fact):
+class StepsAdded(Fact, frozen=True, kw_only=True):
     """The graph has grown while the task ran."""
 
     EVENT: ClassVar[str] = "task.extended"
@@ -65,24 +60,21 @@ class StepsAdded(Fact):
     client: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepExpanded(Fact):
+class StepExpanded(Fact, frozen=True, kw_only=True):
     """A mapped step has become one sub-step per item: `items[i]` is the input artefact of sub-step `<step>.<i+1>`."""
 
     EVENT: ClassVar[str] = "step.expanded"
     items: list[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepJoined(Fact):
+class StepJoined(Fact, frozen=True, kw_only=True):
     """All sub-steps of a mapped step are done; this is what they made together."""
 
     EVENT: ClassVar[str] = "step.joined"
     artefact: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptQueued(Fact):
+class AttemptQueued(Fact, frozen=True, kw_only=True):
     """A step is ready, or is to be tried again; its call waits for a slot."""
 
     EVENT: ClassVar[str] = "step.ready"
@@ -94,8 +86,7 @@ class AttemptQueued(Fact):
     """Pause before it may go to a worker."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptStarted(Fact):
+class AttemptStarted(Fact, frozen=True, kw_only=True):
     """A worker has it; `reattached` = it brought it back after a silence of its own or of the hub."""
 
     EVENT: ClassVar[str] = "step.started"
@@ -105,8 +96,7 @@ class AttemptStarted(Fact):
     """From when until when it waited without any READY worker for its model (unix ms); absent if there was one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptLost(Fact):
+class AttemptLost(Fact, frozen=True, kw_only=True):
     """The worker is gone or gave it back; the same attempt runs again. `blame` counts towards poison."""
 
     EVENT: ClassVar[str] = "step.lost"
@@ -115,8 +105,7 @@ class AttemptLost(Fact):
     blame: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptAnswered(Fact):
+class AttemptAnswered(Fact, frozen=True, kw_only=True):
     """The first answer for the attempt's key; later ones are duplicates."""
 
     EVENT: ClassVar[str] = "step.answered"
@@ -127,16 +116,14 @@ class AttemptAnswered(Fact):
     first_token_ms: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptChecked(Fact):
+class AttemptChecked(Fact, frozen=True, kw_only=True):
     """Its gates have spoken."""
 
     EVENT: ClassVar[str] = "step.checked"
     gates: list[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptFailed(Fact):
+class AttemptFailed(Fact, frozen=True, kw_only=True):
     """The attempt has failed; `action` is what the failure table says and `rule` why."""
 
     EVENT: ClassVar[str] = "step.retried"
@@ -146,23 +133,20 @@ class AttemptFailed(Fact):
     generated_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepDone(Fact):
+class StepDone(Fact, frozen=True, kw_only=True):
     """The outputs of the newest attempt are now artefacts of the task."""
 
     EVENT: ClassVar[str] = "step.done"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepFailed(Fact):
+class StepFailed(Fact, frozen=True, kw_only=True):
     """No further attempt will be made."""
 
     EVENT: ClassVar[str] = "step.failed"
     failure: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepDropped(Fact):
+class StepDropped(Fact, frozen=True, kw_only=True):
     """The step will not run or was stopped: `state` is cancelled or skipped."""
 
     EVENT: ClassVar[str] = "step.skipped"
@@ -170,8 +154,7 @@ class StepDropped(Fact):
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DuplicateSeen(Fact):
+class DuplicateSeen(Fact, frozen=True, kw_only=True):
     """A second terminal result for a key; it has no effect."""
 
     EVENT: ClassVar[str] = "step.duplicate"
@@ -179,16 +162,14 @@ class DuplicateSeen(Fact):
     worker: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskChecked(Fact):
+class TaskChecked(Fact, frozen=True, kw_only=True):
     """The gates of the final artefacts have spoken."""
 
     EVENT: ClassVar[str] = "task.checked"
     gates: list[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskEnded(Fact):
+class TaskEnded(Fact, frozen=True, kw_only=True):
     """Nothing about the task changes any more."""
 
     EVENT: ClassVar[str] = "task.ended"
@@ -196,13 +177,12 @@ class TaskEnded(Fact):
     failure: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutcomesSettled(Fact):
+class OutcomesSettled(Fact, frozen=True, kw_only=True):
     """Memory has the outcomes of this task, or has refused them for good (`reason`)."""
 
     EVENT: ClassVar[str] = "task.learned"
     stored: int
-    reason: str = field(default="")
+    reason: str = ""
 
 
 TYPES: Final[dict[str, type[Fact]]] = {
@@ -228,19 +208,24 @@ TYPES: Final[dict[str, type[Fact]]] = {
         OutcomesSettled,
     )
 }
-_FIELDS: Final = {name: tuple(f.name for f in fields(cls)) for name, cls in TYPES.items()}
+_write: Final = msgspec.msgpack.Encoder().encode
+_readers: Final = {name: msgspec.msgpack.Decoder(cls) for name, cls in TYPES.items()}
 
 
 def pack_fact(fact: Fact) -> bytes:
-    """Encode as a msgpack map of the fields that are set."""
-    names = _FIELDS[type(fact).__name__]
-    return bytes(msgpack.packb({name: value for name in names if (value := getattr(fact, name)) is not None}))
+    """Encode as a msgpack map of the fields that differ from their default."""
+    return _write(fact)
 
 
 def unpack_fact(kind: str, data: bytes) -> Fact:
-    """Decode; fields of newer versions are ignored. Raises ValueError for a kind that this version does not know."""
-    cls = TYPES.get(kind)
-    if cls is None:
+    """Decode; fields of newer versions are ignored.
+
+    Raises ValueError for a kind that this version does not know, and for bytes that are no fact of this kind.
+    """
+    reader = _readers.get(kind)
+    if reader is None:
         raise ValueError(f"the journal holds a {kind!r}, which this version does not know: use a newer one")
-    raw = msgpack.unpackb(data, raw=False, strict_map_key=False)
-    return cls(**{name: raw[name] for name in _FIELDS[kind] if name in raw})
+    try:
+        return reader.decode(data)
+    except msgspec.MsgspecError as err:
+        raise ValueError(str(err)) from err

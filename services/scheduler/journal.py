@@ -32,6 +32,9 @@ from services.scheduler.tasks import TaskRecord
 _DURATIONS: Final = "durations"
 _PAGE_BYTES: Final = 4 * 1024 * 1024
 """Facts read at once for a watcher: answers may hold a megabyte each."""
+_PROMISES: Final = (f.TaskAccepted, f.TaskEnded)
+_NOT_INDEXED: Final = (f.AttemptQueued, f.AttemptStarted, f.AttemptAnswered)
+"""Most facts: what becomes of an attempt is not in any listing."""
 Learned = list[tuple[list[str], float, float]]
 """What `LearnedDurations.state` gives."""
 
@@ -59,7 +62,7 @@ class Journal:
         """Write facts in one transaction; synced to disk if one of them is a promise to a client."""
         if not records:
             return
-        full = any(isinstance(record.fact, f.TaskAccepted | f.TaskEnded) for record in records)
+        full = any(isinstance(record.fact, _PROMISES) for record in records)
         self._sync(full)
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -73,14 +76,15 @@ class Journal:
             raise
         self.commits += 1
         self.syncs += full
-        for record in records:
+        newest = {record.fact.task: record for record in records}
+        for task, record in newest.items():
             if isinstance(record.fact, f.TaskEnded | f.OutcomesSettled):
-                self._written.pop(record.fact.task, None)
-                self._snapped.pop(record.fact.task, None)
+                self._written.pop(task, None)
+                self._snapped.pop(task, None)
                 continue
-            self._written[record.fact.task] = record.seq
-            if snapshot.may_be_due(record.seq - self._snapped.get(record.fact.task, 0)):
-                self._long.add(record.fact.task)
+            self._written[task] = record.seq
+            if snapshot.may_be_due(record.seq - self._snapped.get(task, 0)):
+                self._long.add(task)
 
     def take_long_tasks(self) -> set[str]:
         """Tasks written to since the last call that may be due for `keep_snapshot`."""
@@ -205,14 +209,7 @@ class Journal:
 
     def durations(self) -> Learned:
         """What was learned when it was last kept; empty where there is nothing, or nothing that can be read."""
-        row = self._db.execute("SELECT data FROM learned WHERE name = ?", (_DURATIONS,)).fetchone()
-        if row is None:
-            return []
-        try:
-            state = msgpack.unpackb(row[0], raw=False)
-            return [([str(part) for part in level], float(log_s), float(count)) for level, log_s, count in state]
-        except (ValueError, TypeError, msgpack.UnpackException):
-            return []  # estimates only: they are learned again
+        return read_learned(self._db)
 
     def close(self) -> None:
         """Close the file; a clean close folds the WAL back in."""
@@ -243,6 +240,8 @@ class Journal:
     def _index(self, records: Iterable[Record]) -> None:
         done: Counter[str] = Counter()
         for record in records:
+            if isinstance(record.fact, _NOT_INDEXED):
+                continue
             match record.fact:
                 case f.StepDone(task=task):
                     done[task] += 1
@@ -285,6 +284,18 @@ class Journal:
         self._db.execute(
             "INSERT INTO tallies VALUES (?1, ?2) ON CONFLICT (state) DO UPDATE SET tasks = tasks + ?2", (state, change)
         )
+
+
+def read_learned(database: sqlite3.Connection) -> Learned:
+    """What a hub has learned of durations, from its journal; see `Journal.durations`. Raises sqlite3.Error."""
+    row = database.execute("SELECT data FROM learned WHERE name = ?", (_DURATIONS,)).fetchone()
+    if row is None:
+        return []
+    try:
+        state = msgpack.unpackb(row[0], raw=False)
+        return [([str(part) for part in level], float(log_s), float(count)) for level, log_s, count in state]
+    except (ValueError, TypeError, msgpack.UnpackException):
+        return []  # estimates only: they are learned again
 
 
 def _row(record: Record) -> tuple[str, int, str, bytes, int]:

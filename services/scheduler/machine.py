@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
+
+from msgspec.structs import replace
 
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
@@ -40,6 +43,7 @@ from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
 from services.scheduler.admission import DrainRate
+from services.scheduler.clients import client_reports
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Ask, Drop, Record
 from services.scheduler.events import (
@@ -66,6 +70,7 @@ from services.scheduler.ranks import Ranking
 from services.scheduler.requested import read_task, task_asked_for
 from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
 from services.scheduler.tasks import TaskRecord
+from services.scheduler.unread import RETRY_AFTER_MS, Unread
 from services.scheduler.views import event, view
 from services.scheduler.waiting import reasons
 
@@ -76,6 +81,9 @@ MAX_WATCHES: Final = 2_000
 MAX_SESSIONS: Final = 1_000
 """Of clients, and as many of workers, so that neither can shut the others out."""
 _DEFAULT_DEADLINE_MS: Final = 600_000
+_KEPT_WEIGHTS: Final = 1_024
+_SHORT_ANSWERS: Final = frozenset({"task.submit", "task.cancel", "task.extend"})
+"""Requests whose answers are a few bytes: taken from a peer that is behind with reading, too."""
 _TICKS_BETWEEN_CLEANUPS_MS: Final = 5_000
 
 PEER_JOINED = LogEvent("peer.joined", "peer epoch capabilities in_flight reattached dropped resend")
@@ -103,6 +111,12 @@ class Hub:
     """The same, of those who want the result only."""
     _late: set[tuple[bytes, str]] = field(default_factory=set)
     """Watchers that are still being told what was before they came."""
+    unread: Unread = field(default_factory=Unread)
+    """What was sent to each connection and is not known to be read."""
+    _deaf: set[bytes] = field(default_factory=set)
+    """Peers that could not be told something in this turn."""
+    _at_ms: int = 0
+    """When the newest event happened."""
     _sent: int = 0
     _drain: DrainRate = field(default_factory=DrainRate)
     """How fast tasks end: behind `retry_after_ms`."""
@@ -110,12 +124,15 @@ class Hub:
 
     def __post_init__(self) -> None:
         """The engine shares the registry and what is known of durations."""
-        self.broker = b.Broker(Tokens(self.registry.hardware.cores))
+        weight_of = lru_cache(_KEPT_WEIGHTS)(self.registry.weight_of)
+        self.broker = b.Broker(Tokens(self.registry.hardware.cores), weight_of)
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
 
     def handle(self, happened: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
+        if not isinstance(happened, EventsRead):
+            self._at_ms = happened.at_ms
         match happened:
             case FrameIn(identity, frames, at_ms):
                 self._on_frame(identity, frames, at_ms)
@@ -125,13 +142,20 @@ class Hub:
                 self._on_tick(at_ms)
             case EventsRead(identity, header, query, facts):
                 self._on_events_read(identity, header, query, facts)
-            case Undeliverable(identity, at_ms):
+            case Undeliverable(identity, at_ms, full):
+                if not full:
+                    self.unread.gone(identity)
                 self._settle(self.broker.on_unreachable(identity, at_ms), at_ms)
             case Restored(task, at_ms):
                 if self.engine.find(task.id) is None or not task.state.final:
                     self.engine.forget_ended(task.id)
                     self.engine.restore(task, at_ms)
                     self._settle([], at_ms)
+        while self._deaf:
+            gone = self.broker.on_unreachable(self._deaf.pop(), self._at_ms, "does not read")
+            self._settle(gone, self._at_ms)
+        for identity in self.unread.take_due():
+            self._ping(identity, self._at_ms, mark=True)
         commands, self._out = self._out, []
         return commands
 
@@ -149,12 +173,13 @@ class Hub:
             queued=self.broker.queue_lengths(),
             tasks=task_counts,
             counters=dict(self.broker.counters),
+            clients=client_reports(self.broker, self.engine.active),
         )
 
     def reply(self, identity: bytes, request: Header, kind: str, body: Message) -> Send:
         """A message that answers `request`."""
         header = Header(kind=kind, id=self._next_id(), corr=request.id, epoch=self.epoch, task=request.task)
-        return Send(identity, pack_header(header), pack_body(body))
+        return self._sending(identity, header, pack_body(body))
 
     # Frames
 
@@ -180,6 +205,9 @@ class Hub:
             self._on_hello(identity, header, unpack_body(Hello, body), at_ms)
             return
         peer = self.broker.peers.get(identity)
+        if peer is None and header.kind == "session.pong":
+            self.unread.on_pong(identity, header.corr)  # of a client whose session was forgotten meanwhile
+            return
         if peer is None:
             self._error(
                 identity, header, UNKNOWN_PEER, Category.PEER, "say session.hello first: this hub has not met you"
@@ -196,6 +224,7 @@ class Hub:
         kind = header.kind
         if kind == "session.pong":
             pong = unpack_body(Pong, body)
+            self.unread.on_pong(peer.identity, header.corr)
             if header.seq is None or header.seq == peer.last_seq:  # else a later message has overtaken it
                 self.broker.on_pong(peer, pong)
             self._settle([], at_ms)
@@ -284,10 +313,14 @@ class Hub:
         known = self.broker.calls.get(call.key)
         if known is not None and known.requester is None:
             raise BadFrame("call.key", "this key belongs to a call of the hub itself")
+        objection = self.unread.objection(peer.identity)
+        if objection is not None:
+            self._refuse(peer.identity, header, objection, RETRY_AFTER_MS)
+            return
         objection = self.broker.objection(call)
         if objection is not None:
-            refused = Refused(reason=objection, retry_after_ms=self.broker.admission.retry_after_ms(call.target, at_ms))
-            self._out.append(self.reply(peer.identity, header, "refused", refused))
+            pause_ms = self.broker.admission.retry_after_ms(call.target, at_ms)
+            self._refuse(peer.identity, header, objection, pause_ms)
             return
         self.broker.ask(call)
         self._settle([], at_ms)
@@ -303,8 +336,11 @@ class Hub:
         if call is None:
             return  # its call has ended or was cancelled
         if call.requester is not None:
+            if self.unread.is_deaf(call.requester):
+                self._deaf.add(call.requester)
+                return
             forward = Header(kind=header.kind, id=self._next_id(), corr=call.corr, key=call.key, epoch=self.epoch)
-            self._out.append(Send(call.requester, pack_header(forward), body))
+            self._out.append(self._sending(call.requester, forward, body))
             return
         task = self.engine.live.get(call.task or "")
         if task is None or task.id not in self._watches:
@@ -321,11 +357,15 @@ class Hub:
             fields=fields,
         )
         for (identity, _), request in self._watches[task.id].items():
-            self._out.append(self.reply(identity, request, "task.event", told))
+            self._push(identity, request, "task.event", told)
 
     # Clients
 
     def _on_hub_request(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
+        objection = self.unread.objection(identity)
+        if objection is not None and header.kind not in _SHORT_ANSWERS:
+            self._refuse(identity, header, objection, RETRY_AFTER_MS)
+            return
         match header.kind:
             case "session.status":
                 self._out.append(ReadStatus(identity, header))
@@ -356,19 +396,24 @@ class Hub:
             self._accept(identity, header, ir, task_id, peer.service, at_ms)
 
     def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
-        active = [task.client for task in self.engine.live.values() if not task.state.final]
-        # Nobody may have more than are left for the others, so that a greedy client never takes the last place.
-        own, free = active.count(client), MAX_ACTIVE_TASKS - len(active)
-        if own >= free:
-            reason = f"{len(active)} tasks are active, {own} of them yours"
-            refused = Refused(reason=reason, retry_after_ms=self._drain.retry_after_ms(at_ms))
+        refused = self.admit(ir, task_id, client, at_ms)
+        if refused is not None:
             self._note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
             self._out.append(self.reply(identity, header, "refused", refused))
             return
+        self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id)))
+
+    def admit(self, ir: TaskIR, task_id: str, client: str, at_ms: int) -> Refused | None:
+        """Take a task that has been checked and begin with it; returns why not, if there is no place for it."""
+        # Nobody may have more than are left for the others, so that a greedy client never takes the last place.
+        own, active = self.engine.active[client], self.engine.active.total()
+        if own >= MAX_ACTIVE_TASKS - active:
+            reason = f"{active} tasks are active, {own} of them yours"
+            return Refused(reason=reason, retry_after_ms=self._drain.retry_after_ms(at_ms))
         accepted = ir.model_copy(update={"task_id": task_id, "created_at": at_ms})
         self.engine.submit(task_id, accepted, client, at_ms)
         self._settle([], at_ms)
-        self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id)))
+        return None
 
     def _on_looked_up(
         self, identity: bytes, header: Header, body: bytes, task: TaskRecord | Past | None, at_ms: int
@@ -456,7 +501,7 @@ class Hub:
             return  # the watcher is gone
         self._late.discard((identity, header.id))
         for seq, fact in facts:
-            self._out.append(self.reply(identity, header, "task.event", event(fact, seq)))
+            self._push(identity, header, "task.event", event(fact, seq))
         rest = query if not facts else query.model_copy(update={"after_seq": facts[-1][0]})
         task = self.engine.find(query.task_id)
         if task is None and not facts:
@@ -479,6 +524,7 @@ class Hub:
             waiting = {who for tasks in kept for watches in tasks.values() for who, _ in watches}
             waiting |= {who for who, _ in self._late}
             self.broker.forget_silent_clients(at_ms, waiting)
+            self.unread.want_marks(self.broker.peers)
             if self.engine.deferred and len(self.engine.unsettled) < e.MAX_UNSETTLED // 2:
                 self.engine.deferred = False
                 self._out.append(ReloadUnsettled(e.MAX_UNSETTLED // 2))
@@ -512,9 +558,11 @@ class Hub:
             case b.Ended(call, kind, body, worker):
                 if call.requester is None:
                     self.engine.on_ended(call, kind, body, worker, at_ms)
+                elif self.unread.is_deaf(call.requester):
+                    self._deaf.add(call.requester)
                 else:
                     header = Header(kind=kind, id=self._next_id(), corr=call.corr, key=call.key, epoch=self.epoch)
-                    self._out.append(Send(call.requester, pack_header(header), body))
+                    self._out.append(self._sending(call.requester, header, body))
             case b.Lost(call, worker):
                 if call.requester is None:
                     self.engine.on_lost(call, worker, at_ms)
@@ -525,8 +573,7 @@ class Hub:
                 header = Header(kind=f"{family(call.kind)}.cancel", id=self._next_id(), key=call.key, epoch=self.epoch)
                 self._out.append(Send(identity, pack_header(header), _EMPTY, promises=False))
             case b.SendPing(identity):
-                header = Header(kind="session.ping", id=self._next_id(), epoch=self.epoch)
-                self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms)), promises=False))
+                self._ping(identity, at_ms)
             case b.PeerGone(peer, why):
                 self._note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)
                 if not peer.is_worker:
@@ -555,14 +602,19 @@ class Hub:
             if isinstance(effect, Record):
                 self._out.append(effect)
                 self._tell_watchers(effect.fact, effect.seq)
-        self._out.append(Send(peer.identity, pack_header(header), body, promises=False))
+        send = Send(peer.identity, pack_header(header), body, promises=False)
+        self.unread.sent(peer.identity, len(send.header) + len(body))
+        if self.unread.is_deaf(peer.identity):
+            self._deaf.add(peer.identity)
+        else:
+            self._out.append(send)
 
     def _tell_watchers(self, fact: f.Fact, seq: int) -> None:
         watches = self._watches.get(fact.task)
         if watches:
             told = event(fact, seq)
             for (identity, _), request in watches.items():
-                self._out.append(self.reply(identity, request, "task.event", told))
+                self._push(identity, request, "task.event", told)
         if not isinstance(fact, f.TaskEnded):
             return
         self._drain.ended(fact.at_ms)
@@ -573,7 +625,7 @@ class Hub:
             return
         result = view(task)
         for (identity, _), request in waiting.items():
-            self._out.append(self.reply(identity, request, "task.result", result))
+            self._push(identity, request, "task.result", result)
 
     def _forget_client(self, identity: bytes, at_ms: int) -> None:
         self._late = {late for late in self._late if late[0] != identity}
@@ -589,6 +641,25 @@ class Hub:
         for command in self.broker.cancel_for(identity):
             self._carry_out(command, at_ms)
 
+    def _ping(self, identity: bytes, at_ms: int, *, mark: bool = False) -> None:
+        header = Header(kind="session.ping", id=self._next_id(), epoch=self.epoch)
+        self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms)), promises=False))
+        if mark:
+            self.unread.mark(identity, header.id)
+
+    def _sending(self, identity: bytes, header: Header, body: bytes) -> Send:
+        """A message with content, which counts as unread until a later ping is answered."""
+        send = Send(identity, pack_header(header), body)
+        self.unread.sent(identity, len(send.header) + len(body))
+        return send
+
+    def _push(self, identity: bytes, request: Header, kind: str, body: Message) -> None:
+        """Tell a watcher something, unless it has not read for so long that it counts as gone."""
+        if self.unread.is_deaf(identity):
+            self._deaf.add(identity)
+        else:
+            self._out.append(self.reply(identity, request, kind, body))
+
     def _next_id(self) -> str:
         self._sent += 1
         return f"{self.epoch}-{self._sent}"
@@ -596,11 +667,20 @@ class Hub:
     def _note(self, happened: LogEvent, **fields: Any) -> None:
         self._out.append(Noted(happened, fields))
 
+    def _refuse(self, identity: bytes, request: Header, reason: str, retry_after_ms: int) -> None:
+        if self.unread.is_deaf(identity):
+            self._deaf.add(identity)
+            return
+        refused = Refused(reason=reason, retry_after_ms=retry_after_ms)
+        self._out.append(self.reply(identity, request, "refused", refused))
+
     def _error(self, identity: bytes, request: Header | None, code: str, category: Category, message: str) -> None:
         failure = Failure(code=code, category=category, origin="scheduler", message=message[:8_000])
         corr = None if request is None else request.id
+        if self.unread.is_deaf(identity):
+            return
         header = Header(kind="error", id=self._next_id(), corr=corr, epoch=self.epoch)
-        self._out.append(Send(identity, pack_header(header), pack_body(ErrorReply(failure=failure))))
+        self._out.append(self._sending(identity, header, pack_body(ErrorReply(failure=failure))))
 
 
 _EMPTY: Final = b"\x80"

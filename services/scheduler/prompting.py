@@ -43,8 +43,8 @@ def compose(
     body = _inputs(inputs, max(room, 0))
     user = "\n\n".join(part for part in (head, body, tail) if part)
     return [
-        ChatMessage.model_construct(role="system", content=system),
-        ChatMessage.model_construct(role="user", content=user),
+        ChatMessage(role="system", content=system),
+        ChatMessage(role="user", content=user),
     ]
 
 

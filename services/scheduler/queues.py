@@ -5,6 +5,11 @@ makes progress. Between the clients of a class the one that was served least goe
 the one with the longest expected path behind it does (upward rank), then the earliest deadline, then the first
 that came: ties are never broken by chance.
 
+Served is what a client got divided by its weight, counted in calls: start-time fair queueing (Goyal, Vin, Cheng,
+SIGCOMM 1996). Time is the count at which the newest call went out; who comes back goes on from its own count or from
+there, whichever is later. So nobody is owed anything for a time in which it asked for nothing, and asking for one call
+at a time does not wipe out what one has had.
+
 Pure bookkeeping over keys; which call may run at all, and where, is the broker's business.
 """
 
@@ -19,6 +24,8 @@ BATCH_EVERY: Final = 5
 """At least one of so many calls is a batch call while any waits."""
 _NEVER: Final = 2**62
 _STALE_SLACK: Final = 64
+_ABSENT_SLACK: Final = 64
+"""Clients without a call here that are remembered at least; of more, only those that are ahead of the others."""
 
 Entry = tuple[float, int, int, str]
 """Negative rank, deadline, arrival, key: the smallest goes first."""
@@ -33,6 +40,8 @@ class Place:
     rank_s: float
     """Upward rank in seconds: the longest expected path from the start of this call to the end of its task."""
     deadline_ms: int | None
+    weight: float = 1.0
+    """Of the client: how many calls it gets for each one of a client of weight 1."""
 
 
 @dataclass(slots=True)
@@ -41,13 +50,19 @@ class _Class:
 
     waiting: dict[str, list[Entry]] = field(default_factory=dict)
     served: dict[str, float] = field(default_factory=dict)
-    """Calls handed out per waiting client since it came; a newcomer starts level with the least served."""
+    """Client -> where its next call starts: calls it got over its weight. Clients that wait, and those that are ahead
+    of `now`, so that they do not come back as newcomers."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of the clients that wait."""
+    now: float = 0.0
+    """Where the newest call that went out started."""
 
-    def push(self, client: str, entry: Entry) -> None:
+    def push(self, client: str, entry: Entry, weight: float) -> None:
         heap = self.waiting.get(client)
         if heap is None:
             heap = self.waiting[client] = []
-            self.served[client] = min(self.served.values(), default=0.0)
+            self.served[client] = max(self.served.get(client, 0.0), self.now)
+        self.weights[client] = weight
         heapq.heappush(heap, entry)
 
     def retain(self, keep: Callable[[str], bool]) -> None:
@@ -55,16 +70,28 @@ class _Class:
         for client, heap in list(self.waiting.items()):
             heap[:] = [entry for entry in sorted(heap) if keep(entry[3])]  # sorted, hence still a heap
             if not heap:
-                del self.waiting[client], self.served[client]
+                self._leave(client)
 
     def first_client(self) -> str | None:
+        if len(self.waiting) < 2:
+            return next(iter(self.waiting), None)
         return min(self.waiting, key=lambda client: (self.served[client], self.waiting[client][0]), default=None)
 
     def pop(self, client: str) -> None:
         heap = self.waiting[client]
         heapq.heappop(heap)
         if not heap:
-            del self.waiting[client], self.served[client]
+            self._leave(client)
+
+    def serve(self, client: str) -> None:
+        """Count the first call of this client as handed out."""
+        self.now = self.served[client]
+        self.served[client] += 1 / self.weights[client]
+
+    def _leave(self, client: str) -> None:
+        del self.waiting[client], self.weights[client]
+        if len(self.served) > 2 * len(self.waiting) + _ABSENT_SLACK:
+            self.served = {name: at for name, at in self.served.items() if name in self.waiting or at > self.now}
 
 
 @dataclass(slots=True)
@@ -109,7 +136,7 @@ class ReadyQueue:
         if chosen is None:
             raise IndexError("the queue is empty")
         group, client = chosen
-        group.served[client] += 1
+        group.serve(client)
         group.pop(client)
         self._since_batch = 0 if group is self._batch else self._since_batch + 1
 
@@ -163,13 +190,13 @@ class ReadyQueue:
     def _enter(self, key: str, place: Place, arrival: int) -> None:
         deadline = _NEVER if place.deadline_ms is None else place.deadline_ms
         group = self._interactive if place.interactive else self._batch
-        group.push(place.client, (-place.rank_s, deadline, arrival, key))
+        group.push(place.client, (-place.rank_s, deadline, arrival, key), place.weight)
 
     def _choose(self) -> tuple[_Class, str] | None:
-        order = [self._interactive, self._batch]
+        first, second = self._interactive, self._batch
         if self._since_batch >= BATCH_EVERY - 1:
-            order.reverse()
-        for group in order:
+            first, second = second, first
+        for group in (first, second):
             client = group.first_client()
             if client is not None:
                 return group, client

@@ -16,7 +16,7 @@ from typing import Final
 from protocol.messages.result import StepState
 from protocol.messages.task import Step, TaskIR
 from protocol.plan_graph import needs
-from services.kit.registry import Registry
+from services.kit.registry import Registry, RoleEntry
 from services.scheduler.durations import Durations, Job
 from services.scheduler.lookahead import Remaining, looked_ahead
 from services.scheduler.tasks import StepRecord, TaskRecord
@@ -62,6 +62,12 @@ def shrunk(cost_s: Mapping[str, float], spread: float) -> dict[str, float]:
     variance = sum((log - mean) ** 2 for log in logs) / len(logs)
     kept = max(0.0, 1 - spread**2 / variance) if variance > 0 else 0.0
     return {name: math.exp(mean + (math.log(c) - mean) * kept) if c > 0 else 0.0 for name, c in cost_s.items()}
+
+
+def job_of(ir: TaskIR, step: Step, role: RoleEntry, given_chars: int) -> Job:
+    """What estimators are told of a step in a role, whose inputs have so many characters together."""
+    chars = given_chars + len(step.action) + len(role.prompt)
+    return Job(role.name, ir.task_type.value, chars, step.max_tokens or role.max_tokens, step.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +149,8 @@ class Ranking:
         self._ranks.pop(task_id, None)
 
     def _job(self, task: TaskRecord, ir: TaskIR, step: Step, name: str) -> Job:
-        role = self.registry.roles[name]
         given = sum(len(task.artefacts[one].text()) for one in step.inputs if one in task.artefacts)
-        chars = given + len(step.action) + len(role.prompt)
-        return Job(name, ir.task_type.value, chars, step.max_tokens or role.max_tokens, step.id)
+        return job_of(ir, step, self.registry.roles[name], given)
 
     def _rank(self, task: TaskRecord, known: _Ranks | None, at_ms: int) -> _Ranks:
         steps = {name: step for name, step in task.steps.items() if not step.state.final}

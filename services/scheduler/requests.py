@@ -5,12 +5,10 @@ Composed when the call starts, not when it is queued: a thousand waiting steps h
 
 from __future__ import annotations
 
-from functools import cache
-
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.infer import InferRequest, Sampling
 from services.kit.identity import work_key
-from services.kit.registry import Registry, RoleEntry
+from services.kit.registry import Registry
 from services.scheduler.answers import schema_of_parts
 from services.scheduler.prompting import compose
 from services.scheduler.tasks import StepRecord, TaskRecord
@@ -29,11 +27,9 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
         schema = schema_of_parts(step.spec.outputs)
     if schema is None and attempt.constrained and step.spec.outputs[0].kind is ArtefactKind.JSON:
         schema = {"type": "object"}
-    sampling = _sampling(role)
-    if sampling.seed is None:
-        sampling = sampling.model_copy(update={"seed": int(work_key(attempt.key, "seed")[:7], 16)})
-    # Built without validation, as is the prompt: every part has been checked where it came in, and this is per step.
-    return InferRequest.model_construct(
+    sampling = role.sampling.model_dump(exclude_none=True)
+    sampling.setdefault("seed", int(work_key(attempt.key, "seed")[:7], 16))
+    return InferRequest(
         role=attempt.role,
         messages=compose(
             role=role,
@@ -47,14 +43,8 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
             max_tokens=max_tokens,
         ),
         max_tokens=min(max_tokens, left),
-        sampling=sampling,
+        sampling=Sampling(**sampling),
         json_schema=schema,
         grammar=step.spec.grammar,
         stream=stream,
     )
-
-
-@cache
-def _sampling(role: RoleEntry) -> Sampling:
-    """The role's sampling as it goes on the wire; a registry has few roles and they never change."""
-    return Sampling.model_validate(role.sampling.model_dump())

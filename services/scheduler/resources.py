@@ -87,6 +87,8 @@ class Tokens:
     """Holders that came back with running work which did not fit any more, or use what another one lent them."""
     _blocked: dict[str, int] = field(default_factory=dict)
     """Target -> since when (unix ms) its first call waits for tokens, oldest first."""
+    _shut_out: dict[str, str] = field(default_factory=dict)
+    """Target that found the door closed -> who had closed it."""
 
     @property
     def free_cores(self) -> int:
@@ -101,6 +103,7 @@ class Tokens:
         """
         lent = self.held(parent) if parent is not None else 0
         if needs is not NOTHING and not lent and self._door_is_closed(target, at_ms):
+            self._shut_out[target] = next(iter(self._blocked))
             return False
         if not self._fits(key, needs, lent):
             self._blocked.setdefault(target, at_ms)
@@ -142,6 +145,16 @@ class Tokens:
     def unblock(self, target: str) -> None:
         """Nobody waits for this target any more."""
         self._blocked.pop(target, None)
+
+    def let_in(self) -> list[str]:
+        """Targets that found a door closed which is open by now, each once: they should be tried."""
+        if not self._shut_out:
+            return []
+        closer = next(iter(self._blocked), None)
+        opened = [target for target, by in self._shut_out.items() if by != closer]
+        for target in opened:
+            del self._shut_out[target]
+        return opened
 
     def blocked(self) -> list[str]:
         """Targets whose first call waits for tokens, the longest waiting first."""

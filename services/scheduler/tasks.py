@@ -6,9 +6,9 @@ that contradicts itself must stop the hub rather than be guessed at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.failure import Failure
@@ -157,6 +157,13 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
     if task.state.final and not isinstance(fact, f.OutcomesSettled | f.DuplicateSeen):
         raise JournalError(f"{type(fact).__name__} after the end of task {task.id}")
     task.seq += 1
+    of_step = _OF_A_STEP.get(type(fact))
+    if of_step is not None:
+        step = task.steps.get(fact.step or "")
+        if step is None or step.state.final:
+            raise JournalError(f"{type(fact).__name__} for step {fact.step} of {task.id}, which cannot take it")
+        of_step(task, step, fact)
+        return
     match fact:
         case f.TaskPlanned():
             _adopt_plan(task, fact)
@@ -170,12 +177,12 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
             task.failure = _failure(fact.failure)
         case f.OutcomesSettled():
             task.settled = True
-        case f.TaskAccepted():
-            raise JournalError(f"task {task.id} was accepted twice")
         case f.DuplicateSeen():
             pass  # recorded for people; it has no effect, which is the point
+        case f.TaskAccepted():
+            raise JournalError(f"task {task.id} was accepted twice")
         case _:
-            _apply_to_step(task, fact)
+            raise JournalError(f"{type(fact).__name__} is no fact that this version knows")
 
 
 def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
@@ -216,8 +223,9 @@ def _add_steps(task: TaskRecord, added: list[Step]) -> None:
     task.unfinished += len(added)
 
 
-def _expand(task: TaskRecord, step: StepRecord, items: list[Artefact]) -> None:
+def _expand(task: TaskRecord, step: StepRecord, fact: f.StepExpanded) -> None:
     """One sub-step per item; the mapped step itself waits for them and is made of nothing but their outputs."""
+    items = [Artefact.model_validate(value) for value in fact.items]
     spec, output = step.spec, step.spec.outputs[0]
     for number, item in enumerate(items, 1):
         sub = spec.model_copy(
@@ -238,68 +246,40 @@ def _expand(task: TaskRecord, step: StepRecord, items: list[Artefact]) -> None:
     task.unfinished += len(items)
 
 
-def _apply_to_step(task: TaskRecord, fact: f.Fact) -> None:
-    step = task.steps.get(fact.step or "")
-    if step is None or step.state.final:
-        raise JournalError(f"{type(fact).__name__} for step {fact.step} of {task.id}, which cannot take it")
-    match fact:
-        case f.StepExpanded():
-            _expand(task, step, [Artefact.model_validate(value) for value in fact.items])
-        case f.StepJoined():
-            step.joined = [Artefact.model_validate(fact.artefact)]
-            step.ready_ms = fact.at_ms
-        case f.AttemptQueued():
-            step.state = StepState.READY
-            if step.ready_ms is None:
-                step.ready_ms = fact.at_ms
-            attempt = Attempt(len(step.attempts) + 1, fact.role, fact.model, fact.key, fact.at_ms, fact.constrained)
-            attempt.timeline.queued(fact.at_ms, fact.delay_ms or 0)
-            step.attempts.append(attempt)
-        case f.AttemptStarted():
-            if fact.reattached and step.state is StepState.READY and step.attempt.started_ms is not None:
-                step.losses = max(0, step.losses - 1)  # the worker was silent, not dead
-            if not fact.reattached or step.attempt.started_ms is None:
-                step.attempt.started_ms = fact.at_ms
-            step.state = StepState.INFERRING
-            if fact.reattached:
-                step.attempt.timeline.reattached(fact.at_ms, same_worker=step.attempt.worker == fact.worker)
-            else:
-                begin_end = fact.unserved_ms
-                step.attempt.timeline.started(fact.at_ms, (begin_end[0], begin_end[1]) if begin_end else None)
-            step.attempt.worker = fact.worker
-        case f.AttemptLost():
-            if step.state is StepState.INFERRING:
-                step.state = StepState.READY
-            step.losses += 1 if fact.blame else 0
-            step.attempt.timeline.lost(fact.at_ms)
-        case f.AttemptAnswered():
-            _take_answer(task, step, fact)
-        case f.AttemptChecked():
-            step.attempt.gates = [GateResult.model_validate(gate) for gate in fact.gates]
-            step.attempt.ended_ms = fact.at_ms
-            begun_ms = min((gate.started_ms for gate in step.attempt.gates), default=0)
-            step.attempt.timeline.checked(fact.at_ms, begun_ms)
-        case f.AttemptFailed():
-            step.attempt.failure = _failure(fact.failure)
-            step.attempt.action = f"{fact.action} ({fact.rule})"
-            step.attempt.ended_ms = fact.at_ms
-            step.attempt.generated_tokens += fact.generated_tokens
-            task.generated_tokens += fact.generated_tokens
-        case f.StepDone():
-            _end_step(task, step, StepState.DONE, fact.at_ms)
-            if step.attempts:
-                step.attempt.ended_ms = fact.at_ms
-            for artefact in step.joined or step.attempt.artefacts:
-                task.artefacts[artefact.name] = artefact
-            for other in task.dependents[step.spec.id]:
-                task.steps[other].waiting_for.discard(step.spec.id)
-        case f.StepFailed():
-            _end_step(task, step, StepState.FAILED, fact.at_ms)
-            step.failure = _failure(fact.failure)
-        case f.StepDropped():
-            _end_step(task, step, StepState(fact.state), fact.at_ms)
-        case _:
-            raise JournalError(f"{type(fact).__name__} is no fact about a step")
+def _join(_task: TaskRecord, step: StepRecord, fact: f.StepJoined) -> None:
+    step.joined = [Artefact.model_validate(fact.artefact)]
+    step.ready_ms = fact.at_ms
+
+
+def _queue(_task: TaskRecord, step: StepRecord, fact: f.AttemptQueued) -> None:
+    step.state = StepState.READY
+    if step.ready_ms is None:
+        step.ready_ms = fact.at_ms
+    attempt = Attempt(len(step.attempts) + 1, fact.role, fact.model, fact.key, fact.at_ms, fact.constrained)
+    attempt.timeline.queued(fact.at_ms, fact.delay_ms or 0)
+    step.attempts.append(attempt)
+
+
+def _start(_task: TaskRecord, step: StepRecord, fact: f.AttemptStarted) -> None:
+    attempt = step.attempt
+    if fact.reattached and step.state is StepState.READY and attempt.started_ms is not None:
+        step.losses = max(0, step.losses - 1)  # the worker was silent, not dead
+    if not fact.reattached or attempt.started_ms is None:
+        attempt.started_ms = fact.at_ms
+    step.state = StepState.INFERRING
+    if fact.reattached:
+        attempt.timeline.reattached(fact.at_ms, same_worker=attempt.worker == fact.worker)
+    else:
+        begin_end = fact.unserved_ms
+        attempt.timeline.started(fact.at_ms, (begin_end[0], begin_end[1]) if begin_end else None)
+    attempt.worker = fact.worker
+
+
+def _lose(_task: TaskRecord, step: StepRecord, fact: f.AttemptLost) -> None:
+    if step.state is StepState.INFERRING:
+        step.state = StepState.READY
+    step.losses += 1 if fact.blame else 0
+    step.attempt.timeline.lost(fact.at_ms)
 
 
 def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) -> None:
@@ -315,6 +295,58 @@ def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) ->
     attempt.generated_tokens = fact.generated_tokens
     attempt.first_token_ms = fact.first_token_ms
     task.generated_tokens += fact.generated_tokens
+
+
+def _check(_task: TaskRecord, step: StepRecord, fact: f.AttemptChecked) -> None:
+    attempt = step.attempt
+    attempt.gates = [GateResult.model_validate(gate) for gate in fact.gates]
+    attempt.ended_ms = fact.at_ms
+    begun_ms = min((gate.started_ms for gate in attempt.gates), default=0)
+    attempt.timeline.checked(fact.at_ms, begun_ms)
+
+
+def _fail_attempt(task: TaskRecord, step: StepRecord, fact: f.AttemptFailed) -> None:
+    attempt = step.attempt
+    attempt.failure = _failure(fact.failure)
+    attempt.action = f"{fact.action} ({fact.rule})"
+    attempt.ended_ms = fact.at_ms
+    attempt.generated_tokens += fact.generated_tokens
+    task.generated_tokens += fact.generated_tokens
+
+
+def _finish(task: TaskRecord, step: StepRecord, fact: f.StepDone) -> None:
+    _end_step(task, step, StepState.DONE, fact.at_ms)
+    if step.attempts:
+        step.attempt.ended_ms = fact.at_ms
+    for artefact in step.joined or step.attempt.artefacts:
+        task.artefacts[artefact.name] = artefact
+    for other in task.dependents[step.spec.id]:
+        task.steps[other].waiting_for.discard(step.spec.id)
+
+
+def _fail(task: TaskRecord, step: StepRecord, fact: f.StepFailed) -> None:
+    _end_step(task, step, StepState.FAILED, fact.at_ms)
+    step.failure = _failure(fact.failure)
+
+
+def _drop(task: TaskRecord, step: StepRecord, fact: f.StepDropped) -> None:
+    _end_step(task, step, StepState(fact.state), fact.at_ms)
+
+
+_OF_A_STEP: Final[Mapping[type[f.Fact], Callable[[TaskRecord, StepRecord, Any], None]]] = {
+    f.StepExpanded: _expand,
+    f.StepJoined: _join,
+    f.AttemptQueued: _queue,
+    f.AttemptStarted: _start,
+    f.AttemptLost: _lose,
+    f.AttemptAnswered: _take_answer,
+    f.AttemptChecked: _check,
+    f.AttemptFailed: _fail_attempt,
+    f.StepDone: _finish,
+    f.StepFailed: _fail,
+    f.StepDropped: _drop,
+}
+"""What each fact about a step changes: by type, since four of them make a step and a `match` would try them in turn."""
 
 
 def _artefact(value: dict[str, Any]) -> Artefact:

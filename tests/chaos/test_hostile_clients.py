@@ -21,11 +21,12 @@ from protocol.codec import pack_body
 from protocol.errors import CallRefused
 from protocol.header import Header, pack_header
 from protocol.messages.infer import ChatMessage, InferRequest
-from protocol.messages.result import TaskState, Watch
+from protocol.messages.result import ArtefactQuery, TaskQuery, TaskState, Watch
 from protocol.messages.session import Hello
 from services.ctl.bench.bare_stack import BareStack
 from services.scheduler.admission import MAX_CALLS_PER_PEER
 from services.scheduler.machine import MAX_ACTIVE_TASKS
+from services.scheduler.unread import MAX_UNREAD_PER_PEER
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(200)]
 
@@ -180,4 +181,50 @@ def test_a_watcher_that_never_reads_costs_the_hub_little_and_delays_nobody(stack
             assert time.monotonic() - began < 5
         assert resident_mb(stack) - before_mb < 80
     finally:
+        link.close()
+
+
+def beat(link: socket.socket, stop: threading.Event, lock: threading.Lock) -> None:
+    """ZMTP heartbeats, as libzmq sends them, so that the hub's side never finds the connection silent."""
+    while not stop.wait(1.0):
+        with lock:
+            link.sendall(zmtp_frame(b"\x04PING" + struct.pack("!H", 600), 4))
+
+
+def test_a_peer_that_beats_but_never_reads_large_answers_is_bounded_in_bytes(stack: BareStack) -> None:
+    """Eight times the bound in answers, asked for by a peer that goes on living but reads nothing."""
+    large = task("worker")
+    large["inputs"] = [{"name": f"i{number}", "kind": "text", "value": "x" * 1_000_000} for number in range(3)]
+    large["plan"]["steps"][0]["inputs"] = []
+    task_id = stack.client.run(large, timeout_s=60).task_id
+    before_mb = resident_mb(stack)
+    link = connect_by_hand(stack.home.hub_address)
+    stop, lock = threading.Event(), threading.Lock()
+    heart = threading.Thread(target=beat, args=(link, stop, lock))
+    heart.start()
+    peak_mb = 0.0
+    try:
+        for number in range(8 * MAX_UNREAD_PER_PEER // 1_000_000):
+            query = ArtefactQuery(task_id=task_id, name="i0")
+            kind, body = ("task.artefact", query) if number % 5 else ("task.show", TaskQuery(task_id=task_id))
+            header = Header(kind=kind, id=f"a{number}", epoch="deaf-1", seq=number + 1)
+            with lock:
+                link.sendall(zmtp_message(header, pack_body(body)))
+        with Client(stack.home.hub_address, name="other") as other:
+            end = time.monotonic() + 14  # longer than the silence after which a heartbeat would end it
+            while time.monotonic() < end:
+                began = time.monotonic()
+                assert other.run(task("writer"), timeout_s=20).state is TaskState.SUCCEEDED
+                assert len(other.artefact(task_id, "i0").text()) == 1_000_000, "who reads is not made to wait"
+                assert time.monotonic() - began < 5
+                peak_mb = max(peak_mb, resident_mb(stack) - before_mb)
+                time.sleep(0.2)
+            for _ in range(100):
+                other.artefact(task_id, "i1")  # more than the bound, by a client that reads
+        bound_mb = MAX_UNREAD_PER_PEER / 2**20
+        # While a batch is being sent, what goes out exists twice: as our bytes and as libzmq's.
+        assert bound_mb * 0.7 < peak_mb < bound_mb * 3, "the bound is reached, and it holds"
+    finally:
+        stop.set()
+        heart.join()
         link.close()

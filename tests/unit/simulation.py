@@ -5,6 +5,7 @@ After every event the invariants of the broker and of the sessions are checked.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,9 @@ class World(world.World):
         super().feed(event)
         if self.hub is not None:
             self.hub.broker.check_invariants()
+            self.hub.unread.check_invariants()
+            live = self.hub.engine.live.values()
+            assert self.hub.engine.active == Counter(task.client for task in live if not task.state.final)
         for peer in self.peers.values():
             peer.session.check_invariants()
 

@@ -13,7 +13,9 @@ from services.ctl.__main__ import main
 from services.ctl.bench.graph_file import TaskGraph, read_graphs
 from services.ctl.bench.makespan import measure
 from services.ctl.outcomes import BadInput
-from services.kit.config import CHECKOUT
+from services.kit.config import CHECKOUT, load_home
+from services.scheduler.durations import Job, LearnedDurations
+from services.scheduler.journal import Journal
 
 Out = pytest.CaptureFixture[str]
 
@@ -51,6 +53,67 @@ def test_a_task_file_takes_what_its_critical_path_takes(capsys: Out) -> None:
     assert base["bottleneck"] == "critical path"
 
 
+def test_it_comes_to_its_end_where_models_wait_for_cores(capsys: Out) -> None:
+    """Three models on two cores close the door to each other: whoever was shut out must be tried when it opens."""
+    argv = ("simulate", "--tasks", "5", "--shape", "fanout", "--steps", "10", "--seed", "2", "--tokens-per-s", "30")
+    told_all = told(capsys, *argv)
+    assert told_all["base"]["steps"] == 50
+    assert told_all["base"]["failed"] == 0
+    assert told_all["simulated_tasks_per_s"] > 0
+    assert told_all["simulated_steps_per_s"] == pytest.approx(10 * told_all["simulated_tasks_per_s"], rel=0.01)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> str:
+    """A task of three steps of the worker, one after the other."""
+    steps = [
+        {"id": "S1", "outputs": [{"name": "a"}]},
+        {"id": "S2", "inputs": ["a"], "outputs": [{"name": "b"}]},
+        {"id": "S3", "inputs": ["b"], "outputs": [{"name": "c"}]},
+    ]
+    filled = [{"actor": "worker", "action": "do it", "gates": [], "max_tokens": 300} | step for step in steps]
+    path = tmp_path / "chain.json"
+    path.write_text(json.dumps({"objective": "a chain", "task_type": "doc", "plan": {"steps": filled}}))
+    return str(path)
+
+
+def a_journal(folder: Path, seconds: float) -> Path:
+    """A journal of a hub that has seen the worker take so long, a hundred times."""
+    folder.mkdir(parents=True, exist_ok=True)
+    learned = LearnedDurations()
+    for _ in range(100):
+        learned.observe(Job("worker", "doc", 500, 300), seconds)
+    journal = Journal(folder / "journal.sqlite")
+    journal.keep_durations(learned.state())
+    journal.close()
+    return folder / "journal.sqlite"
+
+
+def test_what_a_journal_has_learned_decides_the_predicted_makespan(capsys: Out, chain: str, tmp_path: Path) -> None:
+    untaught = told(capsys, "plan", "--file", chain)
+    assert untaught["durations"]["source"] == "prior"
+    assert untaught["forecast"]["makespan_s"] == pytest.approx(30.0)  # three times 300 tokens at 30 a second
+    for folder, seconds in (("slow", 50.0), ("fast", 2.0)):
+        journal = str(a_journal(tmp_path / folder, seconds))
+        taught = told(capsys, "plan", "--file", chain, "--journal", journal)
+        assert taught["durations"]["source"] == "learned"
+        assert taught["durations"]["observations"] == {"worker": 64}
+        assert taught["forecast"]["makespan_s"] == pytest.approx(3 * seconds, rel=0.1)
+        assert taught["forecast"]["critical_s"] == pytest.approx(taught["forecast"]["makespan_s"], rel=0.01)
+        simulated = told(capsys, "simulate", chain, "--journal", journal)
+        assert simulated["durations"] == taught["durations"]
+        assert simulated["base"]["makespan_s"] == pytest.approx(3 * seconds, rel=0.1)
+
+
+def test_the_journal_of_this_stack_is_read_unasked_and_never_written(capsys: Out, chain: str) -> None:
+    journal = a_journal(load_home().journal, 2.0)
+    before = journal.read_bytes()
+    assert main(["plan", "--file", chain]) == 0
+    assert "durations: learned from 64 observations (worker 64)" in capsys.readouterr().out
+    assert told(capsys, "plan", "--file", chain)["forecast"]["makespan_s"] == pytest.approx(6.0, rel=0.1)
+    assert journal.read_bytes() == before
+
+
 def test_the_plan_has_a_schedule_per_model_and_names_the_bottleneck(capsys: Out) -> None:
     forecast = told(capsys, "plan", "--file", str(CHECKOUT / "deploy" / "example.yaml"))["forecast"]
     assert forecast["makespan_s"] == pytest.approx(forecast["critical_s"], abs=0.01)
@@ -68,6 +131,9 @@ def test_the_plan_has_a_schedule_per_model_and_names_the_bottleneck(capsys: Out)
         (["--tasks", "1", "--workers", "wroker=2"], "there is no model 'wroker'"),
         (["--tasks", "1", "--slots", "worker=none"], "MODEL=N"),
         (["--tasks", "1", "--tokens-per-s", "0"], "--tokens-per-s"),
+        (["--tasks", "1", "--tokens-per-s", "9", "--journal", "x"], "give one of them"),
+        (["--tasks", "1", "--journal", "/nonexistent"], "--journal /nonexistent"),
+        (["--tasks", "1", "--journal", __file__], "no durations can be read"),
     ],
 )
 def test_bad_arguments_are_named(capsys: Out, argv: list[str], words: str) -> None:

@@ -356,6 +356,41 @@ def test_hardware_that_the_file_leaves_out_is_detected(folder: Path) -> None:
     assert hardware.memory_bytes > 2**20
 
 
+def test_a_client_has_the_weight_of_the_first_entry_that_fits_its_name(folder: Path) -> None:
+    assert load(folder).weight_of("importer-1a2b") == 1, "without the file everybody weighs the same"
+    (folder / "clients.yaml").write_text(
+        'clients:\n  importer: {weight: 3}\n  night-*: {weight: 0.5}\n  "*-import": {weight: 2}\n'
+    )
+    registry = load(folder)
+    weights = {"importer-1a2b": 3, "importer": 3, "night-load-77": 0.5, "night-import-77": 0.5, "mail-import-77": 2}
+    assert {name: registry.weight_of(name) for name in weights} == weights
+    assert registry.weight_of("other-1a2b") == 1
+    assert registry.weight_of("importers-1a2b") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "field", "rule", "part"),
+    [
+        ("clients:\n  importer: {weight: 0}\n", 2, "clients.importer.weight", "greater_than_equal", "0.01"),
+        ("clients:\n  importer: {weight: .nan}\n", 2, "clients.importer.weight", "finite_number", ""),
+        ('clients:\n  importer: {weight: "3"}\n', 2, "clients.importer.weight", "float_type", 'got "3"'),
+        ("clients:\n  importer: {wieght: 3}\n", 2, "clients.importer.wieght", "extra_forbidden", "weight"),
+        ("clients:\n\n  im porter: {weight: 3}\n", 3, "clients.im porter", "name", "wildcards"),
+        ("clients:\n  a: {weight: 3}\n  a: {weight: 4}\n", 3, "", "duplicate-key", "a"),
+        ("weights: {}\n", 1, "weights", "extra_forbidden", "clients"),
+    ],
+)
+def test_a_bad_weight_is_refused_with_its_line(
+    folder: Path, text: str, line: int, field: str, rule: str, part: str
+) -> None:
+    (folder / "clients.yaml").write_text(text)
+    problem = refused(folder)[0]
+    assert problem.file == "clients.yaml"
+    assert (problem.line, problem.rule) == (line, rule)
+    assert field in problem.field
+    assert part in problem.message
+
+
 def test_the_digest_follows_the_content_and_not_comments_order_or_place(folder: Path, tmp_path: Path) -> None:
     before = load(folder).digest
     edit(folder, "models.yaml", "models:", "# a comment\nmodels:")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from protocol.codec import unpack_body
+from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState
 from services.scheduler import admission as a
 from services.scheduler import broker as b
@@ -100,7 +102,7 @@ def test_a_purge_forgets_no_call_that_waits_and_keeps_their_order() -> None:
             hub.cancel(f"k{number:03}")
     worker = join_worker(hub, 500)
     started = []
-    while (start := hub.next_start(1)) is not None:
+    while isinstance(start := hub.next_start(1), b.Start):
         started.append(start.call.key)
     assert started == [f"k{number:03}" for number in range(0, 500, 7)]
     assert hub.peers[worker].used == len(started)
@@ -140,3 +142,22 @@ def test_rates_are_kept_for_the_newest_capabilities_only() -> None:
 
 def test_an_empty_queue_counts_nothing() -> None:
     assert ReadyQueue().count(lambda key: True, 1) == 0
+
+
+def test_a_call_whose_deadline_has_passed_is_dropped_when_its_turn_comes() -> None:
+    """Not at the next tick: a slot that comes free in between is for work that somebody still wants."""
+    hub = broker()
+    late, wanted = call("late"), call("wanted")
+    late.outer_ms = 50
+    hub.ask(late)
+    hub.ask(wanted)
+    join_worker(hub, 1)
+    commands = list(iter(lambda: hub.next_start(60), None))
+    assert [type(command).__name__ for command in commands] == ["Ended", "Start"]
+    ended, start = commands
+    assert isinstance(ended, b.Ended)
+    assert isinstance(start, b.Start)
+    assert (ended.call.key, start.call.key) == ("late", "wanted")
+    assert unpack_body(ErrorReply, ended.body).failure.code == "call.expired"
+    assert hub.counters["expired"] == 1
+    hub.check_invariants()

@@ -117,6 +117,19 @@ def test_who_has_waited_long_enough_closes_the_door() -> None:
     assert not tokens.take("a2", "infer.a", KINDS["infer.a"], PATIENCE_MS + 20)
 
 
+def test_who_found_the_door_closed_is_tried_as_soon_as_it_opens() -> None:
+    """Not at the next tick: in between a free slot would lie idle."""
+    tokens = Tokens(cores=2)
+    assert tokens.take("a0", "infer.a", KINDS["infer.a"], 0)
+    assert not tokens.take("g0", "gate", KINDS["gate"], 0)
+    assert not tokens.take("a1", "infer.a", KINDS["infer.a"], PATIENCE_MS)
+    assert tokens.let_in() == []
+    tokens.give_back("a0")
+    assert tokens.take("g0", "gate", KINDS["gate"], PATIENCE_MS + 10)
+    assert tokens.let_in() == ["infer.a"]
+    assert tokens.let_in() == []
+
+
 def test_models_that_keep_the_cores_busy_do_not_starve_a_third() -> None:
     running: dict[str, int] = {"front": 0, "worker": 0, "specialist": 0}
     together: list[set[str]] = []

@@ -9,7 +9,7 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateResult, Verdict
 from protocol.messages.result import Segment, TaskQuery, TaskView
 from protocol.messages.session import Hello, PeerState
-from services.scheduler.broker import Broker, Call
+from services.scheduler.broker import Broker, Call, Start
 from services.scheduler.resources import Tokens
 from services.scheduler.stages import critical_steps, depths
 from services.scheduler.timeline import Timeline
@@ -107,7 +107,7 @@ def test_a_wait_that_nobody_waited_to_the_end_of_is_not_told_of_a_later_call() -
     assert broker.next_start(300) is None
     broker.on_tick(1_000)
     start = broker.next_start(1_000)
-    assert start is not None
+    assert isinstance(start, Start)
     assert start.unserved_ms is None
 
 

@@ -36,7 +36,7 @@ class BareStack:
     """`with BareStack(folder, models={…}) as stack`: processes up and ready, `stack.client` connected.
 
     `models` replaces registry/models.yaml (entry name -> fields), `None` keeps the shipped one; `core` are the other
-    services to start, by name.
+    services to start, by name; `weights` are those of clients, by name or pattern.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class BareStack:
         *,
         models: Mapping[str, Mapping[str, Any]] | None = None,
         core: Iterable[str] = CORE,
+        weights: Mapping[str, float] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self.registry = folder / "registry"
@@ -52,6 +53,9 @@ class BareStack:
         if models is not None:
             text = yaml.safe_dump({"models": {name: dict(entry) for name, entry in models.items()}}, sort_keys=False)
             (self.registry / "models.yaml").write_text(text, encoding="utf-8")
+        if weights:
+            text = yaml.safe_dump({"clients": {name: {"weight": weight} for name, weight in weights.items()}})
+            (self.registry / "clients.yaml").write_text(text, encoding="utf-8")
         names = models or yaml.safe_load((self.registry / "models.yaml").read_text(encoding="utf-8"))["models"]
         inherited = load_home()
         self.environ: dict[str, str] = {

@@ -26,8 +26,9 @@ from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.kit.config import CHECKOUT
 from services.kit.registry import Registry, load_registry
 from services.scheduler.durations import Durations, Job
-from services.scheduler.simulation.tiers import Tier, add_core, add_tiers
-from services.scheduler.simulation.world import RefusedError, World
+from services.scheduler.simulation.calm import CalmWorld
+from services.scheduler.simulation.tiers import Tier
+from services.scheduler.simulation.world import RefusedError
 from services.scheduler.tasks import TaskRecord
 
 Policy = Literal["upward-rank", "fifo", "waves"]
@@ -131,11 +132,10 @@ def makespan_s(graph: TaskGraph, registry: Registry, workers: int, known: Durati
     names = {task: f"S{number}" for number, task in enumerate(graph.seconds)}
     ids = {step: task for task, step in names.items()}
     unit_ms = _unit_ms(max(graph.seconds.values()))
-    world = World(registry, durations=_Scaled(known, ids, unit_ms), delay_ms=0, calm=True)
-    add_core(world)
+    world = CalmWorld(registry, _Scaled(known, ids, unit_ms))
+    world.add_core()
     model = registry.model_of(_ROLE).name
-    add_tiers(
-        world,
+    world.add_tiers(
         [Tier(model, workers, 1)],
         lambda _, step: graph.seconds[ids[step.spec.id]] * unit_ms / 1000 if step.spec.id in ids else 0.0,
     )
@@ -143,7 +143,7 @@ def makespan_s(graph: TaskGraph, registry: Registry, workers: int, known: Durati
         task_id = world.submit(_task(graph, names, waves=waves))
     except RefusedError as err:
         raise BadInput(f"graph {graph.name!r}: {err}") from err
-    world.run(lambda: task_id in world.ended, None)
+    world.run(lambda: task_id in world.ended)
     return _took_ms(world.ended[task_id], graph.name) / unit_ms
 
 

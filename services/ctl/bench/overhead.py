@@ -1,7 +1,9 @@
 """`tierline bench overhead`: what bus, journal and scheduling add to a step, beside the bare socket in the same run.
 
 A stack with the noop engine answers at once, so that all the time is ours. The baseline (`raw_zmq`) is messages of the
-same kind over ROUTER and DEALER between two processes, with nothing around them.
+same kind over ROUTER and DEALER between two processes, with nothing around them. It is taken right before and right
+after each task, and a ratio is made in each run before the median is: how fast a machine wakes threads changes from one
+second to the next.
 
 The growth is that of a step's cost with what the hub has behind it. Fan-outs on a stack with a long history take turns
 with fan-outs on a fresh one, so that a machine that gets slower or faster meanwhile does not look like growth.
@@ -30,6 +32,7 @@ _COMPARED: Final = 5
 """Fan-outs of each kind behind the growth; it is the ratio of their medians."""
 _WINDOW: Final = 64
 """Messages under way at once in the raw fan-out: as many as the noop tier has slots."""
+_DIGITS: Final = {"_commits_per_step": 3, "_ratio": 2}
 NOOP_MODELS: Final = {
     "front": {"tier": "A", "engine": "noop", "slots": 2, "context_tokens": 4096},
     "specialist": {"tier": "B", "engine": "noop", "slots": 2, "context_tokens": 4096},
@@ -91,22 +94,28 @@ def measure(runs: int) -> dict[str, Any]:
     """All figures as medians over `runs`; times in microseconds."""
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=NOOP_MODELS) as stack:
-        _finished(stack, _fanout(50))  # first use of everything
+        for task in (_fanout(FANOUT_STEPS), _chain(CHAIN_STEPS)):
+            _finished(stack, task)  # first use of everything
         for _ in range(runs):
-            rows.append({"raw_zmq_fanout_us": raw_zmq.measure(Path(folder), FANOUT_STEPS, _WINDOW)})
-            rows[-1] |= _task(stack, "fanout", _fanout(FANOUT_STEPS))
-            rows[-1]["raw_zmq_chain_us"] = raw_zmq.measure(Path(folder), CHAIN_STEPS, 1)
-            rows[-1] |= _task(stack, "chain", _chain(CHAIN_STEPS))
-    digits = {name: 3 if name.endswith("_commits_per_step") else 1 for name in rows[0]}
-    medians = {name: round(statistics.median(row[name] for row in rows), digits[name]) for name in rows[0]}
+            fanout = _beside(Path(folder), stack, "fanout", _fanout(FANOUT_STEPS), FANOUT_STEPS, _WINDOW)
+            rows.append(fanout | _beside(Path(folder), stack, "chain", _chain(CHAIN_STEPS), CHAIN_STEPS, 1))
+    digits = {name: next((places for end, places in _DIGITS.items() if name.endswith(end)), 1) for name in rows[0]}
     return {
-        **medians,
-        "fanout_ratio": round(medians["fanout_us_per_step"] / medians["raw_zmq_fanout_us"], 2),
-        "chain_ratio": round(medians["chain_us_per_step"] / medians["raw_zmq_chain_us"], 2),
+        **{name: round(statistics.median(row[name] for row in rows), digits[name]) for name in rows[0]},
         "fanout_steps": FANOUT_STEPS,
         "chain_steps": CHAIN_STEPS,
         "runs": runs,
     }
+
+
+def _beside(
+    folder: Path, stack: BareStack, name: str, task: dict[str, Any], count: int, window: int
+) -> dict[str, float]:
+    """One task between two rounds of raw messages, and what a step costs in raw round trips of this very moment."""
+    before = raw_zmq.measure(folder, count, window)
+    figures = _task(stack, name, task)
+    raw = statistics.mean((before, raw_zmq.measure(folder, count, window)))
+    return {f"raw_zmq_{name}_us": raw} | figures | {f"{name}_ratio": figures[f"{name}_us_per_step"] / raw}
 
 
 def _task(stack: BareStack, name: str, task: dict[str, Any]) -> dict[str, float]:

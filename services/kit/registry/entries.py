@@ -21,7 +21,11 @@ from services.kit.hardware import Node, parse_cores
 NAME_PATTERN: Final = r"^[a-z][a-z0-9_-]{0,31}$"
 """Names become parts of process names, file names and log fields, hence so narrow."""
 
+CLIENT_PATTERN: Final = r"^[A-Za-z0-9_.*?-]{1,64}$"
+"""Names of clients are chosen by programs; `*` and `?` stand for any characters and for one."""
+
 Name: TypeAlias = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+ClientPattern: TypeAlias = Annotated[str, StringConstraints(pattern=CLIENT_PATTERN)]
 Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=16_000, strip_whitespace=True)]
 
 PLACEHOLDERS: Final = ("artefact", "artefacts", "test", "workspace", "python", "checks", "report", "command")
@@ -205,6 +209,15 @@ class GatePolicy(Entry):
     end, for the sake of all their findings."""
     cache_bytes: int = Field(default=64 * 1024**2, ge=0)
     """Disk space for results of artefacts that were checked before, below the home; 0 = nothing is kept."""
+
+
+class ClientEntry(Entry):
+    """What share of the slots the clients of a name get, where several wait for the same model."""
+
+    name: ClientPattern
+    """Key of the entry: the name a client gives itself, or a pattern with `*` and `?`."""
+    weight: float = Field(default=1.0, ge=0.01, le=100)
+    """Calls that a client of this name gets for each one of a client of weight 1."""
 
 
 class FailureRule(Entry):

@@ -9,12 +9,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 
 from protocol.messages.failure import Category
 from services.kit.hardware import Node, detect, parse_cores
 from services.kit.registry.entries import (
+    ClientEntry,
     FailureCaps,
     FailureRule,
     FailureTable,
@@ -41,6 +43,7 @@ class Registry:
         personas: entries by name.
         gates: entries by name; `depends_on` is acyclic.
         gate_policy: how the gates of one request are run.
+        clients: what share each gets, in the order of the file; `weight_of` applies them.
         failures: a rule for every `Category`, and the caps.
         hardware: what may be spent, detected where the file is silent.
         digest: sha256 in hex over the content of the files; comments, order and detected values do not change it.
@@ -52,6 +55,7 @@ class Registry:
     personas: Mapping[str, PersonaEntry]
     gates: Mapping[str, GateEntry]
     gate_policy: GatePolicy
+    clients: tuple[ClientEntry, ...]
     failures: FailureTable
     hardware: Hardware
     digest: str
@@ -76,6 +80,17 @@ class Registry:
             target = self.roles[target].escalates_to
         return tuple(chain)
 
+    def weight_of(self, client: str) -> float:
+        """Return the weight of a client by its name on the bus, `<name>-<boot>`: the first entry that fits, else 1.
+
+        An entry fits the whole name or the part before the last '-', which is the name the program gave itself.
+        """
+        given = client.rpartition("-")[0] or client
+        for entry in self.clients:
+            if fnmatchcase(given, entry.name) or fnmatchcase(client, entry.name):
+                return entry.weight
+        return 1.0
+
     def _role(self, name: str) -> RoleEntry:
         if name not in self.roles:
             raise UnknownNameError("role", name, self.roles)
@@ -86,7 +101,7 @@ def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True
     """Read and check the registry in a folder.
 
     Args:
-        folder: holds the six YAML files.
+        folder: holds the YAML files.
         models_folder: where relative model paths are looked up.
         check_files: False leaves out what needs the model files and binaries themselves (their existence, memory), for
             checks on a machine that does not have them.
@@ -108,6 +123,7 @@ def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True
         personas=MappingProxyType(draft.valid("personas", PersonaEntry)),
         gates=MappingProxyType(scene.gates),
         gate_policy=draft.single("policy", GatePolicy),
+        clients=tuple(draft.valid("clients", ClientEntry).values()),
         failures=_failure_table(draft),
         hardware=hardware,
         digest=_digest(draft),

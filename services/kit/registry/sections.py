@@ -15,6 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from protocol.messages.failure import Category
 from services.kit.registry.entries import (
+    ClientEntry,
+    ClientPattern,
     Entry,
     FailureCaps,
     FailureRule,
@@ -38,8 +40,9 @@ class Section:
 
     key: str
     entry: type[Entry]
-    keys: Literal["name", "category", "field"]
-    """What the keys below are: names of entries, failure categories, or the fields of a single entry."""
+    keys: Literal["name", "client", "category", "field"]
+    """What the keys below are: names of entries, patterns of clients' names, failure categories, or the fields of a
+    single entry."""
     may_be_empty: bool = False
 
 
@@ -57,11 +60,15 @@ FILES: Final[Mapping[str, tuple[Section, ...]]] = {
         Section("caps", FailureCaps, "field", may_be_empty=True),
     ),
     "hardware.yaml": (Section("hardware", HardwareEntry, "field", may_be_empty=True),),
+    "clients.yaml": (Section("clients", ClientEntry, "client", may_be_empty=True),),
 }
+OPTIONAL: Final = frozenset({"clients.yaml"})
+"""Files that a registry may do without."""
 
 FILE_OF: Final[Mapping[str, str]] = {section.key: file for file, sections in FILES.items() for section in sections}
 
 _NAME: Final = TypeAdapter[str](Name)
+_CLIENT: Final = TypeAdapter[str](ClientPattern)
 
 
 @dataclass(slots=True)
@@ -147,7 +154,7 @@ class Draft:
                     continue
                 named = fields
             else:
-                yield from _name_problems(document, path, fields)
+                yield from _name_problems(document, path, fields, section)
                 named = {**fields, "name": key}
             entry, problems = _validated(document, path, section.entry, named)
             if entry is not None:
@@ -159,17 +166,21 @@ def read_files(folder: Path) -> Draft:
     """Read every registry file of a folder; what is wrong is in the draft's `problems`."""
     draft = Draft()
     for file in FILES:
-        draft.read(folder / file)
+        if file not in OPTIONAL or (folder / file).exists():
+            draft.read(folder / file)
     return draft
 
 
-def _name_problems(document: Document, path: FieldPath, fields: Mapping[str, Any]) -> Iterator[Problem]:
+def _name_problems(
+    document: Document, path: FieldPath, fields: Mapping[str, Any], section: Section
+) -> Iterator[Problem]:
     try:
-        _NAME.validate_python(path[-1])
+        (_CLIENT if section.keys == "client" else _NAME).validate_python(path[-1])
     except ValidationError:
-        yield document.problem(
-            path, "name", "a name is 1 to 32 small letters, digits, '-' or '_', beginning with a letter"
-        )
+        rule = "a name is 1 to 32 small letters, digits, '-' or '_', beginning with a letter"
+        if section.keys == "client":
+            rule = "a client's name is 1 to 64 letters, digits, '-', '_' or '.', with '*' and '?' as wildcards"
+        yield document.problem(path, "name", rule)
     if "name" in fields:
         yield document.problem((*path, "name"), "extra_forbidden", "the key above is the name; remove this field")
 

@@ -7,8 +7,9 @@ see `tiers.py` for ordinary ones.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from protocol.codec import pack_body
 from protocol.header import Header, pack_header

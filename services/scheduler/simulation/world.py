@@ -1,12 +1,8 @@
 """Clock, network, hub, peers and journal of a simulated stack; nothing in it takes real time.
 
-Two ways to run:
-
-* ordinary: heartbeats are messages, hub and peers tick ten times a second, facts are packed into a journal from which
-  a killed hub is booted again. Tests of failures need this.
-* `calm`: no process dies and no message is lost, so heartbeats are granted instead of exchanged, time jumps to
-  whatever is due next, and no journal is kept. The hub machine and the sessions decide as ever; it is some ten times
-  faster, and how long the virtual time is costs nothing.
+Heartbeats are messages, hub and peers tick ten times a second, frames are bytes that can be lost, repeated and
+overtaken, and facts are packed into a journal from which a killed hub is booted again: tests of failures need all that.
+Where nothing fails `calm.py` runs the same hub machine many times faster.
 """
 
 from __future__ import annotations
@@ -27,12 +23,10 @@ from services.kit import session as s
 from services.kit.registry import Registry
 from services.scheduler import events as ev
 from services.scheduler import facts as f
-from services.scheduler.durations import Durations, LearnedDurations
+from services.scheduler.durations import LearnedDurations
 from services.scheduler.effects import Record
 from services.scheduler.machine import Hub
 from services.scheduler.past import Past
-from services.scheduler.peers import PING_MS
-from services.scheduler.ranks import Ranking
 from services.scheduler.simulation.peers import Answer, SimPeer, SimulationError
 from services.scheduler.tasks import TaskRecord, fold
 
@@ -58,18 +52,14 @@ class RefusedError(SimulationError):
 class World:
     """See the module. `now` is in virtual ms; `delay_ms` is how long a message between hub and peer is under way."""
 
-    def __init__(
-        self, registry: Registry, *, durations: Durations | None = None, delay_ms: int = 1, calm: bool = False
-    ) -> None:
+    def __init__(self, registry: Registry, *, delay_ms: int = 1) -> None:
         self.registry = registry
-        self.durations = durations
         self.delay_ms = delay_ms
-        self.calm = calm
         self.now = _START_MS
         self.identities: dict[bytes, SimPeer] = {}
         self.peers: dict[str, SimPeer] = {}
         self.journal: list[tuple[str, int, str, bytes]] = []
-        """Task, sequence number, kind and packed fact; empty where `calm`."""
+        """Task, sequence number, kind and packed fact."""
         self.ended: dict[str, TaskRecord] = {}
         """Tasks that have ended, in that order."""
         self.client_inbox: list[tuple[Header, Message]] = []
@@ -80,10 +70,8 @@ class World:
         """Facts that a late watcher is told at once."""
         self._order = itertools.count()
         self._heap: list[tuple[int, int, Callable[[], object]]] = []
-        self._beat_ms = self.now
         self.boot_hub()
-        if not calm:
-            self._tick()
+        self._tick()
 
     # Running
 
@@ -92,50 +80,25 @@ class World:
         heapq.heappush(self._heap, (self.now + delay_ms, next(self._order), action))
 
     def step(self) -> None:
-        """Let the next thing happen. Raises NotReachedError if nothing ever will."""
-        due, waits = self._next_ms()
-        if due is None:
-            raise NotReachedError(f"nothing is left that could happen: {self.notes}")
-        if self.calm:
-            self._jump(due, waits is not None and waits <= due)
-        if self._heap and self._heap[0][0] <= max(due, self.now):
-            at, _, action = heapq.heappop(self._heap)
-            self.now = max(self.now, at)
-            action()
+        """Let the next thing happen."""
+        at, _, action = heapq.heappop(self._heap)
+        self.now = max(self.now, at)
+        action()
 
-    def run(self, until: Callable[[], bool], limit_ms: int | None = 120_000) -> None:
-        """Run until this holds. Raises NotReachedError after `limit_ms` of virtual time (None = no limit)."""
-        end = None if limit_ms is None else self.now + limit_ms
+    def run(self, until: Callable[[], bool], limit_ms: int = 120_000) -> None:
+        """Run until this holds. Raises NotReachedError after `limit_ms` of virtual time."""
+        end = self.now + limit_ms
         while not until():
-            if end is not None and self.now > end:
+            if self.now > end:
                 raise NotReachedError(f"not reached within {limit_ms} ms of virtual time: {self.notes}")
             self.step()
 
     def run_for(self, duration_ms: int) -> None:
         """Run for so long."""
         end = self.now + duration_ms
-        while (due := self._next_ms()[0]) is not None and due <= end:
+        while self._heap[0][0] <= end:
             self.step()
         self.now = end
-
-    def _next_ms(self) -> tuple[int | None, int | None]:
-        """When something happens next, and when a tick of a calm world has work to do."""
-        due = self._heap[0][0] if self._heap else None
-        waits = self.hub.broker.next_due_ms() if self.calm and self.hub is not None else None
-        return waits if due is None or (waits is not None and waits < due) else due, waits
-
-    def _jump(self, due: int, tick: bool) -> None:
-        """Move the clock of a calm world: every process has answered its pings meanwhile."""
-        hub = self.hub
-        if hub is None:
-            raise SimulationError("a calm world needs its hub")
-        self.now = max(self.now, due)
-        if self.now - self._beat_ms >= PING_MS:
-            self._beat_ms = self.now
-            for peer in hub.broker.peers.values():
-                hub.broker.on_heard(peer, None, self.now)
-        if tick:
-            self.feed(ev.Tick(self.now))
 
     def _tick(self) -> None:
         self.feed(ev.Tick(self.now))
@@ -148,8 +111,7 @@ class World:
 
     def boot_hub(self) -> None:
         """Start a hub; tasks in the journal that are not settled are taken up where they stood."""
-        durations = self.durations if self.durations is not None else LearnedDurations()
-        self.hub = Hub(epoch=f"hub{next(self._order)}", registry=self.registry, durations=durations)
+        self.hub = Hub(epoch=f"hub{next(self._order)}", registry=self.registry, durations=LearnedDurations())
         for task in self.recorded_tasks().values():
             if not (task.state.final and task.settled):
                 self.feed(ev.Restored(task, self.now))
@@ -164,7 +126,7 @@ class World:
 
     def find(self, task_id: str) -> TaskRecord | Past | None:
         """What the journal knows of a task that the hub does not have in memory."""
-        return self.ended.get(task_id) if self.calm else self.recorded_tasks().get(task_id)
+        return self.recorded_tasks().get(task_id)
 
     def recorded_tasks(self) -> dict[str, TaskRecord]:
         """All tasks as the journal tells them."""
@@ -172,24 +134,6 @@ class World:
         for task, _, kind, data in self.journal:
             history.setdefault(task, []).append(f.unpack_fact(kind, data))
         return {task: fold(facts) for task, facts in history.items()}
-
-    def task(self, task_id: str) -> TaskRecord:
-        """A task as the hub knows it now. Raises SimulationError for one it does not have."""
-        found = self.ended.get(task_id) or (self.hub.engine.find(task_id) if self.hub else None)
-        if found is None:
-            raise SimulationError(f"the hub has no task {task_id!r}")
-        return found
-
-    @property
-    def ranking(self) -> Ranking:
-        """The ranks and estimates of the hub that runs. Raises SimulationError while there is none."""
-        if self.hub is None:
-            raise SimulationError("no hub is running")
-        return self.hub.engine.ranking
-
-    def ended_beyond(self, count: int) -> Callable[[], bool]:
-        """Condition for `run`: more than so many tasks have ended."""
-        return lambda: len(self.ended) > count
 
     def feed(self, event: ev.Event) -> None:
         """Give the hub an event and do what it says; without a hub it is lost."""
@@ -225,8 +169,7 @@ class World:
                 raise SimulationError("listings and reports are the business of the process, not of its machine")
 
     def _record(self, fact: f.Fact, seq: int) -> None:
-        if not self.calm:
-            self.journal.append((fact.task, seq, type(fact).__name__, f.pack_fact(fact)))
+        self.journal.append((fact.task, seq, type(fact).__name__, f.pack_fact(fact)))
         if isinstance(fact, f.TaskEnded) and self.hub is not None:
             task = self.hub.engine.find(fact.task)
             if task is not None:
@@ -290,8 +233,6 @@ class World:
         _, body = self.client("task.submit", Submit(task=task.model_dump(mode="json", exclude_none=True)))
         match body:
             case Accepted(task_id=task_id):
-                if self.calm and task.deadline_s is not None:
-                    self.later(int(task.deadline_s * 1000), lambda: self.feed(ev.Tick(self.now)))
                 return task_id
             case Refused(reason=reason, retry_after_ms=after_ms):
                 raise RefusedError(f"not accepted: {reason}", after_ms)
