@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from msgspec.structs import replace
 from pydantic import BaseModel
@@ -26,10 +26,10 @@ from protocol import client_session as s
 from protocol.codec import pack_body
 from protocol.errors import BadFrame, CallFailed, CallRefused, DeadlineExceeded, HubUnreachable, SendLater
 from protocol.header import Header, pack_header, unpack_header
-from protocol.kinds import STEP_TOKENS
 from protocol.limits import MAX_BODY_BYTES
 from protocol.messages.artefact import Artefact
 from protocol.messages.base import Message
+from protocol.messages.batch import BatchFinal, BatchPartial, BatchRequest
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest, GateResult
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
@@ -51,11 +51,13 @@ from protocol.messages.result import (
 )
 from protocol.messages.session import StatusReport, StatusRequest
 from protocol.messages.task import Accepted, Extend, Extended, Step, Submit, TaskIR
+from protocol.pieces import Pieces
 from protocol.zmq_transport import ZmqDealer
 
 _TICK_S: Final = 0.25
-_QUEUED_PIECES: Final = 1_000
-"""Pieces of one answer that wait for a slow reader; beyond it those that may be lost (tokens, partials) are."""
+
+_BATCH_GRACE_S: Final = 2.0
+"""After the deadline of a batch the hub still has to say what became of it."""
 
 M = TypeVar("M", bound=Message)
 
@@ -83,7 +85,7 @@ class AsyncClient:
         self._socket: ZmqDealer | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._unsent: deque[tuple[bytes, bytes]] = deque()
-        self._answers: dict[str, asyncio.Queue[s.Deliver]] = {}
+        self._answers: dict[str, Pieces] = {}
 
     async def __aenter__(self) -> AsyncClient:
         self._socket = ZmqDealer(self.address)
@@ -233,6 +235,50 @@ class AsyncClient:
             on_piece=hand_on,
         )
 
+    async def llm_batch(
+        self,
+        role: str,
+        prompts: Sequence[str],
+        *,
+        timeout_s: float,
+        max_tokens: int | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        grammar: str | None = None,
+        concurrency: int | None = None,
+        interactive: bool = False,
+        key: str | None = None,
+        on_progress: Callable[[BatchPartial], None] | None = None,
+    ) -> BatchFinal:
+        """Many prompts for one role, spread over its slots; the answers come in the order of the prompts.
+
+        A prompt that fails has its `failure` in its place, and the others go on; so has one that is not answered within
+        `timeout_s`. Waits behind interactive work unless `interactive`. `on_progress` runs in the event loop. Raises
+        ValueError for what no hub would take, CallRefused while the hub has too many batches.
+        """
+        request = BatchRequest(
+            role=role,
+            prompts=[*prompts],
+            max_tokens=max_tokens,
+            json_schema=None if json_schema is None else dict(json_schema),
+            grammar=grammar,
+            concurrency=concurrency,
+        )
+
+        def hand_on(piece: Message) -> None:
+            if on_progress is not None and isinstance(piece, BatchPartial):
+                on_progress(piece)
+
+        return await self.ask(
+            "batch.request",
+            request,
+            BatchFinal,
+            timeout_s=timeout_s + _BATCH_GRACE_S,
+            grace_s=_BATCH_GRACE_S,
+            key=key or secrets.token_hex(16),
+            prio="interactive" if interactive else "batch",
+            on_piece=hand_on,
+        )
+
     async def plan(self, task: TaskIR, *, timeout_s: float) -> PlanFinal:
         """What the planner would make of a task; nothing is executed."""
         return await self.ask("plan.request", PlanRequest(task=task), PlanFinal, timeout_s=timeout_s, dst="planner")
@@ -261,14 +307,17 @@ class AsyncClient:
         dst: str | None = None,
         key: str | None = None,
         cores: int | None = None,
+        prio: Literal["interactive", "batch"] | None = None,
+        grace_s: float = 0,
         on_piece: Callable[[Message], None] | None = None,
     ) -> M:
         """Send any request and wait for its final; the methods above are this one with names.
 
-        `dst` names the capability for a call to a service. Raises CallFailed, CallRefused, DeadlineExceeded.
+        `dst` names the capability for a call to a service; the hub is told a deadline that is `grace_s` before ours.
+        Raises CallFailed, CallRefused, DeadlineExceeded.
         """
         until = time.monotonic() + timeout_s
-        with self._request(kind, body, timeout_s, dst=dst, key=key, cores=cores) as answers:
+        with self._request(kind, body, timeout_s - grace_s, dst=dst, key=key, prio=prio, cores=cores) as answers:
             while True:
                 answer = await self._next(answers, kind, until, timeout_s)
                 if answer.ends:
@@ -288,8 +337,9 @@ class AsyncClient:
         dst: str | None = None,
         key: str | None = None,
         cores: int | None = None,
-    ) -> Iterator[asyncio.Queue[s.Deliver]]:
-        """An outstanding request and the queue of what is answered; dropped at the end."""
+        prio: Literal["interactive", "batch"] | None = None,
+    ) -> Iterator[Pieces]:
+        """An outstanding request and what is answered to it; dropped at the end."""
         if self._socket is None:
             raise RuntimeError("the client is not open: use it inside `async with AsyncClient() as …`")
         packed = _pack(body)
@@ -300,8 +350,9 @@ class AsyncClient:
             key=key or (secrets.token_hex(16) if dst is not None else None),
             deadline=_now_ms() + int(timeout_s * 1000),
             cores=cores,
+            prio=prio,
         )
-        answers: asyncio.Queue[s.Deliver] = asyncio.Queue()
+        answers = Pieces()
         self._answers[header.id] = answers
         self._feed(s.Asked(_steady_ms(), header, packed))
         try:
@@ -310,7 +361,7 @@ class AsyncClient:
             del self._answers[header.id]
             self._feed(s.Dropped(header.id))
 
-    async def _next(self, answers: asyncio.Queue[s.Deliver], kind: str, until: float, timeout_s: float) -> s.Deliver:
+    async def _next(self, answers: Pieces, kind: str, until: float, timeout_s: float) -> s.Deliver:
         """The next piece; raises DeadlineExceeded at the monotonic time `until`."""
         try:
             # Not wait_for: on Python 3.11 it can swallow a cancellation that comes together with the answer.
@@ -334,14 +385,8 @@ class AsyncClient:
 
     def _deliver(self, piece: s.Deliver) -> None:
         answers = self._answers.get(piece.id)
-        if answers is None:
-            return
-        losable = isinstance(piece.body, InferPartial) or (
-            isinstance(piece.body, TaskEvent) and piece.body.event == STEP_TOKENS
-        )
-        if losable and answers.qsize() >= _QUEUED_PIECES:
-            return
-        answers.put_nowait(piece)
+        if answers is not None:
+            answers.put(piece)
 
     def _transmit(self, header: Header, body: bytes) -> None:
         seq = self._next_seq()

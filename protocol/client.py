@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 
 from protocol.async_client import AsyncClient, default_address
 from protocol.messages.artefact import Artefact
+from protocol.messages.batch import BatchFinal, BatchPartial
 from protocol.messages.gate import GateRequest, GateResult
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest
@@ -136,6 +137,35 @@ class Client:
     def gates(self, request: GateRequest, timeout_s: float, *, cores: int | None = None) -> builtins.list[GateResult]:
         """See AsyncClient.gates."""
         return self._wait(self._client.gates(request, timeout_s, cores=cores))
+
+    def llm_batch(
+        self,
+        role: str,
+        prompts: Sequence[str],
+        *,
+        timeout_s: float,
+        max_tokens: int | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        grammar: str | None = None,
+        concurrency: int | None = None,
+        interactive: bool = False,
+        key: str | None = None,
+        on_progress: Callable[[BatchPartial], None] | None = None,
+    ) -> BatchFinal:
+        """See AsyncClient.llm_batch; `on_progress` runs in the client's thread."""
+        call = self._client.llm_batch(
+            role,
+            prompts,
+            timeout_s=timeout_s,
+            max_tokens=max_tokens,
+            json_schema=json_schema,
+            grammar=grammar,
+            concurrency=concurrency,
+            interactive=interactive,
+            key=key,
+            on_progress=on_progress,
+        )
+        return self._wait(call)
 
     def plan(self, task: TaskIR, *, timeout_s: float) -> PlanFinal:
         """See AsyncClient.plan."""

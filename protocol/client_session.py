@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
 from protocol.header import Header
-from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, STEP_TOKENS, UNKNOWN_PEER, family
+from protocol.kinds import BODIES, CANCELLABLE, HUB_REQUESTS, STEP_TOKENS, UNKNOWN_PEER, family
 from protocol.limits import PROTOCOL_VERSION
 from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
@@ -182,7 +182,7 @@ class ClientSession:
 
     def _on_dropped(self, ident: str) -> list[Command]:
         request = self.outstanding.pop(ident, None)
-        if request is None or not self.joined or request.header.kind not in CALL_REQUESTS:
+        if request is None or not self.joined or request.header.kind not in CANCELLABLE:
             return []
         cancel = replace(request.header, kind=f"{family(request.header.kind)}.cancel", id="", corr=ident)
         return [Transmit(cancel, b"\x80")]

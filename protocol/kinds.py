@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from protocol.messages import gate, infer, memory, plan, reply, result, session, task
+from protocol.messages import batch, gate, infer, memory, plan, reply, result, session, task
 from protocol.messages.base import Message
 
 
@@ -47,6 +47,10 @@ BODIES: Final[Mapping[str, type[Message]]] = {
     "infer.partial": infer.InferPartial,
     "infer.final": infer.InferFinal,
     "infer.cancel": Empty,
+    "batch.request": batch.BatchRequest,
+    "batch.partial": batch.BatchPartial,
+    "batch.final": batch.BatchFinal,
+    "batch.cancel": Empty,
     "gate.request": gate.GateRequest,
     "gate.final": gate.GateFinal,
     "gate.cancel": Empty,
@@ -67,10 +71,14 @@ HUB_REQUESTS: Final[Mapping[str, str]] = {
     "task.cancel": "task.cancelled",
     "task.extend": "task.extended",
     "task.list": "task.listing",
+    "batch.request": "batch.final",
 }
 
 #: Requests the hub brokers to a worker with credit; their final is `<family>.final`.
 CALL_REQUESTS: Final = frozenset({"plan.request", "infer.request", "gate.request", "memory.request"})
+
+#: Requests that end with `<family>.cancel` when nobody waits for them any more.
+CANCELLABLE: Final = CALL_REQUESTS | {"batch.request"}
 
 #: What ends a request, whoever answered it.
 ENDINGS: Final = frozenset(

@@ -21,6 +21,15 @@ MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
 MAX_ARTEFACT_CHARS: Final = 1024 * 1024
 """Largest artefact carried inside a message, in characters."""
 
+MAX_GRAMMAR_CHARS: Final = 64 * 1024
+"""Largest GBNF grammar, in characters."""
+
+MAX_BATCH_PROMPTS: Final = 1_000
+"""Most prompts of one batch; their bytes together are bounded by MAX_BODY_BYTES."""
+
+MAX_BATCH_ANSWER_BYTES: Final = 6 * 1024 * 1024
+"""Answers of one batch together, as UTF-8, so that its final can be read; a further one fails by itself."""
+
 MAX_STEPS: Final = 5_000
 """Hard bound on the steps of one plan; `budget.max_steps` is usually lower."""
 

@@ -155,8 +155,10 @@ _PARTS: Final = {
 def _direction(kind: str) -> str:
     if kind in _SESSION_DIRECTIONS:
         return _SESSION_DIRECTIONS[kind]
-    if kind in HUB_REQUESTS:
+    if kind in HUB_REQUESTS or kind == "batch.cancel":
         return "client → hub"
+    if kind.startswith("batch."):
+        return "hub → peer"
     if kind in CALL_REQUESTS or kind.endswith(".cancel"):
         return "asker → hub → worker"
     if kind.endswith((".final", ".partial")):

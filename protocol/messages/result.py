@@ -92,6 +92,9 @@ class AttemptView(Message):
     cached_tokens: int = 0
     generated_tokens: int = 0
     first_token_ms: float = 0
+    """From the start of the request to the engine until its first piece of text."""
+    repaired: bool = False
+    """The first answer was not the JSON it should be, and the model mended it; the figures hold both."""
     gates: list[GateResult] = Field(default_factory=list)
     failure: Failure | None = None
     action: str | None = None

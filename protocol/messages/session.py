@@ -60,7 +60,8 @@ class Reject(Message):
 
 
 class Ping(Message):
-    """From the hub to every service once a second, and to any peer that was sent much since its last pong."""
+    """From the hub once a second to every service and to who waits for a call, and to any peer that was sent much since
+    its last pong."""
 
     at_ms: Millis
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from services.ctl import (
+    batch,
     bench,
     doctor,
     explain,
@@ -42,7 +43,22 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     commands = Commands(parser)
-    for group in (stack, status, doctor, run, tasks, plan, simulate, explain, tail, replay, journal, registry, bench):
+    for group in (
+        stack,
+        status,
+        doctor,
+        run,
+        batch,
+        tasks,
+        plan,
+        simulate,
+        explain,
+        tail,
+        replay,
+        journal,
+        registry,
+        bench,
+    ):
         group.add(commands)
     return parser
 

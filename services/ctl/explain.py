@@ -12,7 +12,7 @@ from typing import Final
 from protocol.client import AsyncClient
 from protocol.errors import BusError
 from protocol.messages.memory import Explain, Explained, MemoryRequest
-from protocol.messages.result import PlanView, TaskView
+from protocol.messages.result import PlanView, StepView, TaskView
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import connect
 from services.ctl.outcomes import CommandError, ExitCode
@@ -90,17 +90,22 @@ def _print(screen: Screen, view: TaskView, plan: PlanView, explained: list[Expla
                 for episode in plan.similar
             ],
         )
-    troubled = [step for step in view.steps if step.failure or len(step.attempts) > 1 or step.losses]
+    troubled = [step for step in view.steps if step.failure or len(step.attempts) > 1 or step.losses or _mended(step)]
     if troubled:
         screen.heading("attempts that went another way")
     for step in troubled:
         for attempt in step.attempts:
-            outcome = failure_line(attempt.failure) if attempt.failure else "accepted"
+            accepted = "accepted after the model mended its JSON" if attempt.repaired else "accepted"
+            outcome = failure_line(attempt.failure) if attempt.failure else accepted
             action = f" -> {attempt.action}" if attempt.action else ""
             screen.line(f"{step.id} attempt {attempt.number} by {attempt.role} on {attempt.model}: {outcome}{action}")
         if step.losses:
             screen.line(f"{step.id}: {step.losses} workers died while they had it; that counts against nobody")
     _print_memory(screen, explained, why_not)
+
+
+def _mended(step: StepView) -> bool:
+    return any(attempt.repaired for attempt in step.attempts)
 
 
 def _print_memory(screen: Screen, explained: list[Explained], why_not: str | None) -> None:

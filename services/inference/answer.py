@@ -8,6 +8,7 @@ hold up the whole service. What becomes of a failing answer is decided by the fa
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any, Final
 
@@ -17,12 +18,15 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from protocol.codec import check_value
+from protocol.errors import BadFrame
 from protocol.messages.failure import Category, Failure, Finding
 from services.inference.probe import ProbeFailed, probe
 
 _MAX_FINDINGS: Final = 20
 _CHECK_TIMEOUT_S: Final = 10.0
 _EVIDENCE_CHARS: Final = 500
+_FENCE: Final = re.compile(r"\s*```[^\n`]*\n(.*?)(?:```\s*|\Z)", re.DOTALL)
 _REGEX_KEYWORDS: Final = frozenset({"pattern", "patternProperties"})
 
 
@@ -40,11 +44,17 @@ def check_schema(schema: dict[str, Any]) -> None:
         raise BadSchema("it nests too deep") from err
 
 
-async def judge(text: str, schema: dict[str, Any], *, cut_off: bool, origin: str) -> Failure | None:
+async def judge(
+    text: str, schema: dict[str, Any], *, cut_off: bool, origin: str, fenced: bool = False
+) -> Failure | None:
     """None if the text is JSON that the schema allows, else the SCHEMA failure with its findings.
 
-    `cut_off` = the token limit ended the answer, which the next attempt should know.
+    `cut_off` = the token limit ended the answer, which the next attempt should know; `fenced` = the JSON may stand in a
+    code block, as models write it when nothing constrains them.
     """
+    answer = text
+    if fenced and (block := _FENCE.fullmatch(text)):
+        text = block.group(1)
     if _uses_regex(schema):
         problems = await _check_outside(text, schema)
     else:
@@ -57,8 +67,8 @@ async def judge(text: str, schema: dict[str, Any], *, cut_off: bool, origin: str
         code="answer.schema",
         category=Category.SCHEMA,
         origin=origin,
-        message=f"the answer does not satisfy the step's JSON Schema: {problems[0]}"[:2_000],
-        evidence={"answer": text[:_EVIDENCE_CHARS]},
+        message=f"the answer is not the JSON that was asked for: {problems[0]}"[:2_000],
+        evidence={"answer": answer[:_EVIDENCE_CHARS]},
         findings=[Finding(gate="schema", category=Category.SCHEMA, message=problem[:2_000]) for problem in problems],
     )
 
@@ -66,11 +76,15 @@ async def judge(text: str, schema: dict[str, Any], *, cut_off: bool, origin: str
 def problems_of(text: str, schema: dict[str, Any]) -> list[str]:
     """What the schema has against the text, at most 20 sentences; empty = valid."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as err:
         return [f"the answer is not JSON: {err}"]
     except RecursionError:
         return ["the answer nests too deep"]
+    try:
+        check_value(value)
+    except BadFrame as err:
+        return [f"the answer is JSON that no message can carry: {err}"]
     validator = validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
     problems: list[str] = []
     try:
@@ -83,6 +97,10 @@ def problems_of(text: str, schema: dict[str, Any]) -> list[str]:
     except RecursionError:
         problems.append("the schema refers to itself without end")
     return problems
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _uses_regex(schema: Any) -> bool:

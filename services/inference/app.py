@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from typing import Final
 
 from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferRequest
-from services.inference.generation import Generation
+from services.inference.generation import FIGURES, Generation
 from services.inference.noop import noop_handler
 from services.inference.supervisor import EngineSupervisor
 from services.kit import children
@@ -44,6 +45,7 @@ class InferenceService:
             load_deadline_s=entry.load_deadline_s,
         )
         self._engine: EngineSupervisor | None = None
+        self._figures: Counter[str] = Counter(dict.fromkeys(FIGURES, 0))
 
     async def run(self) -> int:
         """Serve until SIGTERM; returns the exit status."""
@@ -54,7 +56,7 @@ class InferenceService:
             return await service.run()
         engine = EngineSupervisor(self._entry, service.home, service.clock, service.log, service.set_state)
         self._engine = engine
-        service.metrics = engine.figures
+        service.metrics = lambda: {**engine.figures(), **self._figures}
         service.resident_bytes = lambda: children.resident_bytes(os.getpid()) + engine.child_bytes()
         service.answer("infer.request", self._infer)
         try:
@@ -70,8 +72,15 @@ class InferenceService:
         if engine is None or server is None:
             reason = engine.reason if engine is not None else None
             raise self._failed("engine.not_ready", Category.RESOURCE, reason or "the model is loading; try again later")
-        generation = Generation(request, service=self._service.name, model=self._entry.name, engine=engine.engine_name)
         left_s = call.seconds_left(self._service.clock.now_ms())
+        generation = Generation(
+            request,
+            service=self._service.name,
+            model=self._entry.name,
+            engine=engine.engine_name,
+            left_s=left_s,
+            figures=self._figures,
+        )
         engine.calls += 1
         try:
             async with asyncio.timeout(_LONGEST_CALL_S if left_s is None else left_s):

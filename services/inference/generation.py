@@ -1,20 +1,28 @@
 """One `infer.request` from payload to final: what is asked of the engine, what is streamed, how it can fail.
 
 Knows nothing of the child's life: it is given a LlamaServer and raises CallFailed with a typed failure. Deadlines and
-cancellation come from outside as cancellation of the task; closing the stream is this module's answer to both.
+cancellation come from outside as cancellation of the task; closing the stream is this module's answer to both. When an
+answer is stopped before its end is `abort`'s decision, whether it is the JSON it should be `answer`'s.
+
+**Back-pressure.** A piece that the way to the hub does not take is kept and joined with the next one, so what waits is
+never more than the answer itself. **Repair.** An answer that is not the JSON it should be goes back once, with the
+findings and under its schema, within the tokens and the time that the request has left; its figures are added.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from protocol.errors import CallFailed
 from protocol.limits import MAX_ARTEFACT_CHARS
-from protocol.messages.failure import Category, Failure
-from protocol.messages.infer import InferFinal, InferPartial, InferRequest
+from protocol.messages.failure import Category, Failure, Finding
+from protocol.messages.infer import ChatMessage, InferFinal, InferPartial, InferRequest
+from services.inference.abort import Abort, DecodingMonitor, entropy_nats
 from services.inference.answer import BadSchema, check_schema, judge
 from services.inference.llama_http import (
     EngineFaulty,
@@ -29,9 +37,21 @@ from services.inference.llama_http import (
 PARTIAL_S: Final = 0.05
 """Shortest time between two partials of one call; pieces that come faster are joined."""
 
+LOGPROB_CANDIDATES: Final = 10
+"""Candidates per token whose probabilities are asked for where entropy is watched."""
 
-def payload_of(request: InferRequest) -> dict[str, Any]:
-    """Body of POST /v1/chat/completions."""
+FIGURES: Final = ("early_aborts", "repairs_begun", "repairs_done", "partials_sent", "partials_held")
+"""What a Generation counts: totals of the service since it started."""
+
+_LEAST_REPAIR_TOKENS: Final = 16
+_REPAIR_SHOWN_CHARS: Final = 8_000
+_ANY_JSON: Final[dict[str, Any]] = {}
+
+
+def payload_of(request: InferRequest, t_max_ms: int | None = None) -> dict[str, Any]:
+    """Body of POST /v1/chat/completions; `t_max_ms` bounds decoding inside the engine too, should nobody be left to
+    close the stream. llama.cpp looks at it at line breaks only.
+    """
     payload: dict[str, Any] = {
         "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
         "max_tokens": request.max_tokens,
@@ -40,8 +60,12 @@ def payload_of(request: InferRequest) -> dict[str, Any]:
         "cache_prompt": True,
         **request.sampling.model_dump(exclude_none=True),
     }
+    if t_max_ms is not None:
+        payload["t_max_predict_ms"] = max(1, t_max_ms)
     if request.stream:
         payload["timings_per_token"] = True  # the count of tokens in a partial; twice the bytes, so only when asked
+    if request.early_abort is not None and request.early_abort.entropy_nats is not None:
+        payload |= {"logprobs": True, "top_logprobs": LOGPROB_CANDIDATES}
     if request.json_schema is not None:
         schema = {"name": "answer", "strict": True, "schema": request.json_schema}
         payload["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -50,44 +74,118 @@ def payload_of(request: InferRequest) -> dict[str, Any]:
     return payload
 
 
-class Generation:
-    """One answer in the making. `service` and `model` name its origin in failures and in the final."""
+@dataclass(slots=True)
+class _Stream:
+    """One answer of the engine: its text, how it ended, what it cost. No monitor where nobody asked for one."""
 
-    def __init__(self, request: InferRequest, *, service: str, model: str, engine: str) -> None:
+    monitor: DecodingMonitor | None
+    began_s: float
+    text: list[str] = field(default_factory=list)
+    chars: int = 0
+    tokens: int = 0
+    """Pieces with text, or what the engine counts: at least the tokens so far."""
+    finish: str | None = None
+    usage: Usage | None = None
+    first_s: float | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.finish is not None and self.usage is not None
+
+    @property
+    def cut_off(self) -> bool:
+        return self.finish == "length"
+
+
+class Generation:
+    """One answer in the making. `service` and `model` name its origin in failures and in the final.
+
+    `left_s` are the seconds until the deadline, `figures` the service's counters (see FIGURES).
+    """
+
+    def __init__(
+        self,
+        request: InferRequest,
+        *,
+        service: str,
+        model: str,
+        engine: str,
+        left_s: float | None,
+        figures: Counter[str],
+    ) -> None:
         self._request = request
         self._service = service
         self._model = model
         self._engine = engine
-        self._text: list[str] = []
-        self._chars = 0
-        self._finish: str | None = None
-        self._usage: Usage | None = None
-        self._first_s: float | None = None
+        self._left_s = left_s
+        self._figures = figures
+        self._began_s = 0.0
+        self._stream: _Stream | None = None
         self._unsent: list[str] = []
         self._sent_s = 0.0
 
     @property
     def complete(self) -> bool:
         """True once the engine has said that the answer is complete: its slot is free then."""
-        return self._finish is not None and self._usage is not None
+        return self._stream is not None and self._stream.complete
 
     async def run(
-        self, server: LlamaServer, partial: Callable[[InferPartial], None], progressed: Callable[[], None]
+        self, server: LlamaServer, partial: Callable[[InferPartial], bool], progressed: Callable[[], None]
     ) -> InferFinal:
-        """Generate; `progressed` is called for every piece that arrives. Raises CallFailed."""
-        if self._request.json_schema is not None:
+        """Generate; `progressed` is called for every piece that arrives, `partial` says whether it was taken.
+
+        Raises CallFailed.
+        """
+        request = self._request
+        if request.json_schema is not None:
             try:
-                check_schema(self._request.json_schema)
+                check_schema(request.json_schema)
             except BadSchema as err:
                 message = f"json_schema is not a JSON Schema: {err}"
                 raise self._failed("schema.invalid", Category.POLICY, message) from err
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
+        self._began_s = asyncio.get_running_loop().time()
+        first = await self._decode(server, request, progressed, partial if request.stream else None)
+        failure = await self._objection(first)
+        if failure is None:
+            return self._final([first])
+        again = self._repair_request(first, failure)
+        if again is None:
+            raise self._unusable(failure, [first])
+        self._figures["repairs_begun"] += 1
         try:
-            async with aclosing(server.chat(payload_of(self._request))) as pieces:
+            second = await self._decode(server, again, progressed, None)
+        except CallFailed as err:
+            if err.failure.category is Category.POLICY:  # such as a prompt that is too long with the answer in it
+                raise self._unusable(failure, [first]) from err
+            spent = err.failure.evidence.get("generated_tokens", 0) + _generated(first)
+            evidence = err.failure.evidence | {"generated_tokens": spent}
+            raise CallFailed(err.failure.model_copy(update={"evidence": evidence})) from err
+        failure = await self._objection(second)
+        if failure is not None:
+            raise self._unusable(failure, [first, second])
+        self._figures["repairs_done"] += 1
+        return self._final([first, second])
+
+    async def _decode(
+        self,
+        server: LlamaServer,
+        request: InferRequest,
+        progressed: Callable[[], None],
+        partial: Callable[[InferPartial], bool] | None,
+    ) -> _Stream:
+        """One stream to its end; `partial` is None where nobody wants pieces."""
+        loop = asyncio.get_running_loop()
+        left_s = self._seconds_left()
+        stream = self._stream = _Stream(_monitor(request, left_s), loop.time())
+        payload = payload_of(request, None if left_s is None else int(left_s * 1000))
+        try:
+            async with aclosing(server.chat(payload)) as pieces:
                 async for piece in pieces:
                     progressed()
-                    self._take(piece, loop.time(), partial)
+                    now_s = loop.time()
+                    self._take(stream, piece, now_s)
+                    if partial is not None and piece.text:
+                        self._hand_on(stream, piece.text, now_s, partial)
         except PromptTooLong as err:
             raise self._failed(
                 "prompt.too_long",
@@ -102,52 +200,136 @@ class Generation:
             raise self._failed("engine.faulty", Category.PEER, str(err)) from err
         except EngineGone as err:
             raise self._failed("engine.died", Category.PEER, str(err)) from err
-        return await self._final(began_s)
+        if not stream.complete:
+            raise self._failed("engine.died", Category.PEER, "the engine ended its answer before it was complete")
+        return stream
 
-    def _take(self, piece: Piece, now_s: float, partial: Callable[[InferPartial], None]) -> None:
-        self._finish = piece.finish_reason or self._finish
-        self._usage = piece.usage or self._usage
+    def _take(self, stream: _Stream, piece: Piece, now_s: float) -> None:
+        stream.finish = piece.finish_reason or stream.finish
+        stream.usage = piece.usage or stream.usage
         if not piece.text:
             return
-        self._first_s = now_s if self._first_s is None else self._first_s
-        self._text.append(piece.text)
-        self._chars += len(piece.text)
-        if self._chars > MAX_ARTEFACT_CHARS:
+        stream.first_s = now_s if stream.first_s is None else stream.first_s
+        stream.text.append(piece.text)
+        stream.chars += len(piece.text)
+        stream.tokens = max(stream.tokens + 1, piece.generated_tokens or 0)
+        if stream.chars > MAX_ARTEFACT_CHARS:
             message = f"the answer grew beyond {MAX_ARTEFACT_CHARS} characters and was cut off"
-            raise self._failed("answer.too_large", Category.FORMAT, message, answer="".join(self._text)[:500])
-        if not self._request.stream:
+            evidence = {"answer": "".join(stream.text)[:500], "generated_tokens": stream.tokens}
+            raise self._failed("answer.too_large", Category.FORMAT, message, **evidence)
+        if stream.monitor is None:
             return
-        self._unsent.append(piece.text)
-        if now_s - self._sent_s >= PARTIAL_S:
-            partial(InferPartial(text="".join(self._unsent), generated_tokens=piece.generated_tokens or 0))
-            self._unsent.clear()
-            self._sent_s = now_s
+        entropies = [entropy_nats(candidates) for candidates in piece.top_logprobs]
+        found = stream.monitor.take(piece.text, stream.tokens, entropies) or stream.monitor.beyond(
+            now_s - stream.began_s
+        )
+        if found is not None:
+            self._figures["early_aborts"] += 1
+            raise self._aborted(found, stream)
 
-    async def _final(self, began_s: float) -> InferFinal:
-        if self._finish is None or self._usage is None:
-            raise self._failed("engine.died", Category.PEER, "the engine ended its answer before it was complete")
-        text = "".join(self._text)
-        finish: Literal["stop", "length"] = "length" if self._finish == "length" else "stop"
-        if self._request.json_schema is not None:
-            schema = self._request.json_schema
-            failure = await judge(text, schema, cut_off=finish == "length", origin=self._service)
-            if failure is not None:
-                spent = {"generated_tokens": self._usage.generated_tokens}  # paid for, though of no use
-                raise CallFailed(failure.model_copy(update={"evidence": failure.evidence | spent}))
+    def _hand_on(self, stream: _Stream, text: str, now_s: float, partial: Callable[[InferPartial], bool]) -> None:
+        self._unsent.append(text)
+        if now_s - self._sent_s < PARTIAL_S:
+            return
+        self._sent_s = now_s
+        if partial(InferPartial(text="".join(self._unsent), generated_tokens=stream.tokens)):
+            self._unsent.clear()
+            self._figures["partials_sent"] += 1
+        else:
+            self._figures["partials_held"] += 1
+
+    async def _objection(self, stream: _Stream) -> Failure | None:
+        """Why the answer is not the JSON it should be; None if it is, or need not be any."""
+        request = self._request
+        if request.json_schema is None and not request.json_output:
+            return None
+        schema = _ANY_JSON if request.json_schema is None else request.json_schema
+        text = "".join(stream.text)
+        return await judge(
+            text, schema, cut_off=stream.cut_off, origin=self._service, fenced=request.json_schema is None
+        )
+
+    def _repair_request(self, first: _Stream, failure: Failure) -> InferRequest | None:
+        """The request that shows the engine its answer and what is wrong with it; None where nothing is left for it."""
+        request = self._request
+        left_tokens = request.max_tokens - _generated(first)
+        took_s = asyncio.get_running_loop().time() - first.began_s
+        left_s = self._seconds_left()
+        if left_tokens < _LEAST_REPAIR_TOKENS or (left_s is not None and left_s < took_s):
+            return None
+        points = "\n".join(f"- {finding.message[:300]}" for finding in failure.findings)
+        answer = "".join(first.text)[:_REPAIR_SHOWN_CHARS]
+        said = f"This answer was not accepted:\n{points}\nAnswer again with the corrected JSON and nothing else."
+        messages = [
+            *request.messages,
+            ChatMessage(role="assistant", content=answer),
+            ChatMessage(role="user", content=said),
+        ]
+        schema = request.json_schema
+        if schema is None and request.grammar is None:
+            schema = _ANY_JSON
+        return request.model_copy(
+            update={"messages": messages, "max_tokens": left_tokens, "json_schema": schema, "stream": False}
+        )
+
+    def _unusable(self, failure: Failure, streams: list[_Stream]) -> CallFailed:
+        """The SCHEMA failure with what it has cost: paid for, though of no use."""
+        spent: dict[str, Any] = {"generated_tokens": sum(_generated(stream) for stream in streams)}
+        if len(streams) > 1:
+            spent["repair"] = "tried once, in vain"
+        return CallFailed(failure.model_copy(update={"evidence": failure.evidence | spent}))
+
+    def _final(self, streams: list[_Stream]) -> InferFinal:
+        last, first_s = streams[-1], streams[0].first_s
+        usages = [stream.usage for stream in streams if stream.usage is not None]
+        finish: Literal["stop", "length"] = "length" if last.cut_off else "stop"
         return InferFinal(
-            text=text,
+            text="".join(last.text),
             finish_reason=finish,
             model=self._model,
             engine=self._engine,
-            prompt_tokens=self._usage.prompt_tokens,
-            cached_tokens=self._usage.cached_tokens,
-            generated_tokens=self._usage.generated_tokens,
-            prompt_ms=self._usage.prompt_ms,
-            generate_ms=self._usage.generate_ms,
-            first_token_ms=0.0 if self._first_s is None else (self._first_s - began_s) * 1000,
+            prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+            cached_tokens=sum(usage.cached_tokens for usage in usages),
+            generated_tokens=sum(usage.generated_tokens for usage in usages),
+            prompt_ms=sum(usage.prompt_ms for usage in usages),
+            generate_ms=sum(usage.generate_ms for usage in usages),
+            first_token_ms=0.0 if first_s is None else (first_s - self._began_s) * 1000,
+            repaired=len(streams) > 1,
         )
+
+    def _seconds_left(self) -> float | None:
+        """Until the deadline; None without one."""
+        if self._left_s is None:
+            return None
+        return max(0.0, self._left_s - (asyncio.get_running_loop().time() - self._began_s))
+
+    def _aborted(self, found: Abort, stream: _Stream) -> CallFailed:
+        category = Category.EARLY_ABORT
+        message = f"stopped while it was written: {found.message}"
+        evidence = found.evidence | {"answer": "".join(stream.text)[:500]}
+        finding = Finding(gate="decoding", category=category, message=message, rule=found.code)
+        failure = Failure(
+            code=found.code,
+            category=category,
+            origin=self._service,
+            message=message,
+            evidence=evidence,
+            findings=[finding],
+        )
+        return CallFailed(failure)
 
     def _failed(self, code: str, category: Category, message: str, **evidence: Any) -> CallFailed:
         return CallFailed(
             Failure(code=code, category=category, origin=self._service, message=message, evidence=evidence)
         )
+
+
+def _monitor(request: InferRequest, left_s: float | None) -> DecodingMonitor | None:
+    if request.early_abort is None:
+        return None
+    constrained = request.json_schema is not None or request.grammar is not None
+    return DecodingMonitor(request.early_abort, request.max_tokens, left_s, constrained)
+
+
+def _generated(stream: _Stream) -> int:
+    return stream.tokens if stream.usage is None else stream.usage.generated_tokens

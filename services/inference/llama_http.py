@@ -60,6 +60,8 @@ class Piece:
     finish_reason: str | None
     generated_tokens: int | None
     usage: Usage | None
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
+    """Per token of the piece the log probabilities of its most probable candidates, where they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +203,17 @@ def _piece(data: bytes) -> Piece:
     if "error" in event or ("message" in event and "code" in event):
         raise _refusal(200, data if "error" in event else json.dumps({"error": event}).encode())
     text, finish_reason = "", None
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
     choices = event.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
         finish_reason = choices[0].get("finish_reason")
         delta = choices[0].get("delta")
         text = delta.get("content") or "" if isinstance(delta, dict) else ""
+        top_logprobs = _top_logprobs(choices[0].get("logprobs"))
     if not isinstance(text, str) or not isinstance(finish_reason, str | None):
         raise EngineFaulty("the engine sent an answer whose text is no text")
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair could not be sent on
     timings = event.get("timings")
     timings = timings if isinstance(timings, dict) else {}
     return Piece(
@@ -215,7 +221,19 @@ def _piece(data: bytes) -> Piece:
         finish_reason=finish_reason,
         generated_tokens=_count(timings.get("predicted_n")) if timings else None,
         usage=_usage(event["usage"], timings) if isinstance(event.get("usage"), dict) else None,
+        top_logprobs=top_logprobs,
     )
+
+
+def _top_logprobs(logprobs: Any) -> tuple[tuple[float, ...], ...]:
+    """`choices[0].logprobs` as numbers; whatever has another form is left out."""
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    found = []
+    for token in tokens if isinstance(tokens, list) else ():
+        candidates = token.get("top_logprobs") if isinstance(token, dict) else None
+        values = [one.get("logprob") for one in candidates or () if isinstance(one, dict)]
+        found.append(tuple(float(value) for value in values if isinstance(value, int | float)))
+    return tuple(found)
 
 
 def _usage(usage: dict[str, Any], timings: dict[str, Any]) -> Usage:

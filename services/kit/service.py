@@ -62,10 +62,13 @@ class Call:
         """The validated body; raises BadFrame, which ends the call with an error naming the field."""
         return unpack_body(model, self.body)
 
-    def partial(self, body: Message) -> None:
-        """Send a piece of the answer; may get lost, so the final repeats everything."""
+    def partial(self, body: Message) -> bool:
+        """Send a piece of the answer; it may get lost, so the final repeats everything.
+
+        False where it was not sent since the hub does not read: keep it, and join it with the next one.
+        """
         kind = f"{family(self.header.kind)}.partial"
-        self._service.feed(s.PartialMade(self.header.key or "", kind, pack_body(body)))
+        return self._service.hand_on(self.header.key or "", kind, body)
 
     def seconds_left(self, now_ms: int) -> float | None:
         """Seconds until the deadline, None without one; may be negative."""
@@ -136,6 +139,15 @@ class Service:
         """Put an event into the session machine and carry out what it commands."""
         for command in self._session.handle(event):
             self._carry_out(command)
+
+    def hand_on(self, key: str, kind: str, body: Message) -> bool:
+        """Send a piece of a running answer unless something still waits to be sent; see Call.partial."""
+        if self._unsent:
+            return False
+        commands = self._session.handle(s.PartialMade(self.clock.now_ms(), key, kind, pack_body(body)))
+        for command in commands:
+            self._carry_out(command)
+        return bool(commands)
 
     async def run(self, load: Callable[[], Awaitable[None]] | None = None) -> int:
         """Serve until SIGTERM or SIGINT; `load` runs first, as LOADING, while the hub already knows this peer.

@@ -33,6 +33,8 @@ _KEPT_REQUESTS: Final = 1_024
 _JOIN_TIMEOUT_MS: Final = 3_000
 _SILENT_PINGS: Final = 3
 _PROBE_PINGS: Final = 1.2
+_BLOCKED_PINGS: Final = 1.5
+"""A hub that is silent for so long may not read either: pieces of answers would only fill the pipe to it."""
 
 
 # Events
@@ -72,8 +74,9 @@ class WorkEnded(msgspec.Struct, frozen=True):
 
 
 class PartialMade(msgspec.Struct, frozen=True):
-    """A piece of a running answer; dropped while there is no hub, since the final repeats it."""
+    """A piece of a running answer; not sent while no hub reads, since the final repeats it."""
 
+    at_ms: int
     key: str
     kind: str
     body: bytes
@@ -204,7 +207,8 @@ class PeerSession:
                 return self._on_work_ended(event)
             case PartialMade():
                 header = self.in_flight.get(event.key)
-                if header is None or not self.joined:
+                silence_ms = event.at_ms - self._heard_ms
+                if header is None or not self.joined or silence_ms > self._ping_ms * _BLOCKED_PINGS:
                     return []
                 return [Transmit(_answer(header, event.kind), event.body)]
             case Asked():

@@ -118,6 +118,7 @@ def planning_request(
         max_tokens=min(PLAN_TOKENS, planner.max_tokens),
         sampling=Sampling(temperature=0.0, repeat_penalty=1.1),
         json_schema=_schema(task, list(roles), most),
+        early_abort=planner.early_abort.limits(),
     )
 
 

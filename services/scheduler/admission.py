@@ -95,6 +95,10 @@ class Admission:
         if self._calls[requester] <= 0:
             del self._calls[requester], self._bytes[requester]
 
+    def waits(self, requester: bytes) -> bool:
+        """Whether this peer has calls that have not ended."""
+        return requester in self._calls
+
     def held(self) -> tuple[int, int]:
         """Calls and bytes of all peers together."""
         return sum(self._calls.values()), self._all_bytes

@@ -259,6 +259,8 @@ class Broker:
             self._pinged_ms = at_ms
             for peer in list(self.peers.values()):
                 if not peer.is_worker:
+                    if self.admission.waits(peer.identity):
+                        commands.append(SendPing(peer.identity))  # a killed client is found by what cannot be sent
                     continue
                 if at_ms - peer.heard_ms >= DEAD_MS:
                     commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", at_ms, blame=True))

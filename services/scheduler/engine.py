@@ -31,7 +31,7 @@ from services.scheduler.answers import cut_outputs
 from services.scheduler.broker import REATTACH_MS, Call
 from services.scheduler.effects import Ask, Drop, Effect, Record
 from services.scheduler.ended import EndedTasks
-from services.scheduler.failures import Action, Past, decide
+from services.scheduler.failures import BLAMELESS, Action, Past, decide
 from services.scheduler.growth import items_of, join_of, reach_of
 from services.scheduler.outcomes import UNEMBEDDABLE, outcomes_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
@@ -48,8 +48,6 @@ MAX_UNSETTLED: Final = 200
 """Ended tasks that wait for memory at once; further ones wait in the journal."""
 _PLAN_TRIES: Final = 5
 _RETRY_MS: Final = 1_000
-_BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled"})
-"""PEER failures in which no worker died: they do not count towards poison."""
 
 
 @dataclass(slots=True)
@@ -393,6 +391,7 @@ class Engine:
                 cached_tokens=final.cached_tokens,
                 generated_tokens=final.generated_tokens,
                 first_token_ms=final.first_token_ms,
+                repaired=final.repaired or None,
             ),
         )
         if step.spec.gates:
@@ -439,7 +438,7 @@ class Engine:
             self._on_failure(task, step, verdict, at_ms)
 
     def _rerun_gates(self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int) -> None:
-        blame = failure.code not in _BLAMELESS
+        blame = failure.code not in BLAMELESS
         self._lose(task, step, failure.code, failure.message, at_ms, blame=blame)
         action = self._decide(task, step, Category.PEER)
         if action.kind == "fail":
@@ -452,7 +451,7 @@ class Engine:
     ) -> None:
         action = self._decide(task, step, failure.category)
         if action.kind == "rerun":
-            self._lose(task, step, failure.code, failure.message, at_ms, blame=failure.code not in _BLAMELESS)
+            self._lose(task, step, failure.code, failure.message, at_ms, blame=failure.code not in BLAMELESS)
             action = self._decide(task, step, failure.category)
             if action.kind == "rerun":
                 self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + action.delay_ms)

@@ -114,6 +114,8 @@ class AttemptAnswered(Fact, frozen=True, kw_only=True):
     cached_tokens: int
     generated_tokens: int
     first_token_ms: float
+    repaired: bool | None = None
+    """True where the model had to mend its own answer; absent in journals before this was kept."""
 
 
 class AttemptChecked(Fact, frozen=True, kw_only=True):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from protocol.messages.failure import Category
 from services.kit.registry import Registry
+
+#: Codes of PEER failures in which no worker died: they do not count towards poison.
+BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled"})
 
 Kind = Literal["retry", "escalate", "rerun", "backoff", "fail"]
 

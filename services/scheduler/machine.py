@@ -43,6 +43,7 @@ from services.scheduler import broker as b
 from services.scheduler import engine as e
 from services.scheduler import facts as f
 from services.scheduler.admission import DrainRate
+from services.scheduler.batches import Batches, Tell
 from services.scheduler.clients import client_reports
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Ask, Drop, Record
@@ -104,6 +105,7 @@ class Hub:
     durations: Durations = field(default_factory=LearnedDurations)
     broker: b.Broker = field(init=False)
     engine: e.Engine = field(init=False)
+    batches: Batches = field(init=False)
     _out: list[Command] = field(default_factory=list)
     _watches: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
     """Task -> (identity, request id) -> request, of those who want the events."""
@@ -128,6 +130,7 @@ class Hub:
         self.broker = b.Broker(Tokens(self.registry.hardware.cores), weight_of)
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
+        self.batches = Batches(lambda: self.registry, self.broker.slots)
 
     def handle(self, happened: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
@@ -236,6 +239,9 @@ class Hub:
             self._on_hub_request(peer.identity, header, body, at_ms)
         elif kind in CALL_REQUESTS:
             self._on_call_request(peer, header, body, at_ms)
+        elif kind == "batch.cancel":
+            self.batches.cancel(header.key, peer.identity)
+            self._settle([], at_ms)
         elif kind.endswith(".cancel"):
             call = self.broker.calls.get(header.key or "")
             if call is not None and call.requester == peer.identity:
@@ -373,6 +379,8 @@ class Hub:
                 self._out.append(ReadListing(identity, header, unpack_body(ListQuery, body)))
             case "task.submit":
                 self._on_submit(identity, header, body, at_ms)
+            case "batch.request":
+                self._on_batch(identity, header, body, at_ms)
             case _:
                 task_id = task_asked_for(header.kind, body)
                 known = self.engine.find(task_id)
@@ -394,6 +402,15 @@ class Hub:
             self._out.append(LookUp(task_id, identity, header, body))
         else:
             self._accept(identity, header, ir, task_id, peer.service, at_ms)
+
+    def _on_batch(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
+        objection = self.batches.objection(identity, header, len(body))
+        if objection is not None:
+            refused = Refused(reason=objection, retry_after_ms=self.batches.retry_after_ms(at_ms))
+            self._out.append(self.reply(identity, header, "refused", refused))
+            return
+        self.batches.ask(identity, header, body, self.broker.peers[identity].service, at_ms)
+        self._settle([], at_ms)
 
     def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
         refused = self.admit(ir, task_id, client, at_ms)
@@ -517,12 +534,13 @@ class Hub:
 
     def _on_tick(self, at_ms: int) -> None:
         self.engine.on_tick(at_ms)
+        self.batches.on_tick(at_ms)
         self._settle(self.broker.on_tick(at_ms), at_ms)
         if at_ms - self._cleaned_ms >= _TICKS_BETWEEN_CLEANUPS_MS:
             self._cleaned_ms = at_ms
             kept = (self._watches, self._waits)
             waiting = {who for tasks in kept for watches in tasks.values() for who, _ in watches}
-            waiting |= {who for who, _ in self._late}
+            waiting |= {who for who, _ in self._late} | self.batches.requesters()
             self.broker.forget_silent_clients(at_ms, waiting)
             self.unread.want_marks(self.broker.peers)
             if self.engine.deferred and len(self.engine.unsettled) < e.MAX_UNSETTLED // 2:
@@ -535,7 +553,7 @@ class Hub:
         """Carry out the broker's commands and the engine's effects until neither has any, then hand out calls."""
         todo = deque(commands)
         while True:
-            for effect in self.engine.take():
+            for effect in (*self.engine.take(), *self.batches.take()):
                 match effect:
                     case Record(fact, seq):
                         self._out.append(effect)
@@ -544,6 +562,8 @@ class Hub:
                         self.broker.ask(call)
                     case Drop(key):
                         todo.extend(self.broker.cancel(key))
+                    case Tell(identity, request, kind, body):
+                        self._out.append(self.reply(identity, request, kind, body))
             if todo:
                 self._carry_out(todo.popleft(), at_ms)
             elif (start := self.broker.next_start(at_ms)) is not None:
@@ -557,7 +577,7 @@ class Hub:
                 self._start(call, peer, unserved_ms, at_ms)
             case b.Ended(call, kind, body, worker):
                 if call.requester is None:
-                    self.engine.on_ended(call, kind, body, worker, at_ms)
+                    self._owner(call).on_ended(call, kind, body, worker, at_ms)
                 elif self.unread.is_deaf(call.requester):
                     self._deaf.add(call.requester)
                 else:
@@ -565,10 +585,10 @@ class Hub:
                     self._out.append(self._sending(call.requester, header, body))
             case b.Lost(call, worker):
                 if call.requester is None:
-                    self.engine.on_lost(call, worker, at_ms)
+                    self._owner(call).on_lost(call, worker, at_ms)
             case b.Attached(call, worker):
                 if call.requester is None:
-                    self.engine.on_started(call, worker, at_ms, reattached=True)
+                    self._owner(call).on_started(call, worker, at_ms, reattached=True)
             case b.CancelAt(call, identity):
                 header = Header(kind=f"{family(call.kind)}.cancel", id=self._next_id(), key=call.key, epoch=self.epoch)
                 self._out.append(Send(identity, pack_header(header), _EMPTY, promises=False))
@@ -579,8 +599,12 @@ class Hub:
                 if not peer.is_worker:
                     self._forget_client(peer.identity, at_ms)
 
+    def _owner(self, call: b.Call) -> e.Engine | Batches:
+        """Who asked for one of the hub's own calls."""
+        return self.batches if self.batches.owns(call.key) else self.engine
+
     def _start(self, call: b.Call, peer: Peer, unserved_ms: tuple[int, int] | None, at_ms: int) -> None:
-        body = call.body if call.body is not None else self.engine.body_of(call, at_ms)
+        body = call.body if call.body is not None else self._owner(call).body_of(call, at_ms)
         header = Header(
             kind=call.kind,
             id=self._next_id(),
@@ -597,7 +621,7 @@ class Hub:
             trace=call.trace,
         )
         if call.requester is None:
-            self.engine.on_started(call, peer.service, at_ms, unserved_ms=unserved_ms)
+            self._owner(call).on_started(call, peer.service, at_ms, unserved_ms=unserved_ms)
         for effect in self.engine.take():
             if isinstance(effect, Record):
                 self._out.append(effect)
@@ -640,6 +664,7 @@ class Hub:
                     self.engine.watched.discard(task_id)
         for command in self.broker.cancel_for(identity):
             self._carry_out(command, at_ms)
+        self.batches.cancel_for(identity)
 
     def _ping(self, identity: bytes, at_ms: int, *, mark: bool = False) -> None:
         header = Header(kind="session.ping", id=self._next_id(), epoch=self.epoch)

@@ -43,6 +43,7 @@ class Attempt:
     cached_tokens: int = 0
     generated_tokens: int = 0
     first_token_ms: float = 0
+    repaired: bool = False
     artefacts: list[Artefact] = field(default_factory=list)
     gates: list[GateResult] = field(default_factory=list)
     failure: Failure | None = None
@@ -294,6 +295,7 @@ def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) ->
     attempt.cached_tokens = fact.cached_tokens
     attempt.generated_tokens = fact.generated_tokens
     attempt.first_token_ms = fact.first_token_ms
+    attempt.repaired = bool(fact.repaired)
     task.generated_tokens += fact.generated_tokens
 
 

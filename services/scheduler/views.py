@@ -161,6 +161,7 @@ def _attempt(attempt: Attempt, step_ended_ms: int | None) -> AttemptView:
         cached_tokens=attempt.cached_tokens,
         generated_tokens=attempt.generated_tokens,
         first_token_ms=attempt.first_token_ms,
+        repaired=attempt.repaired,
         gates=gates,
         failure=attempt.failure,
         action=attempt.action,

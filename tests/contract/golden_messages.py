@@ -16,9 +16,10 @@ from protocol.header import Header, pack_header
 from protocol.kinds import BODIES, Empty
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.base import Message
+from protocol.messages.batch import BatchAnswer, BatchFinal, BatchPartial, BatchRequest
 from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
-from protocol.messages.infer import ChatMessage, InferFinal, InferPartial, InferRequest, Sampling
+from protocol.messages.infer import AbortLimits, ChatMessage, InferFinal, InferPartial, InferRequest, Sampling
 from protocol.messages.memory import (
     DecisionRecord,
     Episode,
@@ -266,6 +267,15 @@ _REPORTED = _VIEW.model_copy(
     }
 )
 
+_MENDED = _REPORTED.model_copy(
+    update={
+        "steps": [
+            step.model_copy(update={"attempts": [one.model_copy(update={"repaired": True}) for one in step.attempts]})
+            for step in _REPORTED.steps
+        ]
+    }
+)
+
 EXAMPLES: Final[Mapping[str, list[Message]]] = {
     "session.hello": [
         Hello(
@@ -335,7 +345,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             fields={"model": "coder", "queued_ms": 10},
         )
     ],
-    "task.result": [_VIEW, _REPORTED, _REPORTED.model_copy(update={"gates": [_GATE, _ADVISORY]})],
+    "task.result": [_VIEW, _REPORTED, _MENDED, _MENDED.model_copy(update={"gates": [_GATE, _ADVISORY]})],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
         TaskView(
@@ -349,7 +359,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             failure=_FAILURE,
         ),
         _VIEW.model_copy(update={"waiting": ["planning waits for planner: 0 workers alive"]}),
-        _VIEW.model_copy(update={"gates": [_ADVISORY]}),
+        _MENDED,
+        _MENDED.model_copy(update={"gates": [_ADVISORY]}),
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -397,7 +408,15 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             sampling=Sampling(temperature=0, top_p=0.95, top_k=40, min_p=0.05, repeat_penalty=1.1, seed=7),
             json_schema={"type": "object"},
             stream=True,
-        )
+        ),
+        InferRequest(
+            role="coder",
+            messages=[ChatMessage(role="user", content="Say hi.")],
+            max_tokens=64,
+            grammar='root ::= "hi"',
+            json_output=True,
+            early_abort=AbortLimits(repeated_chars=500, runaway_tokens=50, entropy_nats=2),
+        ),
     ],
     "infer.partial": [InferPartial(text="h", generated_tokens=1)],
     "infer.final": [
@@ -412,8 +431,46 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             prompt_ms=10.5,
             generate_ms=20.25,
             first_token_ms=12.5,
+        ),
+        InferFinal(
+            text="{}",
+            finish_reason="stop",
+            model="coder",
+            engine="llama-server",
+            prompt_tokens=30,
+            generated_tokens=9,
+            repaired=True,
+        ),
+    ],
+    "batch.request": [
+        BatchRequest(
+            role="worker", prompts=["one", "zwölf"], max_tokens=9, json_schema={"type": "object"}, concurrency=2
         )
     ],
+    "batch.partial": [BatchPartial(done=1, failed=0, running=1, total=2, generated_tokens=5)],
+    "batch.final": [
+        BatchFinal(
+            role="worker",
+            model="small",
+            answers=[
+                BatchAnswer(
+                    text="{}",
+                    finish_reason="stop",
+                    prompt_tokens=10,
+                    cached_tokens=4,
+                    generated_tokens=5,
+                    first_token_ms=1.5,
+                    started_ms=1_700_000_000_000,
+                    ended_ms=1_700_000_000_100,
+                    losses=1,
+                ),
+                BatchAnswer(failure=_FAILURE, ended_ms=1_700_000_000_200),
+            ],
+            widest=2,
+            wall_ms=200,
+        )
+    ],
+    "batch.cancel": [Empty()],
     "infer.cancel": [Empty()],
     "gate.request": [
         GateRequest(

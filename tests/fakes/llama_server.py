@@ -14,13 +14,15 @@ give it a model file from `tests.fakes.gguf_files`. Its script is the JSON file 
 The first rule counts whose `match` is part of the prompt (all messages, joined by newlines) and whose `model`, if
 given, is the --alias; its answers are given in turn, the last one again and again. An ANSWER is a string or
 
-    {"text": "...", "repeat": 1, "delay_s": 0, "token_s": 0, "finish_reason": "stop", "fault": null}
+    {"text": "...", "repeat": 1, "delay_s": 0, "token_s": 0, "finish_reason": "stop", "fault": null, "top_logprobs": []}
 
-with `delay_s` before the first token and `token_s` between tokens. Faults: `500` an error body; `garbage` an event
-that is no JSON; `cut` a stream that ends without an ending; `disconnect` in the middle of the text; `hang` no byte
-until the client leaves; `stuck` tokens, and a slot that stays busy for ever; `die` SIGKILL to itself in the middle of
-the text; `freeze` SIGSTOP to itself in the middle. Tokens are words. `max_tokens`, the context of a slot, slots and
-the API key (LLAMA_API_KEY) work as in the real one; sampling, grammar and schema are accepted and ignored.
+with `delay_s` before the first token, `token_s` between tokens, `top_logprobs` the log probabilities of each token's
+candidates, sent where the request asks for them. Faults: `500` an error body; `garbage` an event that is no JSON; `cut`
+a stream that ends without an ending; `disconnect` in the middle of the text; `hang` no byte until the client leaves;
+`stuck` tokens, and a slot that stays busy for ever; `die` SIGKILL to itself in the middle of the text; `freeze` SIGSTOP
+to itself in the middle; `unbounded` ignores max_tokens. Tokens are words. `max_tokens`, `t_max_predict_ms`, the context
+of a slot, slots and the API key (LLAMA_API_KEY) work as in the real one; sampling, grammar and schema are accepted and
+ignored.
 """
 
 from __future__ import annotations
@@ -174,6 +176,7 @@ class Handler(BaseHTTPRequestHandler):
     def generate(self, body: dict[str, Any], answer: dict[str, Any], prompt_tokens: int) -> None:
         words = WORDS.findall(answer.get("text", "") * answer.get("repeat", 1))
         limit = min(body.get("max_tokens", len(words)), self.slots.context_tokens - prompt_tokens)
+        limit = len(words) if answer.get("fault") == "unbounded" else limit
         finish = "length" if len(words) > limit else answer.get("finish_reason", "stop")
         words = words[:limit]
         fault, stream, began = answer.get("fault"), bool(body.get("stream")), time.monotonic()
@@ -192,9 +195,17 @@ class Handler(BaseHTTPRequestHandler):
             self.slots.predicted += 1
             timings = {"predicted_n": number} if body.get("timings_per_token") else None
             if stream:
-                delta = {"choices": [{"index": 0, "finish_reason": None, "delta": {"content": word}}]}
+                choice = {"index": 0, "finish_reason": None, "delta": {"content": word}}
+                if body.get("logprobs") and answer.get("top_logprobs"):
+                    candidates = [{"token": "x", "logprob": value} for value in answer["top_logprobs"]]
+                    choice["logprobs"] = {"content": [{"token": word, "top_logprobs": candidates}]}
+                delta = {"choices": [choice]}
                 self.event({**delta, "timings": timings} if timings else delta)
             self.pause(answer.get("token_s", 0))
+            took_ms = (time.monotonic() - began) * 1000
+            if "\n" in word and 0 < body.get("t_max_predict_ms", 0) < took_ms:
+                finish, words = "length", words[:number]
+                break
         took_ms = (time.monotonic() - began) * 1000
         self.slots.predicted_s += took_ms / 1000
         figures = {

@@ -17,6 +17,7 @@ from protocol.header import Header
 from protocol.kinds import STEP_TOKENS
 from protocol.messages.artefact import Artefact
 from protocol.messages.base import Message
+from protocol.messages.batch import BatchAnswer, BatchFinal, BatchPartial, BatchRequest
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import ChatMessage, InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest, Stats
@@ -134,6 +135,42 @@ async def test_a_typed_failure_arrives_as_it_was_sent(address: str) -> None:
     assert failed.value.failure.category is Category.SCHEMA
 
 
+async def test_a_batch_gives_its_answers_in_order_and_tells_its_progress(address: str) -> None:
+    final = BatchFinal(
+        role="worker", model="m", answers=[BatchAnswer(text="a"), BatchAnswer(text="b")], widest=2, wall_ms=5
+    )
+    progress = BatchPartial(done=1, failed=0, running=1, total=2, generated_tokens=3)
+    hub = ScriptedHub(address)
+    hub.answer("batch.request", always(("batch.partial", progress), ("batch.final", final)))
+    seen: list[BatchPartial] = []
+    with hub.serving():
+        async with AsyncClient(address) as client:
+            got = await client.llm_batch("worker", ["x", "y"], timeout_s=5, max_tokens=7, on_progress=seen.append)
+            with pytest.raises(ValueError, match="at most 1000"):
+                await client.llm_batch("worker", ["x"] * 1_001, timeout_s=5)
+        header, body = hub.seen("batch.request")[0]
+    assert got == final
+    assert seen == [progress]
+    assert unpack_body(BatchRequest, body) == BatchRequest(role="worker", prompts=["x", "y"], max_tokens=7)
+    assert header.prio == "batch"
+    assert header.key
+    assert header.deadline is not None
+    assert header.deadline <= time.time() * 1000 + 5_000, "the hub is told the deadline itself, not our grace"
+
+
+async def test_a_batch_nobody_waits_for_is_cancelled(address: str) -> None:
+    hub = ScriptedHub(address)
+    hub.answer("batch.request", always())
+    with hub.serving():
+        async with AsyncClient(address) as client:
+            asked = asyncio.create_task(client.llm_batch("worker", ["x"], timeout_s=30, key="K"))
+            await until(lambda: hub.seen("batch.request"))
+            asked.cancel()
+            await until(lambda: hub.seen("batch.cancel"))
+    header, _ = hub.seen("batch.cancel")[0]
+    assert header.key == "K"
+
+
 async def test_a_refusal_carries_the_time_to_wait(address: str) -> None:
     hub = ScriptedHub(address)
     hub.answer("task.submit", always(("refused", Refused(reason="full", retry_after_ms=250))))
@@ -233,12 +270,16 @@ async def test_a_call_of_a_worker_is_not_repeated_to_a_hub_that_lives(address: s
 
 async def test_tokens_repeat_the_last_number_and_are_shown(address: str) -> None:
     hub = ScriptedHub(address)
-    tokens = ("task.event", event(1, STEP_TOKENS))
-    hub.answer("task.watch", always(("task.event", event(1)), tokens, tokens, ("task.result", view())))
+    tokens = [
+        ("task.event", event(1, STEP_TOKENS).model_copy(update={"fields": {"text": text}})) for text in ("a", "b")
+    ]
+    hub.answer("task.watch", always(("task.event", event(1)), *tokens, ("task.result", view())))
     with hub.serving():
         async with AsyncClient(address) as client:
             got = [piece async for piece in client.watch("T1", timeout_s=5)]
-    assert len(got) == 4
+    first, *told, last = got
+    assert (first, last) == (event(1), view())
+    assert "".join(one.fields["text"] for one in told if isinstance(one, TaskEvent)) == "ab", "in one piece or in two"
 
 
 async def test_an_answer_that_cannot_be_read_ends_the_call_with_a_typed_failure(address: str) -> None:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from protocol.messages.failure import Category
 from protocol.messages.gate import Verdict
-from protocol.messages.result import TaskState, TaskView
-from services.ctl.bench.bare_stack import BareStack
-from services.kit.config import CHECKOUT
-from tests.conftest import temporary_home
-from tests.fakes.gguf_files import write_tiny_gguf
+from protocol.messages.result import TaskState
+from tests.system.scripted_stack import ScriptedStack, scripted_stack
 
 GOOD = "def double(x: int) -> int:\n    return 2 * x\n"
 WRONG = "def double(x: int) -> int:\n    return 3 * x\n"
@@ -23,40 +19,10 @@ UNDEFINED = "def double(x: int) -> int:\n    return 2 * y\n"
 TESTS = "from double import double\n\n\ndef test_double() -> None:\n    assert double(4) == 8\n"
 
 
-class ScriptedStack:
-    """A stack whose models answer what a test says."""
-
-    def __init__(self, stack: BareStack, script: Path, record: Path) -> None:
-        self.stack = stack
-        self._script = script
-        self._record = record
-
-    def say(self, *rules: dict[str, Any]) -> None:
-        """Rules for all models; every test uses words of its own, so that turns do not mix."""
-        self._script.write_text(json.dumps({"record": str(self._record), "rules": list(rules)}), encoding="utf-8")
-
-    def prompts_with(self, text: str) -> list[str]:
-        """Prompts that held this text, in order."""
-        lines = self._record.read_text(encoding="utf-8").splitlines()
-        return [line for line in lines if text in line]
-
-    def run(self, *steps: dict[str, Any], **fields: Any) -> TaskView:
-        filled = [{"actor": "worker", "gates": []} | step for step in steps]
-        task = {"objective": "test the routing of failures", "plan": {"steps": filled}} | fields
-        return self.stack.client.run(task, timeout_s=100)
-
-
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[ScriptedStack]:
-    binary = str(CHECKOUT / "tests" / "fakes" / "llama_server.py")
-    with temporary_home() as folder:
-        model = write_tiny_gguf(folder / "tiny.gguf")
-        script = folder / "script.json"
-        script.write_text("{}", encoding="utf-8")
-        entry = {"path": str(model), "engine": "llama-server", "binary": binary, "slots": 2, "context_tokens": 2048}
-        models = {"front": entry | {"tier": "A"}, "specialist": entry | {"tier": "B"}, "worker": entry | {"tier": "C"}}
-        with BareStack(folder, models=models, environ={"TIERLINE_FAKE_SCRIPT": str(script)}) as stack:
-            yield ScriptedStack(stack, script, folder / "record.jsonl")
+    with scripted_stack() as running:
+        yield running
 
 
 def code_step(action: str, gates: list[str]) -> dict[str, Any]:
@@ -123,8 +89,12 @@ def test_an_answer_that_is_not_json_where_json_was_required_is_asked_for_again(s
     view = scripted.run(step | {"gates": ["schema"]})
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert view.artefacts[0].value == {"n": 7}
-    categories = [attempt.failure.category for attempt in view.steps[0].attempts if attempt.failure]
-    assert categories == [Category.SCHEMA, Category.SCHEMA]
+    first, second = view.steps[0].attempts
+    assert first.failure is not None
+    assert first.failure.category is Category.SCHEMA
+    assert first.failure.evidence["repair"], "the model was shown its answer before the step was tried again"
+    assert second.failure is None
+    assert len(scripted.prompts_with("elder")) == 3
 
 
 def test_a_step_past_its_time_is_escalated_at_once(scripted: ScriptedStack) -> None:

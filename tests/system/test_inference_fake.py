@@ -33,6 +33,17 @@ def failure_of(body: object) -> Failure:
     return body.failure
 
 
+def assert_both_slots_work(stack: InferenceStack, *, ended: int) -> None:
+    """After a fault: as many credits as slots and ended calls, and two answers that need both slots at once."""
+    assert stack.hub.credit["inference-m"] == 2 + ended
+    stack.script("m", {"default": {"text": "a b c", "token_s": 0.2}})
+    began = time.monotonic()
+    requests = [stack.hub.request("inference-m", "infer.request", ask_for("both")) for _ in range(2)]
+    assert all(isinstance(stack.hub.collect(request)[1], InferFinal) for request in requests)
+    assert time.monotonic() - began < 1.15, "one after the other they would have taken 1.2 s"
+    assert stack.hub.credit["inference-m"] == 4 + ended
+
+
 def test_an_answer_comes_with_its_figures(stack: InferenceStack) -> None:
     stack.start("m")
     hello = stack.hub.await_peer("inference-m")
@@ -116,6 +127,7 @@ def test_a_fault_of_the_engine_is_a_peer_failure_and_the_next_call_works(
     assert (failure.category, failure.code) == (Category.PEER, code)
     assert isinstance(stack.ask("m", ask_for("good")), InferFinal)
     assert stack.figures("m")["respawns"] == 0
+    assert_both_slots_work(stack, ended=2)
 
 
 def test_a_dying_engine_ends_its_calls_and_comes_back(stack: InferenceStack) -> None:
@@ -131,6 +143,7 @@ def test_a_dying_engine_ends_its_calls_and_comes_back(stack: InferenceStack) -> 
     stack.hub.await_peer("inference-m", "ready")
     assert isinstance(stack.ask("m", ask_for("good")), InferFinal)
     assert stack.figures("m")["respawns"] == 1
+    assert_both_slots_work(stack, ended=2)
 
 
 def test_a_frozen_engine_is_killed_and_replaced(stack: InferenceStack) -> None:
@@ -141,6 +154,7 @@ def test_a_frozen_engine_is_killed_and_replaced(stack: InferenceStack) -> None:
     assert failure.category is Category.PEER
     stack.hub.await_peer("inference-m", "ready")
     assert isinstance(stack.ask("m", ask_for("good")), InferFinal)
+    assert_both_slots_work(stack, ended=2)
 
 
 def test_a_slot_that_stays_busy_after_a_cancel_costs_the_engine_its_life(stack: InferenceStack) -> None:
@@ -155,6 +169,7 @@ def test_a_slot_that_stays_busy_after_a_cancel_costs_the_engine_its_life(stack: 
     stack.hub.await_peer("inference-m", "degraded")
     stack.hub.await_peer("inference-m", "ready")
     assert stack.figures("m")["child_pid"] != pid
+    assert_both_slots_work(stack, ended=1)
 
 
 def test_the_deadline_of_a_call_is_a_timeout_and_frees_its_slot(stack: InferenceStack) -> None:

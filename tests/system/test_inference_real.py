@@ -12,9 +12,10 @@ import httpx
 import psutil
 import pytest
 
+from protocol.errors import StrandPeer
 from protocol.kinds import Empty
 from protocol.messages.failure import Category
-from protocol.messages.infer import InferFinal, InferPartial, Sampling
+from protocol.messages.infer import AbortLimits, InferFinal, InferPartial, Sampling
 from protocol.messages.reply import ErrorReply
 from services.inference.engines import find_native
 from services.kit.config import load_home
@@ -32,6 +33,10 @@ def native_binary() -> str | None:
 
 ENDLESS = "root ::= [a-z ] root"
 """A grammar that no answer can satisfy in the end: the model goes on until something stops it."""
+
+
+ENDLESS_LINES = 'root ::= line root\nline ::= [a-z ] [a-z ] [a-z ] [a-z ] [a-z ] [a-z ] [a-z ] [a-z ] "\\n"'
+"""The same in short lines: llama.cpp looks at its time limit at line breaks."""
 
 
 @pytest.fixture(scope="module", params=["embedded", "llama-server"])
@@ -174,6 +179,80 @@ def test_the_deadline_ends_a_long_answer(stack: InferenceStack) -> None:
     assert stack.figures("m", fresh_s=1.5)["requests_processing"] == 0
 
 
+def test_the_engine_itself_stops_at_the_deadline_when_nobody_is_left_to_stop_it(stack: InferenceStack) -> None:
+    child, service = stack.figures("m")["child_pid"], stack.hub.hellos["inference-m"].pid
+    environ = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    key = next(item.partition(b"=")[2] for item in environ if item.startswith(b"LLAMA_API_KEY=")).decode()
+    (listening,) = [one for one in psutil.Process(child).net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    question = ask_for("Write an endless story.", max_tokens=900, grammar=ENDLESS_LINES)
+    deadline = int((time.time() + 1.5) * 1000)
+    request = stack.hub.request("inference-m", "infer.request", question, deadline=deadline)
+    with httpx.Client(base_url=f"http://127.0.0.1:{listening.laddr.port}", trust_env=False, timeout=10) as engine:
+
+        def busy() -> int:
+            slots = engine.get("/slots", headers={"Authorization": f"Bearer {key}"}).json()
+            return sum(1 for slot in slots if slot["is_processing"])
+
+        until = time.monotonic() + 1.2
+        while busy() == 0 and time.monotonic() < until:
+            stack.hub.pump()
+        os.kill(service, signal.SIGSTOP)
+        try:
+            assert busy() == 1
+            until = time.monotonic() + 6
+            while busy() and time.monotonic() < until:
+                time.sleep(0.1)
+            assert busy() == 0, "t_max_predict_ms has reached it"
+        finally:
+            os.kill(service, signal.SIGCONT)
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s:  # it may have to find the hub again after its sleep
+        try:
+            stack.hub.pump()
+            if isinstance(stack.ask("m", ask_for("Hi", max_tokens=3), timeout_s=3), InferFinal):
+                break
+        except (TimeoutError, StrandPeer):
+            continue
+    else:
+        raise AssertionError(f"{request}: the service did not come back")
+
+
+def test_a_model_that_repeats_itself_is_stopped_long_before_its_tokens_are_spent(stack: InferenceStack) -> None:
+    before = stack.figures("m", fresh_s=1.2)
+    question = ask_for(
+        "Write an endless story.",
+        max_tokens=900,
+        grammar=ENDLESS,
+        sampling=Sampling(temperature=0, seed=1),
+        early_abort=AbortLimits(repeated_chars=100),
+    )
+    body = stack.ask("m", question, timeout_s=60)
+    assert isinstance(body, ErrorReply)
+    assert (body.failure.category, body.failure.code) == (Category.EARLY_ABORT, "decoding.repetition")
+    evidence = body.failure.evidence
+    assert evidence["times"] >= 4
+    assert evidence["repeated"] in evidence["repeated"] * 2
+    assert evidence["generated_tokens"] < 700
+    after = stack.figures("m", fresh_s=2.5)
+    assert after["early_aborts"] == before["early_aborts"] + 1
+    assert after["requests_processing"] == 0
+    assert after["respawns"] == before["respawns"]
+
+
+def test_the_engines_log_probabilities_are_understood(stack: InferenceStack) -> None:
+    question = ask_for(
+        "Write a long story about a journey.",
+        max_tokens=200,
+        sampling=Sampling(temperature=1, seed=1),
+        early_abort=AbortLimits(entropy_nats=0.01, repetition=False),
+    )
+    body = stack.ask("m", question, timeout_s=60)
+    assert isinstance(body, ErrorReply)
+    assert body.failure.code == "decoding.entropy"
+    assert 0.01 < body.failure.evidence["entropy_nats"] <= 2.4
+    assert 64 <= body.failure.evidence["generated_tokens"] < 100
+
+
 def test_other_users_of_the_machine_are_turned_away(stack: InferenceStack) -> None:
     child = psutil.Process(stack.figures("m")["child_pid"])
     (listening,) = [item for item in child.net_connections("tcp") if item.status == psutil.CONN_LISTEN]
@@ -192,3 +271,29 @@ def test_the_child_dies_with_the_service(stack: InferenceStack) -> None:
     while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_an_engine_without_enough_memory_is_degraded_with_its_last_words_and_comes_back_with_more(
+    tmp_path: Path,
+) -> None:
+    binary, model = native_binary(), load_home().models / DEMO_MODEL
+    if binary is None or not model.is_file():
+        pytest.skip("needs the demo model and a llama-server: deploy/fetch-model, deploy/build-native")
+    limited = tmp_path / "llama-server"
+    limited.write_text(f'#!/bin/sh\nulimit -v 250000\nexec {binary} "$@"\n')
+    limited.chmod(0o755)
+    with InferenceStack() as running:
+        running.entry("m", path=str(model), slots=2, context_tokens=1024, engine="llama-server", binary=str(limited))
+        running.start("m")
+        running.hub.await_peer("inference-m", "degraded", timeout_s=60)
+        reason = running.hub.pongs["inference-m"].reason
+        assert reason is not None
+        assert "died while loading" in reason
+        assert "next try in" in reason
+        body = running.ask("m", ask_for("Hi", max_tokens=3))
+        assert isinstance(body, ErrorReply)
+        assert (body.failure.category, body.failure.code) == (Category.RESOURCE, "engine.not_ready")
+        limited.write_text(f'#!/bin/sh\nexec {binary} "$@"\n')
+        running.hub.await_peer("inference-m", "ready", timeout_s=60)
+        assert isinstance(running.ask("m", ask_for("Hi", max_tokens=3)), InferFinal)
+        assert running.hub.credit["inference-m"] == 4, "two slots, and one for each call that has ended"

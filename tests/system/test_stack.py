@@ -16,6 +16,7 @@ import yaml
 import zmq
 
 from protocol.errors import CallFailed
+from protocol.messages.failure import Category
 from protocol.messages.gate import Verdict
 from protocol.messages.memory import Explain, MemoryRequest
 from protocol.messages.result import TaskEvent, TaskState, TaskView
@@ -148,6 +149,40 @@ def test_cancel_frees_the_slot(stack: BareStack) -> None:
         if worker.granted - worker.used == 4 and not worker.in_flight:
             break
         assert time.monotonic() < end, f"slots are not back: {worker}"
+
+
+def test_a_model_that_repeats_itself_is_stopped_and_the_role_above_takes_over(stack: BareStack) -> None:
+    step = {
+        "id": "S1",
+        "actor": "extractor",  # decodes at temperature 0, where a small model soon repeats itself
+        "action": "Write an endless story.",
+        "outputs": [{"name": "story"}],
+        "gates": [],
+        "max_tokens": 700,
+        "grammar": "root ::= [a-z ] root",
+    }
+    view = stack.client.run({"objective": "Tell a story", "plan": {"steps": [step]}}, timeout_s=120)
+    first, second = view.steps[0].attempts[:2]
+    assert first.failure is not None
+    assert (first.failure.category, first.failure.code) == (Category.EARLY_ABORT, "decoding.repetition")
+    assert first.failure.evidence["times"] >= 4
+    assert 0 < first.generated_tokens < 700
+    assert (first.role, second.role) == ("extractor", "architect")
+    figures = {peer.service: peer.metrics for peer in stack.client.status().peers}["inference-worker"]
+    assert figures["early_aborts"] >= 1
+    assert figures["respawns"] == 0
+
+
+def test_a_batch_of_prompts_is_decoded_on_several_slots_at_once(stack: BareStack) -> None:
+    prompts = [f"Write one sentence about the number {number}." for number in range(8)]
+    final = stack.client.llm_batch("worker", prompts, timeout_s=120, max_tokens=24)
+    assert [answer.failure for answer in final.answers] == [None] * 8
+    assert all(answer.text and 0 < answer.generated_tokens <= 24 for answer in final.answers)
+    assert final.widest == 4, "the worker's slots"
+    spans = [(answer.started_ms or 0, answer.ended_ms) for answer in final.answers]
+    assert max(sum(1 for other in spans if other[0] <= begin < other[1]) for begin, _ in spans) > 1
+    assert sum(end - begin for begin, end in spans) > 1.5 * final.wall_ms, "they shared the time"
+    assert any(answer.cached_tokens > 0 for answer in final.answers), "the role's prompt was read once per slot"
 
 
 def test_one_input_of_a_task_may_be_used_from_a_client_of_sixty_lines(stack: BareStack) -> None:

@@ -17,7 +17,9 @@ def test_a_valid_answer_has_no_problems() -> None:
     assert problems_of("[1, 2]", LIST) == []
 
 
-@pytest.mark.parametrize("text", ["", "[1", "```json\n[1]\n```", "NaN,", "[" * 200_000])
+@pytest.mark.parametrize(
+    "text", ["", "[1", "```json\n[1]\n```", "NaN,", "[NaN]", "[1e999]", '["\\ud800"]', "[" * 200_000]
+)
 def test_an_answer_that_is_not_json_is_one_problem(text: str) -> None:
     assert len(problems_of(text, LIST)) == 1
 
@@ -38,6 +40,12 @@ def test_references_are_neither_fetched_nor_followed_for_ever() -> None:
     assert "outside" in problems_of("1", {"$ref": "https://example.invalid/schema"})[0]
     assert "outside" in problems_of("1", {"$ref": "file:///etc/passwd"})[0]
     assert problems_of("1", {"$ref": "#"})
+
+
+async def test_a_code_block_is_taken_off_only_where_nothing_constrained_the_answer() -> None:
+    text = "```json\n[1, 2]\n```\n"
+    assert await judge(text, {}, cut_off=False, origin="t", fenced=True) is None
+    assert await judge(text, {}, cut_off=False, origin="t") is not None
 
 
 async def test_expressions_are_checked_outside_the_service() -> None:

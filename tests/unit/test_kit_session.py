@@ -176,12 +176,23 @@ def test_a_cancel_reaches_running_work_only() -> None:
     assert peer.get("infer.cancel", UNKNOWN, key="K9") == []
 
 
+def test_pieces_are_held_back_while_a_silent_hub_may_not_read() -> None:
+    peer = ready()
+    peer.request("K1")
+    peer.now_ms += 1_500
+    assert sent(peer.feed(PartialMade(peer.now_ms, "K1", "infer.partial", b"a"))) == [("infer.partial", "r1", None)]
+    peer.now_ms += 1
+    assert peer.feed(PartialMade(peer.now_ms, "K1", "infer.partial", b"b")) == []
+    peer.get("session.ping", Ping(at_ms=1))
+    assert sent(peer.feed(PartialMade(peer.now_ms, "K1", "infer.partial", b"bc"))) == [("infer.partial", "r1", None)]
+
+
 def test_pieces_are_dropped_while_there_is_no_hub_and_the_final_is_kept() -> None:
     peer = ready()
     peer.request("K1")
-    assert sent(peer.feed(PartialMade("K1", "infer.partial", b"a"))) == [("infer.partial", "r1", None)]
+    assert sent(peer.feed(PartialMade(peer.now_ms, "K1", "infer.partial", b"a"))) == [("infer.partial", "r1", None)]
     assert peer.get("error", UNKNOWN) == [Reopen(failures=0)]
-    assert peer.feed(PartialMade("K1", "infer.partial", b"b")) == []
+    assert peer.feed(PartialMade(peer.now_ms, "K1", "infer.partial", b"b")) == []
     assert peer.feed(WorkEnded("K1", "infer.final", b"ab")) == []
     hello = hello_in(peer.open("e2"))
     assert (hello.in_flight, hello.finished) == ([], ["K1"])
@@ -385,7 +396,7 @@ class SessionStory(RuleBasedStateMachine):
 
     @rule(key=KEYS)
     def partial(self, key: str) -> None:
-        assert len(self.look(self.peer.feed(PartialMade(key, "infer.partial", b"x")))) <= 1
+        assert len(self.look(self.peer.feed(PartialMade(self.peer.now_ms, key, "infer.partial", b"x")))) <= 1
 
     @rule(state=st.sampled_from([PeerState.LOADING, PeerState.READY, PeerState.DEGRADED]))
     def state(self, state: PeerState) -> None:

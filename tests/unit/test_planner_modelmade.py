@@ -146,6 +146,7 @@ def test_the_question_is_small_whatever_the_task_and_lists_roles_and_names_only(
     huge = task("面" * 60_000, "doc", *[f"in{number}.md" for number in range(12)], context="c" * 60_000)
     hints = [Episode(task_id="e", task_type="doc", objective="o" * 9_000, succeeded=True, seconds=1)] * 16
     request = planning_request(huge, SHIPPED.roles, SHIPPED.roles["frontdoor"], hints)
+    assert request.early_abort is not None, "a plan that repeats itself is stopped too"
     assert sum(len(message.content.encode()) for message in request.messages) < 6_000
     assert request.max_tokens <= 512
     step = (request.json_schema or {})["properties"]["steps"]["items"]["properties"]

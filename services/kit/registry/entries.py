@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.failure import Category
+from protocol.messages.infer import AbortLimits
 from protocol.messages.task import TaskType
 from services.kit.hardware import Node, parse_cores
 
@@ -96,6 +97,26 @@ class Sampling(Entry):
     """Fixed seed for repeatable answers; absent = derived per attempt."""
 
 
+class EarlyAbort(Entry):
+    """When an answer of a role is stopped while it is decoded, so that a stronger role has the time."""
+
+    enabled: bool = True
+    """false = never."""
+    repetition: bool = True
+    """Stop an answer that repeats itself: exact loops, the same few lines, the same few phrases."""
+    repeated_chars: int = Field(default=400, ge=80, le=100_000)
+    """Characters that a loop must cover to count; four times as many where the answer has the form of data."""
+    runaway_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that no good answer of the role needs, although max_tokens allows them; absent = max_tokens ends it."""
+    entropy_nats: float | None = Field(default=None, gt=0, le=20)
+    """Mean entropy per token over 64 tokens above which the model is lost, at most 2.4 is ever seen; absent = not
+    measured. Costs the log probabilities of ten candidates for each token."""
+
+    def limits(self) -> AbortLimits | None:
+        """The limits as they go on the wire; None where it is switched off."""
+        return AbortLimits(**self.model_dump(exclude={"enabled"})) if self.enabled else None
+
+
 class RoleEntry(Entry):
     """What a step can ask for: a model with a system prompt, sampling, limits and a place to escalate to."""
 
@@ -113,6 +134,8 @@ class RoleEntry(Entry):
     """Longest answer in tokens when the step sets none; must be less than the model's context_tokens."""
     timeout_s: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds one attempt may take when the step sets none."""
+    early_abort: EarlyAbort = EarlyAbort()
+    """When an answer is stopped while it is decoded."""
     escalates_to: Name | None = None
     """Role that takes over when this one fails in a way that asks for a stronger one; absent = none, the step fails."""
 

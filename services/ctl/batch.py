@@ -1,0 +1,137 @@
+"""`batch`: many prompts for one role at once, one result a line, in the order of the prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from protocol.codec import describe
+from protocol.limits import MAX_BATCH_PROMPTS, MAX_BODY_BYTES
+from protocol.messages.batch import BatchFinal, BatchPartial
+from services.ctl.commands import Commands, Context
+from services.ctl.hub import connect
+from services.ctl.outcomes import BadInput, ExitCode
+from services.ctl.screen import seconds
+
+_EXAMPLES: Final = """FILE holds one prompt a line: a JSON string, or an object with the member "prompt"; - is stdin.
+The output has one JSON object a line and prompt, with "text" or "failure". Exit 1 if any prompt failed.
+
+examples:
+  tierline batch worker --file prompts.jsonl > answers.jsonl
+  tierline batch extractor --file prompts.jsonl --schema facts.schema.json | jq .text
+"""
+
+
+def add(commands: Commands) -> None:
+    """Add the commands of this file."""
+    batch = commands.add(
+        "batch", _batch, "answer many prompts with one role, several at the same time", epilog=_EXAMPLES
+    )
+    batch.add_argument("role", metavar="ROLE")
+    batch.add_argument("--file", type=Path, required=True, metavar="FILE", help="prompts, one JSON value a line")
+    batch.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (the role's)")
+    batch.add_argument("--schema", type=Path, metavar="FILE", help="JSON Schema of every answer")
+    batch.add_argument("--concurrency", type=int, metavar="N", help="prompts at the same time (the model's slots)")
+    batch.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds for all of them (600)")
+
+
+def _batch(args: Namespace, context: Context) -> ExitCode:
+    prompts = _prompts(args.file)
+    schema = None if args.schema is None else _schema(args.schema)
+    if args.timeout <= 0:
+        raise BadInput(f"--timeout {args.timeout:g}: must be above 0")
+    try:
+        finals = asyncio.run(_ask(args, prompts, schema, context))
+    except ValidationError as err:
+        raise BadInput(f"this batch cannot be asked: {describe(err)}") from err
+    failed = sum(answer.failure is not None for final in finals for answer in final.answers)
+    if not context.screen.json:
+        took, widest = sum(final.wall_ms for final in finals), max(final.widest for final in finals)
+        context.screen.note(
+            f"{len(prompts) - failed} answered, {failed} failed in {seconds(took)} by {args.role} on "
+            f"{finals[0].model}, up to {widest} at once"
+        )
+    return ExitCode.FAILED if failed else ExitCode.OK
+
+
+async def _ask(
+    args: Namespace, prompts: list[str], schema: dict[str, Any] | None, context: Context
+) -> list[BatchFinal]:
+    """Ask, as many prompts at once as one batch may have, and write the answers as each batch ends."""
+
+    def show(piece: BatchPartial) -> None:
+        context.screen.note(
+            f"{piece.done + piece.failed} of {piece.total}, {piece.running} running, {piece.failed} failed, "
+            f"{piece.generated_tokens} tokens"
+        )
+
+    live = context.screen.rich is not None
+    until = time.monotonic() + args.timeout
+    finals = []
+    async with connect(context.home) as client:
+        for at in range(0, len(prompts), MAX_BATCH_PROMPTS):
+            asked = prompts[at : at + MAX_BATCH_PROMPTS]
+            final = await client.llm_batch(
+                args.role,
+                asked,
+                timeout_s=max(0.1, until - time.monotonic()),
+                max_tokens=args.max_tokens,
+                json_schema=schema,
+                concurrency=args.concurrency,
+                on_progress=show if live else None,
+            )
+            for prompt, answer in zip(asked, final.answers, strict=True):
+                context.screen.record({"prompt": prompt, **answer.model_dump(mode="json", exclude_none=True)})
+            finals.append(final)
+    return finals
+
+
+def _prompts(path: Path) -> list[str]:
+    """The prompts of a file; raises BadInput naming the line that is none."""
+    prompts = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as err:
+            raise BadInput(f"{path}:{number}: not JSON ({err}); write each prompt as a JSON string") from err
+        prompt = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(prompt, str) or not prompt:
+            raise BadInput(f'{path}:{number}: no prompt: needs a string, or an object with the string "prompt"')
+        prompts.append(prompt)
+    if not prompts:
+        raise BadInput(f"{path}: holds no prompts")
+    return prompts
+
+
+def _schema(path: Path) -> dict[str, Any]:
+    try:
+        schema = json.loads(_text(path))
+    except (ValueError, RecursionError) as err:
+        raise BadInput(f"--schema {path}: not JSON: {err}") from err
+    if not isinstance(schema, dict):
+        raise BadInput(f"--schema {path}: a JSON Schema is an object")
+    return schema
+
+
+def _text(path: Path) -> str:
+    try:
+        data = sys.stdin.buffer.read(MAX_BODY_BYTES + 1) if str(path) == "-" else _read(path)
+        if len(data) > MAX_BODY_BYTES:
+            raise BadInput(f"{path}: larger than the {MAX_BODY_BYTES:,} bytes that may be asked at once; split it")
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise BadInput(f"{path}: cannot be read: {err}") from err
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MAX_BODY_BYTES + 1)

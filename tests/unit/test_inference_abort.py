@@ -1,0 +1,206 @@
+"""Which answers are stopped while they are written, and which much-repeating ones are not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.messages.infer import AbortLimits
+from services.inference.abort import Abort, DecodingMonitor, entropy_nats
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+WORDS = [
+    *("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "nobody", "in", "town"),
+    *("looks", "at", "what", "was", "done", "there", "before", "noon"),
+]
+
+
+def decode(
+    text: str, *, limits: AbortLimits | None = None, constrained: bool = False, piece_chars: int = 4
+) -> tuple[Abort | None, int]:
+    """Feed a text as a model writes it; returns the verdict and the characters it had written by then."""
+    monitor = DecodingMonitor(limits or AbortLimits(), max_tokens=100_000, constrained=constrained)
+    for number, at in enumerate(range(0, len(text), piece_chars), 1):
+        found = monitor.take(text[at : at + piece_chars], number)
+        if found is not None:
+            return found, at + piece_chars
+    return None, len(text)
+
+
+def prose(words: int, seed: int = 1) -> str:
+    chosen = random.Random(seed)
+    return " ".join(chosen.choice(WORDS) for _ in range(words))
+
+
+@pytest.mark.parametrize(
+    "passage",
+    [
+        "I am a language model. ",
+        "The quick brown fox jumps over the lazy dog and then it goes home.\n",
+        "def f(x):\n    return f(x)\n\n",
+        "Well, well, ",
+        prose(40) + " ",
+    ],
+)
+def test_an_exact_loop_is_stopped_soon_after_it_can_be_told(passage: str) -> None:
+    begin = "Here is what I think about the matter, in short: "
+    found, chars = decode(begin + passage * 200)
+    assert found is not None
+    assert found.code == "decoding.repetition"
+    assert chars - len(begin) <= max(400, 4 * len(passage)) + 64
+    evidence = found.evidence
+    assert set(evidence["repeated"]) <= set(passage)
+    assert len(evidence["repeated"]) == min(200, len(passage))
+    assert evidence["times"] >= 4
+    assert abs(evidence["first_char"] - len(begin)) <= len(passage)
+    assert evidence["generated_tokens"] == chars // 4
+
+
+def test_a_numbered_list_of_the_same_sentence_is_a_loop() -> None:
+    found, chars = decode("".join(f"{number}. The worker is a worker.\n" for number in range(1, 500)))
+    assert found is not None
+    assert found.evidence["repeated"] == "The worker is a worker."
+    assert chars < 1_000
+
+
+def test_a_list_that_counts_on_and_says_nothing_new_is_a_loop() -> None:
+    found, chars = decode("".join(f"* Animal {number}: An antelope\n" for number in range(1, 500)))
+    assert found is not None
+    assert found.evidence["repeated"] == "Animal N: An antelope"
+    assert chars < 45 * 26
+
+
+def test_a_loop_that_is_not_quite_exact_is_found_by_its_phrases() -> None:
+    chosen = random.Random(3)
+    text = " ".join(
+        f"and the system is able to do the work of the system {chosen.choice(['which', 'that'])} is" for _ in range(80)
+    )
+    found, _ = decode(text)
+    assert found is not None
+    assert found.evidence["different"] < 0.12
+
+
+def table(rows: int) -> str:
+    lines = "".join(f"| {row} | ok | {row * 7 % 13} | none | yes |\n" for row in range(rows))
+    return "| id | state | value | note | good |\n| --- | --- | --- | --- | --- |\n" + lines
+
+
+LEGITIMATE = {
+    "markdown table": table(60),
+    "empty table": "| name | value |\n" + "|      |       |\n" * 40,
+    "json list": "[" + ",\n".join(f'{{"id": {n}, "state": "open", "owner": null}}' for n in range(80)) + "]",
+    "json labels": "[" + ", ".join(['"positive"'] * 60) + "]",
+    "zeros": "Matrix:\n" + "0, 0, 0, 0, 0, 0, 0, 0,\n" * 30,
+    "ruler": "Title\n" + "=" * 200 + "\n" + "-" * 300 + "\n",
+    "code with many alike": "".join(f"def get_{n}(self) -> int:\n    raise NotImplementedError\n\n" for n in range(60)),
+    "csv": "".join(f"2024-01-{day:02},open,0,0,0\n" for day in range(1, 31)) * 2,
+    "log": "".join(f"12:{n % 60:02}:07 GET /items/{n * 7}, 200, {n * 31 % 997} ms\n" for n in range(60)),
+    "refrain": "\n".join(f"{prose(20, verse)}\nAnd we all go home again tonight.\n" for verse in range(20)),
+    "bytes": "data = bytes([" + ", ".join(f"0x{n * 37 % 256:02x}" for n in range(400)) + "])",
+}
+
+
+@pytest.mark.parametrize("name", LEGITIMATE)
+def test_what_repeats_much_and_is_meant_so_goes_on(name: str) -> None:
+    found, _ = decode(LEGITIMATE[name])
+    assert found is None, found
+
+
+@pytest.mark.parametrize(
+    "pattern", ["services/**/*.py", "tests/**/*.py", "**/*.md", "registry/**/*.json", "registry/*.yaml"]
+)
+def test_no_file_of_this_project_would_have_been_stopped(pattern: str) -> None:
+    files = [path for path in CHECKOUT.glob(pattern) if ".venv" not in path.parts]
+    assert files
+    for path in files:
+        found, _ = decode(path.read_text("utf-8")[:30_000], piece_chars=16)
+        assert found is None, (path, found)
+
+
+def test_the_form_of_data_is_given_four_times_as_much() -> None:
+    row = '{"name": "thing", "state": "open"},\n'
+    found, chars = decode("[" + row * 300)
+    assert found is not None
+    assert chars > 1_600
+    found, chars = decode(row * 300, constrained=True)
+    assert found is not None
+    assert chars > 1_600
+
+
+def test_blanks_without_end_which_a_grammar_may_allow_are_stopped() -> None:
+    found, chars = decode('{"a":' + " " * 5_000, constrained=True)
+    assert found is not None
+    assert chars < 600
+
+
+def test_a_role_can_switch_it_off_or_ask_for_more() -> None:
+    loop = "I am a language model. " * 100
+    assert decode(loop, limits=AbortLimits(repetition=False))[0] is None
+    assert decode(loop, limits=AbortLimits(repeated_chars=1_500))[1] > 1_500
+
+
+def test_an_answer_longer_than_its_role_ever_needs_has_run_away() -> None:
+    monitor = DecodingMonitor(AbortLimits(runaway_tokens=50), max_tokens=500)
+    assert all(monitor.take(f"w{number} ", number) is None for number in range(1, 51))
+    found = monitor.take("more", 51)
+    assert found is not None
+    assert (found.code, found.evidence["runaway_tokens"]) == ("decoding.runaway", 50)
+
+
+def test_an_engine_that_ignores_its_bounds_is_stopped() -> None:
+    monitor = DecodingMonitor(AbortLimits(), max_tokens=10, t_max_s=2.0)
+    assert monitor.take("x", 26) is None
+    found = monitor.take("x", 27)
+    assert found is not None
+    assert found.evidence["max_tokens"] == 10
+    assert monitor.beyond(2.9) is None
+    late = monitor.beyond(3.1)
+    assert late is not None
+    assert late.code == "decoding.runaway"
+
+
+def test_high_entropy_over_a_window_means_that_the_model_is_lost() -> None:
+    def run(limits: AbortLimits, values: Iterable[float]) -> Abort | None:
+        monitor = DecodingMonitor(limits, max_tokens=1_000)
+        verdicts = [monitor.take(f"w{number} ", number, [value]) for number, value in enumerate(values, 1)]
+        return next((verdict for verdict in verdicts if verdict is not None), None)
+
+    lost = run(AbortLimits(entropy_nats=1.5), [2.0] * 64)
+    assert lost is not None
+    assert (lost.code, lost.evidence["entropy_nats"]) == ("decoding.entropy", 2.0)
+    assert run(AbortLimits(entropy_nats=1.5), [2.0] * 63) is None
+    assert run(AbortLimits(entropy_nats=1.5), [2.2, 0.1] * 100) is None
+    assert run(AbortLimits(), [2.2] * 200) is None, "off unless the role asks for it"
+
+
+def test_entropy_of_known_distributions() -> None:
+    assert entropy_nats([0.0]) == 0
+    assert entropy_nats([-0.6931471805599453] * 2) == pytest.approx(0.6931471805599453)
+    # A candidate of one half, and the other half as one further candidate.
+    assert entropy_nats([-0.6931471805599453]) == pytest.approx(0.6931471805599453)
+    assert entropy_nats([5.0]) == 0, "a peer's nonsense is no crash"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=30), max_size=60), st.integers(1, 9))
+def test_any_text_in_any_pieces_is_taken_in_bounded_memory(parts: list[str], piece_chars: int) -> None:
+    monitor = DecodingMonitor(AbortLimits(repeated_chars=80), max_tokens=10**9)
+    text = "".join(parts) * 5
+    for at in range(0, len(text), piece_chars):
+        monitor.take(text[at : at + piece_chars], at)
+        assert len(monitor._text) <= 4 * 4 * 80 + piece_chars + 48
+        assert len(monitor._word) <= 1_000
+        assert len(monitor._words) <= 800
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="abcdefgh .,", min_size=30, max_size=90), st.integers(1, 7))
+def test_the_pieces_do_not_matter_for_a_loop(passage: str, piece_chars: int) -> None:
+    found, chars = decode(("x" + passage) * 90, piece_chars=piece_chars)
+    assert found is not None
+    assert chars <= 4 * 400 + 200
