@@ -35,6 +35,7 @@ from protocol.messages.gate import GateFinal, GateRequest, GateResult
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.plan import PlanFinal, PlanRequest
+from protocol.messages.registry import Reload, Reloaded
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import (
     ArtefactQuery,
@@ -205,6 +206,10 @@ class AsyncClient:
     async def status(self, *, timeout_s: float = 10) -> StatusReport:
         """The hub's view of the system."""
         return await self.ask("session.status", StatusRequest(), StatusReport, timeout_s=timeout_s)
+
+    async def reload_registry(self, digest: str | None = None, *, timeout_s: float = 60) -> Reloaded:
+        """Have the hub read its registry again; with a digest, only that one. Raises CallFailed with every problem."""
+        return await self.ask("registry.reload", Reload(digest=digest), Reloaded, timeout_s=timeout_s)
 
     async def infer(
         self,

@@ -30,6 +30,7 @@ from protocol.messages.gate import GateRequest, GateResult
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.plan import PlanFinal
+from protocol.messages.registry import Reloaded
 from protocol.messages.result import Cancelled, Listing, TaskEvent, TaskState, TaskView
 from protocol.messages.session import StatusReport
 from protocol.messages.task import Accepted, Extended, Step, TaskIR
@@ -121,6 +122,10 @@ class Client:
     def status(self, *, timeout_s: float = 10) -> StatusReport:
         """See AsyncClient.status."""
         return self._wait(self._client.status(timeout_s=timeout_s))
+
+    def reload_registry(self, digest: str | None = None, *, timeout_s: float = 60) -> Reloaded:
+        """See AsyncClient.reload_registry."""
+        return self._wait(self._client.reload_registry(digest, timeout_s=timeout_s))
 
     def infer(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from protocol.messages import batch, gate, infer, memory, plan, reply, result, session, task
+from protocol.messages import batch, gate, infer, memory, plan, registry, reply, result, session, task
 from protocol.messages.base import Message
 
 
@@ -25,6 +25,9 @@ BODIES: Final[Mapping[str, type[Message]]] = {
     "session.goodbye": session.Goodbye,
     "session.status": session.StatusRequest,
     "session.report": session.StatusReport,
+    "registry.reload": registry.Reload,
+    "registry.reloaded": registry.Reloaded,
+    "registry.changed": registry.RegistryChanged,
     "task.submit": task.Submit,
     "task.accepted": task.Accepted,
     "task.watch": result.Watch,
@@ -64,6 +67,7 @@ BODIES: Final[Mapping[str, type[Message]]] = {
 #: Requests the hub answers itself -> the kind of their final.
 HUB_REQUESTS: Final[Mapping[str, str]] = {
     "session.status": "session.report",
+    "registry.reload": "registry.reloaded",
     "task.submit": "task.accepted",
     "task.watch": "task.result",
     "task.show": "task.detail",

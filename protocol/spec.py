@@ -45,6 +45,7 @@ _SESSION_DIRECTIONS: Final = {
     "session.pong": "peer → hub",
     "session.goodbye": "peer → hub",
     "session.ping": "hub → peer",
+    "registry.changed": "hub → service",
 }
 
 

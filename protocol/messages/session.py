@@ -50,6 +50,8 @@ class Welcome(Message):
     """In-flight keys nobody waits for any more: cancel them."""
     resend: list[str] = Field(default_factory=list)
     """Finished keys whose result the hub has not seen: send it again."""
+    registry: str | None = None
+    """Digest of the registry that the hub works with: a service with another one reads it again."""
 
 
 class Reject(Message):
@@ -79,6 +81,8 @@ class Pong(Message):
     """Resident memory of this service plus its children, in bytes."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     """Service-specific figures, such as llama.cpp's token counters; shown by `tierline status`."""
+    registry: str | None = None
+    """Digest of the registry it works with; absent for a service that reads none."""
 
 
 class Goodbye(Message):
@@ -109,6 +113,8 @@ class PeerReport(Message):
     loop_lag_ms: float
     rss_bytes: int
     metrics: dict[str, Any]
+    registry: str | None = None
+    """Digest of the registry it works with, as its pongs say; one that differs from the hub's lags behind."""
 
 
 class ClientReport(Message):
@@ -138,5 +144,7 @@ class StatusReport(Message):
     """Number of tasks per state."""
     counters: dict[str, int]
     """Totals since the hub started, such as `duplicates` and `reattached`."""
+    registry: str | None = None
+    """Digest of the registry that the hub works with."""
     clients: list[ClientReport] | None = None
     """Those with most calls first, a hundred at most; absent = the hub is of an older version."""

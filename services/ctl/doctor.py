@@ -28,7 +28,7 @@ from services.ctl.screen import mebibytes
 from services.ctl.stack import stray_processes
 from services.ctl.supervisor import CONFIG, Supervisor, SupervisorGone, SupervisorStuck
 from services.gates.sandbox import Sandbox
-from services.kit.config import Home
+from services.kit.config import Home, SecretUnusableError, load_secret
 from services.kit.hardware import detect
 from services.kit.registry import ModelEntry, Registry, RegistryError, load_registry
 
@@ -143,6 +143,8 @@ def _engines(scene: Scene) -> Iterator[Check]:
         name, binary = f"engine {model.name}", _native_binary(model, scene.home)
         if model.engine == "noop":
             yield Check(name, "ok", "noop: answers at once, without a model")
+        elif model.engine == "openai":
+            yield _remote(name, model, scene.home)
         elif binary is not None and model.engine in ("auto", "llama-server"):
             yield Check(name, "ok", f"llama-server at {binary}")
         elif embedded and model.engine in ("auto", "embedded"):
@@ -151,6 +153,16 @@ def _engines(scene: Scene) -> Iterator[Check]:
             yield Check(name, "fail", "no llama-server is found", "call deploy/build-native, or use engine: auto")
         else:
             yield Check(name, "fail", "no llama.cpp is found", "call deploy/setup; it installs xllamacpp")
+
+
+def _remote(name: str, model: ModelEntry, home: Home) -> Check:
+    """Whether its key is there; whether the server answers shows in `tierline status`."""
+    if model.api_key_env is not None:
+        try:
+            load_secret(home, model.api_key_env)
+        except SecretUnusableError as err:
+            return Check(name, "fail", str(err), "its calls would be refused")
+    return Check(name, "ok", f"{model.remote_model} at {model.base_url}")
 
 
 def _native_binary(model: ModelEntry, home: Home) -> Path | None:
@@ -165,7 +177,7 @@ def _native_binary(model: ModelEntry, home: Home) -> Path | None:
 
 def _cores(scene: Scene) -> Iterator[Check]:
     machine = detect()
-    threads = sum(model.threads for model in _entries(scene) if model.engine != "noop")
+    threads = sum(model.threads for model in _entries(scene) if model.is_local)
     message = f"{machine.cores} usable in {len(machine.nodes)} NUMA node(s), the models want {threads} threads together"
     if scene.registry is not None and scene.registry.hardware.cores > machine.cores:
         wanted = f"hardware.yaml counts on {scene.registry.hardware.cores}; {message} ({machine.cores_bound})"

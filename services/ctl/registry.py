@@ -10,6 +10,7 @@ from protocol.messages.session import PeerReport
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import try_status
 from services.ctl.outcomes import ExitCode
+from services.ctl.reload import add_reload
 from services.ctl.screen import mebibytes, one_line
 from services.ctl.stack_files import checked_registry
 from services.ctl.status import slots, speed
@@ -25,8 +26,9 @@ def add(commands: Commands) -> None:
     """Add the commands of this file."""
     commands.add("models", _models, "list the model entries of the registry with the state of their processes")
     commands.add("roles", _roles, "list the roles of the registry with the model behind each and its state")
-    group = commands.group("registry", "check the files that declare models, roles, personas, gates and failures")
+    group = commands.group("registry", "check or take up the files that declare models, roles, personas, gates")
     check = group.add("check", _check, "check every rule of the registry; names file, line and field of each problem")
+    add_reload(group)
     check.add_argument("--no-files", action="store_true", help="leave out model files, for a machine without them")
 
 
@@ -56,7 +58,7 @@ def _models(_args: Namespace, context: Context) -> ExitCode:
                 mebibytes(peer.rss_bytes) if peer else "",
                 speed(peer.metrics) if peer else "",
                 ", ".join(roles),
-                model.path.name if model.path is not None else "",
+                model.path.name if model.path is not None else model.base_url or "",
             )
         )
         entry: dict[str, Any] = model.model_dump(mode="json")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from services.gates.sandbox import Sandbox
 from services.gates.verdict_cache import VerdictCache
 from services.gates.workspace import Workspace, make_workspace, private_folder
 from services.kit.config import CHECKOUT, Home
+from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
 from services.kit.registry import GateEntry, Registry
 from services.kit.service import Call, Service
@@ -54,7 +56,10 @@ class GateService:
         self.service = Service(home, "gates", ("gate",), slots=2 * cores)
         self.service.answer("gate.request", self._on_request)
         self.service.metrics = self._metrics
-        self._registry = registry
+        self.service.follower = RegistryFollower(home, self.service.log, registry, self._take_up)
+        self._gates: Mapping[str, GateEntry] = registry.gates
+        self._cores = registry.hardware.cores
+        self._leaving: asyncio.Task[None] | None = None
         policy = registry.gate_policy
         self._machine = m.GateMachine(uncounted_at_once=cores, stop_after_failure=policy.stop_after_failure)
         self._home = home
@@ -78,6 +83,29 @@ class GateService:
         """Remove the folder of this process."""
         if self._folder is not None:
             shutil.rmtree(self._folder)
+
+    def _take_up(self, registry: Registry, _needed: bool) -> bool:
+        """Judge by these gates from now on. Removed ones stay: only tasks from before the change still ask for them.
+
+        Slots follow from the cores of the machine, so a change of those is taken up by beginning anew.
+        """
+        if registry.hardware.cores != self._cores:
+            if self._leaving is None:
+                self._leaving = asyncio.get_running_loop().create_task(self._begin_anew())
+            return False
+        self._gates = {**self._gates, **registry.gates}
+        self._judge = replace(self._judge, registry=registry)
+        self._machine.stop_after_failure = registry.gate_policy.stop_after_failure
+        self._cache.limit_bytes = registry.gate_policy.cache_bytes
+        return True
+
+    async def _begin_anew(self) -> None:
+        changed = "the cores in hardware.yaml have changed"
+        if self._home.supervised:
+            await self.service.leave(f"{changed}: begins anew when its gates have ended")
+            self.service.end("registry")
+        else:
+            await self.service.leave(f"{changed}: start it again, since nobody else does")
 
     async def _on_request(self, call: Call) -> Message:
         request = call.read(GateRequest)
@@ -112,9 +140,9 @@ class GateService:
         return tuple(self._planned(name, request, workspace) for name in dict.fromkeys(request.gates))
 
     def _planned(self, name: str, request: GateRequest, workspace: Workspace) -> m.PlannedGate:
-        gate = self._registry.gates.get(name)
+        gate = self._gates.get(name)
         if gate is None:
-            message = f"gate.unknown: registry/gates.yaml has no {name!r}; it has: {', '.join(self._registry.gates)}"
+            message = f"gate.unknown: registry/gates.yaml has no {name!r}; it has: {', '.join(self._gates)}"
             return self._settled(name, Verdict.ERROR, Category.POLICY, message)
         why = None
         if not workspace.judged_by(gate):
@@ -175,7 +203,7 @@ class GateService:
     def _start(self, name: str, gate: str) -> None:
         run = self._runs[name]
         started_ms = self.service.clock.now_ms()
-        entry = self._registry.gates[gate]
+        entry = self._gates[gate]
 
         async def ask(model: str, question: InferRequest, timeout_s: float) -> InferFinal:
             """Ask on behalf of this run: the question is cancelled with it."""
@@ -208,7 +236,7 @@ class GateService:
             gate=gate,
             verdict=Verdict.ERROR,
             category=Category.RESOURCE,
-            required=self._registry.gates[gate].required,
+            required=self._gates[gate].required,
             message=message,
             started_ms=started_ms,
             ended_ms=self.service.clock.now_ms(),

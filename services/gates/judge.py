@@ -154,7 +154,9 @@ class Judge:
         self, gate: GateEntry, role_name: str, request: GateRequest, workspace: Workspace, ask: Ask
     ) -> Verdicts:
         """The verdict of a model on every criterion, with its reasons."""
-        role = self.registry.roles[role_name]
+        role = self.registry.roles.get(role_name)
+        if role is None:  # a reload took it away, and a task from before still asks for the gate
+            raise CannotJudge("judge.unknown_role", Category.POLICY, f"roles.yaml has no {role_name!r} any more")
         judged = {subject.file: subject.path.read_text(encoding="utf-8") for subject in workspace.judged_by(gate)}
         try:
             asked = criteria.question(

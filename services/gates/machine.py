@@ -126,7 +126,7 @@ class GateMachine:
 
     def __init__(self, *, uncounted_at_once: int, stop_after_failure: bool) -> None:
         self._uncounted_at_once = uncounted_at_once
-        self._stop_after_failure = stop_after_failure
+        self.stop_after_failure = stop_after_failure
         self._runs: dict[str, _Run] = {}
 
     @property
@@ -183,7 +183,7 @@ class GateMachine:
             if run.cancelled:
                 continue
             _skip_hopeless(run, at_ms)
-            if self._stop_after_failure and _culprit(run) is not None:
+            if self.stop_after_failure and _culprit(run) is not None:
                 commands += self._stop(name, run, at_ms)
                 _skip_hopeless(run, at_ms)
             if len(run.results) == len(run.gates):

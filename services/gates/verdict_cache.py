@@ -42,9 +42,8 @@ class VerdictCache:
         self.hits = 0
         self.misses = 0
         self._folder = folder
-        self._limit_bytes = limit_bytes
-        if limit_bytes:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.limit_bytes = limit_bytes
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.bytes = sum(size for _, size, _ in self._files())
 
     def get(self, key: str) -> GateResult | None:
@@ -75,7 +74,7 @@ class VerdictCache:
             return
         content = result.model_dump_json(exclude_none=True).encode()
         data = hashlib.sha256(key.encode() + content).hexdigest().encode() + content
-        if len(data) > self._limit_bytes:
+        if len(data) > self.limit_bytes:
             return
         beside = self._folder / f".{key}.{os.getpid()}"
         try:
@@ -85,14 +84,14 @@ class VerdictCache:
             beside.unlink(missing_ok=True)
             return
         self.bytes += len(data)
-        if self.bytes > self._limit_bytes:
+        if self.bytes > self.limit_bytes:
             self._make_room()
 
     def _make_room(self) -> None:
         files = sorted(self._files())
         self.bytes = sum(size for _, size, _ in files)
         for _, size, path in files:
-            if self.bytes <= self._limit_bytes * _FULL:
+            if self.bytes <= self.limit_bytes * _FULL:
                 return
             self._remove(path, size)
 

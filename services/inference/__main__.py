@@ -14,7 +14,7 @@ from services.inference.app import InferenceService, service_name
 from services.kit.clock import SteadyClock
 from services.kit.config import load_home
 from services.kit.logs import Log, LogEvent
-from services.kit.registry import RegistryError, load_registry
+from services.kit.registry import RegistryError, load_registry, past_registries
 
 LAUNCH_REFUSED = LogEvent("launch.refused", "reason", "error")
 _SAFE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
@@ -34,10 +34,15 @@ def main() -> int:
         return _refuse(Log(home.logs, service_name(name), SteadyClock()), f"the registry is refused:\n{err}")
     entry = registry.models.get(name)
     if entry is None:
+        # Removed by a reload, but running tasks may use it still: as it was, until the hub says that none does.
+        past = next((old for old in past_registries(home.registry_copies, home.models) if name in old.models), None)
+        if past is not None:
+            registry, entry = past, past.models[name]
+    if entry is None:
         known = ", ".join(registry.models)
         reason = f"models.yaml has no entry {name!r}; it has: {known}"
         return _refuse(Log(home.logs, service_name(name), SteadyClock()), reason)
-    return asyncio.run(InferenceService(home, entry).run())
+    return asyncio.run(InferenceService(home, registry, entry).run())
 
 
 def _refuse(log: Log, reason: str) -> int:

@@ -16,11 +16,14 @@ from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferRequest
 from services.inference.generation import FIGURES, Generation
+from services.inference.llama_http import LlamaServer
 from services.inference.noop import noop_handler
+from services.inference.remote import RemoteEngine
 from services.inference.supervisor import EngineSupervisor
 from services.kit import children
 from services.kit.config import Home
-from services.kit.registry import ModelEntry
+from services.kit.following import RegistryFollower
+from services.kit.registry import ModelEntry, Registry
 from services.kit.service import Call, Service
 
 _LONGEST_CALL_S: Final = 3_600.0
@@ -35,7 +38,7 @@ def service_name(model: str) -> str:
 class InferenceService:
     """One entry of models.yaml as a peer of the hub."""
 
-    def __init__(self, home: Home, entry: ModelEntry) -> None:
+    def __init__(self, home: Home, registry: Registry, entry: ModelEntry) -> None:
         self._entry = entry
         self._service = Service(
             home,
@@ -44,7 +47,10 @@ class InferenceService:
             slots=entry.slots,
             load_deadline_s=entry.load_deadline_s,
         )
-        self._engine: EngineSupervisor | None = None
+        self._engine: EngineSupervisor | RemoteEngine | None = None
+        self._service.follower = RegistryFollower(home, self._service.log, registry, self._take_up)
+        self._leaving: asyncio.Task[None] | None = None
+        self._wanted_again = asyncio.Event()
         self._figures: Counter[str] = Counter(dict.fromkeys(FIGURES, 0))
 
     async def run(self) -> int:
@@ -54,7 +60,11 @@ class InferenceService:
             service.metrics = lambda: {"engine": "noop"}
             service.answer("infer.request", noop_handler(self._entry.name))
             return await service.run()
-        engine = EngineSupervisor(self._entry, service.home, service.clock, service.log, service.set_state)
+        engine: EngineSupervisor | RemoteEngine
+        if self._entry.engine == "openai":
+            engine = RemoteEngine(self._entry, service.home, service.clock, service.log, service.set_state)
+        else:
+            engine = EngineSupervisor(self._entry, service.home, service.clock, service.log, service.set_state)
         self._engine = engine
         service.metrics = lambda: {**engine.figures(), **self._figures}
         service.resident_bytes = lambda: children.resident_bytes(os.getpid()) + engine.child_bytes()
@@ -64,6 +74,39 @@ class InferenceService:
         finally:
             await engine.stop()
         return 1 if engine.crashed else status
+
+    def _take_up(self, registry: Registry, needed: bool) -> bool:
+        """Stay if our entry is what it was; else drain, then begin anew with the new one, or wait to be stopped."""
+        entry = registry.models.get(self._entry.name)
+        if self._leaving is not None:
+            if entry is not None:
+                self._wanted_again.set()
+            return False
+        if entry == self._entry:
+            return True
+        if entry is None and needed:
+            return False  # running tasks still use it; the hub will say when they have ended
+        self._leaving = asyncio.get_running_loop().create_task(self._leave(begin_anew=entry is not None))
+        return False
+
+    async def _leave(self, *, begin_anew: bool) -> None:
+        """Finish what is here, then give the memory back."""
+        service = self._service
+        if service.follower is not None:
+            service.follower.let_go()
+        if begin_anew and service.home.supervised:
+            await service.leave("its entry in models.yaml has changed: it begins anew when its calls have ended")
+            service.end("registry")
+            return
+        if begin_anew:
+            await service.leave("its entry in models.yaml has changed: start it again, since nobody else does")
+        else:
+            await service.leave("its entry has left models.yaml: it ends when its calls have ended")
+        if self._engine is not None:
+            await self._engine.stop()
+        await self._wanted_again.wait()  # the entry is back before anybody has stopped us
+        if service.home.supervised:
+            service.end("registry")
 
     async def _infer(self, call: Call) -> InferFinal:
         request = call.read(InferRequest)
@@ -90,7 +133,8 @@ class InferenceService:
             raise self._failed("call.deadline", Category.TIMEOUT, message) from err
         finally:
             engine.calls -= 1
-            if not generation.complete:
+            # A server elsewhere frees its slot when the stream is closed, and nobody here can see whether it has.
+            if not generation.complete and isinstance(engine, EngineSupervisor) and isinstance(server, LlamaServer):
                 await engine.free_slot(server)
 
     def _failed(self, code: str, category: Category, message: str) -> CallFailed:

@@ -11,11 +11,12 @@ import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import httpx
 
 from protocol.limits import MAX_ARTEFACT_CHARS
+from protocol.messages.failure import Category
 
 _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 """One event may hold a whole answer, escaped; anything larger is no answer."""
@@ -41,6 +42,16 @@ class EngineFaulty(EngineError):
 
 class RequestInvalid(EngineError):
     """The engine calls the request wrong, such as a grammar that cannot be read: the same request fails again."""
+
+
+class EngineUnavailable(EngineError):
+    """No answer was begun, and the reason is none of the classes above: it brings the failure the caller is told."""
+
+    def __init__(self, code: str, category: Category, message: str, **evidence: Any) -> None:
+        super().__init__(message)
+        self.code = code
+        self.category = category
+        self.evidence = evidence
 
 
 class PromptTooLong(EngineError):
@@ -74,6 +85,14 @@ class Usage:
     generated_tokens: int
     prompt_ms: float
     generate_ms: float
+
+
+class ChatServer(Protocol):
+    """What a generation needs of a server, here or elsewhere."""
+
+    def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+        """Stream one answer; closing the iterator ends the generation. Raises EngineError."""
+        ...
 
 
 class LlamaServer:
@@ -209,7 +228,7 @@ def _piece(data: bytes) -> Piece:
         finish_reason = choices[0].get("finish_reason")
         delta = choices[0].get("delta")
         text = delta.get("content") or "" if isinstance(delta, dict) else ""
-        top_logprobs = _top_logprobs(choices[0].get("logprobs"))
+        top_logprobs = candidate_logprobs(choices[0].get("logprobs"))
     if not isinstance(text, str) or not isinstance(finish_reason, str | None):
         raise EngineFaulty("the engine sent an answer whose text is no text")
     if not text.isascii():
@@ -225,13 +244,14 @@ def _piece(data: bytes) -> Piece:
     )
 
 
-def _top_logprobs(logprobs: Any) -> tuple[tuple[float, ...], ...]:
+def candidate_logprobs(logprobs: Any) -> tuple[tuple[float, ...], ...]:
     """`choices[0].logprobs` as numbers; whatever has another form is left out."""
     tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
     found = []
     for token in tokens if isinstance(tokens, list) else ():
         candidates = token.get("top_logprobs") if isinstance(token, dict) else None
-        values = [one.get("logprob") for one in candidates or () if isinstance(one, dict)]
+        listed = candidates if isinstance(candidates, list) else ()
+        values = [one.get("logprob") for one in listed if isinstance(one, dict)]
         found.append(tuple(float(value) for value in values if isinstance(value, int | float)))
     return tuple(found)
 

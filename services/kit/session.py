@@ -23,6 +23,7 @@ from protocol.header import Header
 from protocol.kinds import CALL_REQUESTS, ENDINGS, UNKNOWN_PEER, family
 from protocol.limits import PROTOCOL_VERSION
 from protocol.messages.failure import Category, Failure
+from protocol.messages.registry import RegistryChanged
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Goodbye, Hello, PeerState, Ping, Reject, Welcome
 
@@ -155,13 +156,20 @@ class Deliver(msgspec.Struct, frozen=True):
     body: bytes
 
 
+class FollowRegistry(msgspec.Struct, frozen=True):
+    """The hub works with the registry of this digest; `needed` as in `registry.changed`."""
+
+    digest: str
+    needed: bool
+
+
 class Stop(msgspec.Struct, frozen=True):
     """The hub refuses this peer for good; exit and say why."""
 
     reason: str
 
 
-Command = Transmit | Reopen | ReportState | StartWork | CancelWork | Deliver | Stop
+Command = Transmit | Reopen | ReportState | StartWork | CancelWork | Deliver | FollowRegistry | Stop
 
 
 @dataclass(slots=True)
@@ -185,6 +193,8 @@ class PeerSession:
     """True once the idle slots were granted in this epoch; from then on only endings add to the total."""
     _unsent: list[Transmit] = field(default_factory=list)
     """Endings since the HELLO of this epoch: it listed their keys as in flight, so the hub waits for them."""
+    _spent: int = 0
+    """Requests of this epoch: so many of the granted slots the hub has used."""
     _requests: OrderedDict[str, None] = field(default_factory=OrderedDict)
     """Ids of the requests of this epoch, newest last: a repeat of one has spent no credit and is not work."""
     _heard_ms: int = 0
@@ -232,6 +242,7 @@ class PeerSession:
         self.joined = False
         self._unsent.clear()
         self._requests.clear()
+        self._spent = 0
         self._heard_ms = event.at_ms
         self.granted = self._free_slots()
         self._slots_granted = self._usable()
@@ -270,6 +281,9 @@ class PeerSession:
             if header.kind == "session.ping":
                 unpack_body(Ping, event.body)
                 return [ReportState(corr=header.id, credit=self.granted)] if self.joined else []
+            if header.kind == "registry.changed":
+                told = unpack_body(RegistryChanged, event.body)
+                return [FollowRegistry(told.digest, told.needed)]
             if header.kind == "error" and _is_unknown_peer(event.body):
                 return self._rejoin()
         except BadFrame as err:
@@ -303,6 +317,8 @@ class PeerSession:
         commands.extend(Transmit(replace(ending.header, credit=self.granted), ending.body) for ending in unsent)
         self._unsent.clear()
         commands.extend(Transmit(asked.header, asked.body) for asked in self.asks.values())
+        if welcome.registry is not None:
+            commands.append(FollowRegistry(welcome.registry, needed=True))
         commands.append(ReportState(corr=None, credit=self.granted))  # it may have changed since the HELLO
         return commands
 
@@ -318,6 +334,7 @@ class PeerSession:
         if header.id in self._requests:
             return []
         self._requests[header.id] = None
+        self._spent += 1
         while len(self._requests) > _KEPT_REQUESTS:
             self._requests.popitem(last=False)
         key = header.key
@@ -374,9 +391,9 @@ class PeerSession:
             return []
         self.state = event.state
         if self._usable() and not self._slots_granted:
-            # Nothing was spent before, and what ended before is among the free slots now.
+            # What ended before is among the free slots now; a hub that did not know yet may have spent some.
             self._slots_granted = True
-            self.granted = max(self.granted, self._free_slots())
+            self.granted = max(self.granted, self._spent + self._free_slots())
         return [ReportState(corr=None, credit=self.granted)] if self.joined else []
 
     def _on_ticked(self, event: Ticked) -> list[Command]:

@@ -22,7 +22,7 @@ from services.kit.clock import Clock, SteadyClock
 from services.kit.config import Home
 from services.kit.identity import boot_id
 from services.kit.logs import Log, LogEvent
-from services.kit.registry import Registry
+from services.kit.registry import Registry, RegistryError
 from services.scheduler.durations import LearnedDurations
 from services.scheduler.effects import Record
 from services.scheduler.events import (
@@ -35,6 +35,7 @@ from services.scheduler.events import (
     Noted,
     ReadEvents,
     ReadListing,
+    ReadRegistry,
     ReadStatus,
     ReloadUnsettled,
     Restored,
@@ -57,8 +58,10 @@ from services.scheduler.facts import (
 from services.scheduler.housekeeping import Housekeeping, Intervals
 from services.scheduler.journal import Journal
 from services.scheduler.machine import MAX_ACTIVE_TASKS, MAX_WATCHES, Hub
+from services.scheduler.registry_reader import RegistryReader
 
 HUB_STARTED = LogEvent("hub.started", "pid epoch restored unsettled damaged restore_ms registry")
+REGISTRY_NOT_KEPT = LogEvent("registry.not_kept", "reason", "warning")
 HUB_STOPPED = LogEvent("hub.stopped", "reason")
 JOURNAL_FAILED = LogEvent("journal.failed", "error", "error")
 TASK_DAMAGED = LogEvent("journal.damaged", "task seq reason", "error")
@@ -99,6 +102,7 @@ class HubApp:
         now = self._clock.now_ms()
         self._hub = Hub(epoch=boot_id(), registry=registry, pid=os.getpid(), started_ms=now, durations=self._durations)
         self._housekeeping = Housekeeping(path, intervals or Intervals(), now)
+        self._reader = RegistryReader(home)
         self._records: list[Record] = []
         self._sends: list[Send] = []
         self._reads: dict[tuple[bytes, str], ReadEvents] = {}
@@ -118,6 +122,7 @@ class HubApp:
             _collect_young_garbage_only()
             while self._stop is None:
                 self.turn()
+            self._hub.engine.ranking.learn()
             self._journal.keep_durations(self._durations.state())
         except sqlite3.Error as err:
             self._log.write(
@@ -131,6 +136,10 @@ class HubApp:
     def start(self) -> None:
         """Take up what the journal holds. Raises sqlite3.Error, as `turn` does."""
         self._durations.restore(self._journal.durations())
+        try:
+            self._reader.keep()
+        except (RegistryError, OSError) as err:  # what runs needs no copy; only a later reload would miss it
+            self._log.write(REGISTRY_NOT_KEPT, reason=str(err))
         began = self._clock.now_ms()
         restored = self._restore(self._journal.open_tasks(MAX_ACTIVE_TASKS * 2, final=False))
         unsettled = self._restore(self._journal.open_tasks(MAX_ACTIVE_TASKS, final=True))
@@ -153,6 +162,8 @@ class HubApp:
         self._port.wait(max(0, wake - now))
         self._drain()
         now = self._clock.now_ms()
+        for outcome in self._reader.outcomes(now):
+            self._feed(outcome)
         if now >= self._next_tick:
             self._feed(Tick(now))
             self._next_tick = now + _TICK_MS
@@ -190,7 +201,8 @@ class HubApp:
                 self._log.write(TASK_DAMAGED, task=err.task, seq=err.seq, reason=err.reason)
                 continue
             if task is not None:
-                self._feed(Restored(task, self._clock.now_ms()))
+                past = self._reader.past_with(self._hub.lacks(task))
+                self._feed(Restored(task, self._clock.now_ms(), past))
         return len(ids) - damaged, damaged
 
     def _keep_house(self, now: int) -> None:
@@ -250,6 +262,8 @@ class HubApp:
                 written = {"commits": self._journal.commits, "synced_commits": self._journal.syncs}
                 report = report.model_copy(update={"counters": report.counters | written})
                 self._sends.append(self._hub.reply(identity, header, "session.report", report))
+            case ReadRegistry():
+                self._reader.read(command)
             case ReloadUnsettled(limit):
                 self._write()
                 self._restore(self._journal.open_tasks(limit, final=True))

@@ -237,6 +237,7 @@ class Broker:
         peer.loop_lag_ms = pong.loop_lag_ms
         peer.rss_bytes = pong.rss_bytes
         peer.metrics = pong.metrics
+        peer.registry = pong.registry
 
     def on_goodbye(self, peer: Peer) -> None:
         """A worker takes no new work and may finish what it has; a client is gone."""
@@ -474,11 +475,13 @@ class Broker:
 
     def _freest(self, target: str, at_ms: int) -> Peer | None:
         best: Peer | None = None
+        most = 0
         for peer in self.peers.values():
-            if target not in peer.capabilities or peer.free(at_ms) <= 0:
+            if target not in peer.capabilities:
                 continue
-            if best is None or (peer.free(at_ms), best.identity) > (best.free(at_ms), peer.identity):
-                best = peer
+            free = peer.free(at_ms)
+            if free > most or (best is not None and free == most and peer.identity < best.identity):
+                best, most = peer, free
         return best
 
     def _note_served(self, target: str, free: Peer | None, at_ms: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.codec import pack_body, unpack_body
+from protocol.codec import pack_body, pack_map, unpack_body
 from protocol.errors import BadFrame, CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest
@@ -80,6 +80,11 @@ class Engine:
             self.ended.evict()  # not before: whoever takes the effects may need the tasks that they end
         return effects
 
+    def take_up(self, registry: Registry) -> None:
+        """Work with this registry from now on. It must hold whatever `reloading.used_by` finds among `live`."""
+        self.registry = registry
+        self.ranking.take_up(registry)
+
     def find(self, task_id: str) -> TaskRecord | None:
         """A task that is in memory."""
         return self.live.get(task_id) or self.ended.get(task_id)
@@ -117,6 +122,12 @@ class Engine:
                 elif step.state is StepState.CHECKING:
                     self._ask_gates(task, step, at_ms)
 
+    def give_up(self, task: TaskRecord, failure: Failure, at_ms: int) -> None:
+        """Take up a task from the journal only to end it: what it needs is not there any more."""
+        self.live[task.id] = task
+        self.active[task.client] += 1
+        self._end(task, TaskState.FAILED, failure, at_ms, why=failure.message)
+
     def cancel(self, task_id: str, reason: str, at_ms: int) -> None:
         """Stop a task; finished steps stay, a finished task stays what it is."""
         task = self.live.get(task_id)
@@ -149,7 +160,8 @@ class Engine:
                 self._begin(task, record, at_ms)
 
     def on_tick(self, at_ms: int) -> None:
-        """Fail the tasks whose deadline has passed."""
+        """Fail the tasks whose deadline has passed; learn from what was observed."""
+        self.ranking.learn()
         for task in list(self.live.values()):
             self._expire(task, at_ms)
 
@@ -247,8 +259,7 @@ class Engine:
         task, step = self._locate(call)
         if task is None or step is None:
             raise KeyError(f"call {call.key} belongs to no step")
-        request = infer_request(task, step, self.registry, stream=task.id in self.watched)
-        return pack_body(request)
+        return pack_map(infer_request(task, step, self.registry, stream=task.id in self.watched))
 
     # Planning
 

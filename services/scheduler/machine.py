@@ -8,7 +8,7 @@ a batch before it sends the messages of that batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
@@ -23,6 +23,7 @@ from protocol.limits import MAX_BODY_BYTES, PROTOCOL_VERSION
 from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferPartial
+from protocol.messages.registry import Reload
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import (
     ArtefactQuery,
@@ -57,7 +58,10 @@ from services.scheduler.events import (
     Noted,
     ReadEvents,
     ReadListing,
+    ReadRegistry,
     ReadStatus,
+    RegistryChanged,
+    RegistryRefused,
     ReloadUnsettled,
     Restored,
     Send,
@@ -68,6 +72,7 @@ from services.scheduler.growth import checked_extension
 from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
+from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
 from services.scheduler.requested import read_task, task_asked_for
 from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
 from services.scheduler.tasks import TaskRecord
@@ -91,6 +96,9 @@ PEER_JOINED = LogEvent("peer.joined", "peer epoch capabilities in_flight reattac
 PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
 FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
 TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
+REGISTRY_TAKEN = LogEvent("registry.taken", "digest previous draining kept")
+REGISTRY_REFUSED = LogEvent("registry.refused", "problems reason", "warning")
+REGISTRY_LET_GO = LogEvent("registry.let_go", "kept")
 RESULT_DUPLICATE = LogEvent("result.duplicate", "peer key task step", "warning")
 
 
@@ -105,6 +113,8 @@ class Hub:
     durations: Durations = field(default_factory=LearnedDurations)
     broker: b.Broker = field(init=False)
     engine: e.Engine = field(init=False)
+    registries: Registries = field(init=False)
+    """`registry` is the one in force; new tasks are held to the declared one."""
     batches: Batches = field(init=False)
     _out: list[Command] = field(default_factory=list)
     _watches: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
@@ -126,8 +136,8 @@ class Hub:
 
     def __post_init__(self) -> None:
         """The engine shares the registry and what is known of durations."""
-        weight_of = lru_cache(_KEPT_WEIGHTS)(self.registry.weight_of)
-        self.broker = b.Broker(Tokens(self.registry.hardware.cores), weight_of)
+        self.registries = Registries(self.registry, self.registry)
+        self.broker = b.Broker(Tokens(self.registry.hardware.cores), self._weights())
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
         self.batches = Batches(lambda: self.registry, self.broker.slots)
@@ -149,11 +159,13 @@ class Hub:
                 if not full:
                     self.unread.gone(identity)
                 self._settle(self.broker.on_unreachable(identity, at_ms), at_ms)
-            case Restored(task, at_ms):
+            case Restored(task, at_ms, past):
                 if self.engine.find(task.id) is None or not task.state.final:
-                    self.engine.forget_ended(task.id)
-                    self.engine.restore(task, at_ms)
-                    self._settle([], at_ms)
+                    self._on_restored(task, past, at_ms)
+            case RegistryChanged():
+                self._on_registry_changed(happened)
+            case RegistryRefused():
+                self._on_registry_refused(happened)
         while self._deaf:
             gone = self.broker.on_unreachable(self._deaf.pop(), self._at_ms, "does not read")
             self._settle(gone, self._at_ms)
@@ -176,8 +188,13 @@ class Hub:
             queued=self.broker.queue_lengths(),
             tasks=task_counts,
             counters=dict(self.broker.counters),
+            registry=self.registries.declared.digest,
             clients=client_reports(self.broker, self.engine.active),
         )
+
+    def lacks(self, task: TaskRecord) -> dict[str, set[str]]:
+        """What an unfinished task uses and the registry in force has not, by section."""
+        return used_by([task]).missing(self.registry)
 
     def reply(self, identity: bytes, request: Header, kind: str, body: Message) -> Send:
         """A message that answers `request`."""
@@ -281,6 +298,7 @@ class Hub:
             ping_ms=PING_MS,
             drop=welcoming.drop,
             resend=welcoming.resend,
+            registry=self.registries.declared.digest,
         )
         self._out.append(replace(self.reply(identity, header, "session.welcome", welcome), promises=False))
         self._note(
@@ -375,6 +393,8 @@ class Hub:
         match header.kind:
             case "session.status":
                 self._out.append(ReadStatus(identity, header))
+            case "registry.reload":
+                self._out.append(ReadRegistry(identity, header, unpack_body(Reload, body).digest))
             case "task.list":
                 self._out.append(ReadListing(identity, header, unpack_body(ListQuery, body)))
             case "task.submit":
@@ -390,7 +410,7 @@ class Hub:
                     self._answer_about(identity, header, body, known, at_ms)
 
     def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
-        ir = read_task(body, self.registry)
+        ir = read_task(body, self.registries.declared)
         peer = self.broker.peers[identity]
         if ir.idempotency_key is None:
             task_id = f"t-{work_key('task', self.epoch, self._sent, at_ms)[:16]}"
@@ -440,7 +460,7 @@ class Hub:
             return
         try:
             if header.kind == "task.submit":
-                ir = read_task(body, self.registry)
+                ir = read_task(body, self.registries.declared)
                 task_id = f"t-{work_key('task', ir.idempotency_key)[:16]}"
                 if task is not None or self.engine.find(task_id) is not None:
                     accepted = Accepted(task_id=task_id, duplicate=True)
@@ -530,12 +550,59 @@ class Hub:
             # In memory but not in the journal: retention has compacted it meanwhile.
             self._watch(identity, header, rest if facts else rest.model_copy(update={"after_seq": task.seq}), task)
 
+    # The registry
+
+    def _on_registry_changed(self, event: RegistryChanged) -> None:
+        told = self.registries.take_up(event.registry, self.engine.live.values())
+        self._use(self.registries.in_force)
+        self._note(REGISTRY_TAKEN, digest=told.digest, previous=told.previous, draining=told.draining, kept=told.kept)
+        self._out.append(self.reply(event.identity, event.header, "registry.reloaded", told))
+        self._tell_services(event.at_ms)
+        self._settle([], event.at_ms)
+
+    def _on_registry_refused(self, event: RegistryRefused) -> None:
+        self._note(REGISTRY_REFUSED, problems=len(event.problems), reason=event.reason)
+        failure = refusal(event.reason, event.problems)
+        self._out.append(self.reply(event.identity, event.header, "error", ErrorReply(failure=failure)))
+
+    def _on_restored(self, task: TaskRecord, past: Registry | None, at_ms: int) -> None:
+        if past is not None:
+            self.registries.bring_back(past, [task])
+            self._use(self.registries.in_force)
+        self.engine.forget_ended(task.id)
+        lacking = self.lacks(task)
+        if lacking.keys() & {"roles", "models"}:
+            self.engine.give_up(task, removed(lacking), at_ms)
+        else:
+            self.engine.restore(task, at_ms)
+        self._settle([], at_ms)
+
+    def _weights(self) -> Callable[[str], float]:
+        """The registry's weights, found once for each client."""
+        return lru_cache(_KEPT_WEIGHTS)(self.registry.weight_of)
+
+    def _use(self, registry: Registry) -> None:
+        self.registry = registry
+        self.broker.weight_of = self._weights()
+        self.broker.tokens.resize(registry.hardware.cores)
+        self.engine.take_up(registry)
+
+    def _tell_services(self, at_ms: int) -> None:
+        workers = [peer for peer in self.broker.peers.values() if peer.is_worker]
+        for peer, told in self.registries.lagging(workers, at_ms):
+            header = Header(kind="registry.changed", id=self._next_id(), epoch=self.epoch)
+            self._out.append(Send(peer.identity, pack_header(header), pack_body(told), promises=False))
+
     # Time
 
     def _on_tick(self, at_ms: int) -> None:
         self.engine.on_tick(at_ms)
         self.batches.on_tick(at_ms)
         self._settle(self.broker.on_tick(at_ms), at_ms)
+        if self.registries.let_go(self.engine.live.values(), at_ms):
+            self._use(self.registries.in_force)
+            self._note(REGISTRY_LET_GO, kept=kept_names(self.registries.declared, self.registry))
+        self._tell_services(at_ms)
         if at_ms - self._cleaned_ms >= _TICKS_BETWEEN_CLEANUPS_MS:
             self._cleaned_ms = at_ms
             kept = (self._watches, self._waits)

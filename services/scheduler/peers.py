@@ -44,6 +44,8 @@ class Peer:
     loop_lag_ms: float = 0
     rss_bytes: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
+    registry: str | None = None
+    """Digest of the registry that its newest pong names."""
 
     @property
     def is_worker(self) -> bool:
@@ -98,4 +100,5 @@ class Peer:
             loop_lag_ms=self.loop_lag_ms,
             rss_bytes=self.rss_bytes,
             metrics=self.metrics,
+            registry=self.registry,
         )

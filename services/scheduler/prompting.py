@@ -12,7 +12,6 @@ from typing import Final
 
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.failure import Finding
-from protocol.messages.infer import ChatMessage
 from protocol.messages.task import Output, Step, TaskIR
 from services.kit.registry import PersonaEntry, RoleEntry
 
@@ -34,8 +33,11 @@ def compose(
     attempt: int,
     context_tokens: int,
     max_tokens: int,
-) -> list[ChatMessage]:
-    """Messages for one attempt; `context_tokens` is the model's context per slot, answer included."""
+) -> list[dict[str, str]]:
+    """Messages for one attempt, as maps of role and content.
+
+    `context_tokens` is the model's context per slot, answer included.
+    """
     system = role.prompt if persona is None else f"{role.prompt}\n\n{persona.prompt}"
     head = _head(task)
     tail = _tail(step, findings, attempt)
@@ -43,8 +45,8 @@ def compose(
     body = _inputs(inputs, max(room, 0))
     user = "\n\n".join(part for part in (head, body, tail) if part)
     return [
-        ChatMessage(role="system", content=system),
-        ChatMessage(role="user", content=user),
+        {"role": "system", "content": system},
+        {"role": "user", "content": user},
     ]
 
 

@@ -40,10 +40,15 @@ NOTHING: Final = Needs()
 
 
 def inference_needs(registry: Registry, target: str) -> Needs:
-    """Needs of a call for `infer.<model>`: the threads of that model's process; nothing for other targets."""
+    """Needs of a call for `infer.<model>`: the threads of that model's process; nothing for other targets.
+
+    A model on a server elsewhere takes no core here, and its group only if it has one.
+    """
     model = registry.models.get(target.removeprefix(_INFER)) if target.startswith(_INFER) else None
-    if model is None:
+    if model is None or (model.engine == "openai" and model.exclusive is None):
         return NOTHING
+    if model.engine == "openai":
+        return Needs(shared_by=target, group=model.exclusive)
     return Needs(cores=min(model.threads, registry.hardware.cores), shared_by=target, group=model.exclusive)
 
 
@@ -94,6 +99,12 @@ class Tokens:
     def free_cores(self) -> int:
         """Cores nobody holds."""
         return self.cores - sum(holding.cores for holding in self._holdings.values())
+
+    def resize(self, cores: int) -> None:
+        """The machine has so many cores from now on; what runs already keeps what it holds."""
+        self.cores = cores
+        if self.free_cores < 0:
+            self._overdrawn |= self._holdings.keys()
 
     def take(self, key: str, target: str, needs: Needs, at_ms: int, parent: str | None = None) -> bool:
         """Take all that `needs` says for this call, or nothing; False = it has to wait.

@@ -31,6 +31,7 @@ from protocol.messages.memory import (
     Value,
 )
 from protocol.messages.plan import PlanFinal, PlanRequest, RemovedEdge, RoutingDecision
+from protocol.messages.registry import EntryChange, RegistryChanged, Reload, Reloaded
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import (
     ArtefactQuery,
@@ -83,6 +84,7 @@ from protocol.messages.task import (
 
 FOLDER: Final = Path(__file__).parent / "golden" / "v1"
 
+_DIGEST = "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
 _FAILURE = Failure(
     code="gate.unit",
     category=Category.CODE,
@@ -290,7 +292,10 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             finished=["fedcba9876543210fedcba9876543210"],
         )
     ],
-    "session.welcome": [Welcome(protocol=1, hub_epoch="a1b2c3d4e5f6", ping_ms=1_000, drop=["k1"], resend=["k2"])],
+    "session.welcome": [
+        Welcome(protocol=1, hub_epoch="a1b2c3d4e5f6", ping_ms=1_000, drop=["k1"], resend=["k2"]),
+        Welcome(protocol=1, hub_epoch="a1b2c3d4e5f6", ping_ms=1_000, registry=_DIGEST),
+    ],
     "session.reject": [Reject(code="version", message="this hub speaks version 1")],
     "session.ping": [Ping(at_ms=1_700_000_000_000)],
     "session.pong": [
@@ -301,7 +306,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             loop_lag_ms=0.5,
             rss_bytes=123_456_789,
             metrics={"generated_tokens": 7},
-        )
+        ),
+        Pong(state=PeerState.READY, in_flight=0, loop_lag_ms=0.5, rss_bytes=1, registry=_DIGEST),
     ],
     "session.goodbye": [Goodbye(reason="SIGTERM")],
     "session.status": [StatusRequest()],
@@ -329,8 +335,46 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             queued={"infer.worker": 1},
             tasks={"running": 1},
             counters={"duplicates": 0},
+        ),
+        StatusReport(
+            hub_epoch="a1b2c3d4e5f6",
+            hub_pid=4241,
+            uptime_ms=5_000,
+            peers=[
+                PeerReport(
+                    service="planner",
+                    epoch="0a0b0c0d0e0f-1",
+                    state="ready",
+                    capabilities=["planner"],
+                    granted=4,
+                    used=0,
+                    in_flight=[],
+                    silent_ms=120,
+                    pid=4243,
+                    loop_lag_ms=0.5,
+                    rss_bytes=1,
+                    metrics={},
+                    registry=_DIGEST,
+                )
+            ],
+            queued={},
+            tasks={},
+            counters={},
+            registry=_DIGEST,
+        ),
+    ],
+    "registry.reload": [Reload(digest=_DIGEST)],
+    "registry.reloaded": [
+        Reloaded(
+            digest=_DIGEST,
+            previous="0" * 64,
+            changes=[EntryChange(section="roles", name="translator", change="removed")],
+            unchanged=12,
+            draining=["worker"],
+            kept=["roles.translator"],
         )
     ],
+    "registry.changed": [RegistryChanged(digest=_DIGEST, needed=False)],
     "task.submit": [Submit(task={"objective": "Say hello", "idempotency_key": "order-42", "context": None})],
     "task.accepted": [Accepted(task_id="T-1", duplicate=True)],
     "task.watch": [Watch(task_id="T-1", after_seq=3), Watch(task_id="T-1", quiet=True)],

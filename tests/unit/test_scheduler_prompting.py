@@ -33,10 +33,10 @@ def prompt(inputs: list[Artefact], *, findings: list[Finding] | None = None, con
         context_tokens=context_tokens,
         max_tokens=128,
     )
-    assert [message.role for message in messages] == ["system", "user"]
-    assert REGISTRY.roles["worker"].prompt in messages[0].content
-    assert REGISTRY.personas["plain-writer"].prompt in messages[0].content
-    return messages[1].content
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert REGISTRY.roles["worker"].prompt in messages[0]["content"]
+    assert REGISTRY.personas["plain-writer"].prompt in messages[0]["content"]
+    return messages[1]["content"]
 
 
 def test_every_part_of_the_task_has_its_place() -> None:

@@ -22,6 +22,10 @@ from services.kit.hardware import Node, parse_cores
 NAME_PATTERN: Final = r"^[a-z][a-z0-9_-]{0,31}$"
 """Names become parts of process names, file names and log fields, hence so narrow."""
 
+VARIABLE_PATTERN: Final = r"^[A-Z][A-Z0-9_]{0,63}$"
+"""Names of environment variables, which are names of files too. Capitals only, which few keys are made of: what stands
+here is shown and logged."""
+
 CLIENT_PATTERN: Final = r"^[A-Za-z0-9_.*?-]{1,64}$"
 """Names of clients are chosen by programs; `*` and `?` stand for any characters and for one."""
 
@@ -52,8 +56,42 @@ class Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class RemoteLimits(Entry):
+    """How a server elsewhere is spoken to and how long it is borne with. Only for engine openai."""
+
+    dialect: Literal["openai", "vllm", "llama-server"] = "openai"
+    """What it takes beyond the standard: vllm (SGLang too) also top_k, min_p, repeat_penalty; llama-server also a
+    grammar. Both are asked for their /health as well."""
+    response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """How it is told to answer with JSON; what comes is checked against the schema here in any case."""
+    connect_timeout_s: float = Field(default=5.0, gt=0, le=300)
+    """Seconds a connection may take."""
+    first_token_timeout_s: float = Field(default=120.0, gt=0, le=86_400)
+    """Seconds until the first token: waiting in its queue and reading the prompt."""
+    silence_timeout_s: float = Field(default=60.0, gt=0, le=86_400)
+    """Seconds between two tokens, after which the answer counts as dead."""
+    attempts: int = Field(default=4, ge=1, le=20)
+    """Tries of one call while it says 429 or 503 or takes no connection."""
+    pause_max_s: float = Field(default=30.0, gt=0, le=3_600)
+    """Longest pause between two tries, in seconds; a Retry-After beyond it is not waited for."""
+    breaker_failures: int = Field(default=5, ge=1, le=1_000)
+    """So many failures within breaker_window_s open the circuit: nothing is sent until a probe is answered."""
+    breaker_window_s: float = Field(default=30.0, gt=0, le=3_600)
+    """Seconds over which failures are counted."""
+    probe_after_s: float = Field(default=2.0, gt=0, le=3_600)
+    """Seconds from the opening to the probe; doubles each time it is in vain."""
+    probe_max_s: float = Field(default=60.0, gt=0, le=86_400)
+    """Longest pause between two probes, in seconds."""
+    ca_file: Path | None = None
+    """Absolute path of the certificates (PEM) to trust for https, instead of the usual authorities."""
+    proxy: str | None = Field(default=None, max_length=2_048)
+    """URL of an HTTP proxy to reach it through; proxies of the environment are never used."""
+
+
 class ModelEntry(Entry):
-    """One model file as one llama.cpp process with its slots: the unit the scheduler spends credit on."""
+    """One model with its slots, the unit the scheduler spends credit on: a file that a llama.cpp process of ours loads,
+    or a model that a server elsewhere has.
+    """
 
     name: Name
     """Key of the entry; also the name of the process that serves it, as in `inference-worker`."""
@@ -61,9 +99,18 @@ class ModelEntry(Entry):
     """A front door, B specialist, C worker, D draft: used inside speculative decoding, so no role may map to it."""
     path: Path | None = None
     """GGUF file. A relative path is looked up in the models folder; `~` is the home folder. Not for engine noop."""
-    engine: Literal["auto", "llama-server", "embedded", "noop"] = "auto"
-    """auto = llama-server where such a binary is found, else embedded. noop answers at once without a model and
-    exists to measure the bus."""
+    engine: Literal["auto", "llama-server", "embedded", "noop", "openai"] = "auto"
+    """auto = llama-server where such a binary is found, else embedded. openai = a server elsewhere that speaks the
+    OpenAI API. noop answers at once without a model and exists to measure the bus."""
+    base_url: str | None = Field(default=None, max_length=2_048)
+    """For openai: where its API begins, such as https://gpu1.example:8000/v1."""
+    remote_model: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+    """For openai: the model's name on that server."""
+    api_key_env: Annotated[str, StringConstraints(pattern=VARIABLE_PATTERN)] | None = None
+    """For openai: name of the environment variable that holds its key, or of a file with mode 0600 in the folder
+    secrets/ of TIERLINE_HOME; never the key itself. Absent = it wants none."""
+    remote: RemoteLimits = RemoteLimits()
+    """For openai: dialect, timeouts, retries, circuit breaker."""
     binary: Path | None = None
     """Absolute path of the llama-server to use; absent = the one on PATH or built by deploy/build-native."""
     slots: int = Field(default=1, ge=1, le=256)
@@ -78,6 +125,11 @@ class ModelEntry(Entry):
     """Group of models of which one computes at a time, such as `heavy`; absent = beside any other."""
     load_deadline_s: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds the model may take to load before the launch counts as failed."""
+
+    @property
+    def is_local(self) -> bool:
+        """True if a process on this machine computes it: it takes cores and memory here."""
+        return self.engine not in ("noop", "openai")
 
 
 class Sampling(Entry):

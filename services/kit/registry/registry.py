@@ -108,6 +108,7 @@ def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True
 
     Raises `RegistryError` with every problem of every file.
     """
+    folder = folder.resolve()  # of a link that moves meanwhile all files shall be of one folder
     if not folder.is_dir():
         message = f"there is no folder {folder}; set TIERLINE_REGISTRY to the folder that holds {', '.join(FILES)}"
         raise RegistryError([Problem(folder.name, 1, "", "folder-missing", message)])

@@ -29,6 +29,7 @@ from services.kit.registry.entries import (
     RoleEntry,
 )
 from services.kit.registry.problems import Problem
+from services.kit.registry.remote_rules import remote_entries, remote_sampling
 from services.kit.registry.sections import Draft
 
 GGUF_MAGIC: Final = b"GGUF"
@@ -77,11 +78,11 @@ def _engine_fields(scene: Scene) -> Iterator[Problem]:
         at = ("models", name)
         if model.engine == "noop" and model.path is not None:
             yield problem((*at, "path"), "engine-fields", "engine noop loads no model; remove path")
-        if model.engine != "noop" and model.path is None:
+        if model.is_local and model.path is None:
             yield problem(at, "engine-fields", f"engine {model.engine} needs path: the GGUF file to load")
         if model.binary is None:
             continue
-        if model.engine in ("embedded", "noop"):
+        if model.engine in ("embedded", "noop", "openai"):
             yield problem((*at, "binary"), "engine-fields", f"engine {model.engine} starts no binary; remove it")
         elif not model.binary.expanduser().is_absolute():
             yield problem((*at, "binary"), "binary-path", f"must be an absolute path, got {str(model.binary)!r}")
@@ -102,7 +103,7 @@ def _ports_differ(scene: Scene) -> Iterator[Problem]:
 def _threads_fit(scene: Scene) -> Iterator[Problem]:
     cores = scene.hardware.cores
     for name, model in scene.models.items():
-        if model.engine != "noop" and model.threads > cores:
+        if model.is_local and model.threads > cores:
             message = f"{model.threads} threads on {cores} cores would slow each other down; at most {cores}"
             yield scene.draft.problem(("models", name, "threads"), "threads-over-cores", message)
 
@@ -135,7 +136,7 @@ def _model_files(scene: Scene) -> Iterator[Problem]:
             message = f"{model.binary} is no executable file; repair the path, or remove it to use the one on PATH"
             yield scene.draft.problem((*at, "binary"), "binary-missing", message)
         path = resolved_path(model, scene.models_folder)
-        if path is None or model.engine == "noop":
+        if path is None or not model.is_local:
             continue
         total = 0
         for part in _parts(path):
@@ -311,7 +312,7 @@ def _failure_rules(scene: Scene) -> Iterator[Problem]:
 
 
 def _cores_are_shared(scene: Scene) -> Iterator[Problem]:
-    threads = sum(model.threads for model in scene.models.values() if model.engine != "noop")
+    threads = sum(model.threads for model in scene.models.values() if model.is_local)
     if threads > scene.hardware.cores:
         message = (
             f"all models together use {threads} threads on {scene.hardware.cores} cores; they slow each other down"
@@ -324,7 +325,7 @@ def _threads_fit_a_node(scene: Scene) -> Iterator[Problem]:
         return
     largest = max(len(node.cores) for node in scene.hardware.nodes)
     for name, model in scene.models.items():
-        if model.engine != "noop" and model.threads > largest:
+        if model.is_local and model.threads > largest:
             message = (
                 f"{model.threads} threads, and the largest NUMA node has {largest} cores: some of them will work "
                 f"on far memory; {largest} or fewer are often faster"
@@ -342,6 +343,7 @@ def _every_model_is_used(scene: Scene) -> Iterator[Problem]:
 
 ERRORS: Final[tuple[Rule, ...]] = (
     _engine_fields,
+    remote_entries,
     _ports_differ,
     _threads_fit,
     _nodes_agree,
@@ -352,7 +354,7 @@ ERRORS: Final[tuple[Rule, ...]] = (
     _gate_order,
     _failure_rules,
 )
-NOTES: Final[tuple[Rule, ...]] = (_cores_are_shared, _threads_fit_a_node, _every_model_is_used)
+NOTES: Final[tuple[Rule, ...]] = (_cores_are_shared, _threads_fit_a_node, _every_model_is_used, remote_sampling)
 
 
 def _names(entries: Mapping[str, object]) -> str:

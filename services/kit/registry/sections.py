@@ -67,6 +67,9 @@ OPTIONAL: Final = frozenset({"clients.yaml"})
 
 FILE_OF: Final[Mapping[str, str]] = {section.key: file for file, sections in FILES.items() for section in sections}
 
+_UNSHOWN: Final = frozenset({"api_key_env", "base_url", "proxy"})
+"""Fields into which a secret may have been put by mistake: errors do not repeat it."""
+
 _NAME: Final = TypeAdapter[str](Name)
 _CLIENT: Final = TypeAdapter[str](ClientPattern)
 
@@ -209,6 +212,8 @@ def _message(entry: type[Entry], detail: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(leaf, sorted(_field_names(entry)), n=1)
         return f"unknown field; did you mean '{near[0]}'?" if near else "unknown field; registry/README.md lists them"
     message = str(detail["msg"]).removeprefix("Value error, ")
+    if leaf in _UNSHOWN:
+        return f"{message[:1].lower()}{message[1:]}"
     return f"{message[:1].lower()}{message[1:]}, got {_shortened(detail['input'])}"
 
 

@@ -65,6 +65,8 @@ class SimPeer:
         self.frozen = False
         self.boots = 0
         self.started: list[str] = []
+        self.registry: str | None = None
+        """Digest that its pongs name; what it is told about the registry it does not follow."""
         self._inbox: list[s.Event] = []
         """What happened to a frozen process: it notices when it thaws."""
         self._working: dict[str, int] = {}
@@ -138,7 +140,13 @@ class SimPeer:
             case s.Transmit(header, body):
                 self._transmit(header, body)
             case s.ReportState(corr, credit):
-                pong = Pong(state=self.session.state, in_flight=len(self.session.in_flight), loop_lag_ms=0, rss_bytes=0)
+                pong = Pong(
+                    state=self.session.state,
+                    in_flight=len(self.session.in_flight),
+                    loop_lag_ms=0,
+                    rss_bytes=0,
+                    registry=self.registry,
+                )
                 self._transmit(Header(kind="session.pong", id="", corr=corr, credit=credit), pack_body(pong))
             case s.StartWork(header, body):
                 self._work(header, body)
@@ -146,8 +154,8 @@ class SimPeer:
                 self._end_early(key, "call.cancelled", Category.PEER)
             case s.Reopen():
                 self._reopen()
-            case s.Deliver():
-                pass  # these peers ask nobody anything
+            case s.Deliver() | s.FollowRegistry():
+                pass  # these peers ask nobody anything, and have no registry
             case s.Stop(reason):
                 raise SimulationError(f"{self.service} was told to stop: {reason}")
 

@@ -54,6 +54,8 @@ class World:
 
     def __init__(self, registry: Registry, *, delay_ms: int = 1) -> None:
         self.registry = registry
+        self.past: Registry | None = None
+        """An earlier registry that a restarted hub finds, for tasks that use what the present one has not."""
         self.delay_ms = delay_ms
         self.now = _START_MS
         self.identities: dict[bytes, SimPeer] = {}
@@ -114,7 +116,7 @@ class World:
         self.hub = Hub(epoch=f"hub{next(self._order)}", registry=self.registry, durations=LearnedDurations())
         for task in self.recorded_tasks().values():
             if not (task.state.final and task.settled):
-                self.feed(ev.Restored(task, self.now))
+                self.feed(ev.Restored(task, self.now, self.past if self.hub.lacks(task) else None))
 
     def kill_hub(self) -> None:
         """End the hub; its peers notice by its silence."""
@@ -165,7 +167,7 @@ class World:
             case ev.Noted(event=told, fields=fields):
                 self.notes.append(f"{self.now} {told.name} {fields}")
                 del self.notes[:-_KEPT_NOTES]
-            case ev.ReadListing() | ev.ReadStatus() | ev.ReadEvents():
+            case ev.ReadListing() | ev.ReadStatus() | ev.ReadEvents() | ev.ReadRegistry():
                 raise SimulationError("listings and reports are the business of the process, not of its machine")
 
     def _record(self, fact: f.Fact, seq: int) -> None:
