@@ -50,7 +50,7 @@ from protocol.messages.result import (
     TaskView,
     Watch,
 )
-from protocol.messages.session import StatusReport, StatusRequest
+from protocol.messages.session import ModelQuery, ModelReport, StatusReport, StatusRequest
 from protocol.messages.task import Accepted, Extend, Extended, Step, Submit, TaskIR
 from protocol.pieces import Pieces
 from protocol.zmq_transport import ZmqDealer
@@ -210,6 +210,14 @@ class AsyncClient:
     async def reload_registry(self, digest: str | None = None, *, timeout_s: float = 60) -> Reloaded:
         """Have the hub read its registry again; with a digest, only that one. Raises CallFailed with every problem."""
         return await self.ask("registry.reload", Reload(digest=digest), Reloaded, timeout_s=timeout_s)
+
+    async def load_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
+        """Have a warm or cold model loaded as soon as there is room; returns at once, `status` tells when it is."""
+        return await self.ask("model.load", ModelQuery(model=model), ModelReport, timeout_s=timeout_s)
+
+    async def unload_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
+        """Have a warm or cold model unloaded. Raises CallFailed with `model.busy` while work needs it."""
+        return await self.ask("model.unload", ModelQuery(model=model), ModelReport, timeout_s=timeout_s)
 
     async def infer(
         self,

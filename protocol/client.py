@@ -32,7 +32,7 @@ from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.plan import PlanFinal
 from protocol.messages.registry import Reloaded
 from protocol.messages.result import Cancelled, Listing, TaskEvent, TaskState, TaskView
-from protocol.messages.session import StatusReport
+from protocol.messages.session import ModelReport, StatusReport
 from protocol.messages.task import Accepted, Extended, Step, TaskIR
 
 __all__ = ["AsyncClient", "Client", "default_address"]
@@ -126,6 +126,14 @@ class Client:
     def reload_registry(self, digest: str | None = None, *, timeout_s: float = 60) -> Reloaded:
         """See AsyncClient.reload_registry."""
         return self._wait(self._client.reload_registry(digest, timeout_s=timeout_s))
+
+    def load_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
+        """See AsyncClient.load_model."""
+        return self._wait(self._client.load_model(model, timeout_s=timeout_s))
+
+    def unload_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
+        """See AsyncClient.unload_model."""
+        return self._wait(self._client.unload_model(model, timeout_s=timeout_s))
 
     def infer(
         self,

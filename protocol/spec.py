@@ -46,6 +46,7 @@ _SESSION_DIRECTIONS: Final = {
     "session.goodbye": "peer → hub",
     "session.ping": "hub → peer",
     "registry.changed": "hub → service",
+    "session.reside": "hub → service",
 }
 
 

@@ -23,6 +23,7 @@ import psutil
 from services.ctl.commands import Commands, Context
 from services.ctl.hardware import show_hardware
 from services.ctl.hub import listening
+from services.ctl.launch_view import looked_at
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import mebibytes
 from services.ctl.stack import stray_processes
@@ -31,6 +32,7 @@ from services.gates.sandbox import Sandbox
 from services.kit.config import Home, SecretUnusableError, load_secret
 from services.kit.hardware import detect
 from services.kit.registry import ModelEntry, Registry, RegistryError, load_registry
+from services.kit.registry.memory import largest_guest, memory_needs, resident_floor
 
 MAX_SOCKET_PATH_BYTES: Final = 107
 """Linux keeps a unix socket's path in 108 bytes, the last of them zero."""
@@ -140,6 +142,8 @@ def _models(scene: Scene) -> Iterator[Check]:
 def _engines(scene: Scene) -> Iterator[Check]:
     embedded = find_spec("xllamacpp") is not None
     for model in _entries(scene):
+        if model.tier == "D":
+            continue  # loaded by the engine of the model that it guesses for
         name, binary = f"engine {model.name}", _native_binary(model, scene.home)
         if model.engine == "noop":
             yield Check(name, "ok", "noop: answers at once, without a model")
@@ -163,6 +167,22 @@ def _remote(name: str, model: ModelEntry, home: Home) -> Check:
         except SecretUnusableError as err:
             return Check(name, "fail", str(err), "its calls would be refused")
     return Check(name, "ok", f"{model.remote_model} at {model.base_url}")
+
+
+def _commands(scene: Scene) -> Iterator[Check]:
+    """What a service would refuse at its start: flags that the binary lacks, and what the file does not allow."""
+    if scene.registry is None:
+        return
+    for name, model in scene.registry.served.items():
+        if model.path is None or not model.path.is_file():
+            continue
+        launch, engine, refusals = looked_at(scene.registry.launch(name), scene.home)
+        if refusals:
+            yield Check(f"command {name}", "fail", "; ".join(refusals), f"tierline models --explain {name}")
+        else:
+            need = launch.memory_bytes()
+            memory = "" if need is None else f"; it needs {mebibytes(need)} with its KV cache"
+            yield Check(f"command {name}", "ok", f"{engine.name} knows its flags, its file allows them{memory}")
 
 
 def _native_binary(model: ModelEntry, home: Home) -> Path | None:
@@ -190,11 +210,24 @@ def _cores(scene: Scene) -> Iterator[Check]:
 
 def _memory(scene: Scene) -> Iterator[Check]:
     memory = psutil.virtual_memory()
-    needed = sum(
-        model.path.stat().st_size for model in _entries(scene) if model.path is not None and model.path.is_file()
+    models = _entries(scene)
+    needs = memory_needs({model.name: model for model in models})
+    guest = largest_guest(models, needs)
+    staying = resident_floor(models, needs)
+    needed = staying + (needs[guest] if guest is not None else 0)
+    beside = f" and the largest that comes and goes ({guest})" if guest is not None else ""
+    message = (
+        f"{mebibytes(memory.available)} available of {mebibytes(memory.total)}; models that stay{beside} need about "
+        f"{mebibytes(needed)}"
     )
-    message = f"{mebibytes(memory.available)} available of {mebibytes(memory.total)}; model files {mebibytes(needed)}"
-    if needed > memory.total:
+    budget = scene.registry.hardware.memory_bytes if scene.registry is not None else memory.total
+    if needed > budget:
+        advice = "raise memory_bytes in hardware.yaml, make a hot model warm, or take a smaller one"
+        yield Check("memory", "fail", f"{message}, the budget is {mebibytes(budget)}", advice)
+    elif budget > memory.total:
+        advice = "lower memory_bytes in hardware.yaml to what the machine has"
+        yield Check("memory", "warn", f"{message}; the budget of {mebibytes(budget)} is more than there is", advice)
+    elif needed > memory.total:
         yield Check("memory", "fail", message, "take smaller models, or fewer entries in models.yaml")
     elif needed > memory.available and not listening(scene.home):
         yield Check("memory", "warn", message, "end other programs, or the models will be slow to load")
@@ -317,6 +350,7 @@ CHECKS: Final[tuple[Callable[[Scene], Iterator[Check]], ...]] = (
     _registry,
     _models,
     _engines,
+    _commands,
     _sandbox,
     _gate_tools,
     _leftovers,

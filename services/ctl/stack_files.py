@@ -27,7 +27,7 @@ _PLACE: Final = "@MODEL@"
 def checked_registry(home: Home, *, check_files: bool = True) -> Registry:
     """The registry of this home. Raises BadInput with every problem as `file:line: field: message`."""
     try:
-        return load_registry(home.registry, home.models, check_files=check_files)
+        return load_registry(home.registry, home.models, check_files=check_files, hardware_file=home.hardware)
     except RegistryError as err:
         count = len(err.problems)
         raise BadInput(
@@ -65,7 +65,7 @@ def remember_registry(home: Home, registry: Registry) -> None:
 
 
 def write_programs(home: Home, registry: Registry, *, remove: bool = True) -> set[str]:
-    """One program per model entry; returns the names of those whose file changed, came or went.
+    """One program per model entry that is served; returns the names of those whose file changed, came or went.
 
     Without `remove` the programs of models that have left the registry stay: they may still have work.
     """
@@ -73,7 +73,7 @@ def write_programs(home: Home, registry: Registry, *, remove: bool = True) -> se
         template = TEMPLATE.read_text(encoding="utf-8")
     except OSError as err:
         raise CommandError(f"{TEMPLATE}: {err.strerror}; 'tierline up' works from a checkout of the project") from err
-    wanted = {f"inference-{name}.conf": template.replace(_PLACE, name) for name in registry.models}
+    wanted = {f"inference-{name}.conf": template.replace(_PLACE, name) for name in registry.served}
     changed = set()
     for name, text in wanted.items():
         path = home.conf_d / name

@@ -7,7 +7,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
-from protocol.messages.session import PeerReport, StatusReport
+from protocol.messages.session import MemoryBudget, ModelReport, PeerReport, StatusReport
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import try_status
 from services.ctl.outcomes import ExitCode
@@ -76,6 +76,11 @@ def _print(
     screen.line(f"epoch {report.hub_epoch}, pid {report.hub_pid}, up {seconds(report.uptime_ms)}")
     for name, figures in (("tasks", report.tasks), ("queued", report.queued), ("counters", report.counters)):
         screen.line(f"{name}: {', '.join(f'{key} {value}' for key, value in sorted(figures.items())) or 'none'}")
+    if report.memory is not None:
+        screen.line(memory_line(report.memory), style="yellow" if report.memory.low else None)
+    for place in report.models:
+        if place.residency != "hot":
+            screen.line(_place_line(place))
     if report.clients:
         screen.heading("clients")
         screen.table(
@@ -109,6 +114,19 @@ def _cells(row: ServiceRow, report: StatusReport | None) -> tuple[str, ...]:
         (peer.registry or "")[:8] + (" lags" if lags(peer, report) else ""),
         row.reason,
     )
+
+
+def memory_line(memory: MemoryBudget) -> str:
+    """The budget of all models in one line."""
+    left = "" if memory.available_bytes is None else f", the machine has {mebibytes(memory.available_bytes)} left"
+    low = "; it is short of memory: idle warm models are unloaded" if memory.low else ""
+    return f"models hold {mebibytes(memory.held_bytes)} of {mebibytes(memory.budget_bytes)}{left}{low}"
+
+
+def _place_line(place: ModelReport) -> str:
+    held = f", holds {mebibytes(place.held_bytes)}" if place.held_bytes else f", needs {mebibytes(place.need_bytes)}"
+    waiting = f"; work {place.waiting}" if place.waiting else ""
+    return f"{place.residency} model {place.model}: {place.state}{held}, {place.loads} loads{waiting}"
 
 
 def slots(peer: PeerReport) -> str:

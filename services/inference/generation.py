@@ -298,6 +298,8 @@ class Generation:
             generate_ms=sum(usage.generate_ms for usage in usages),
             first_token_ms=0.0 if first_s is None else (first_s - self._began_s) * 1000,
             repaired=len(streams) > 1,
+            draft_tokens=sum(usage.draft_tokens for usage in usages),
+            accepted_tokens=sum(usage.accepted_tokens for usage in usages),
         )
 
     def _seconds_left(self) -> float | None:

@@ -39,6 +39,8 @@ class Home:
     """Least level that is written."""
     supervised: bool
     """True when supervisord started this process: it then dies with its supervisor."""
+    hardware: Path | None = None
+    """A hardware.yaml instead of the registry's, for commands that ask what another machine would do."""
 
     @property
     def run(self) -> Path:
@@ -64,6 +66,10 @@ class Home:
     def conf_d(self) -> Path:
         """Generated supervisord programs, one per model entry."""
         return self.root / "conf.d"
+
+    def prefixes(self, model: str) -> Path:
+        """What the slots of one model have read, saved for its other slots; it does not outlive the service."""
+        return self.run / "prefixes" / model
 
     @property
     def registry_copies(self) -> Path:

@@ -100,6 +100,9 @@ class Service:
         self.clock = SteadyClock()
         self.log = Log(home.logs, name, self.clock, level=home.log_level)
         self.metrics: Callable[[], dict[str, Any]] = dict
+        self.on_residence: Callable[[bool], None] = lambda _loaded: None
+        """Called when the hub wants the model in memory, or out of it; services without a model ignore it."""
+        self.model_bytes: Callable[[], int] = lambda: 0
         self.resident_bytes: Callable[[], int] = lambda: psutil.Process().memory_info().rss
         self._drain_s = drain_s
         self._boot = boot_id()
@@ -341,6 +344,8 @@ class Service:
             case s.CancelWork(key):
                 if key in self._work:
                     self._work[key].cancel()
+            case s.ChangeResidence(loaded):
+                self.on_residence(loaded)
             case s.Deliver(header, body):
                 if header.corr in self._waiting:
                     self._waiting[header.corr].put_nowait((header, body))
@@ -369,6 +374,8 @@ class Service:
             rss_bytes=self.resident_bytes(),
             metrics=self.metrics(),
             registry=None if self.follower is None else self.follower.digest,
+            model_bytes=self.model_bytes(),
+            order=self._session.order,
         )
 
     def _start(self, call: Call) -> None:

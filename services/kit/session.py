@@ -25,7 +25,7 @@ from protocol.limits import PROTOCOL_VERSION
 from protocol.messages.failure import Category, Failure
 from protocol.messages.registry import RegistryChanged
 from protocol.messages.reply import ErrorReply
-from protocol.messages.session import Goodbye, Hello, PeerState, Ping, Reject, Welcome
+from protocol.messages.session import Goodbye, Hello, PeerState, Ping, Reject, Reside, Welcome
 
 _KEPT_RESULTS: Final = 512
 """Results kept for a hub that may ask again; more than any hub has in flight at one peer."""
@@ -149,6 +149,12 @@ class CancelWork(msgspec.Struct, frozen=True):
     key: str
 
 
+class ChangeResidence(msgspec.Struct, frozen=True):
+    """The hub says whether the model shall be in memory; the states that follow are reported with StateChanged."""
+
+    loaded: bool
+
+
 class Deliver(msgspec.Struct, frozen=True):
     """An answer (or a piece of one) to something this service asked."""
 
@@ -169,7 +175,7 @@ class Stop(msgspec.Struct, frozen=True):
     reason: str
 
 
-Command = Transmit | Reopen | ReportState | StartWork | CancelWork | Deliver | FollowRegistry | Stop
+Command = Transmit | Reopen | ReportState | StartWork | CancelWork | ChangeResidence | Deliver | FollowRegistry | Stop
 
 
 @dataclass(slots=True)
@@ -189,6 +195,8 @@ class PeerSession:
     in_flight: dict[str, Header] = field(default_factory=dict)
     finished: OrderedDict[str, tuple[str, bytes, Header]] = field(default_factory=OrderedDict)
     asks: dict[str, Asked] = field(default_factory=dict)
+    order: int = 0
+    """Number of the newest `session.reside` of this epoch."""
     _slots_granted: bool = False
     """True once the idle slots were granted in this epoch; from then on only endings add to the total."""
     _unsent: list[Transmit] = field(default_factory=list)
@@ -240,6 +248,7 @@ class PeerSession:
     def _on_opened(self, event: Opened) -> list[Command]:
         self.epoch = event.epoch
         self.joined = False
+        self.order = 0
         self._unsent.clear()
         self._requests.clear()
         self._spent = 0
@@ -284,6 +293,8 @@ class PeerSession:
             if header.kind == "registry.changed":
                 told = unpack_body(RegistryChanged, event.body)
                 return [FollowRegistry(told.digest, told.needed)]
+            if header.kind == "session.reside":
+                return self._on_reside(unpack_body(Reside, event.body))
             if header.kind == "error" and _is_unknown_peer(event.body):
                 return self._rejoin()
         except BadFrame as err:
@@ -298,6 +309,17 @@ class PeerSession:
                 del self.asks[header.corr]
             return [Deliver(header, event.body)]
         return []  # the late answer to a dropped question
+
+    def _on_reside(self, reside: Reside) -> list[Command]:
+        """Do what the hub says about the model, unless it is an old word, or it would take it from running work."""
+        commands: list[Command] = []
+        if reside.order > self.order:
+            self.order = reside.order
+            if reside.loaded or not self.in_flight:
+                commands.append(ChangeResidence(reside.loaded))
+        if self.joined:
+            commands.append(ReportState(corr=None, credit=self.granted))
+        return commands
 
     def _rejoin(self) -> list[Command]:
         """A new hub listens on our old connection: say HELLO again, under a new epoch, on a fresh socket."""

@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import sqlite3
+from collections.abc import Callable
 from typing import Any, Final
 
 from protocol.errors import SendLater, StrandPeer
@@ -20,6 +21,7 @@ from protocol.transport import RouterPort
 from services.kit.children import die_with_parent
 from services.kit.clock import Clock, SteadyClock
 from services.kit.config import Home
+from services.kit.hardware import available_memory
 from services.kit.identity import boot_id
 from services.kit.logs import Log, LogEvent
 from services.kit.registry import Registry, RegistryError
@@ -32,6 +34,7 @@ from services.scheduler.events import (
     FrameIn,
     LookedUp,
     LookUp,
+    MemorySeen,
     Noted,
     ReadEvents,
     ReadListing,
@@ -71,6 +74,7 @@ TASK_DETAIL = LogEvent("task.detail", _FIELDS, "debug")
 _DETAILS: Final = (AttemptQueued, AttemptAnswered)
 
 _TICK_MS: Final = 100
+_MEMORY_EVERY_MS: Final = 1_000
 _BATCH: Final = 512
 """Messages drained before the journal is written: bounds the delay of the first one."""
 _PAGE: Final = 256
@@ -91,6 +95,7 @@ class HubApp:
         *,
         clock: Clock | None = None,
         intervals: Intervals | None = None,
+        available_memory: Callable[[], int | None] = available_memory,
     ) -> None:
         self._home = home
         self._clock = clock or SteadyClock()
@@ -107,7 +112,8 @@ class HubApp:
         self._sends: list[Send] = []
         self._reads: dict[tuple[bytes, str], ReadEvents] = {}
         """One page to read for each watcher that came late, the longest waiting first."""
-        self._next_tick = now
+        self._available_memory = available_memory
+        self._next_tick = self._next_memory = now
         self._next_page = 0
         self._stop: str | None = None
 
@@ -168,6 +174,9 @@ class HubApp:
             self._feed(Tick(now))
             self._next_tick = now + _TICK_MS
             self._keep_house(now)
+            if now >= self._next_memory and self._hub.loading.has_guests:
+                self._next_memory = now + _MEMORY_EVERY_MS
+                self._look_at_memory(now)
         self._flush()
         if self._reads and now >= self._next_page:
             self._next_page = now + _PAGES_EVERY_MS
@@ -210,6 +219,12 @@ class HubApp:
             self._journal.keep_durations(self._durations.state())
         for event, fields in self._housekeeping.retain(now):
             self._log.write(event, **fields)
+
+    def _look_at_memory(self, now: int) -> None:
+        """Only where models come and go: what is short then can be helped."""
+        available = self._available_memory()
+        if available is not None:
+            self._feed(MemorySeen(available, now))
 
     def _read_page(self, read: ReadEvents) -> None:
         facts: list[tuple[int, Fact]] = []

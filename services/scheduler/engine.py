@@ -403,6 +403,9 @@ class Engine:
                 generated_tokens=final.generated_tokens,
                 first_token_ms=final.first_token_ms,
                 repaired=final.repaired or None,
+                draft_tokens=final.draft_tokens,
+                accepted_tokens=final.accepted_tokens,
+                generate_ms=final.generate_ms,
             ),
         )
         if step.spec.gates:

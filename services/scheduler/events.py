@@ -40,6 +40,13 @@ class Tick(msgspec.Struct, frozen=True):
     at_ms: int
 
 
+class MemorySeen(msgspec.Struct, frozen=True):
+    """What the machine, or its control group, has left by its own account."""
+
+    available_bytes: int
+    at_ms: int
+
+
 class Restored(msgspec.Struct, frozen=True):
     """A task from the journal, to be taken up where it stood."""
 
@@ -87,7 +94,9 @@ class RegistryRefused(msgspec.Struct, frozen=True):
     at_ms: int
 
 
-Event = FrameIn | Undeliverable | Tick | Restored | LookedUp | EventsRead | RegistryChanged | RegistryRefused
+Event = (
+    FrameIn | Undeliverable | Tick | MemorySeen | Restored | LookedUp | EventsRead | RegistryChanged | RegistryRefused
+)
 
 
 # Commands

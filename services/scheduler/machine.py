@@ -35,7 +35,7 @@ from protocol.messages.result import (
     TaskView,
     Watch,
 )
-from protocol.messages.session import Hello, Ping, Pong, Reject, StatusReport, Welcome
+from protocol.messages.session import Hello, ModelQuery, Ping, Pong, Reject, StatusReport, Welcome
 from protocol.messages.task import Accepted, Extend, Extended, TaskIR
 from services.kit.identity import work_key
 from services.kit.logs import LogEvent
@@ -55,6 +55,7 @@ from services.scheduler.events import (
     FrameIn,
     LookedUp,
     LookUp,
+    MemorySeen,
     Noted,
     ReadEvents,
     ReadListing,
@@ -69,11 +70,13 @@ from services.scheduler.events import (
     Undeliverable,
 )
 from services.scheduler.growth import checked_extension
+from services.scheduler.loading import Loading
 from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
 from services.scheduler.requested import read_task, task_asked_for
+from services.scheduler.residency import TRUST_MS
 from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.unread import RETRY_AFTER_MS, Unread
@@ -115,6 +118,7 @@ class Hub:
     engine: e.Engine = field(init=False)
     registries: Registries = field(init=False)
     """`registry` is the one in force; new tasks are held to the declared one."""
+    loading: Loading = field(init=False)
     batches: Batches = field(init=False)
     _out: list[Command] = field(default_factory=list)
     _watches: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
@@ -140,6 +144,9 @@ class Hub:
         self.broker = b.Broker(Tokens(self.registry.hardware.cores), self._weights())
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
+        self.loading = Loading(self.registry, self.broker, ranking, self.engine.live, self._unpromised)
+        self.loading.declare(self.registry)
+        self.loading.residency.trust_ms = self.started_ms + TRUST_MS
         self.batches = Batches(lambda: self.registry, self.broker.slots)
 
     def handle(self, happened: Event) -> list[Command]:
@@ -153,6 +160,9 @@ class Hub:
                 self._on_looked_up(identity, header, body, task, at_ms)
             case Tick(at_ms):
                 self._on_tick(at_ms)
+            case MemorySeen(available_bytes, at_ms):
+                self.loading.machine_memory(available_bytes)
+                self._settle([], at_ms)
             case EventsRead(identity, header, query, facts):
                 self._on_events_read(identity, header, query, facts)
             case Undeliverable(identity, at_ms, full):
@@ -187,7 +197,9 @@ class Hub:
             peers=[peer.report(at_ms) for peer in self.broker.peers.values() if peer.is_worker],
             queued=self.broker.queue_lengths(),
             tasks=task_counts,
-            counters=dict(self.broker.counters),
+            counters=self.broker.counters | self.loading.residency.counters,
+            models=self.loading.reports(at_ms),
+            memory=self.loading.budget(),
             registry=self.registries.declared.digest,
             clients=client_reports(self.broker, self.engine.active),
         )
@@ -195,6 +207,11 @@ class Hub:
     def lacks(self, task: TaskRecord) -> dict[str, set[str]]:
         """What an unfinished task uses and the registry in force has not, by section."""
         return used_by([task]).missing(self.registry)
+
+    def _unpromised(self, identity: bytes, kind: str, body: Message) -> Send:
+        """A message of the hub's own that may go out before what led to it is written."""
+        header = Header(kind=kind, id=self._next_id(), epoch=self.epoch)
+        return Send(identity, pack_header(header), pack_body(body), promises=False)
 
     def reply(self, identity: bytes, request: Header, kind: str, body: Message) -> Send:
         """A message that answers `request`."""
@@ -247,6 +264,7 @@ class Hub:
             self.unread.on_pong(peer.identity, header.corr)
             if header.seq is None or header.seq == peer.last_seq:  # else a later message has overtaken it
                 self.broker.on_pong(peer, pong)
+                self.loading.ponged(peer, at_ms)
             self._settle([], at_ms)
         elif kind == "session.goodbye":
             if not peer.is_worker:
@@ -292,6 +310,7 @@ class Hub:
         welcoming, commands = self.broker.on_hello(identity, hello, epoch, header.credit or 0, at_ms)
         if header.seq is not None:
             self.broker.peers[identity].is_repeat(header.seq)
+        self.loading.joined(self.broker.peers[identity], at_ms)
         welcome = Welcome(
             protocol=PROTOCOL_VERSION,
             hub_epoch=self.epoch,
@@ -399,6 +418,8 @@ class Hub:
                 self._out.append(ReadListing(identity, header, unpack_body(ListQuery, body)))
             case "task.submit":
                 self._on_submit(identity, header, body, at_ms)
+            case "model.load" | "model.unload":
+                self._on_model(identity, header, unpack_body(ModelQuery, body).model, at_ms)
             case "batch.request":
                 self._on_batch(identity, header, body, at_ms)
             case _:
@@ -408,6 +429,15 @@ class Hub:
                     self._out.append(LookUp(task_id, identity, header, body))
                 else:
                     self._answer_about(identity, header, body, known, at_ms)
+
+    def _on_model(self, identity: bytes, header: Header, model: str, at_ms: int) -> None:
+        """Somebody wants a model in memory, or out of it."""
+        refusal = self.loading.move(header.kind == "model.load", model, at_ms)
+        self._settle([], at_ms)
+        if refusal is not None:
+            self._out.append(self.reply(identity, header, "error", ErrorReply(failure=refusal)))
+        else:
+            self._out.append(self.reply(identity, header, "model.report", self.loading.report(model, at_ms)))
 
     def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
         ir = read_task(body, self.registries.declared)
@@ -511,7 +541,8 @@ class Hub:
 
     def _view(self, task: TaskRecord, at_ms: int) -> TaskView:
         """The task as it stands, and why what could run does not."""
-        return view(task).model_copy(update={"waiting": reasons(self.broker, task, self.started_ms, at_ms)})
+        why = reasons(self.broker, self.loading, task, self.started_ms, at_ms)
+        return view(task).model_copy(update={"waiting": why})
 
     def _watch(self, identity: bytes, header: Header, query: Watch, task: TaskRecord) -> None:
         behind = not query.quiet and query.after_seq < task.seq
@@ -586,6 +617,7 @@ class Hub:
         self.broker.weight_of = self._weights()
         self.broker.tokens.resize(registry.hardware.cores)
         self.engine.take_up(registry)
+        self.loading.declare(registry)
 
     def _tell_services(self, at_ms: int) -> None:
         workers = [peer for peer in self.broker.peers.values() if peer.is_worker]
@@ -597,6 +629,7 @@ class Hub:
 
     def _on_tick(self, at_ms: int) -> None:
         self.engine.on_tick(at_ms)
+        self.loading.passed()
         self.batches.on_tick(at_ms)
         self._settle(self.broker.on_tick(at_ms), at_ms)
         if self.registries.let_go(self.engine.live.values(), at_ms):
@@ -619,6 +652,7 @@ class Hub:
     def _settle(self, commands: Iterable[b.Command], at_ms: int) -> None:
         """Carry out the broker's commands and the engine's effects until neither has any, then hand out calls."""
         todo = deque(commands)
+        looked = False
         while True:
             for effect in (*self.engine.take(), *self.batches.take()):
                 match effect:
@@ -635,14 +669,25 @@ class Hub:
                 self._carry_out(todo.popleft(), at_ms)
             elif (start := self.broker.next_start(at_ms)) is not None:
                 self._carry_out(start, at_ms)
+            elif not looked and self.loading.has_guests and self.loading.wants_a_look():
+                said, refused = self.loading.look(at_ms)
+                self._out.extend(said)
+                todo.extend(refused)
+                looked = not refused
             else:
                 return
+
+    def next_due_ms(self) -> int | None:
+        """When a tick will find something to do, pings apart; None = never."""
+        due = [at_ms for at_ms in (self.broker.next_due_ms(), self.loading.next_due_ms()) if at_ms is not None]
+        return min(due, default=None)
 
     def _carry_out(self, command: b.Command, at_ms: int) -> None:
         match command:
             case b.Start(call, peer, unserved_ms):
                 self._start(call, peer, unserved_ms, at_ms)
             case b.Ended(call, kind, body, worker):
+                self.loading.ended(call.target)
                 if call.requester is None:
                     self._owner(call).on_ended(call, kind, body, worker, at_ms)
                 elif self.unread.is_deaf(call.requester):
@@ -657,11 +702,13 @@ class Hub:
                 if call.requester is None:
                     self._owner(call).on_started(call, worker, at_ms, reattached=True)
             case b.CancelAt(call, identity):
+                self.loading.ended(call.target)
                 header = Header(kind=f"{family(call.kind)}.cancel", id=self._next_id(), key=call.key, epoch=self.epoch)
                 self._out.append(Send(identity, pack_header(header), _EMPTY, promises=False))
             case b.SendPing(identity):
                 self._ping(identity, at_ms)
-            case b.PeerGone(peer, why):
+            case b.PeerGone(peer, why, silent):
+                self.loading.gone(peer, at_ms, silent=silent)
                 self._note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)
                 if not peer.is_worker:
                     self._forget_client(peer.identity, at_ms)

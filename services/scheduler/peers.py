@@ -46,6 +46,12 @@ class Peer:
     metrics: dict[str, Any] = field(default_factory=dict)
     registry: str | None = None
     """Digest of the registry that its newest pong names."""
+    model_bytes: int = 0
+    order: int = 0
+    """Newest `session.reside` it has heard in this session."""
+    told: int = 0
+    """Newest one it was sent."""
+    told_ms: int = 0
 
     @property
     def is_worker(self) -> bool:

@@ -72,12 +72,13 @@ def used_by(tasks: Iterable[TaskRecord]) -> Used:
 def with_kept(declared: Registry, past: Registry, used: Used) -> Registry:
     """The declared registry, and of the past one whatever is used and not declared any more.
 
-    A kept role keeps the roles it escalates to and the models of all of them.
+    A kept role keeps the roles it escalates to and the models of all of them, a kept model its draft.
     """
     roles = dict(_taken(past.roles, used.roles - declared.roles.keys()))
     for name in list(roles):
         roles |= {one.name: one for one in past.escalation_chain(name) if one.name not in declared.roles}
     wanted = {role.model for role in roles.values()} | used.models
+    wanted |= {draft for name in wanted if name in past.models and (draft := past.models[name].speculation.draft)}
     kept: dict[str, dict[str, Any]] = {
         "roles": roles,
         "models": dict(_taken(past.models, wanted - declared.models.keys())),

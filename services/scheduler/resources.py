@@ -1,13 +1,16 @@
-"""Tokens of the machine: cores and exclusive groups, shared by inference, gates and whatever else computes.
+"""Tokens of the machine: cores, exclusive groups and memory, shared by inference, gates, and models that load.
 
 A call takes everything it needs at once or nothing, so nobody ever holds one token while waiting for another and no
 deadlock is possible. A call made by a worker during another call (a gate that asks a judge) may use what that one
 holds, since its worker waits for it. A model's process computes with its threads however many of its slots are busy:
 all its running calls share one holding, which is given back with the last of them.
 
+Memory is held by models, not by calls: from before they are told to load until their process has let go of it. A model
+that loads takes its memory and a core together or neither, and gives the core back when it is loaded. Which models
+hold memory is decided in `residency`; nothing that runs ever waits for memory, so it cannot be part of a deadlock.
+
 Progress: a call that has waited `PATIENCE_MS` for tokens closes the door behind it. Until it has them nobody else may
-start, running work drains, and since every call has a deadline the tokens come free. Slots are the broker's credit;
-memory of models is their processes'.
+start, running work drains, and since every call has a deadline the tokens come free. Slots are the broker's credit.
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ class Needs:
     group: str | None = None
     """Exclusive group: one holding at a time."""
 
+
+_LOADING: Final = Needs(cores=1)
+"""Reading and repacking a file keeps about one core busy."""
 
 NOTHING: Final = Needs()
 
@@ -86,6 +92,12 @@ class Tokens:
 
     cores: int
     """Cores there are."""
+    memory_bytes: int = 0
+    """Memory for all models together."""
+    _memory: dict[str, int] = field(default_factory=dict)
+    """Model -> bytes booked for it."""
+    _measured: set[str] = field(default_factory=set)
+    """Models whose booking is a measurement, or was found rather than granted: it may exceed what is there."""
     _holdings: dict[str, _Holding] = field(default_factory=dict)
     _holder_of: dict[str, str] = field(default_factory=dict)
     _overdrawn: set[str] = field(default_factory=set)
@@ -153,6 +165,51 @@ class Tokens:
         self._overdrawn.discard(holder)
         return True
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory booked for models."""
+        return sum(self._memory.values())
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that no model holds; below zero where models turned out to need more than was granted."""
+        return self.memory_bytes - self.held_bytes
+
+    def held_by(self, model: str) -> int:
+        """Memory booked for this model."""
+        return self._memory.get(model, 0)
+
+    def begin_load(self, model: str, need_bytes: int, at_ms: int, *, overdraw: bool = False) -> bool:
+        """Take the memory of a model and a core to load it with, or nothing; False = it has to wait.
+
+        `overdraw` is for the last resort: nobody is left who could make way, and the machine has the memory.
+        """
+        key = _load(model)
+        if need_bytes > self.free_bytes and not overdraw:
+            self.unblock(key)  # it waits for memory, which shuts no door to anybody
+            return False
+        if not self.take(key, key, _LOADING, at_ms):
+            return False
+        self.book_memory(model, need_bytes)
+        if not overdraw:
+            self._measured.discard(model)
+        return True
+
+    def end_load(self, model: str) -> bool:
+        """The model is loaded, or will not be: its core is free. True if that may let others go on."""
+        self.unblock(_load(model))
+        return self.give_back(_load(model))
+
+    def book_memory(self, model: str, held_bytes: int) -> None:
+        """A model holds this, by measurement or by its own word: book it even where that overdraws."""
+        self._memory[model] = held_bytes
+        self._measured.add(model)
+
+    def release_memory(self, model: str) -> None:
+        """The model's process has let go of its memory."""
+        self._memory.pop(model, None)
+        self._measured.discard(model)
+
     def unblock(self, target: str) -> None:
         """Nobody waits for this target any more."""
         self._blocked.pop(target, None)
@@ -175,6 +232,9 @@ class Tokens:
         """Raise AssertionError if tokens were made or lost."""
         if self.free_cores < 0 and not self._overdrawn:
             raise AssertionError(f"{-self.free_cores} cores are held twice")
+        granted = sum(held for model, held in self._memory.items() if model not in self._measured)
+        if granted > self.memory_bytes:
+            raise AssertionError(f"{granted - self.memory_bytes} bytes of memory were granted twice")
         groups = [holding.group for holding in self._holdings.values() if holding.group is not None]
         if len(groups) != len(set(groups)) and not self._overdrawn:
             raise AssertionError("an exclusive group is held twice")
@@ -197,3 +257,7 @@ class Tokens:
         """True while another target has been waiting for too long: then only that one may start."""
         first = next(iter(self._blocked), None)
         return first is not None and first != target and at_ms - self._blocked[first] >= PATIENCE_MS
+
+
+def _load(model: str) -> str:
+    return f"load.{model}"

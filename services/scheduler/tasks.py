@@ -44,6 +44,9 @@ class Attempt:
     generated_tokens: int = 0
     first_token_ms: float = 0
     repaired: bool = False
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    generate_ms: float = 0
     artefacts: list[Artefact] = field(default_factory=list)
     gates: list[GateResult] = field(default_factory=list)
     failure: Failure | None = None
@@ -296,6 +299,9 @@ def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) ->
     attempt.generated_tokens = fact.generated_tokens
     attempt.first_token_ms = fact.first_token_ms
     attempt.repaired = bool(fact.repaired)
+    attempt.draft_tokens = fact.draft_tokens
+    attempt.accepted_tokens = fact.accepted_tokens
+    attempt.generate_ms = fact.generate_ms
     task.generated_tokens += fact.generated_tokens
 
 

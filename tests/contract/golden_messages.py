@@ -58,11 +58,15 @@ from protocol.messages.result import (
 from protocol.messages.session import (
     Goodbye,
     Hello,
+    MemoryBudget,
+    ModelQuery,
+    ModelReport,
     PeerReport,
     PeerState,
     Ping,
     Pong,
     Reject,
+    Reside,
     StatusReport,
     StatusRequest,
     Welcome,
@@ -269,11 +273,39 @@ _REPORTED = _VIEW.model_copy(
     }
 )
 
+_MODEL: Final = ModelReport(
+    model="architect",
+    residency="warm",
+    pinned=False,
+    state="loading",
+    need_bytes=9_000_000_000,
+    held_bytes=9_000_000_000,
+    measured_bytes=8_500_000_000,
+    used_ms=1_700_000_000_000,
+    loads=2,
+    waiting="it loads since 3.0 s",
+)
 _MENDED = _REPORTED.model_copy(
     update={
         "steps": [
             step.model_copy(update={"attempts": [one.model_copy(update={"repaired": True}) for one in step.attempts]})
             for step in _REPORTED.steps
+        ]
+    }
+)
+
+_GUESSED = _VIEW.model_copy(
+    update={
+        "steps": [
+            step.model_copy(
+                update={
+                    "attempts": [
+                        one.model_copy(update={"draft_tokens": 24, "accepted_tokens": 20, "tokens_per_s": 107.5})
+                        for one in step.attempts
+                    ]
+                }
+            )
+            for step in _VIEW.steps
         ]
     }
 )
@@ -308,8 +340,20 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             metrics={"generated_tokens": 7},
         ),
         Pong(state=PeerState.READY, in_flight=0, loop_lag_ms=0.5, rss_bytes=1, registry=_DIGEST),
+        Pong(
+            state=PeerState.PARKED,
+            in_flight=0,
+            loop_lag_ms=0.5,
+            rss_bytes=50_000_000,
+            model_bytes=123_456_789,
+            order=3,
+        ),
     ],
     "session.goodbye": [Goodbye(reason="SIGTERM")],
+    "session.reside": [Reside(loaded=True, order=3)],
+    "model.load": [ModelQuery(model="architect")],
+    "model.unload": [ModelQuery(model="architect")],
+    "model.report": [_MODEL],
     "session.status": [StatusRequest()],
     "session.report": [
         StatusReport(
@@ -362,6 +406,19 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             counters={},
             registry=_DIGEST,
         ),
+        StatusReport(
+            hub_epoch="a1b2c3d4e5f6",
+            hub_pid=4241,
+            uptime_ms=5_000,
+            peers=[],
+            queued={},
+            tasks={},
+            counters={"loads": 1},
+            models=[_MODEL],
+            memory=MemoryBudget(
+                budget_bytes=16_000_000_000, held_bytes=9_000_000_000, available_bytes=4_000_000_000, low=False
+            ),
+        ),
     ],
     "registry.reload": [Reload(digest=_DIGEST)],
     "registry.reloaded": [
@@ -389,7 +446,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             fields={"model": "coder", "queued_ms": 10},
         )
     ],
-    "task.result": [_VIEW, _REPORTED, _MENDED, _MENDED.model_copy(update={"gates": [_GATE, _ADVISORY]})],
+    "task.result": [_VIEW, _REPORTED, _MENDED, _GUESSED, _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]})],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
         TaskView(
@@ -404,7 +461,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         ),
         _VIEW.model_copy(update={"waiting": ["planning waits for planner: 0 workers alive"]}),
         _MENDED,
-        _MENDED.model_copy(update={"gates": [_ADVISORY]}),
+        _GUESSED,
+        _GUESSED.model_copy(update={"gates": [_ADVISORY]}),
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -484,6 +542,17 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             prompt_tokens=30,
             generated_tokens=9,
             repaired=True,
+        ),
+        InferFinal(
+            text="again",
+            finish_reason="length",
+            model="coder",
+            engine="embedded",
+            prompt_tokens=700,
+            cached_tokens=640,
+            generated_tokens=48,
+            draft_tokens=72,
+            accepted_tokens=40,
         ),
     ],
     "batch.request": [

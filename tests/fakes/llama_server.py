@@ -7,6 +7,8 @@ give it a model file from `tests.fakes.gguf_files`. Its script is the JSON file 
 
     {"load_s": 0.5,                     seconds until /health is 200
      "record": "/tmp/x/requests.jsonl", every chat request is appended there as one JSON line
+     "copies": false,                   refuse to save and restore slots
+     "read_s": 0.5,                     seconds to read a beginning that several prompts share
      "persist": true,                   answers go on in turn after a respawn and over all processes of the script
      "default": ANSWER,                 where no rule matches
      "rules": [{"match": "text in the prompt", "model": "worker", "answers": [ANSWER, ANSWER, ...]}]}
@@ -43,6 +45,21 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+#: Flags that change how the real one computes and nothing here, with what its help says of their values.
+ACCEPTED = {
+    **dict.fromkeys(("--threads-batch", "--batch-size", "--ubatch-size", "--cache-reuse"), "N"),
+    "--override-kv": "KEY=TYPE:VALUE",
+    "--flash-attn": "on|off|auto",
+    "--numa": "distribute,isolate,numactl",
+    "--load-mode": "auto,none,mmap,mlock,mmap+mlock",
+    **dict.fromkeys(("--cache-type-k", "--cache-type-v"), "f32,f16,bf16,q8_0,q4_0,q4_1,iq4_nl,q5_0,q5_1"),
+    "--spec-type": "none,draft-simple,ngram-simple,ngram-map-k,ngram-map-k4v,ngram-mod",
+    "--spec-draft-model": "FNAME",
+    **{f"--spec-draft-{name}": "N" for name in ("n-max", "n-min", "p-min", "p-split", "threads", "type-k", "type-v")},
+    **{f"--spec-{kind}-size-{x}": "N" for kind in ("ngram-simple", "ngram-map-k", "ngram-map-k4v") for x in "nm"},
+    **{f"--spec-ngram-mod-{name}": "N" for name in ("n-match", "n-max", "n-min")},
+}
 
 WORDS = re.compile(r"\S+\s*|\s+")
 
@@ -149,10 +166,28 @@ class Handler(BaseHTTPRequestHandler):
             self.error(401, "authentication_error", "Invalid API Key")
         elif self.path == "/tokenize":
             self.reply(200, {"tokens": list(range(len(WORDS.findall(body.get("content", "")))))})
+        elif self.path == "/v1/chat/completions" and body.get("max_tokens") == 0:
+            # The beginning of prompts to come, read into a slot: no answer, so no turn of the script either.
+            tokens = len(WORDS.findall("\n".join(str(turn["content"]) for turn in body["messages"])))
+            time.sleep(self.script.read().get("read_s", 0))
+            self.reply(200, {"choices": [], "timings": {"prompt_n": tokens, "prompt_ms": 1.0}})
         elif self.path == "/v1/chat/completions":
             self.chat(body)
+        elif self.path.startswith("/slots/"):
+            self.copy_slot(self.path.rpartition("=")[2], body["filename"])
         else:
             self.error(404, "not_found_error", "File Not Found")
+
+    def copy_slot(self, action: str, name: str) -> None:
+        file = Path(self.options.slot_save_path) / name
+        if self.script.read().get("copies") is False:
+            self.error(501, "not_supported_error", "scripted: slots are not copied")
+        elif action == "save":
+            self.reply(200, {"n_written": file.write_bytes(b"a slot")})
+        elif file.is_file():
+            self.reply(200, {"n_restored": 1})
+        else:
+            self.error(400, "invalid_request_error", "Unable to restore slot")
 
     def chat(self, body: dict[str, Any]) -> None:
         prompt = "\n".join(str(turn["content"]) for turn in body["messages"])
@@ -318,9 +353,12 @@ def main() -> None:
     parser.add_argument("--metrics", action="store_true")
     parser.add_argument("--slots", action="store_true")
     parser.add_argument("--offline", action="store_true")
+    parser.add_argument("--slot-save-path", default="", metavar="PATH")
+    for flag, values in ACCEPTED.items():
+        parser.add_argument(flag, metavar=values)
     if "--help" in sys.argv:
         for action in parser._actions:  # one line per flag, in column 0 as the real page has them
-            sys.stdout.write(f"{', '.join(action.option_strings)} {action.metavar or ''}".ljust(40) + "scripted\n")
+            sys.stdout.write(f"{', '.join(action.option_strings)} {action.metavar or ''}".ljust(38) + "  scripted\n")
         return
     options = parser.parse_args()
     path = os.environ.get("TIERLINE_FAKE_SCRIPT") or f"{options.model}.script.json"

@@ -8,6 +8,7 @@ import pytest
 
 from services.kit.registry import Problem, Registry, RegistryError, load_registry
 from services.scheduler.resources import NOTHING, Needs, inference_needs
+from tests.fakes.gguf_files import write_tiny_gguf
 from tests.unit.test_registry_rules import GOOD
 
 REMOTE = """\
@@ -33,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / file).write_text(text)
     (tmp_path / "ca.pem").write_text("")
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "worker.gguf").write_bytes(b"GGUF\0\0\0\0")
+    write_tiny_gguf(tmp_path / "models" / "worker.gguf")
     (tmp_path / "models.yaml").write_text(REMOTE.replace("CA}", f"{tmp_path}/ca.pem}}"))
     return tmp_path
 

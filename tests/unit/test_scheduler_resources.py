@@ -97,6 +97,70 @@ def test_gates_need_the_widest_of_them_may_use_what_runs_beside_it_and_linters_n
     assert gate_needs(one, ["unit", "typecheck"]) == Needs(cores=1)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(KINDS)), st.integers(1, 400)), min_size=1, max_size=40),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(1, 9), st.integers(50, 600)), max_size=12),
+)
+def test_models_that_load_among_calls_get_memory_and_a_core_together(
+    arrivals: list[tuple[str, int]], loads: list[tuple[int, int, int]]
+) -> None:
+    """Calls as above; models come at their time, need 1 to 9 of 10 bytes, load and live for a while, and go."""
+    tokens = Tokens(cores=2, memory_bytes=10)
+    calls = [(10 * index, f"k{index}", kind, took) for index, (kind, took) in enumerate(arrivals)]
+    models = [(at_ms, f"m{index}", need, took) for index, (at_ms, need, took) in enumerate(sorted(loads))]
+    running: dict[str, int] = {}
+    loading: dict[str, int] = {}
+    living: dict[str, int] = {}
+    now = 0
+    while calls or models or running or loading or living:
+        now += 10
+        for key in [key for key, ends in running.items() if ends <= now]:
+            del running[key]
+            tokens.give_back(key)
+        for model in [model for model, ends in loading.items() if ends <= now]:
+            living[model] = loading.pop(model) + 100
+            tokens.end_load(model)
+        for model in [model for model, ends in living.items() if ends <= now]:
+            del living[model]
+            tokens.release_memory(model)
+        heads: set[str] = set()
+        for entry in [one for one in calls if one[0] <= now]:
+            _, key, kind, took = entry
+            if kind not in heads and tokens.take(key, kind, KINDS[kind], now):
+                calls.remove(entry)
+                running[key] = now + took
+            else:
+                heads.add(kind)
+        for wish in [one for one in models if one[0] <= now][:1]:  # in order: nobody overtakes the first
+            _, model, need, took = wish
+            before = (tokens.free_bytes, tokens.free_cores)
+            if tokens.begin_load(model, need, now):
+                models.remove(wish)
+                loading[model] = now + took
+                assert (tokens.free_bytes, tokens.free_cores) == (before[0] - need, before[1] - 1)
+            else:
+                assert (tokens.free_bytes, tokens.free_cores) == before, "all or nothing"
+        tokens.check_invariants()
+        assert tokens.free_bytes >= 0
+        assert now < 100_000, "somebody starves"
+    assert (tokens.free_cores, tokens.free_bytes) == (2, 10)
+
+
+def test_memory_that_is_measured_may_overdraw_and_whoever_waits_for_memory_shuts_no_door() -> None:
+    tokens = Tokens(cores=2, memory_bytes=10)
+    assert tokens.begin_load("a", 6, 0)
+    assert not tokens.begin_load("b", 6, 0)
+    assert tokens.end_load("a")
+    assert tokens.take("c0", "infer.a", KINDS["infer.a"], PATIENCE_MS * 2), "b waits for memory, not for a core"
+    tokens.book_memory("a", 13)
+    tokens.check_invariants()
+    assert tokens.free_bytes == -3
+    tokens.release_memory("a")
+    assert tokens.begin_load("b", 6, 5_000)
+    assert tokens.held_by("b") == 6
+
+
 def test_calls_of_one_model_share_one_holding() -> None:
     tokens = Tokens(cores=2)
     assert all(tokens.take(f"k{i}", "infer.a", KINDS["infer.a"], 0) for i in range(4))

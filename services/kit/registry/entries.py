@@ -11,16 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.failure import Category
 from protocol.messages.infer import AbortLimits
 from protocol.messages.task import TaskType
-from services.kit.hardware import Node, parse_cores
-
-NAME_PATTERN: Final = r"^[a-z][a-z0-9_-]{0,31}$"
-"""Names become parts of process names, file names and log fields, hence so narrow."""
+from services.kit.hardware import Node
+from services.kit.registry.acceleration import (
+    CoreList,
+    Declared,
+    FlashAttention,
+    KvType,
+    Numa,
+    RecurrentSpeculation,
+    Speculation,
+)
+from services.kit.registry.entry import Entry, Name, Text
 
 VARIABLE_PATTERN: Final = r"^[A-Z][A-Z0-9_]{0,63}$"
 """Names of environment variables, which are names of files too. Capitals only, which few keys are made of: what stands
@@ -29,9 +36,7 @@ here is shown and logged."""
 CLIENT_PATTERN: Final = r"^[A-Za-z0-9_.*?-]{1,64}$"
 """Names of clients are chosen by programs; `*` and `?` stand for any characters and for one."""
 
-Name: TypeAlias = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 ClientPattern: TypeAlias = Annotated[str, StringConstraints(pattern=CLIENT_PATTERN)]
-Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=16_000, strip_whitespace=True)]
 
 PLACEHOLDERS: Final = ("artefact", "artefacts", "test", "workspace", "python", "checks", "report", "command")
 LISTS: Final = ("artefacts", "command")
@@ -43,17 +48,6 @@ _PLACEHOLDER: Final = re.compile(r"\{(\w*)\}")
 Parser: TypeAlias = Literal[
     "lines", "pattern", "diff", "ruff", "sarif", "junit", "mypy", "shellcheck", "rumdl", "tests"
 ]
-
-
-def _core_list(text: str) -> str:
-    parse_cores(text)
-    return text
-
-
-class Entry(BaseModel):
-    """Base of everything an operator writes: frozen, and a misspelt field is an error instead of a silent default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RemoteLimits(Entry):
@@ -119,12 +113,47 @@ class ModelEntry(Entry):
     """Context of one slot, in tokens: prompt and answer together. The process allocates slots times this."""
     threads: int = Field(default=1, ge=1, le=1024)
     """Cores the process decodes with."""
+    threads_batch: int | None = Field(default=None, ge=1, le=1024)
+    """Cores it reads prompts with; absent = as many as `threads`."""
+    batch_tokens: int | None = Field(default=None, ge=32, le=65_536)
+    """Tokens taken into one batch at most; absent = llama.cpp's own."""
+    ubatch_tokens: int | None = Field(default=None, ge=32, le=65_536)
+    """Tokens computed at once at most; absent = llama.cpp's own."""
+    experts: int | None = Field(default=None, ge=1, le=1024)
+    """Experts per token of a mixture-of-experts model; fewer than trained are faster. Needs llama-server."""
+    speculation: Speculation = Speculation()
+    """Guessing ahead, by a draft model or by looking up the text so far."""
+    speculation_on_recurrent: RecurrentSpeculation = RecurrentSpeculation()
+    """Leave to speculate although the model is recurrent or a hybrid, build by build."""
+    load_mode: Literal["auto", "none", "mmap", "mlock", "mmap+mlock"] = "auto"
+    """How the file gets into memory: mmap = mapped, mlock = kept there under memory pressure, none = read."""
+    numa: Numa = Numa()
+    """The cores it may run on."""
+    flash_attention: FlashAttention = "auto"
+    """Attention computed in blocks; a quantised value cache needs it."""
+    kv_type_k: KvType = "f16"
+    """Type of the keys in the KV cache; q8_0 halves their memory."""
+    kv_type_v: KvType = "f16"
+    """Type of the values in the KV cache."""
+    cache_reuse: int = Field(default=0, ge=0, le=65_536)
+    """Shortest piece of a prompt, in tokens, that is taken from the cache although it has moved; 0 = none."""
+    declared: Declared | None = None
+    """What the file holds, for checks on a machine that does not have it."""
     port: int = Field(default=0, ge=0, le=65_535)
     """TCP port of the llama.cpp server on 127.0.0.1; 0 = a free one is chosen at launch."""
     exclusive: Name | None = None
     """Group of models of which one computes at a time, such as `heavy`; absent = beside any other."""
     load_deadline_s: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds the model may take to load before the launch counts as failed."""
+    residency: Literal["hot", "warm", "cold"] = "hot"
+    """When it is in memory: hot = always; warm = loaded when work needs it, unloaded when idle or when another model
+    needs the room; cold = loaded only when somebody asks for it (`tierline models load`), then treated as warm."""
+    idle_unload_s: float | None = Field(default=None, gt=0, le=604_800)
+    """For warm and cold: seconds without work after which it is unloaded; absent = 300."""
+    pinned: bool = False
+    """For warm and cold: once loaded it stays, whoever needs the room, until `tierline models unload`."""
+    memory_bytes: int | None = Field(default=None, ge=1)
+    """Memory the loaded model needs, in bytes; absent = estimated from its file, context and slots."""
 
     @property
     def is_local(self) -> bool:
@@ -329,7 +358,7 @@ class FailureCaps(Entry):
 class NodeEntry(Entry):
     """One NUMA node: cores and the memory that is near to them."""
 
-    cores: Annotated[str, StringConstraints(max_length=4_096), AfterValidator(_core_list)]
+    cores: CoreList
     """Numbers of its cores as Linux counts them, as text such as "0-7,16-23"."""
     memory_bytes: int = Field(ge=1)
     """Memory of the node, in bytes."""

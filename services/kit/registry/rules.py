@@ -1,20 +1,22 @@
 """What entries must agree on between each other, with the machine, and with the files on its disk.
 
 Each rule is a function from what was read to problems, and `ERRORS` and `NOTES` list them: an error refuses the launch,
-a note is only shown. The rules read sizes and the first bytes of model files; they change nothing. What the GGUF
-metadata itself demands (drafts, experts, recurrent architectures) belongs to the issue that builds acceleration.
+a note is only shown. The rules read sizes and the first bytes of model files; they change nothing. What makes a model
+faster, and what the metadata of its file says to that, is checked by `launch_rules`.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from protocol.messages.failure import Category
+from services.kit.gguf_header import MAGIC, parts_of
 from services.kit.hardware import parse_cores
+from services.kit.model_facts import ModelFacts
 from services.kit.registry.entries import (
     LISTS,
     PLACEHOLDERS,
@@ -28,12 +30,10 @@ from services.kit.registry.entries import (
     PersonaEntry,
     RoleEntry,
 )
+from services.kit.registry.memory import largest_guest, memory_needs, resident_floor
 from services.kit.registry.problems import Problem
 from services.kit.registry.remote_rules import remote_entries, remote_sampling
 from services.kit.registry.sections import Draft
-
-GGUF_MAGIC: Final = b"GGUF"
-_SPLIT_FILE: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 #: Outcomes that say nothing about a model's answer: learning from them, or asking a stronger model, would be wrong.
 NEVER_QUALITY: Final = frozenset({Category.PEER, Category.RESOURCE})
@@ -47,6 +47,8 @@ class Scene:
     hardware: Hardware
     models_folder: Path
     check_files: bool
+    facts: Mapping[str, ModelFacts] = field(default_factory=dict)
+    """What is known of each model's file, or declared, by the name of the entry."""
 
     @property
     def models(self) -> dict[str, ModelEntry]:
@@ -128,7 +130,6 @@ def _nodes_agree(scene: Scene) -> Iterator[Problem]:
 def _model_files(scene: Scene) -> Iterator[Problem]:
     if not scene.check_files:
         return
-    sizes: dict[str, int] = {}
     for name, model in scene.models.items():
         at = ("models", name)
         binary = model.binary.expanduser() if model.binary is not None else None
@@ -138,44 +139,78 @@ def _model_files(scene: Scene) -> Iterator[Problem]:
         path = resolved_path(model, scene.models_folder)
         if path is None or not model.is_local:
             continue
-        total = 0
-        for part in _parts(path):
+        for part in parts_of(path):
             try:
                 with part.open("rb") as stream:
-                    magic = stream.read(len(GGUF_MAGIC))
-                    total += os.fstat(stream.fileno()).st_size
+                    magic = stream.read(len(MAGIC))
             except OSError as error:
                 message = f"cannot open {part}: {error.strerror}; run deploy/fetch-model, or repair the path"
                 yield scene.draft.problem((*at, "path"), "model-file-missing", message)
                 break
-            if magic != GGUF_MAGIC:
+            if magic != MAGIC:
                 message = f"{part} is not a GGUF file (an unfinished download?); fetch it again, or repair the path"
                 yield scene.draft.problem((*at, "path"), "model-file-format", message)
                 break
-        else:
-            sizes[name] = total
-    yield from _memory(scene, sizes)
 
 
-def _memory(scene: Scene, sizes: Mapping[str, int]) -> Iterator[Problem]:
-    total, memory = sum(sizes.values()), scene.hardware.memory_bytes
-    if total > memory:
-        # Each process counts: weights that are repacked for the CPU at load are not shared, even of one file.
-        largest = max(sizes, key=lambda name: sizes[name])
+def _memory(scene: Scene) -> Iterator[Problem]:
+    """Everything that stays in memory, and the largest model that comes and goes, must fit at once.
+
+    Each process counts: weights that are repacked for the CPU at load are not shared, even of one file.
+    """
+    budget = scene.hardware.memory_bytes
+    models = {name: _at_home(model, scene) for name, model in scene.models.items()}
+    needs = memory_needs(models, scene.facts)
+    staying = resident_floor(models.values(), needs)
+    if staying > budget:
+        stays = [name for name, model in models.items() if model.residency == "hot" or model.pinned]
+        largest = max(stays, key=lambda name: needs[name])
         message = (
-            f"the model files need {total:,} bytes and hardware has {memory:,}; this is the largest "
-            f"({sizes[largest]:,}): take a smaller one, or remove an entry"
+            f"the models that stay in memory (hot, pinned) need {staying:,} bytes and {_budget(scene)}; this is the "
+            f"largest ({needs[largest]:,}): make it warm, take a smaller one, or remove an entry"
         )
-        yield scene.draft.problem(("models", largest, "path"), "memory", message)
+        yield scene.draft.problem(("models", largest, _memory_field(models[largest])), "memory", message)
+        return
+    guest = largest_guest(models.values(), needs)
+    if guest is not None and staying + needs[guest] > budget:
+        message = (
+            f"it needs {needs[guest]:,} bytes beside the {staying:,} of the models that stay in memory (hot, pinned), "
+            f"and {_budget(scene)}: it could never be loaded; take a smaller one, or make another one warm"
+        )
+        yield scene.draft.problem(("models", guest, "residency"), "memory-warm", message)
 
 
-def _parts(path: Path) -> Sequence[Path]:
-    """Return the files of a model: llama.cpp is given the first part of a split one and opens the others itself."""
-    match = _SPLIT_FILE.search(path.name)
-    if match is None:
-        return [path]
-    stem, count = path.name[: match.start()], int(match[2])
-    return [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+def _budget(scene: Scene) -> str:
+    entry = scene.draft.single("hardware", HardwareEntry)
+    where = f" (line {scene.draft.line_of('hardware', 'memory_bytes')})" if entry.memory_bytes is not None else ""
+    return f"hardware.yaml{where} has {scene.hardware.memory_bytes:,}"
+
+
+def _memory_field(model: ModelEntry) -> str:
+    return "path" if model.memory_bytes is None else "memory_bytes"
+
+
+def _at_home(model: ModelEntry, scene: Scene) -> ModelEntry:
+    """The entry with the file it will really load; none where files are not to be looked at."""
+    path = resolved_path(model, scene.models_folder) if scene.check_files else None
+    return model.model_copy(update={"path": path})
+
+
+def _residency_fields(scene: Scene) -> Iterator[Problem]:
+    for name, model in scene.models.items():
+        at = ("models", name)
+        if model.residency == "hot":
+            for field in ("idle_unload_s", "pinned"):
+                if getattr(model, field):
+                    message = "a hot model is never unloaded; remove it, or set residency to warm or cold"
+                    yield scene.draft.problem((*at, field), "residency-fields", message)
+            continue
+        if model.engine in ("noop", "openai"):
+            message = f"engine {model.engine} loads no model here, so it cannot be {model.residency}; remove residency"
+            yield scene.draft.problem((*at, "residency"), "residency-fields", message)
+        if model.tier == "D":
+            message = "a draft is loaded together with its target and by no work of its own; remove residency"
+            yield scene.draft.problem((*at, "residency"), "residency-fields", message)
 
 
 def _role_models(scene: Scene) -> Iterator[Problem]:
@@ -312,10 +347,16 @@ def _failure_rules(scene: Scene) -> Iterator[Problem]:
 
 
 def _cores_are_shared(scene: Scene) -> Iterator[Problem]:
-    threads = sum(model.threads for model in scene.models.values() if model.is_local)
+    groups: dict[str, int] = {}
+    for name, model in scene.models.items():
+        # A draft computes in turn with its target, and a model that comes and goes waits for free cores.
+        if model.is_local and model.tier != "D" and model.residency == "hot":
+            group = f"group {model.exclusive}" if model.exclusive is not None else name
+            groups[group] = max(groups.get(group, 0), model.threads)
+    threads = sum(groups.values())
     if threads > scene.hardware.cores:
         message = (
-            f"all models together use {threads} threads on {scene.hardware.cores} cores; they slow each other down"
+            f"the hot models together use {threads} threads on {scene.hardware.cores} cores; they slow each other down"
         )
         yield scene.draft.problem(("models",), "cores-shared", message)
 
@@ -348,6 +389,8 @@ ERRORS: Final[tuple[Rule, ...]] = (
     _threads_fit,
     _nodes_agree,
     _model_files,
+    _residency_fields,
+    _memory,
     _role_models,
     _role_references,
     _gate_commands,

@@ -113,7 +113,9 @@ class World:
 
     def boot_hub(self) -> None:
         """Start a hub; tasks in the journal that are not settled are taken up where they stood."""
-        self.hub = Hub(epoch=f"hub{next(self._order)}", registry=self.registry, durations=LearnedDurations())
+        self.hub = Hub(
+            epoch=f"hub{next(self._order)}", registry=self.registry, started_ms=self.now, durations=LearnedDurations()
+        )
         for task in self.recorded_tasks().values():
             if not (task.state.final and task.settled):
                 self.feed(ev.Restored(task, self.now, self.past if self.hub.lacks(task) else None))
@@ -209,10 +211,15 @@ class World:
     # Processes and clients
 
     def add(
-        self, service: str, capabilities: tuple[str, ...], answer: Callable[[Header, bytes], Answer], slots: int = 4
+        self,
+        service: str,
+        capabilities: tuple[str, ...],
+        answer: Callable[[Header, bytes], Answer],
+        slots: int = 4,
+        load_ms: int | None = None,
     ) -> SimPeer:
-        """Start a process that answers calls for these capabilities."""
-        peer = SimPeer(self, service, capabilities, slots, answer)
+        """Start a process that answers calls for these capabilities; `load_ms` is how long its model takes to load."""
+        peer = SimPeer(self, service, capabilities, slots, answer, load_ms)
         self.peers[service] = peer
         peer.start()
         return peer
