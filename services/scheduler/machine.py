@@ -73,7 +73,7 @@ from services.scheduler.ranks import Ranking
 from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
 from services.scheduler.requested import read_task, task_asked_for
 from services.scheduler.residency import TRUST_MS
-from services.scheduler.resources import Tokens, inference_needs
+from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.unread import RETRY_AFTER_MS
 from services.scheduler.views import view
@@ -317,7 +317,7 @@ class Hub:
             queued_ms=at_ms,
             interactive=header.prio != "batch",
             client=peer.service,
-            needs=inference_needs(self.registry, header.dst),
+            needs=self._needs_of(header.dst, header.cores),
             body=body,
             requester=peer.identity,
             corr=header.id,
@@ -342,6 +342,12 @@ class Hub:
             return
         self.broker.ask(call)
         self._settle([], at_ms)
+
+    def _needs_of(self, target: str, useful: int | None) -> Needs:
+        """Tokens of another peer's call. Its body is not read here, so a gate run counts as one that needs a core."""
+        if target == e.GATE:
+            return asked_cores(self.registry, 1, useful or 1)
+        return inference_needs(self.registry, target)
 
     def _on_partial(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         call = self.broker.running(peer, header.key)
@@ -629,7 +635,7 @@ class Hub:
         for effect in self.engine.take():
             if isinstance(effect, Record):
                 self._record(effect)
-        self.outbox.work(peer.identity, call, body)
+        self.outbox.work(peer.identity, call, body, cores=self.broker.tokens.held(call.key))
 
     def _record(self, record: Record) -> None:
         """Have a fact written, and tell whoever follows its task."""

@@ -90,8 +90,8 @@ class Outbox:
         header = Header(kind=kind, id=self.next_id(), corr=call.corr, key=call.key, epoch=self.epoch)
         self._commands.append(self._sending(call.requester, header, body))
 
-    def work(self, identity: bytes, call: Call, body: bytes) -> None:
-        """Hand a call to a worker. It may leave before the facts that led to it are written."""
+    def work(self, identity: bytes, call: Call, body: bytes, *, cores: int) -> None:
+        """Hand a call to a worker, with the cores that it holds. It may leave before what led to it is written."""
         header = Header(
             kind=call.kind,
             id=self.next_id(),
@@ -103,6 +103,7 @@ class Outbox:
             task=call.task,
             step=call.step,
             parent=call.parent,
+            cores=cores or None,
             prio="interactive" if call.interactive else "batch",
             trace=call.trace,
         )
