@@ -53,6 +53,8 @@ def _of_step(step: StepRecord, decision: RoutingDecision, registry: Registry) ->
     """Reward 1 if the role that was chosen solved the step itself; an escalation is its failure."""
     if step.ended_ms is None or step.ready_ms is None or step.state not in (StepState.DONE, StepState.FAILED):
         return None
+    if decision.subject == "role" and any(one.moves for one in step.attempts):
+        return None  # another model did it: that says nothing about the one that was chosen
     first = step.spec.actor
     if step.state is StepState.DONE:
         solved = not step.attempts or step.attempt.role == first  # a mapped step was solved by its sub-steps

@@ -296,7 +296,8 @@ def test_every_prompt_has_exactly_one_end_whatever_dies(
     for prompt, answer in zip(prompts, final.answers, strict=True):
         assert (answer.text is None) is not (answer.failure is None)
         if not prompt.startswith("fail") and answer.failure is not None:
-            assert answer.failure.code == "item.poisoned"
+            # a model that fails prompt after prompt is left alone for longer and longer, maybe until the deadline
+            assert answer.failure.code in ("item.poisoned", "batch.deadline")
     assert final.widest <= slots * (1 + len(kills))
     assert world.hub is not None
     assert not world.hub.broker.calls
