@@ -34,7 +34,7 @@ from services.scheduler.checking import step_check_parts, step_checks, task_chec
 from services.scheduler.effects import Ask, Drop, Effect, Record
 from services.scheduler.effort import EffortRecord, at_home, learn_effort
 from services.scheduler.ended import EndedTasks
-from services.scheduler.failures import Action, Work, react
+from services.scheduler.failures import Action, Work, react, teaches
 from services.scheduler.growth import items_of, join_of, reach_of
 from services.scheduler.outcomes import UNEMBEDDABLE, outcomes_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
@@ -452,7 +452,7 @@ class Engine:
         at_ms: int,
         generated_tokens: int = 0,
     ) -> None:
-        if self.registry.failures.rules[failure.category].quality_signal:
+        if teaches(self.registry, failure):
             learn_effort(self.effort, task, step, self.registry, at_ms, solved=False)
         self._emit(task, a.failed(task, step, failure, action, at_ms, generated_tokens))
         if action.kind == "fail":

@@ -113,6 +113,11 @@ def is_backends_fault(failure: Failure) -> bool:
     return failure.category in NEVER_QUALITY and failure.code not in BLAMELESS
 
 
+def teaches(registry: Registry, failure: Failure) -> bool:
+    """True if learning counts this failure against whoever and whatever was chosen."""
+    return registry.failures.rules[failure.category].quality_signal
+
+
 def kills(registry: Registry, failure: Failure) -> bool:
     """True if a worker died with the work, or may have: counted towards `caps.worker_deaths`."""
     return registry.failures.rules[failure.category].action == "rerun" and failure.code not in BLAMELESS

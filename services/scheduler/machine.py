@@ -192,6 +192,7 @@ class Hub:
             memory=self.loading.budget(),
             registry=self.registries.declared.digest,
             clients=client_reports(self.broker, self.engine.active),
+            circuits=self.broker.circuits.open() or None,
         )
 
     def lacks(self, task: TaskRecord) -> dict[str, set[str]]:

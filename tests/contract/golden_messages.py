@@ -446,6 +446,16 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 budget_bytes=16_000_000_000, held_bytes=9_000_000_000, available_bytes=4_000_000_000, low=False
             ),
         ),
+        StatusReport(
+            hub_epoch="a1b2c3d4e5f6",
+            hub_pid=4241,
+            uptime_ms=5_000,
+            peers=[],
+            queued={"infer.worker": 3},
+            tasks={},
+            counters={},
+            circuits={"infer.worker": "circuit open: 3 failures within 60 s"},
+        ),
     ],
     "registry.reload": [Reload(digest=_DIGEST)],
     "registry.reloaded": [

@@ -300,7 +300,7 @@ def test_with_one_backend_calls_wait_for_the_probe_and_are_served_when_it_is_wel
         world.submit(task_of(ONE))
         world.run_for(1_200)
     assert world.hub is not None
-    assert "infer.worker" in world.hub.broker.circuits.open()
+    assert "circuit open" in (world.hub.status({}, world.now).circuits or {})["infer.worker"]
     task_id = world.submit(task_of(ONE))
     world.run_for(300)
     assert (
@@ -310,4 +310,4 @@ def test_with_one_backend_calls_wait_for_the_probe_and_are_served_when_it_is_wel
     view = world.finish(task_id)
     assert view.state is TaskState.SUCCEEDED
     assert view.steps[0].losses == 0
-    assert world.hub.broker.circuits.open() == {}
+    assert world.hub.status({}, world.now).circuits is None
