@@ -37,7 +37,7 @@ def prepare(registry: Path) -> None:
     gates.write_text(gates.read_text("utf-8").replace("gates:\n", f"gates:{GATES}\n", 1), "utf-8")
     failures = registry / "failures.yaml"
     text = failures.read_text("utf-8").replace("resource_backoff_ms: 1000", "resource_backoff_ms: 50")
-    text = text.replace("think_harder: measured", "think_harder: always")
+    text = text.replace("think_harder: measured", "think_harder: always").replace("pause_ms: 5000", "pause_ms: 1000")
     failures.write_text(text.replace("lateral_after_ms: 5000", "lateral_after_ms: 300"), "utf-8")
     roles = registry / "roles.yaml"
     text = roles.read_text("utf-8")
@@ -340,3 +340,22 @@ def test_instructions_hidden_in_material_do_not_leave_their_fence(scripted: Scri
     assert view.state is TaskState.SUCCEEDED
     prompt = json.loads(scripted.prompts_with("hazel")[0])
     assert prompt["prompt"].count("</material>") == 1, "the only end of the fence is ours"
+
+
+def test_a_model_server_that_breaks_call_after_call_is_left_alone_until_a_probe_goes_well(scripted: ScriptedStack) -> None:
+    scripted.say(
+        {"match": "ugli", "answers": [{"text": "one two three", "fault": "garbage"}]},
+        {"match": "victoria", "answers": ["well again"]},
+    )
+    step = {"id": "S1", "actor": "coder", "outputs": [{"name": "a"}]}
+    for number in range(3):
+        view = scripted.run(step | {"action": f"ugli {number}: break"})
+        assert view.failure is not None
+        assert view.failure.code == "step.poisoned"
+    circuits = scripted.stack.client.status().circuits or {}
+    assert circuits.keys() == {"infer.specialist"}, "the other models are served"
+    assert "infer.specialist is left alone: circuit open" in scripted.tierline("status")
+    view = scripted.run(step | {"action": "victoria: answer"})
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert view.steps[0].losses == 0
+    assert scripted.stack.client.status().circuits is None
