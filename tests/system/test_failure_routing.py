@@ -342,7 +342,9 @@ def test_instructions_hidden_in_material_do_not_leave_their_fence(scripted: Scri
     assert prompt["prompt"].count("</material>") == 1, "the only end of the fence is ours"
 
 
-def test_a_model_server_that_breaks_call_after_call_is_left_alone_until_a_probe_goes_well(scripted: ScriptedStack) -> None:
+def test_a_model_server_that_breaks_call_after_call_is_left_alone_until_a_probe_goes_well(
+    scripted: ScriptedStack,
+) -> None:
     scripted.say(
         {"match": "ugli", "answers": [{"text": "one two three", "fault": "garbage"}]},
         {"match": "victoria", "answers": ["well again"]},
