@@ -117,6 +117,8 @@ def test_a_draft_pair_and_a_lookup_really_guess(
         del stack.hub.peers[f"inference-{name}"]
         service.terminate()
         service.wait(20)
+        if "--slot-save-path" in command:  # the service took its saved slots along
+            Path(command[command.index("--slot-save-path") + 1]).mkdir(parents=True, exist_ok=True)
         with subprocess.Popen(command, env=env, cwd=CHECKOUT, stderr=subprocess.DEVNULL) as server:
             try:
                 process = psutil.Process(server.pid)
