@@ -12,11 +12,12 @@ from typing import Final
 from protocol.client import AsyncClient
 from protocol.errors import BusError
 from protocol.messages.memory import Explain, Explained, MemoryRequest
-from protocol.messages.result import PlanView, StepView, TaskView
+from protocol.messages.result import TaskView
 from services.ctl.commands import Commands, Context
+from services.ctl.failure_story import is_troubled, print_step_story, print_task_story
 from services.ctl.hub import connect
 from services.ctl.outcomes import CommandError, ExitCode
-from services.ctl.result_view import failure_line, print_plan_choices
+from services.ctl.result_view import print_plan_choices
 from services.ctl.screen import STYLES, Screen, one_line, seconds
 
 _MEMORY_TIMEOUT_S: Final = 5.0
@@ -30,7 +31,7 @@ def add(commands: Commands) -> None:
 
 def _explain(args: Namespace, context: Context) -> ExitCode:
     view, explained, why_not = asyncio.run(_ask(args.task, context))
-    if view.plan is None:
+    if view.plan is None and not view.setbacks:
         later = "it never had a plan" if view.state.final else "it has no plan yet, ask again later"
         raise CommandError(f"{view.task_id} is {view.state.value}: {later}")
     if context.screen.json:
@@ -42,12 +43,14 @@ def _explain(args: Namespace, context: Context) -> ExitCode:
                 "attempts": {
                     step.id: [attempt.model_dump(mode="json") for attempt in step.attempts] for step in view.steps
                 },
+                "setbacks": view.setbacks or [],
+                "failure": view.failure,
                 "memory": explained,
                 "memory_unavailable": why_not,
             }
         )
         return ExitCode.OK
-    _print(context.screen, view, view.plan, explained, why_not)
+    _print(context.screen, view, explained, why_not)
     return ExitCode.OK
 
 
@@ -69,11 +72,13 @@ async def _remembered(client: AsyncClient, ids: list[str]) -> list[Explained]:
     return (await client.memory(request, timeout_s=_MEMORY_TIMEOUT_S)).explained
 
 
-def _print(screen: Screen, view: TaskView, plan: PlanView, explained: list[Explained], why_not: str | None) -> None:
+def _print(screen: Screen, view: TaskView, explained: list[Explained], why_not: str | None) -> None:
+    plan = view.plan
     screen.line(f"{view.task_id}: {view.state.value}", style=STYLES.get(view.state.value))
     screen.line(f"objective: {one_line(view.objective, 200)}")
-    print_plan_choices(screen, plan)
-    if plan.similar:
+    if plan is not None:
+        print_plan_choices(screen, plan)
+    if plan is not None and plan.similar:
         screen.heading("earlier tasks that informed the plan")
         screen.table(
             ("task", "similarity", "Q", "ended", "steps", "took", "objective"),
@@ -90,22 +95,13 @@ def _print(screen: Screen, view: TaskView, plan: PlanView, explained: list[Expla
                 for episode in plan.similar
             ],
         )
-    troubled = [step for step in view.steps if step.failure or len(step.attempts) > 1 or step.losses or _mended(step)]
-    if troubled:
-        screen.heading("attempts that went another way")
+    troubled = [step for step in view.steps if is_troubled(step)]
+    if troubled or view.setbacks:
+        screen.heading("failures, and what followed")
+    print_task_story(screen, view)
     for step in troubled:
-        for attempt in step.attempts:
-            accepted = "accepted after the model mended its JSON" if attempt.repaired else "accepted"
-            outcome = failure_line(attempt.failure) if attempt.failure else accepted
-            action = f" -> {attempt.action}" if attempt.action else ""
-            screen.line(f"{step.id} attempt {attempt.number} by {attempt.role} on {attempt.model}: {outcome}{action}")
-        if step.losses:
-            screen.line(f"{step.id}: {step.losses} workers died while they had it; that counts against nobody")
+        print_step_story(screen, step, told=True)
     _print_memory(screen, explained, why_not)
-
-
-def _mended(step: StepView) -> bool:
-    return any(attempt.repaired for attempt in step.attempts)
 
 
 def _print_memory(screen: Screen, explained: list[Explained], why_not: str | None) -> None:

@@ -45,6 +45,7 @@ from protocol.messages.result import (
     PlanView,
     PredictedPath,
     Segment,
+    Setback,
     StepState,
     StepView,
     TaskEvent,
@@ -294,6 +295,32 @@ _MENDED = _REPORTED.model_copy(
     }
 )
 
+_SETBACK = Setback(
+    at_ms=1_700_000_000_300,
+    work="gates",
+    category="RESOURCE",
+    code="gate.lint.error",
+    message="gate lint could not judge",
+    action="backoff",
+    rule="failures.yaml:35 RESOURCE: the same again after a pause, 1 of 3",
+    delay_ms=1_000,
+)
+_TOLD = _REPORTED.model_copy(
+    update={
+        "setbacks": [_SETBACK.model_copy(update={"work": "plan"})],
+        "steps": [
+            step.model_copy(
+                update={
+                    "attempts": [
+                        one.model_copy(update={"arm": "harder", "told": "This is attempt 2.", "setbacks": [_SETBACK]})
+                        for one in step.attempts
+                    ]
+                }
+            )
+            for step in _REPORTED.steps
+        ],
+    }
+)
 _GUESSED = _VIEW.model_copy(
     update={
         "steps": [
@@ -419,6 +446,16 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 budget_bytes=16_000_000_000, held_bytes=9_000_000_000, available_bytes=4_000_000_000, low=False
             ),
         ),
+        StatusReport(
+            hub_epoch="a1b2c3d4e5f6",
+            hub_pid=4241,
+            uptime_ms=5_000,
+            peers=[],
+            queued={"infer.worker": 3},
+            tasks={},
+            counters={},
+            circuits={"infer.worker": "circuit open: 3 failures within 60 s"},
+        ),
     ],
     "registry.reload": [Reload(digest=_DIGEST)],
     "registry.reloaded": [
@@ -446,7 +483,14 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             fields={"model": "coder", "queued_ms": 10},
         )
     ],
-    "task.result": [_VIEW, _REPORTED, _MENDED, _GUESSED, _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]})],
+    "task.result": [
+        _VIEW,
+        _REPORTED,
+        _MENDED,
+        _GUESSED,
+        _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]}),
+        _TOLD,
+    ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
         TaskView(

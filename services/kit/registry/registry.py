@@ -173,7 +173,9 @@ def _at_home(model: ModelEntry, models_folder: Path) -> ModelEntry:
 
 def _failure_table(draft: Draft) -> FailureTable:
     rules = {Category(key): rule for key, rule in draft.valid("failures", FailureRule).items()}
-    return FailureTable(MappingProxyType(rules), draft.single("caps", FailureCaps))
+    lines = {category.value: draft.line_of("failures", category.value) for category in rules}
+    lines |= {name: draft.line_of("caps", name) for name in FailureCaps.model_fields}
+    return FailureTable(MappingProxyType(rules), draft.single("caps", FailureCaps), MappingProxyType(lines))
 
 
 def _digest(draft: Draft) -> str:
