@@ -245,7 +245,8 @@ class Planning:
 
     def _settle(self, at_ms: int, plan: Plan, source: Source, choice: Decomposition) -> Command:
         """The plan is chosen: discover its parallelism, fill it in, have the decisions recorded."""
-        found = discover(plan)
+        found = discover(plan, self._task.inputs)
+        self._reasons += [f"added: {edge.reason}" for edge in found.added]
         chosen = choose(self._task, found.plan, choice, self._registry, source)
         self._decisions = list(chosen.decisions)
         self._draft = PlanFinal(
