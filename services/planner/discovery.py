@@ -140,10 +140,8 @@ def _hazards(plan: Plan, order: list[str], inputs: Iterable[Artefact]) -> dict[s
     them orders all the others.
     """
     files: dict[str, str] = {artefact.name: artefact.file_name().casefold() for artefact in inputs}
-    owner: dict[str, str] = {}
+    owner = {file: name for name, file in files.items()}
     shared: set[str] = set()
-    for name, file in files.items():
-        owner[file] = name
     for step in plan.steps:
         for output in step.outputs:
             file = files[output.name] = output_file(output).casefold()

@@ -21,64 +21,73 @@ MAX_LOOKUPS: Final = 16
 """More things than this are no question but a table: left to other rules."""
 _MAX_NAME_WORDS: Final = 6
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 #: What says that facts are measured against each other: a computation, or the degree of something measurable. Words
 #: such as `best`, `more` or `difference` alone ask for opinions and explanations.
 _QUANTITY: Final = re.compile(
     r"\b(?:ratios?|averages?|mean (?:height|length|depth|size|speed|age|weight|population)|total|sum of|combined"
-    r"|altogether|percent(?:age)?|proportion|how many (?:times|more)|how much (?:more|less|\w+er)|(?:max|min)imum|density"
-    r"|(?:height|depth|length|size|area|speed|age|weight|population|price|distance|temperature|age) differences?"
+    r"|altogether|percent(?:age)?|proportion|how many (?:times|more)|how much (?:more|less|\w+er)|density"
+    r"|(?:max|min)imum"
+    r"|(?:height|depth|length|size|area|speed|age|weight|population|price|distance|temperature) differences?"
     r"|differences? (?:in|of) (?:height|depth|length|size|area|speed|age|weight|population|price|distance|temperature)"
-    r"|exceeds?|outweighs?|most (?:populous|expensive|significant \w+)|(?:more|less|fewer) (?:expensive|\w+ than)|expensive"
+    r"|exceeds?|outweighs?|most (?:populous|significant \w+)|(?:more|less|fewer) \w+ than|expensive"
     r"|(?:larg|small|bigg|tall|short|fast|quick|slow|high|low|deep|shallow|heavi|old|young|great|long|wid|narrow"
     r"|spe+di|warm|cold|hott|dens|rich|near|farth|furth|cheap|thick|thin)(?:er|est|ier|iest)|eldest)\b|\d ?%",
     re.IGNORECASE,
 )
 #: Requests that begin so want instructions or a piece of writing, however many names they hold.
 _NO_QUESTION: Final = re.compile(
-    r"\s*(?:please )?(?:how (?:to|do i|do you|can i|should i)|(?:re)?write|compose|draft|create|design|plan|imagine|pretend"
-    r"|you are|you're|translate|summari[sz]e|act as)\b|.*\b(?:write|compose|tell) (?:me )?(?:a|an|the|your)\b",
+    r"\s*(?:please )?(?:how (?:to|do i|do you|can i|should i)|(?:re)?write|compose|draft|create|design|plan|imagine"
+    r"|pretend|you are|you're|translate|summari[sz]e|act as)\b|.*\b(?:write|compose|tell) (?:me )?(?:a|an|the|your)\b",
     re.IGNORECASE | re.DOTALL,
 )
 _WORD: Final = re.compile(r"(?:Mt|St|Dr|Mr|Mrs|Ms|[A-Z])\.(?=\s?[A-Z])|[^\W_](?:[\w'\u2019&-]|\.(?=\w))*|[^\w\s]")
 #: Small words inside a name, where a capital follows.
-_LINKS: Final = frozenset("of the de da do del della di la le los las von van der den al el y".split())
+_LINKS: Final = _words("of the de da do del della di la le los las von van der den al el y")
 #: Words that begin sentences and are no names although they have a capital there.
-_OPENERS: Final = frozenset(
-    "a about according across after all also although among amongst an and answer any are as assume assuming at based be"
-    " because before being between both but by calculate can compare compared comparing compute consider considering"
-    " could define describe determine did do does during each either estimate evaluate every explain factoring figure"
-    " find following for from get give given had has have having help here how i identify if imagine in is it its let"
-    " list look looking may me might my name no not now of on once one or order out over per please provide put rank rather"
-    " say select shall she he should show since so solve suppose supposing take taking tell than that the their them then"
-    " there these they this those through to under until up upon use using was we were what whats when where whether which"
-    " while who whom whose why will with within without work would you your first second third finally next assess"
-    " express round state sum add subtract multiply divide convert there'd what's who's".split()
+_OPENERS: Final = _words(
+    "a about according across after all also although among amongst an and answer any are as assume assuming at "
+    "based be because before being between both but by calculate can compare compared comparing compute consider "
+    "considering could define describe determine did do does during each either estimate evaluate every explain "
+    "factoring figure find following for from get give given had has have having help here how i identify if "
+    "imagine in is it its let list look looking may me might my name no not now of on once one or order out over "
+    "per please provide put rank rather say select shall she he should show since so solve suppose supposing take "
+    "taking tell than that the their them then there these they this those through to under until up upon use "
+    "using was we were what whats when where whether which while who whom whose why will with within without work "
+    "would you your first second third finally next assess express round state sum add subtract multiply divide "
+    "convert there'd what's who's"
 )
 #: Abbreviations that are written in capitals and name a measure, not a thing.
-_MEASURES: Final = frozenset(
-    "GDP USD EUR GBP BMI RPM MPH KM KG KMH PPP HDI IQ GPA CO2 UV AM PM BC AD BCE CE UTC GMT TV ID OK".split()
+_MEASURES: Final = _words(
+    "GDP USD EUR GBP BMI RPM MPH KM KG KMH PPP HDI IQ GPA CO2 UV AM PM BC AD BCE CE UTC GMT TV ID OK"
 )
-_MONTHS: Final = frozenset(
-    "january february march april may june july august september october november december monday tuesday wednesday"
-    " thursday friday saturday sunday celsius fahrenheit kelvin".split()
+_MONTHS: Final = _words(
+    "january february march april may june july august september october november december monday tuesday "
+    "wednesday thursday friday saturday sunday celsius fahrenheit kelvin"
 )
 #: "a cheetah that …", "an ostrich enhancing …": an indefinite noun phrase with something said about it, or in a row.
 _ARTICLE_PHRASE: Final = re.compile(
     r"\ban? ((?:[a-z]+(?:-[a-z]+)? ){0,2}?[a-z]+(?:-[a-z]+)?)"
-    r"(?='s\b|\u2019s\b| (?:that|which|who|whose|with|has|is|was|were|can|runs?|and|or|to|versus|vs|against|\w{3,}ing|\w{3,}ed)\b"
+    r"(?='s\b|\u2019s\b| (?:that|which|who|whose|with|has|is|was|were|can|runs?|ran|flew|fell|grew|rose"
+    r"|swam|and|or|to|versus|vs|against|\w{3,}ing|\w{3,}ed)\b"
     r"|,|\s*[?.]|$)"
 )
-_FRAMES: Final = frozenset(
-    "scenario situation world case year ratio result way time factor day month number list table value number lot few"
-    " percentage percent increase decrease reduction boost difference total sum row answer question certain single common"
-    " length height speed size weight depth distance population change higher lower larger smaller greater longer shorter"
-    " faster slower meter kilometer mile minute second hour week".split()
+_FRAMES: Final = _words(
+    "scenario situation world case year ratio result way time factor day month number list table value lot few "
+    "percentage percent increase decrease reduction boost difference total sum row answer question certain single "
+    "common length height speed size weight depth distance population change higher lower larger smaller greater "
+    "longer shorter faster slower meter kilometer mile minute second hour week"
 )
+_NOUN: Final = r"(?:(?:the|an?) )?[a-z]+(?:[ -][a-z]+){0,2}"
+_SEPARATOR: Final = r", and |, or |, | and | or | versus | vs\.? "
 _COMMON_LIST: Final = re.compile(
-    r"(?:\b(?:between|among|of|for|compar\w+|than|from)|[:,?])\s+(?:(?:the|an?) )?"
-    r"([a-z]+(?:[ -][a-z]+){0,2}(?:(?:, | and | or |, and |, or | versus | vs\.? )(?:(?:the|an?) )?[a-z]+(?:[ -][a-z]+){0,2}){1,15})"
-    r"\s*[?.]?$"
+    rf"(?:\b(?:between|among|of|for|compar\w+|than|from)|[:,?])\s+({_NOUN}(?:(?:{_SEPARATOR}){_NOUN}){{1,15}})\s*[?.]?$"
 )
+_FUNCTION_WORDS: Final = _words("by in of for from that which when where while people or and is are")
 
 
 def find_lookups(question: str) -> tuple[str, ...]:
@@ -168,14 +177,14 @@ def _common(text: str) -> Iterator[str]:
     """Common nouns in a row: those with an indefinite article, else a plain list after a word that announces one."""
     low = text.casefold()
     phrases = [match[1] for match in _ARTICLE_PHRASE.finditer(low)]
-    found = [phrase for phrase in phrases if not _FRAMES & set(phrase.split())]
+    found = [phrase for phrase in phrases if not (_FRAMES | _FUNCTION_WORDS) & set(phrase.split())]
     if len(found) >= 2:
         yield from found
         return
     if match := _COMMON_LIST.search(low.strip()):
-        items = re.split(r", (?:and |or )?| and | or | versus | vs\.? ", match[1])
+        items = re.split(_SEPARATOR, match[1])
         items = [re.sub(r"^(?:the|an?) ", "", item.strip()) for item in items]
-        if not any(_FRAMES & set(item.split()) for item in items):
+        if not any((_FRAMES | _FUNCTION_WORDS) & set(item.split()) for item in items):
             yield from items
 
 
@@ -214,4 +223,6 @@ def _one_letter_apart(one: str, other: str) -> bool:
     start = 0
     while start < min(len(one), len(other)) and one[start] == other[start]:
         start += 1
-    return one[start + 1 :] == other[start + 1 :] or one[start + 1 :] == other[start:] or one[start:] == other[start + 1 :]
+    return (
+        one[start + 1 :] == other[start + 1 :] or one[start + 1 :] == other[start:] or one[start:] == other[start + 1 :]
+    )

@@ -26,8 +26,9 @@ from services.kit.registry import Registry, RoleEntry
 from services.planner.cast import ROLES_FOR, Work
 from services.planner.choose import Decomposition, Source, choose, records
 from services.planner.discovery import discover
+from services.planner.divide import Judge, RuleJudge
 from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
-from services.planner.rules import RulePlan, plan_by_rules
+from services.planner.rules import RulePlan, plans_by_rules
 
 MEMORY_S: Final = 1.0
 """Longest wait for memory, for each of its two questions, in seconds."""
@@ -146,12 +147,15 @@ class OutOfTurn(Exception):
 class Planning:
     """One planning call, from Requested to Finish or Refuse."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, judge: Judge | None = None) -> None:
+        """`judge` says whether an answer divides; without one the rules that ship do."""
         self.phase = Phase.NEW
+        self._judge = judge or RuleJudge()
         self.model_outcome = ModelOutcome.NOT_ASKED
         self._registry = registry
         self._deadline_ms = 0
         self._task: TaskIR
+        self._by_rules: list[RulePlan]
         self._rules: RulePlan
         self._similar: list[Episode] = []
         self._reasons: list[str] = []
@@ -194,7 +198,8 @@ class Planning:
             self._reasons.append("the task brought its plan")
             choice = Decomposition(f"client/{len(task.plan.steps)}", (), "the client's plan")
             return self._settle(event.at_ms, task.plan, "client", choice)
-        self._rules = plan_by_rules(task, self._registry.roles)
+        self._by_rules = plans_by_rules(task, self._registry.roles, self._judge)
+        self._rules = self._by_rules[0]
         problems = plan_problems(task.model_copy(update={"plan": self._rules.plan}), self._registry)
         if problems:  # what templates cannot mend: inputs named twice, gates of the task that do not exist
             return self._refuse(problems)
@@ -239,8 +244,8 @@ class Planning:
     def _use_rules(self, at_ms: int) -> Command:
         rules = self._rules
         self._reasons += [f"rules: {rules.template}, because {rules.because}", *rules.notes]
-        single = f"{self._task.task_type.value}.single/1"
-        choice = Decomposition(rules.template, () if rules.template == single else (single,), rules.because)
+        others = tuple(plan.template for plan in self._by_rules[1:])
+        choice = Decomposition(rules.template, others, rules.because)
         return self._settle(at_ms, rules.plan, "rules", choice)
 
     def _settle(self, at_ms: int, plan: Plan, source: Source, choice: Decomposition) -> Command:
