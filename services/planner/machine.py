@@ -41,6 +41,7 @@ _TASK_SHARE: Final = 0.1
 _MEMORY_SHARE: Final = 0.1
 _NO_DEADLINE_S: Final = 60.0
 _MAX_OBJECTIVE_CHARS: Final = 4_000
+_MAX_REPAIRS: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,7 @@ class Planning:
         else:
             self._reasons.append(f"the model was asked: {worth.because}")
             self.phase = Phase.MODELLING
-            request = planning_request(self._task, self._registry.roles, planner, self._similar)
+            request = planning_request(self._task, self._registry.roles, planner, self._similar, self._rules.parts)
             return AskModel(planner.model, request, timeout_s)
         return self._use_rules(at_ms)
 
@@ -229,16 +230,19 @@ class Planning:
         answer = event.answer
         self._generated_tokens = answer.generated_tokens
         try:
-            plan = read_plan(answer.text, answer.finish_reason, self._task, self._registry.roles)
+            made = read_plan(answer.text, answer.finish_reason, self._task, self._registry.roles)
         except ModelPlanRefused as err:
             self.model_outcome = ModelOutcome.REFUSED
             self._reasons.append(f"its plan was refused: {err}")
             return self._use_rules(event.at_ms)
         self.model_outcome = ModelOutcome.USED
+        plan = made.plan
         self._reasons.append(f"its plan of {len(plan.steps)} steps is valid, acyclic and within budget")
         choice = Decomposition(
             f"{self._task.task_type.value}.model/{len(plan.steps)}", (self._rules.template,), self._reasons[-1]
         )
+        if made.repairs:
+            self._reasons.append(f"it was repaired: {'; '.join(made.repairs[:_MAX_REPAIRS])}")
         return self._settle(event.at_ms, plan, "model", choice)
 
     def _use_rules(self, at_ms: int) -> Command:

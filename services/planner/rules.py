@@ -110,6 +110,8 @@ class RulePlan:
     """What in the task asked for this shape."""
     notes: tuple[str, ...]
     """Replaced roles."""
+    parts: tuple[str, ...] = ()
+    """What can be worked on at the same time, in words of the objective; empty where that shows only at run time."""
 
 
 def room(task: TaskIR) -> int:
@@ -146,12 +148,12 @@ def plans_by_rules(task: TaskIR, roles: Collection[str], judge: Judge = _SHIPPED
     """
     plans: dict[str, RulePlan] = {}
 
-    def offer(build: Callable[[_Draft], tuple[str, str]]) -> None:
+    def offer(build: Callable[[_Draft], tuple[str, str]], parts: tuple[str, ...] = ()) -> None:
         draft = _Draft(task, roles)
         shape, because = build(draft)
         template = f"{task.task_type.value}.{shape}"
         plans.setdefault(
-            template, RulePlan(Plan(steps=draft.steps), template, because, tuple(dict.fromkeys(draft.notes)))
+            template, RulePlan(Plan(steps=draft.steps), template, because, tuple(dict.fromkeys(draft.notes)), parts)
         )
 
     match task.task_type:
@@ -163,7 +165,7 @@ def plans_by_rules(task: TaskIR, roles: Collection[str], judge: Judge = _SHIPPED
             offer(_manage)
         case TaskType.CHAT | TaskType.DOC:
             for option in split(task, room(task), judge).options:
-                offer(partial(_prose, option=option))
+                offer(partial(_prose, option=option), option.items)
     offer(_single)
     return list(plans.values())
 

@@ -2,8 +2,8 @@
 
 Three parts, each by itself: `--width FILE` plans every question of a file and compares the width of the plan with the
 gold width; `--decompose FILE` judges whether the answer of a request divides, trained on `--train FILE` or, without
-one, in five folds of the file itself, beside the rules that ship; without a file the discovery of parallelism gets graphs
-that were made serial at random. `planning_graphs` has the graphs.
+one, in five folds of the file itself, beside the rules that ship; without a file the discovery of parallelism gets
+graphs that were made serial at random. `planning_graphs` has the graphs.
 
 Both planners are the planner's own machine. `rules` leaves its questions unanswered; for `model` a stack with the demo
 model answers the one to the front door, under the grammar, and what is no plan for the question counts as not exact.
