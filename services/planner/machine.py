@@ -25,6 +25,7 @@ from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry, RoleEntry
 from services.planner.cast import ROLES_FOR, Work
 from services.planner.choose import Decomposition, Source, choose, records
+from services.planner.digest import Fitted, fit_to_context
 from services.planner.discovery import discover
 from services.planner.divide import Judge, RuleJudge
 from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
@@ -256,10 +257,14 @@ class Planning:
         """The plan is chosen: discover its parallelism, fill it in, have the decisions recorded."""
         found = discover(plan, self._task.inputs)
         self._reasons += [f"added: {edge.reason}" for edge in found.added]
-        chosen = choose(self._task, found.plan, choice, self._registry, source)
+        fitted = Fitted(self._task, found.plan, ())
+        if source != "client":
+            fitted = fit_to_context(self._task, found.plan, self._registry)
+            self._reasons += fitted.notes
+        chosen = choose(fitted.task, fitted.plan, choice, self._registry, source)
         self._decisions = list(chosen.decisions)
         self._draft = PlanFinal(
-            task=self._task.model_copy(update={"plan": chosen.plan}),
+            task=fitted.task.model_copy(update={"plan": chosen.plan}),
             source=source,
             reason="",
             removed_edges=list(found.removed),
