@@ -20,9 +20,9 @@ def scripted() -> Iterator[ScriptedStack]:
 def test_a_text_longer_than_the_context_is_read_in_pieces_and_the_answer_can_cite_them(scripted: ScriptedStack) -> None:
     text = "".join(f"Sentence {number} is about quince number {number}. " for number in range(400))
     scripted.say(
-        {"match": "characters 1-", "answers": ["[report.md, characters 1-9] The first quince."]},
-        {"match": "in this piece", "answers": ["[report.md, characters 10-20] Another quince."]},
         {"match": "The first quince.", "answers": ["Quinces, see characters 1-9."]},
+        {"match": "[report.md, characters 1-", "answers": ["[report.md, characters 1-9] The first quince."]},
+        {"match": "in this piece", "answers": ["[report.md, characters 10-20] Another quince."]},
     )
     task = {
         "objective": "Say what the report tells about quinces",
@@ -50,7 +50,7 @@ def test_an_outline_grows_into_a_step_per_point_and_a_whole(scripted: ScriptedSt
     )
     view = scripted.stack.client.run({"objective": "How to paint a medlar boat?", "task_type": "doc"}, timeout_s=100)
     assert view.state is TaskState.SUCCEEDED, view.failure
-    assert [step.id for step in view.steps] == ["S1", "S2", "S2.1", "S2.2", "S2.3", "S3"]
+    assert [step.id for step in view.steps] == ["S1", "S2", "S3", "S2.1", "S2.2", "S2.3"]
     assert [artefact.value for artefact in view.artefacts] == ["The whole guide."]
 
 
