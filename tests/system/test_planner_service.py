@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -97,10 +98,21 @@ class World:
 
 @pytest.fixture
 def world() -> Iterator[World]:
+    with a_world() as running:
+        yield running
+
+
+@contextmanager
+def a_world(labelled: Sequence[tuple[str, bool]] = ()) -> Iterator[World]:
+    """A planner of its own, with requests that its operator has labelled."""
     with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp") as folder:
         env = {**os.environ, "TIERLINE_HOME": folder, "PYTHONPATH": str(CHECKOUT)}
         env.pop("TIERLINE_REGISTRY", None)
         home = load_home(env).make()
+        if labelled:
+            home.labelled_requests.parent.mkdir()
+            rows = [json.dumps({"request": text, "decomposable": divides}) for text, divides in labelled]
+            home.labelled_requests.write_text("\n".join(rows), "utf-8")
         hub = ScriptedHub(home.hub_address)
         process = subprocess.Popen([sys.executable, "-m", "services.planner"], env=env, cwd=CHECKOUT)
         try:
@@ -115,6 +127,33 @@ def world() -> Iterator[World]:
             except subprocess.TimeoutExpired:
                 process.kill()
             hub.close()
+
+
+def test_requests_that_the_operator_has_labelled_decide_what_is_split(world: World) -> None:
+    request = TaskIR(task_id="t9", objective="Sing about a green boat")
+    assert world.good_plan(request).decisions[0].choice == "chat.single/1"
+    rows = [
+        (f"Sing about a {colour} {thing}", True) for colour in ("red", "green", "blue") for thing in ("boat", "cat")
+    ]
+    rows += [
+        (f"Count the {colour} {thing}s", False) for colour in ("red", "green", "blue") for thing in ("boat", "cat")
+    ]
+    with a_world(rows) as taught:
+        final = taught.good_plan(request)
+    assert final.decisions[0].choice == "chat.outline-map-join/8"
+    assert "by the trained judge" in final.decisions[0].rule
+
+
+def test_a_file_of_labels_that_cannot_be_used_refuses_the_launch_with_file_and_line(tmp_path: Path) -> None:
+    home = load_home({"TIERLINE_HOME": str(tmp_path)}).make()
+    home.labelled_requests.parent.mkdir()
+    home.labelled_requests.write_text('{"request": "a"}', "utf-8")
+    env = {**os.environ, "TIERLINE_HOME": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "services.planner"], env=env, cwd=CHECKOUT, capture_output=True, timeout=30
+    )
+    assert done.returncode == 1
+    assert b"divides.jsonl:1: decomposable" in done.stderr
 
 
 def said(text: str, finish: str = "stop") -> InferFinal:

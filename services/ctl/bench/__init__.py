@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from services.ctl.bench import barrier, lookup, makespan, overhead, planning, prefix, soak, warm_load
+from services.ctl.bench import barrier, gates, lookup, makespan, overhead, planning, prefix, soak, warm_load
 from services.ctl.commands import Commands
 
 #: Adds one benchmark's command to the group.
@@ -22,6 +22,7 @@ BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (
     lookup.add,
     warm_load.add,
     planning.add,
+    gates.add,
 )
 
 
