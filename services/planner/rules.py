@@ -4,12 +4,14 @@ The model's plan is a bonus; this one is the promise. A template decides the sha
 it), `cast` who does the work, `parts` what an objective lists, `naming` what results are called. Gates, personas and
 token shares are chosen later, in `choose`, the same way as for any other plan.
 
-Shapes: one step where nothing suggests more; a map (one step per input or part) with a join above it; for code a
-draft, a review and a revision, unless tests came along, since then tests judge and a review by a small model adds
-noise; for manage a breakdown, workstreams beside each other, a summary. Everything fits `room`, the number of steps
-that the budget allows: a map that is too wide takes several inputs a step, and a budget of one step gets one step.
-Contexts are small: the objective is quoted in part where a step needs it for orientation only, and no join reads more
-than eight results, so that wide maps get a tree of joins.
+Shapes: for prose `split` decides between one step, parts or look-ups side by side with a join above them, research
+before writing, and an outline whose points are written out at run time; for code a draft, a review and a revision, with
+tests beside the draft where they are asked for, unless tests came along, since then tests judge and a review by a small
+model adds noise; for ingest facts per input, checked where that is asked for, and a merge; for manage a breakdown,
+workstreams beside each other, a summary. Everything fits `room`, the number of steps that the budget allows: a map that
+is too wide takes several inputs a step, and a budget of one step gets one step. Contexts are small: the objective is
+quoted in part where a step needs it for orientation only, and no join reads more than eight results, so that wide maps
+get a tree of joins.
 """
 
 from __future__ import annotations

@@ -196,12 +196,9 @@ def test_a_good_plan_of_the_front_door_is_used_and_its_decisions_are_stored_firs
 
 def test_whatever_the_front_door_says_or_fails_to_say_the_rules_have_a_plan(world: World) -> None:
     failure = Failure(code="engine.broken", category=Category.RESOURCE, origin="inference-front", message="broken")
-    cycle = GOOD.replace('["a.md"]', '["a.md", "step2"]').replace('["b.md"]', '["b.md", "step1"]')
     cases: list[tuple[Message, str]] = [
         (said("Sure! First, we compare."), "not JSON"),
-        (said(GOOD[:-30], "length"), "token limit"),
-        (said(cycle), "wait for each other"),
-        (said(GOOD.replace("extractor", "wizard")), "no role 'wizard'"),
+        (said(GOOD[:40], "length"), "token limit"),
         (
             said(
                 json.dumps(
@@ -225,6 +222,20 @@ def test_whatever_the_front_door_says_or_fails_to_say_the_rules_have_a_plan(worl
     world.front_door = said(GOOD)
     over = world.good_plan(DOC.model_copy(update={"budget": DOC.budget.model_copy(update={"max_steps": 2})}))
     assert (over.source, len(steps_of(over))) == ("rules", 1)
+
+
+def test_mistakes_of_the_front_door_that_have_a_cure_are_repaired_and_told(world: World) -> None:
+    cycle = GOOD.replace('["a.md"]', '["a.md", "step2"]').replace('["b.md"]', '["b.md", "step1"]')
+    cases: list[tuple[Message, str]] = [
+        (said(GOOD[:-30], "length"), "a join of step1, step2 was added"),
+        (said(cycle), "closes a circle"),
+        (said(GOOD.replace("extractor", "wizard")), "for the role 'wizard'"),
+    ]
+    for reply, why in cases:
+        world.front_door = reply
+        final = world.good_plan(DOC)
+        assert final.source == "model", why
+        assert why in final.reason
 
 
 def test_a_silent_front_door_costs_a_share_of_the_deadline_only(world: World) -> None:
