@@ -14,6 +14,7 @@ from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
 from services.kit.registry import Registry
 from services.kit.service import Call, Service
+from services.planner.divide import Judge
 from services.planner.machine import (
     AskMemory,
     AskModel,
@@ -38,8 +39,9 @@ QUESTION_UNANSWERED = LogEvent("plan.unanswered", "task asked why", "warning")
 class PlannerApp:
     """Answers `plan.request`; stateless between calls but for its counters."""
 
-    def __init__(self, service: Service, registry: Registry) -> None:
+    def __init__(self, service: Service, registry: Registry, judge: Judge) -> None:
         self._service = service
+        self._judge = judge
         self._registry = registry
         self._counters: Counter[str] = Counter()
         service.answer("plan.request", self._plan)
@@ -58,7 +60,7 @@ class PlannerApp:
     async def _plan(self, call: Call) -> Message:
         task = call.read(PlanRequest).task
         started_ms = self._service.clock.now_ms()
-        planning = Planning(self._registry)
+        planning = Planning(self._registry, self._judge)
         command = planning.handle(Requested(started_ms, task, call.header.deadline))
         while True:
             match command:

@@ -25,9 +25,11 @@ from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry, RoleEntry
 from services.planner.cast import ROLES_FOR, Work
 from services.planner.choose import Decomposition, Source, choose, records
+from services.planner.digest import Fitted, fit_to_context
 from services.planner.discovery import discover
+from services.planner.divide import Judge, RuleJudge
 from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
-from services.planner.rules import RulePlan, plan_by_rules
+from services.planner.rules import RulePlan, plans_by_rules
 
 MEMORY_S: Final = 1.0
 """Longest wait for memory, for each of its two questions, in seconds."""
@@ -40,6 +42,7 @@ _TASK_SHARE: Final = 0.1
 _MEMORY_SHARE: Final = 0.1
 _NO_DEADLINE_S: Final = 60.0
 _MAX_OBJECTIVE_CHARS: Final = 4_000
+_MAX_REPAIRS: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +149,15 @@ class OutOfTurn(Exception):
 class Planning:
     """One planning call, from Requested to Finish or Refuse."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, judge: Judge | None = None) -> None:
+        """`judge` says whether an answer divides; without one the rules that ship do."""
         self.phase = Phase.NEW
+        self._judge = judge or RuleJudge()
         self.model_outcome = ModelOutcome.NOT_ASKED
         self._registry = registry
         self._deadline_ms = 0
         self._task: TaskIR
+        self._by_rules: list[RulePlan]
         self._rules: RulePlan
         self._similar: list[Episode] = []
         self._reasons: list[str] = []
@@ -194,7 +200,8 @@ class Planning:
             self._reasons.append("the task brought its plan")
             choice = Decomposition(f"client/{len(task.plan.steps)}", (), "the client's plan")
             return self._settle(event.at_ms, task.plan, "client", choice)
-        self._rules = plan_by_rules(task, self._registry.roles)
+        self._by_rules = plans_by_rules(task, self._registry.roles, self._judge)
+        self._rules = self._by_rules[0]
         problems = plan_problems(task.model_copy(update={"plan": self._rules.plan}), self._registry)
         if problems:  # what templates cannot mend: inputs named twice, gates of the task that do not exist
             return self._refuse(problems)
@@ -216,7 +223,7 @@ class Planning:
         else:
             self._reasons.append(f"the model was asked: {worth.because}")
             self.phase = Phase.MODELLING
-            request = planning_request(self._task, self._registry.roles, planner, self._similar)
+            request = planning_request(self._task, self._registry.roles, planner, self._similar, self._rules.parts)
             return AskModel(planner.model, request, timeout_s)
         return self._use_rules(at_ms)
 
@@ -224,32 +231,40 @@ class Planning:
         answer = event.answer
         self._generated_tokens = answer.generated_tokens
         try:
-            plan = read_plan(answer.text, answer.finish_reason, self._task, self._registry.roles)
+            made = read_plan(answer.text, answer.finish_reason, self._task, self._registry.roles)
         except ModelPlanRefused as err:
             self.model_outcome = ModelOutcome.REFUSED
             self._reasons.append(f"its plan was refused: {err}")
             return self._use_rules(event.at_ms)
         self.model_outcome = ModelOutcome.USED
+        plan = made.plan
         self._reasons.append(f"its plan of {len(plan.steps)} steps is valid, acyclic and within budget")
         choice = Decomposition(
             f"{self._task.task_type.value}.model/{len(plan.steps)}", (self._rules.template,), self._reasons[-1]
         )
+        if made.repairs:
+            self._reasons.append(f"it was repaired: {'; '.join(made.repairs[:_MAX_REPAIRS])}")
         return self._settle(event.at_ms, plan, "model", choice)
 
     def _use_rules(self, at_ms: int) -> Command:
         rules = self._rules
         self._reasons += [f"rules: {rules.template}, because {rules.because}", *rules.notes]
-        single = f"{self._task.task_type.value}.single/1"
-        choice = Decomposition(rules.template, () if rules.template == single else (single,), rules.because)
+        others = tuple(plan.template for plan in self._by_rules[1:])
+        choice = Decomposition(rules.template, others, rules.because)
         return self._settle(at_ms, rules.plan, "rules", choice)
 
     def _settle(self, at_ms: int, plan: Plan, source: Source, choice: Decomposition) -> Command:
         """The plan is chosen: discover its parallelism, fill it in, have the decisions recorded."""
-        found = discover(plan)
-        chosen = choose(self._task, found.plan, choice, self._registry, source)
+        found = discover(plan, self._task.inputs)
+        self._reasons += [f"added: {edge.reason}" for edge in found.added]
+        fitted = Fitted(self._task, found.plan, ())
+        if source != "client":
+            fitted = fit_to_context(self._task, found.plan, self._registry)
+            self._reasons += fitted.notes
+        chosen = choose(fitted.task, fitted.plan, choice, self._registry, source)
         self._decisions = list(chosen.decisions)
         self._draft = PlanFinal(
-            task=self._task.model_copy(update={"plan": chosen.plan}),
+            task=fitted.task.model_copy(update={"plan": chosen.plan}),
             source=source,
             reason="",
             removed_edges=list(found.removed),

@@ -245,6 +245,8 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
 
 def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
     task.ir = TaskIR.model_validate(fact.ir)
+    for artefact in task.ir.inputs:  # the planner may have added some: the pieces of a long input
+        task.artefacts.setdefault(artefact.name, artefact)
     task.plan = PlanOrigin(fact.source, fact.reason, fact.removed_edges, fact.decisions, fact.similar)
     task.planned_ms = fact.at_ms
     task.predicted_ms = fact.predicted_ms

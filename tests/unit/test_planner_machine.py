@@ -88,9 +88,7 @@ def test_a_good_plan_of_the_model_is_used() -> None:
     assert planning.model_outcome is ModelOutcome.USED
 
 
-@pytest.mark.parametrize(
-    "text", ["no JSON", '{"steps": []}', GOOD.replace("worker", "wizard"), GOOD.replace("a.md", "step3")]
-)
+@pytest.mark.parametrize("text", ["no JSON", '{"steps": []}', GOOD.replace('"reads"', '"needs"')])
 def test_a_bad_plan_of_the_model_is_replaced_by_the_rules_with_the_reason(text: str) -> None:
     planning, _ = asked()
     final = finish(planning.handle(stored(planning.handle(says(text)))))
@@ -98,6 +96,13 @@ def test_a_bad_plan_of_the_model_is_replaced_by_the_rules_with_the_reason(text: 
     assert "its plan was refused: " in final.reason
     assert "rules: doc.map-join/2, because 2 inputs" in final.reason
     assert planning.model_outcome is ModelOutcome.REFUSED
+
+
+def test_a_plan_with_a_mistake_that_has_a_cure_is_used_and_the_reason_says_what_was_done() -> None:
+    planning, _ = asked()
+    final = finish(planning.handle(stored(planning.handle(says(GOOD.replace("worker", "wizard"))))))
+    assert final.source == "model"
+    assert "it was repaired: step2: 'worker' for the role 'wizard'" in final.reason
 
 
 def test_a_silent_model_is_replaced_by_the_rules() -> None:
