@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from services.ctl.bench import barrier, makespan, overhead, soak
+from services.ctl.bench import barrier, makespan, overhead, routing, soak
 from services.ctl.commands import Commands
 
 #: Adds one benchmark's command to the group.
-BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (overhead.add, barrier.add, makespan.add, soak.add)
+BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (
+    overhead.add,
+    barrier.add,
+    makespan.add,
+    soak.add,
+    routing.add,
+)
 
 
 def add(commands: Commands) -> None:

@@ -23,6 +23,7 @@ from services.kit.registry.entries import (
     GateEntry,
     Hardware,
     HardwareEntry,
+    LearningEntry,
     ModelEntry,
     PersonaEntry,
     RoleEntry,
@@ -42,6 +43,7 @@ class Registry:
         personas: entries by name.
         gates: entries by name; `depends_on` is acyclic.
         clients: what share each gets, in the order of the file; `weight_of` applies them.
+        learning: whether learned choices may replace the rules'.
         failures: a rule for every `Category`, and the caps.
         hardware: what may be spent, detected where the file is silent.
         digest: sha256 in hex over the content of the files; comments, order and detected values do not change it.
@@ -53,6 +55,7 @@ class Registry:
     personas: Mapping[str, PersonaEntry]
     gates: Mapping[str, GateEntry]
     clients: tuple[ClientEntry, ...]
+    learning: LearningEntry
     failures: FailureTable
     hardware: Hardware
     digest: str
@@ -120,6 +123,7 @@ def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True
         personas=MappingProxyType(draft.valid("personas", PersonaEntry)),
         gates=MappingProxyType(scene.gates),
         clients=tuple(draft.valid("clients", ClientEntry).values()),
+        learning=draft.single("learning", LearningEntry),
         failures=_failure_table(draft),
         hardware=hardware,
         digest=_digest(draft),
