@@ -2,7 +2,7 @@
 
 Three kinds of questions: how wide the plan is, which role does each kind of its steps, which persona goes with each
 role that could be taken. Steps that the rules give to one role are one question, so a map of forty is not forty draws.
-What a client's plan says itself is never asked about. The answers are weighed in memory; `choose` applies them.
+A client's plan is not asked about: it runs as it was sent. The answers are weighed in memory; `choose` applies them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Final
 
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.memory import Advise, Advised, Option, Question
-from protocol.messages.plan import PlanSource
 from protocol.messages.task import Plan, Step, TaskIR
 from services.kit.identity import work_key
 from services.kit.registry import PersonaEntry, Registry
@@ -62,9 +61,7 @@ def shape_of(template: str) -> str:
     return template.partition("/")[0]
 
 
-def request(
-    task: TaskIR, plans: Mapping[str, Plan], source: PlanSource, registry: Registry, text: str
-) -> Advise | None:
+def request(task: TaskIR, plans: Mapping[str, Plan], registry: Registry, text: str) -> Advise | None:
     """All that is open in these plans (template -> plan, the rules' choice first); None if nothing is."""
     shapes = list(dict.fromkeys(map(shape_of, plans)))
     questions: list[Question] = []
@@ -73,12 +70,11 @@ def request(
         questions.append(Question(key=WIDTH_KEY, subject="decomposition", rules_choice=shapes[0], options=options))
     steps = [step for plan in plans.values() for step in plan.steps]
     roles = dict.fromkeys(step.actor for step in steps if step.persona is None)
-    if source != "client":
-        for key, step in {role_key(step): step for step in reversed(steps)}.items():
-            names = role_options(step, registry)
-            roles |= dict.fromkeys(names)
-            if len(names) > 1:
-                questions.append(_question(key, "role", cluster_of(step), names, registry))
+    for key, step in {role_key(step): step for step in steps}.items():
+        names = role_options(step, registry)
+        roles |= dict.fromkeys(names)
+        if len(names) > 1:
+            questions.append(_question(key, "role", cluster_of(step), names, registry))
     for role in roles:
         fit = [entry.name for entry in fitting(role, task, registry.personas.values())][: _MAX_OPTIONS - 1]
         if fit:

@@ -90,7 +90,7 @@ def choose(
 
     `advice` holds memory's answers to `advice.request`, by key.
     """
-    plan, asked = _cast_by(advice, plan, source)
+    by_rules, plan = plan.steps, _cast_by(advice, plan)
     task_id = task.task_id or "dry-run"
     task_type = task.task_type.value
     tests = {artefact.name for artefact in given_tests(task.inputs)}
@@ -114,7 +114,7 @@ def choose(
     by_role: dict[str, list[PersonaEntry]] = {}
     steps: list[Step] = []
     told: dict[str, str] = {}
-    for step, by_rules in zip(plan.steps, asked, strict=True):
+    for step, ruled in zip(plan.steps, by_rules, strict=True):
         features = {
             "steps": width,
             "inputs": float(len(step.inputs)),
@@ -134,19 +134,19 @@ def choose(
         steps.append(step.model_copy(update=changes) if changes else step)
         if len(decisions) + 2 > MAX_DECISIONS:
             continue
-        role_advice = advice.get(role_key(by_rules)) if source != "client" else None
+        role_advice = advice.get(role_key(ruled))
         decisions.append(
             RoutingDecision(
                 decision_id=_decision_id(task_id, step.id, "role", step.actor),
                 subject="role",
                 step=step.id,
                 choice=step.actor,
-                alternatives=[role for role in role_options(by_rules, registry) if role != step.actor],
+                alternatives=[role for role in role_options(ruled, registry) if role != step.actor],
                 propensity=1.0 if role_advice is None else role_advice.propensity,
                 rule=_told(told, role_advice) or _ROLE_RULES[source],
                 task_type=task_type,
                 features=features,
-                cluster=cluster_of(by_rules),
+                cluster=cluster_of(ruled),
                 advice=_once(told, step.id, role_advice),
             )
         )
@@ -215,16 +215,14 @@ def _applies(gate: GateEntry, output: Output) -> bool:
     return not gate.languages or _LANGUAGES.get(output.content_type) in gate.languages
 
 
-def _cast_by(advice: Mapping[str, Advised], plan: Plan, source: PlanSource) -> tuple[Plan, Sequence[Step]]:
-    """The plan with the advised roles, and its steps as the rules had them."""
-    if source == "client" or not advice:
-        return plan, plan.steps
+def _cast_by(advice: Mapping[str, Advised], plan: Plan) -> Plan:
+    """The plan with the advised roles."""
     steps = []
     for step in plan.steps:
         advised = advice.get(role_key(step))
         recast = advised is not None and advised.choice != step.actor
         steps.append(step.model_copy(update={"actor": advised.choice}) if advised is not None and recast else step)
-    return plan.model_copy(update={"steps": steps}), plan.steps
+    return plan.model_copy(update={"steps": steps})
 
 
 def _told(told: Mapping[str, str], advice: Advised | None) -> str | None:

@@ -287,9 +287,9 @@ class Planning:
     def _settle(self, at_ms: int, open_plan: OpenPlan) -> Command:
         """There is a plan, or several to choose from: ask memory about what is open."""
         self._open = open_plan
-        if self._registry.learning.enabled and not self._memory_away:
+        if open_plan.source != "client" and self._registry.learning.enabled and not self._memory_away:
             text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
-            asked = request(self._task, open_plan.plans, open_plan.source, self._registry, text)
+            asked = request(self._task, open_plan.plans, self._registry, text)
             if asked is not None:
                 self._asked = asked
                 self.phase = Phase.ADVISING

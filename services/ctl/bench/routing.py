@@ -2,7 +2,8 @@
 
 Every row of the file is a prompt with what a weak and a strong model made of it. For each seed the rows are shuffled
 and replayed online through the memory service's own log and advisor: ask for advice, write decision and outcome into
-the SQLite log, learn from the log; only the outcome of the arm taken is ever seen. Reward = correct - penalty if strong.
+the SQLite log, learn from the log; only the outcome of the arm taken is ever seen. The reward is 1 for a correct
+answer, less the penalty where the strong model gave it.
 
 `rules` always take the strong model, as the planner's table names the best role first. `greedy` takes the arm of the
 higher plain mean so far. `recovery_steps` comes from a second replay in which both columns change places half-way:
