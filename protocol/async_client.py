@@ -7,6 +7,7 @@ from; it says what the calls promise and adds the blocking `Client`.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import os
 import secrets
 import time
@@ -30,9 +31,11 @@ from protocol.messages.artefact import Artefact
 from protocol.messages.base import Message
 from protocol.messages.batch import BatchFinal, BatchPartial, BatchRequest
 from protocol.messages.failure import Category, Failure
+from protocol.messages.gate import GateFinal, GateRequest, GateResult
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.plan import PlanFinal, PlanRequest
+from protocol.messages.registry import Reload, Reloaded
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import (
     ArtefactQuery,
@@ -47,7 +50,7 @@ from protocol.messages.result import (
     TaskView,
     Watch,
 )
-from protocol.messages.session import StatusReport, StatusRequest
+from protocol.messages.session import ModelQuery, ModelReport, StatusReport, StatusRequest
 from protocol.messages.task import Accepted, Extend, Extended, Step, Submit, TaskIR
 from protocol.pieces import Pieces
 from protocol.zmq_transport import ZmqDealer
@@ -204,6 +207,18 @@ class AsyncClient:
         """The hub's view of the system."""
         return await self.ask("session.status", StatusRequest(), StatusReport, timeout_s=timeout_s)
 
+    async def reload_registry(self, digest: str | None = None, *, timeout_s: float = 60) -> Reloaded:
+        """Have the hub read its registry again; with a digest, only that one. Raises CallFailed with every problem."""
+        return await self.ask("registry.reload", Reload(digest=digest), Reloaded, timeout_s=timeout_s)
+
+    async def load_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
+        """Have a warm or cold model loaded as soon as there is room; returns at once, `status` tells when it is."""
+        return await self.ask("model.load", ModelQuery(model=model), ModelReport, timeout_s=timeout_s)
+
+    async def unload_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
+        """Have a warm or cold model unloaded. Raises CallFailed with `model.busy` while work needs it."""
+        return await self.ask("model.unload", ModelQuery(model=model), ModelReport, timeout_s=timeout_s)
+
     async def infer(
         self,
         model: str,
@@ -285,6 +300,16 @@ class AsyncClient:
         """Ask the memory service, for example what is known about a decision."""
         return await self.ask("memory.request", request, MemoryFinal, timeout_s=timeout_s, dst="memory")
 
+    async def gates(
+        self, request: GateRequest, timeout_s: float, *, cores: int | None = None
+    ) -> builtins.list[GateResult]:
+        """Run gates on artefacts outside any task; results in the order asked for.
+
+        `cores` is how many its gates could use at the same time; the hub reserves one, and more if they are free.
+        """
+        final = await self.ask("gate.request", request, GateFinal, timeout_s=timeout_s, dst="gate", cores=cores)
+        return final.results
+
     async def ask(
         self,
         kind: str,
@@ -294,6 +319,7 @@ class AsyncClient:
         timeout_s: float,
         dst: str | None = None,
         key: str | None = None,
+        cores: int | None = None,
         prio: Literal["interactive", "batch"] | None = None,
         grace_s: float = 0,
         on_piece: Callable[[Message], None] | None = None,
@@ -304,7 +330,7 @@ class AsyncClient:
         Raises CallFailed, CallRefused, DeadlineExceeded.
         """
         until = time.monotonic() + timeout_s
-        with self._request(kind, body, timeout_s - grace_s, dst=dst, key=key, prio=prio) as answers:
+        with self._request(kind, body, timeout_s - grace_s, dst=dst, key=key, prio=prio, cores=cores) as answers:
             while True:
                 answer = await self._next(answers, kind, until, timeout_s)
                 if answer.ends:
@@ -323,6 +349,7 @@ class AsyncClient:
         *,
         dst: str | None = None,
         key: str | None = None,
+        cores: int | None = None,
         prio: Literal["interactive", "batch"] | None = None,
     ) -> Iterator[Pieces]:
         """An outstanding request and what is answered to it; dropped at the end."""
@@ -335,6 +362,7 @@ class AsyncClient:
             dst=dst,
             key=key or (secrets.token_hex(16) if dst is not None else None),
             deadline=_now_ms() + int(timeout_s * 1000),
+            cores=cores,
             prio=prio,
         )
         answers = Pieces()

@@ -17,6 +17,7 @@ session is and how it is mended is in `protocol.client_session`; which messages 
 from __future__ import annotations
 
 import asyncio
+import builtins
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -25,11 +26,13 @@ from typing import Any, Final, TypeVar
 from protocol.async_client import AsyncClient, default_address
 from protocol.messages.artefact import Artefact
 from protocol.messages.batch import BatchFinal, BatchPartial
+from protocol.messages.gate import GateRequest, GateResult
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.plan import PlanFinal
+from protocol.messages.registry import Reloaded
 from protocol.messages.result import Cancelled, Listing, TaskEvent, TaskState, TaskView
-from protocol.messages.session import StatusReport
+from protocol.messages.session import ModelReport, StatusReport
 from protocol.messages.task import Accepted, Extended, Step, TaskIR
 
 __all__ = ["AsyncClient", "Client", "default_address"]
@@ -120,6 +123,18 @@ class Client:
         """See AsyncClient.status."""
         return self._wait(self._client.status(timeout_s=timeout_s))
 
+    def reload_registry(self, digest: str | None = None, *, timeout_s: float = 60) -> Reloaded:
+        """See AsyncClient.reload_registry."""
+        return self._wait(self._client.reload_registry(digest, timeout_s=timeout_s))
+
+    def load_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
+        """See AsyncClient.load_model."""
+        return self._wait(self._client.load_model(model, timeout_s=timeout_s))
+
+    def unload_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
+        """See AsyncClient.unload_model."""
+        return self._wait(self._client.unload_model(model, timeout_s=timeout_s))
+
     def infer(
         self,
         model: str,
@@ -131,6 +146,10 @@ class Client:
     ) -> InferFinal:
         """See AsyncClient.infer; `on_partial` runs in the client's thread."""
         return self._wait(self._client.infer(model, request, timeout_s, key=key, on_partial=on_partial))
+
+    def gates(self, request: GateRequest, timeout_s: float, *, cores: int | None = None) -> builtins.list[GateResult]:
+        """See AsyncClient.gates."""
+        return self._wait(self._client.gates(request, timeout_s, cores=cores))
 
     def llm_batch(
         self,

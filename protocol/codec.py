@@ -40,6 +40,11 @@ def pack_body(message: Message) -> bytes:
     return _write(message.model_dump(mode="json", exclude_none=True))
 
 
+def pack_map(values: dict[str, Any]) -> bytes:
+    """Encode a body that is made of plain values already; it must read as the message of its kind."""
+    return _write(values)
+
+
 def unpack_map(data: bytes) -> dict[str, Any]:
     """Decode msgpack bytes that must be one map within our bounds; raises BadFrame."""
     if len(data) > MAX_BODY_BYTES:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from protocol.messages import batch, gate, infer, memory, plan, reply, result, session, task
+from protocol.messages import batch, gate, infer, memory, plan, registry, reply, result, session, task
 from protocol.messages.base import Message
 
 
@@ -23,8 +23,15 @@ BODIES: Final[Mapping[str, type[Message]]] = {
     "session.ping": session.Ping,
     "session.pong": session.Pong,
     "session.goodbye": session.Goodbye,
+    "session.reside": session.Reside,
     "session.status": session.StatusRequest,
     "session.report": session.StatusReport,
+    "registry.reload": registry.Reload,
+    "registry.reloaded": registry.Reloaded,
+    "registry.changed": registry.RegistryChanged,
+    "model.load": session.ModelQuery,
+    "model.unload": session.ModelQuery,
+    "model.report": session.ModelReport,
     "task.submit": task.Submit,
     "task.accepted": task.Accepted,
     "task.watch": result.Watch,
@@ -64,6 +71,9 @@ BODIES: Final[Mapping[str, type[Message]]] = {
 #: Requests the hub answers itself -> the kind of their final.
 HUB_REQUESTS: Final[Mapping[str, str]] = {
     "session.status": "session.report",
+    "registry.reload": "registry.reloaded",
+    "model.load": "model.report",
+    "model.unload": "model.report",
     "task.submit": "task.accepted",
     "task.watch": "task.result",
     "task.show": "task.detail",

@@ -45,6 +45,8 @@ _SESSION_DIRECTIONS: Final = {
     "session.pong": "peer → hub",
     "session.goodbye": "peer → hub",
     "session.ping": "hub → peer",
+    "registry.changed": "hub → service",
+    "session.reside": "hub → service",
 }
 
 

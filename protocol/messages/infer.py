@@ -95,3 +95,7 @@ class InferFinal(Message):
     """From the start of the HTTP request to the first piece of text."""
     repaired: bool = False
     """The first answer was not what the schema asks for; this is the repair, and the figures hold both."""
+    draft_tokens: int = Field(default=0, ge=0)
+    """Tokens guessed ahead by a draft model or a lookup; 0 where the process did not speculate."""
+    accepted_tokens: int = Field(default=0, ge=0)
+    """Those among them that the model took over: each spared it a step."""

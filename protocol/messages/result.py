@@ -90,11 +90,18 @@ class AttemptView(Message):
     worker: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    """Tokens of the prompt that its slot had, or was given, instead of reading them."""
     generated_tokens: int = 0
     first_token_ms: float = 0
     """From the start of the request to the engine until its first piece of text."""
     repaired: bool = False
     """The first answer was not the JSON it should be, and the model mended it; the figures hold both."""
+    draft_tokens: int = 0
+    """Tokens guessed ahead of the model; 0 where its process did not."""
+    accepted_tokens: int = 0
+    """Those among them that the model took over."""
+    tokens_per_s: float = 0
+    """Effective speed of decoding, guesses included; 0 where the engine gives no time."""
     gates: list[GateResult] = Field(default_factory=list)
     failure: Failure | None = None
     action: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,10 @@ class PeerState(StrEnum):
     READY = "ready"
     DEGRADED = "degraded"
     DRAINING = "draining"
+    PARKED = "parked"
+    """Its model is not in memory; it loads when the hub says so (`session.reside`)."""
+    UNLOADING = "unloading"
+    """Its model is on the way out of memory."""
 
 
 class Hello(Message):
@@ -50,6 +54,8 @@ class Welcome(Message):
     """In-flight keys nobody waits for any more: cancel them."""
     resend: list[str] = Field(default_factory=list)
     """Finished keys whose result the hub has not seen: send it again."""
+    registry: str | None = None
+    """Digest of the registry that the hub works with: a service with another one reads it again."""
 
 
 class Reject(Message):
@@ -79,6 +85,21 @@ class Pong(Message):
     """Resident memory of this service plus its children, in bytes."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     """Service-specific figures, such as llama.cpp's token counters; shown by `tierline status`."""
+    registry: str | None = None
+    """Digest of the registry it works with; absent for a service that reads none."""
+    model_bytes: int = Field(default=0, ge=0)
+    """Memory that the loaded model is measured to take, its share of shared pages counted once; 0 = not measured."""
+    order: int = Field(default=0, ge=0)
+    """Number of the newest `session.reside` of this session that it has heard; `state` is what came of it so far."""
+
+
+class Reside(Message):
+    """The hub's word whether a service shall have its model in memory. The service answers with pongs: at once, and
+    when its state changes. One that is working refuses to unload and stays READY."""
+
+    loaded: bool
+    order: int = Field(ge=1)
+    """Rises within a session; an older one that comes late has no effect, a repeated one is answered again."""
 
 
 class Goodbye(Message):
@@ -109,6 +130,47 @@ class PeerReport(Message):
     loop_lag_ms: float
     rss_bytes: int
     metrics: dict[str, Any]
+    registry: str | None = None
+    """Digest of the registry it works with, as its pongs say; one that differs from the hub's lags behind."""
+
+
+class ModelReport(Message):
+    """One model entry and its place in memory, as the hub sees it."""
+
+    model: str
+    residency: Literal["hot", "warm", "cold"]
+    pinned: bool
+    state: Literal["absent", "parked", "loading", "loaded", "unloading", "degraded"]
+    """`absent`: no service for it is there."""
+    need_bytes: int = Field(ge=0)
+    """Memory it is expected to take: as measured when it was loaded last, else as declared or estimated."""
+    held_bytes: int = Field(ge=0)
+    """Memory booked for it out of the budget now."""
+    measured_bytes: int = Field(ge=0)
+    """Memory it was measured to take at most; 0 = not yet."""
+    used_ms: Millis | None = None
+    """When it last had work; absent = not since the hub started."""
+    loads: int = Field(default=0, ge=0)
+    """Times it was told to load since the hub started."""
+    waiting: str | None = None
+    """Why work that needs it has to wait, for people; absent = none does."""
+
+
+class MemoryBudget(Message):
+    """Memory for all models together: `hardware.memory_bytes`, and what is booked of it."""
+
+    budget_bytes: int = Field(ge=0)
+    held_bytes: int = Field(ge=0)
+    available_bytes: int | None = None
+    """What the machine, or its control group, has left by its own account; absent = not looked at."""
+    low: bool = False
+    """The machine is short of memory: idle warm models are unloaded, none is loaded ahead of need."""
+
+
+class ModelQuery(Message):
+    """Body of `model.load` and `model.unload`: one model entry by name. Warm and cold ones only."""
+
+    model: str = Field(max_length=128)
 
 
 class ClientReport(Message):
@@ -138,5 +200,11 @@ class StatusReport(Message):
     """Number of tasks per state."""
     counters: dict[str, int]
     """Totals since the hub started, such as `duplicates` and `reattached`."""
+    registry: str | None = None
+    """Digest of the registry that the hub works with."""
+    models: list[ModelReport] = Field(default_factory=list)
+    """Every model entry with its place in memory."""
+    memory: MemoryBudget | None = None
+    """The budget they share."""
     clients: list[ClientReport] | None = None
     """Those with most calls first, a hundred at most; absent = the hub is of an older version."""

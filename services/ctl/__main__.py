@@ -25,7 +25,7 @@ from services.ctl import (
     tail,
     tasks,
 )
-from services.ctl.commands import Commands, Context
+from services.ctl.commands import Commands, Context, home_of
 from services.ctl.outcomes import CommandError, ExitCode
 from services.ctl.screen import Screen
 from services.kit.config import load_home
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     screen = Screen(sys.stdout, sys.stderr, as_json=args.json)
     try:
-        code: ExitCode = args.run(args, Context(load_home(), screen))
+        code: ExitCode = args.run(args, Context(home_of(args, load_home()), screen))
     except CommandError as err:
         if screen.json:
             screen.document({"error": {"exit": int(err.code), "message": str(err), "details": list(err.details)}})

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from services.ctl.outcomes import ExitCode
 from services.ctl.screen import Screen
@@ -22,6 +23,15 @@ class Context:
     screen: Screen
 
 
+def home_of(args: Namespace, home: Home) -> Home:
+    """The home with the registry and the machine that a command was told to look at."""
+    registry: Path | None = getattr(args, "registry", None)
+    hardware: Path | None = getattr(args, "hardware", None)
+    if registry is not None:
+        home = replace(home, registry=registry.absolute())
+    return home if hardware is None else replace(home, hardware=hardware.absolute())
+
+
 Run = Callable[[Namespace, Context], ExitCode]
 
 
@@ -33,13 +43,20 @@ class Commands:
             metavar="COMMAND", required=True, title="commands"
         )
 
-    def add(self, name: str, run: Run, summary: str, *, epilog: str = "") -> ArgumentParser:
-        """Add a command; `summary` is one sentence for both help pages."""
+    def add(self, name: str, run: Run, summary: str, *, epilog: str = "", elsewhere: bool = False) -> ArgumentParser:
+        """Add a command; `summary` is one sentence for both help pages. With `elsewhere` it can look at another
+        registry and another machine than those of this home.
+        """
         parser = self._parsers.add_parser(
             name, help=summary, description=summary, epilog=epilog, formatter_class=RawDescriptionHelpFormatter
         )
         # No default here: it would overwrite a --json that stands before the command.
         parser.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON for programs")
+        if elsewhere:
+            parser.add_argument("--registry", type=Path, metavar="DIR", help="another folder of registry files")
+            parser.add_argument(
+                "--hardware", type=Path, metavar="FILE", help="another hardware.yaml: that of another machine"
+            )
         parser.set_defaults(run=run)
         return parser
 

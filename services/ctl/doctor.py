@@ -23,14 +23,16 @@ import psutil
 from services.ctl.commands import Commands, Context
 from services.ctl.hardware import show_hardware
 from services.ctl.hub import listening
+from services.ctl.launch_view import looked_at
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import mebibytes
 from services.ctl.stack import stray_processes
 from services.ctl.supervisor import CONFIG, Supervisor, SupervisorGone, SupervisorStuck
 from services.gates.sandbox import Sandbox
-from services.kit.config import Home
+from services.kit.config import Home, SecretUnusableError, load_secret
 from services.kit.hardware import detect
 from services.kit.registry import ModelEntry, Registry, RegistryError, load_registry
+from services.kit.registry.memory import largest_guest, memory_needs, resident_floor
 
 MAX_SOCKET_PATH_BYTES: Final = 107
 """Linux keeps a unix socket's path in 108 bytes, the last of them zero."""
@@ -140,9 +142,13 @@ def _models(scene: Scene) -> Iterator[Check]:
 def _engines(scene: Scene) -> Iterator[Check]:
     embedded = find_spec("xllamacpp") is not None
     for model in _entries(scene):
+        if model.tier == "D":
+            continue  # loaded by the engine of the model that it guesses for
         name, binary = f"engine {model.name}", _native_binary(model, scene.home)
         if model.engine == "noop":
             yield Check(name, "ok", "noop: answers at once, without a model")
+        elif model.engine == "openai":
+            yield _remote(name, model, scene.home)
         elif binary is not None and model.engine in ("auto", "llama-server"):
             yield Check(name, "ok", f"llama-server at {binary}")
         elif embedded and model.engine in ("auto", "embedded"):
@@ -151,6 +157,32 @@ def _engines(scene: Scene) -> Iterator[Check]:
             yield Check(name, "fail", "no llama-server is found", "call deploy/build-native, or use engine: auto")
         else:
             yield Check(name, "fail", "no llama.cpp is found", "call deploy/setup; it installs xllamacpp")
+
+
+def _remote(name: str, model: ModelEntry, home: Home) -> Check:
+    """Whether its key is there; whether the server answers shows in `tierline status`."""
+    if model.api_key_env is not None:
+        try:
+            load_secret(home, model.api_key_env)
+        except SecretUnusableError as err:
+            return Check(name, "fail", str(err), "its calls would be refused")
+    return Check(name, "ok", f"{model.remote_model} at {model.base_url}")
+
+
+def _commands(scene: Scene) -> Iterator[Check]:
+    """What a service would refuse at its start: flags that the binary lacks, and what the file does not allow."""
+    if scene.registry is None:
+        return
+    for name, model in scene.registry.served.items():
+        if model.path is None or not model.path.is_file():
+            continue
+        launch, engine, refusals = looked_at(scene.registry.launch(name), scene.home)
+        if refusals:
+            yield Check(f"command {name}", "fail", "; ".join(refusals), f"tierline models --explain {name}")
+        else:
+            need = launch.memory_bytes()
+            memory = "" if need is None else f"; it needs {mebibytes(need)} with its KV cache"
+            yield Check(f"command {name}", "ok", f"{engine.name} knows its flags, its file allows them{memory}")
 
 
 def _native_binary(model: ModelEntry, home: Home) -> Path | None:
@@ -165,7 +197,7 @@ def _native_binary(model: ModelEntry, home: Home) -> Path | None:
 
 def _cores(scene: Scene) -> Iterator[Check]:
     machine = detect()
-    threads = sum(model.threads for model in _entries(scene) if model.engine != "noop")
+    threads = sum(model.threads for model in _entries(scene) if model.is_local)
     message = f"{machine.cores} usable in {len(machine.nodes)} NUMA node(s), the models want {threads} threads together"
     if scene.registry is not None and scene.registry.hardware.cores > machine.cores:
         wanted = f"hardware.yaml counts on {scene.registry.hardware.cores}; {message} ({machine.cores_bound})"
@@ -178,11 +210,24 @@ def _cores(scene: Scene) -> Iterator[Check]:
 
 def _memory(scene: Scene) -> Iterator[Check]:
     memory = psutil.virtual_memory()
-    needed = sum(
-        model.path.stat().st_size for model in _entries(scene) if model.path is not None and model.path.is_file()
+    models = _entries(scene)
+    needs = memory_needs({model.name: model for model in models})
+    guest = largest_guest(models, needs)
+    staying = resident_floor(models, needs)
+    needed = staying + (needs[guest] if guest is not None else 0)
+    beside = f" and the largest that comes and goes ({guest})" if guest is not None else ""
+    message = (
+        f"{mebibytes(memory.available)} available of {mebibytes(memory.total)}; models that stay{beside} need about "
+        f"{mebibytes(needed)}"
     )
-    message = f"{mebibytes(memory.available)} available of {mebibytes(memory.total)}; model files {mebibytes(needed)}"
-    if needed > memory.total:
+    budget = scene.registry.hardware.memory_bytes if scene.registry is not None else memory.total
+    if needed > budget:
+        advice = "raise memory_bytes in hardware.yaml, make a hot model warm, or take a smaller one"
+        yield Check("memory", "fail", f"{message}, the budget is {mebibytes(budget)}", advice)
+    elif budget > memory.total:
+        advice = "lower memory_bytes in hardware.yaml to what the machine has"
+        yield Check("memory", "warn", f"{message}; the budget of {mebibytes(budget)} is more than there is", advice)
+    elif needed > memory.total:
         yield Check("memory", "fail", message, "take smaller models, or fewer entries in models.yaml")
     elif needed > memory.available and not listening(scene.home):
         yield Check("memory", "warn", message, "end other programs, or the models will be slow to load")
@@ -234,6 +279,21 @@ def _sandbox(scene: Scene) -> Iterator[Check]:
     else:
         advice = "gates that run code will refuse; install bubblewrap, or allow user namespaces"
         yield Check("sandbox", "fail", reason, advice)
+
+
+def _gate_tools(scene: Scene) -> Iterator[Check]:
+    """A gate whose tool is not here never passes, so it is better known before a step asks for it."""
+    if scene.registry is None:
+        return
+    sandbox = Sandbox([scene.home.root])
+    programs = {gate.name: gate.argv[0] for gate in scene.registry.gates.values() if gate.argv}
+    named = {name: program for name, program in programs.items() if not program.startswith("{")}
+    missing = [f"{name} ({program})" for name, program in named.items() if sandbox.find(program) is None]
+    if missing:
+        advice = "install them, or take these gates out of registry/gates.yaml"
+        yield Check("gate tools", "warn", f"gates without their tool: {', '.join(missing)}", advice)
+    else:
+        yield Check("gate tools", "ok", f"the tools of {len(programs)} gates are here")
 
 
 def _tools(_scene: Scene) -> Iterator[Check]:
@@ -290,6 +350,8 @@ CHECKS: Final[tuple[Callable[[Scene], Iterator[Check]], ...]] = (
     _registry,
     _models,
     _engines,
+    _commands,
     _sandbox,
+    _gate_tools,
     _leftovers,
 )

@@ -15,6 +15,7 @@ from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import needs
 from services.ctl.learned import KnownDurations
 from services.kit.registry import Registry
+from services.kit.registry.memory import memory_needs
 from services.scheduler.ranks import job_of
 from services.scheduler.simulation.outcome import spans_of
 from services.scheduler.simulation.run import Run, run_tasks, tiers_of
@@ -52,6 +53,9 @@ class ModelForecast:
     """Size of its file, which its process needs in memory at least; None where the file is not there."""
     busy_s: float
     """Seconds of its steps, spread over its slots."""
+    residency: str
+    need_bytes: int
+    """Memory of the loaded model: declared or estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,4 +192,14 @@ def _model(name: str, steps: tuple[StepForecast, ...], registry: Registry) -> Mo
     entry = registry.models[name]
     mine = [step for step in steps if step.model == name]
     size = entry.path.stat().st_size if entry.path is not None and entry.path.is_file() else None
-    return ModelForecast(name, entry.slots, len(mine), size, sum(step.expected_s for step in mine) / entry.slots)
+    if size is None and entry.declared is not None:
+        size = entry.declared.file_bytes
+    return ModelForecast(
+        name,
+        entry.slots,
+        len(mine),
+        size,
+        sum(step.expected_s for step in mine) / entry.slots,
+        entry.residency,
+        memory_needs(registry.models)[name],
+    )

@@ -42,7 +42,10 @@ async def connect(home: Home) -> AsyncIterator[AsyncClient]:
             yield client
     except CallFailed as err:
         failure = err.failure
-        details = tuple(f"{item.file or item.artefact or ''}: {item.message}" for item in failure.findings)
+        details = tuple(
+            f"{item.file or item.artefact or ''}:{f'{item.line}:' if item.line else ''} {item.message}"
+            for item in failure.findings
+        )
         kind = BadInput if failure.category in (Category.POLICY, Category.SCHEMA) else CommandError
         raise kind(f"{failure.message} ({failure.code})", details=details) from err
     except CallRefused as err:

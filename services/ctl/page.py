@@ -131,7 +131,8 @@ def _attempt(step: StepView, attempt: AttemptView | None, slack_ms: int | None) 
         _spent(attempt, "inference", "retry"),
         _spent(attempt, "gates"),
         f"{attempt.prompt_tokens:,}" + (f" ({attempt.cached_tokens:,} cached)" if attempt.cached_tokens else ""),
-        f"{attempt.generated_tokens:,}",
+        f"{attempt.generated_tokens:,}"
+        + (f" ({attempt.accepted_tokens:,} guessed)" if attempt.accepted_tokens else ""),
         seconds(slack_ms),
     ]
     return (

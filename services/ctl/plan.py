@@ -32,7 +32,9 @@ _BAR: Final = 50
 
 def add(commands: Commands) -> None:
     """Add the commands of this file."""
-    parser = commands.add("plan", _plan, "dry run: the steps, what runs side by side, expected time, tokens and memory")
+    parser = commands.add(
+        "plan", _plan, "dry run: the steps, what runs side by side, expected time, tokens and memory", elsewhere=True
+    )
     add_task_arguments(parser)
     add_duration_arguments(parser)
 
@@ -120,8 +122,10 @@ def _print(screen: Screen, final: PlanFinal, expected: Forecast, durations: Know
     )
     screen.heading("schedule")
     _print_schedule(screen, expected)
-    sizes = [model.file_bytes for model in expected.models if model.file_bytes is not None]
-    screen.line(f"memory: at least {mebibytes(sum(sizes))} for the models involved, plus their contexts")
+    hot = sum(model.need_bytes for model in expected.models if model.residency == "hot")
+    guests = [model.need_bytes for model in expected.models if model.residency != "hot"]
+    warm = f", and {mebibytes(max(guests))} to {mebibytes(sum(guests))} for those that are loaded" if guests else ""
+    screen.line(f"memory: about {mebibytes(hot)} for the hot models involved{warm}")
     plan = PlanView(
         source=final.source,
         reason=final.reason,

@@ -20,7 +20,7 @@ HUB: Final = "scheduler"
 CRASHES: Final = 4
 """Starts of one program, while waiting, after which waiting longer is pointless."""
 
-_UP: Final = frozenset({"ready", "degraded"})
+_UP: Final = frozenset({"ready", "degraded", "parked", "unloading"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,9 @@ class ServiceRow:
 
     @property
     def up(self) -> bool:
-        """True when it works, if only in part: a gates service without a sandbox is `degraded`."""
+        """True when it works, if only in part: a gates service without a sandbox is `degraded`, a model that is loaded
+        on demand `parked`.
+        """
         return self.state in _UP
 
 

@@ -40,7 +40,8 @@ def print_task(screen: Screen, view: TaskView, files: Sequence[Path] = ()) -> No
     if view.steps:
         screen.heading("steps")
         shown = notable(view, MAX_ROWS)
-        screen.table(("step", "state", "role", "model", "tries", "tokens", "took", "action"), _step_rows(shown))
+        columns = ("step", "state", "role", "model", "tries", "read", "cached", "tokens", "took", "action")
+        screen.table(columns, _step_rows(shown))
         if len(shown) < len(view.steps):
             states = Counter(step.state.value for step in view.steps)
             counts = ", ".join(f"{count} {state}" for state, count in states.most_common())
@@ -136,12 +137,21 @@ def _step_rows(steps: Sequence[StepView]) -> list[tuple[str, ...]]:
                 last.role if last else step.actor,
                 last.model if last else "",
                 str(len(step.attempts)),
-                str(sum(attempt.generated_tokens for attempt in step.attempts)),
+                str(sum(attempt.prompt_tokens for attempt in step.attempts)),
+                str(sum(attempt.cached_tokens for attempt in step.attempts)),
+                _tokens(step),
                 seconds(took),
                 one_line(step.action, 60),
             )
         )
     return rows
+
+
+def _tokens(step: StepView) -> str:
+    """Tokens generated, and how many of them a guess had right."""
+    generated = sum(attempt.generated_tokens for attempt in step.attempts)
+    guessed = sum(attempt.accepted_tokens for attempt in step.attempts)
+    return f"{generated} ({guessed} guessed)" if guessed else str(generated)
 
 
 def _print_troubles(screen: Screen, step: StepView) -> None:

@@ -42,6 +42,7 @@ def add(commands: Commands) -> None:
         "simulate",
         _simulate,
         "virtual time: how long tasks would take, and with more workers or slots",
+        elsewhere=True,
         epilog="example: tierline simulate --tasks 100 --shape diamond --workers worker=5",
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="tasks as TaskIR, .yaml or .json")

@@ -23,7 +23,7 @@ from services.ctl.outcomes import CommandError, ExitCode
 from services.ctl.readiness import Readiness, ServiceRow
 from services.ctl.screen import Screen, grid, mebibytes
 from services.ctl.service_logs import telling_line
-from services.ctl.stack_files import checked_registry, registry_changed, stack_lock, write_programs
+from services.ctl.stack_files import checked_registry, registry_changed, stack_lock, taken_up, write_programs
 from services.ctl.supervisor import ProcessInfo, Supervisor, SupervisorGone, SupervisorStuck
 from services.kit.config import Home
 
@@ -42,11 +42,12 @@ def add(commands: Commands) -> None:
 
 def _up(args: Namespace, context: Context) -> ExitCode:
     home, screen = context.home.make(), context.screen
-    registry = checked_registry(home)
-    timeout_s = args.timeout or max(model.load_deadline_s for model in registry.models.values()) + 60
+    checked_registry(home)  # before the lock: what is wrong is said at once
     since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     supervisor = Supervisor(home)
     with stack_lock(home):
+        registry, _ = taken_up(home)
+        timeout_s = args.timeout or max(model.load_deadline_s for model in registry.models.values()) + 60
         rewritten, all_anew = write_programs(home, registry), registry_changed(home, registry)
         try:
             supervisor.pid()

@@ -16,7 +16,7 @@ from typing import Final
 
 from services.ctl.outcomes import BadInput, CommandError
 from services.kit.config import CHECKOUT, Home
-from services.kit.registry import Registry, RegistryError, load_registry
+from services.kit.registry import Registry, RegistryError, keep_copy, load_registry, make_current
 
 TEMPLATE: Final = CHECKOUT / "deploy" / "inference.conf.in"
 
@@ -27,7 +27,7 @@ _PLACE: Final = "@MODEL@"
 def checked_registry(home: Home, *, check_files: bool = True) -> Registry:
     """The registry of this home. Raises BadInput with every problem as `file:line: field: message`."""
     try:
-        return load_registry(home.registry, home.models, check_files=check_files)
+        return load_registry(home.registry, home.models, check_files=check_files, hardware_file=home.hardware)
     except RegistryError as err:
         count = len(err.problems)
         raise BadInput(
@@ -40,17 +40,40 @@ def registry_changed(home: Home, registry: Registry) -> bool:
     """True where this home was started with another registry, which its services have read; remembers this one."""
     path = home.conf_d / "registry.digest"
     before = path.read_text(encoding="ascii") if path.is_file() else None
-    path.write_text(registry.digest, encoding="ascii")
+    remember_registry(home, registry)
     return before not in (None, registry.digest)
 
 
-def write_programs(home: Home, registry: Registry) -> set[str]:
-    """One program per model entry; returns the names of those whose file changed, came or went."""
+def taken_up(home: Home) -> tuple[Registry, str | None]:
+    """Check the registry of this home and make a copy of it the one that services read.
+
+    Returns it with the digest of the one they read before. Raises BadInput with every problem.
+    """
+    checked_registry(home)
+    try:
+        registry = keep_copy(home.registry, home.models, home.registry_copies)
+        return registry, make_current(home.registry_copies, registry.digest)
+    except RegistryError as err:  # changed in this moment
+        raise BadInput(str(err)) from err
+    except OSError as err:
+        raise CommandError(f"no copy of the registry can be kept in {home.registry_copies}: {err}") from err
+
+
+def remember_registry(home: Home, registry: Registry) -> None:
+    """Note that the running services have this registry, or are told of it: `up` need not restart them."""
+    (home.conf_d / "registry.digest").write_text(registry.digest, encoding="ascii")
+
+
+def write_programs(home: Home, registry: Registry, *, remove: bool = True) -> set[str]:
+    """One program per model entry that is served; returns the names of those whose file changed, came or went.
+
+    Without `remove` the programs of models that have left the registry stay: they may still have work.
+    """
     try:
         template = TEMPLATE.read_text(encoding="utf-8")
     except OSError as err:
         raise CommandError(f"{TEMPLATE}: {err.strerror}; 'tierline up' works from a checkout of the project") from err
-    wanted = {f"inference-{name}.conf": template.replace(_PLACE, name) for name in registry.models}
+    wanted = {f"inference-{name}.conf": template.replace(_PLACE, name) for name in registry.served}
     changed = set()
     for name, text in wanted.items():
         path = home.conf_d / name
@@ -59,7 +82,7 @@ def write_programs(home: Home, registry: Registry) -> set[str]:
             draft.write_text(text, encoding="utf-8")
             draft.replace(path)
             changed.add(path.stem)
-    for path in sorted(home.conf_d.glob("inference-*.conf")):
+    for path in sorted(home.conf_d.glob("inference-*.conf")) if remove else ():
         if path.name not in wanted:
             path.unlink()
             changed.add(path.stem)

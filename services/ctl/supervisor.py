@@ -93,6 +93,19 @@ class Supervisor:
         self._call("supervisor.startAllProcesses", False)
         return sorted({*added, *removed, *again})
 
+    def add_programs(self) -> list[str]:
+        """Read the configuration again and start what is new in it; all else stays as it is. Returns the names."""
+        ((added, _, _),) = self._call("supervisor.reloadConfig")
+        for name in sorted(added):
+            self._call("supervisor.addProcessGroup", name)
+        return sorted(added)
+
+    def remove_program(self, name: str) -> None:
+        """Stop one program and forget it until its configuration is read again. It may be gone already."""
+        if any(process.name == name for process in self.processes()):
+            self._call("supervisor.stopProcessGroup", name)
+            self._call("supervisor.removeProcessGroup", name)
+
     def shut_down(self) -> None:
         """Ask for the end of all programs and of supervisord; returns before they have ended."""
         self._call("supervisor.shutdown")
@@ -140,7 +153,8 @@ class Supervisor:
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
             "TIERLINE_HOME": str(home.root),
-            "TIERLINE_REGISTRY": str(home.registry),
+            # Not the files that people edit: the copy that `up` or a reload has checked and taken up.
+            "TIERLINE_REGISTRY": str(home.current_registry),
             "TIERLINE_CACHE": str(home.cache),
             "TIERLINE_MODELS": str(home.models),
         }

@@ -14,7 +14,7 @@ from services.inference.app import InferenceService, service_name
 from services.kit.clock import SteadyClock
 from services.kit.config import load_home
 from services.kit.logs import Log, LogEvent
-from services.kit.registry import RegistryError, load_registry
+from services.kit.registry import RegistryError, load_registry, past_registries
 
 LAUNCH_REFUSED = LogEvent("launch.refused", "reason", "error")
 _SAFE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
@@ -32,12 +32,19 @@ def main() -> int:
         registry = load_registry(home.registry, home.models, check_files=False)
     except RegistryError as err:
         return _refuse(Log(home.logs, service_name(name), SteadyClock()), f"the registry is refused:\n{err}")
-    entry = registry.models.get(name)
-    if entry is None:
+    if name not in registry.models:
+        # Removed by a reload, but running tasks may use it still: as it was, until the hub says that none does.
+        past = past_registries(home.registry_copies, home.models)
+        registry = next((old for old in past if name in old.models), registry)
+    if name not in registry.models:
         known = ", ".join(registry.models)
         reason = f"models.yaml has no entry {name!r}; it has: {known}"
         return _refuse(Log(home.logs, service_name(name), SteadyClock()), reason)
-    return asyncio.run(InferenceService(home, entry).run())
+    if name not in registry.served:
+        where = f"{registry.launch(name).where('tier')}: {name} is of tier D"
+        reason = f"{where}: a draft is loaded by the process of the model that it guesses for, and has none of its own"
+        return _refuse(Log(home.logs, service_name(name), SteadyClock()), reason)
+    return asyncio.run(InferenceService(home, registry, registry.launch(name)).run())
 
 
 def _refuse(log: Log, reason: str) -> int:

@@ -16,11 +16,15 @@ from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferRequest
 from services.inference.generation import FIGURES, Generation
+from services.inference.llama_http import LlamaServer
 from services.inference.noop import noop_handler
+from services.inference.remote import RemoteEngine
 from services.inference.supervisor import EngineSupervisor
 from services.kit import children
 from services.kit.config import Home
-from services.kit.registry import ModelEntry
+from services.kit.following import RegistryFollower
+from services.kit.registry import Registry
+from services.kit.registry.launch import Launch
 from services.kit.service import Call, Service
 
 _LONGEST_CALL_S: Final = 3_600.0
@@ -35,8 +39,9 @@ def service_name(model: str) -> str:
 class InferenceService:
     """One entry of models.yaml as a peer of the hub."""
 
-    def __init__(self, home: Home, entry: ModelEntry) -> None:
-        self._entry = entry
+    def __init__(self, home: Home, registry: Registry, launch: Launch) -> None:
+        self._launch = launch
+        self._entry = entry = launch.entry
         self._service = Service(
             home,
             service_name(entry.name),
@@ -44,7 +49,10 @@ class InferenceService:
             slots=entry.slots,
             load_deadline_s=entry.load_deadline_s,
         )
-        self._engine: EngineSupervisor | None = None
+        self._engine: EngineSupervisor | RemoteEngine | None = None
+        self._service.follower = RegistryFollower(home, self._service.log, registry, self._take_up)
+        self._leaving: asyncio.Task[None] | None = None
+        self._wanted_again = asyncio.Event()
         self._figures: Counter[str] = Counter(dict.fromkeys(FIGURES, 0))
 
     async def run(self) -> int:
@@ -54,26 +62,75 @@ class InferenceService:
             service.metrics = lambda: {"engine": "noop"}
             service.answer("infer.request", noop_handler(self._entry.name))
             return await service.run()
-        engine = EngineSupervisor(self._entry, service.home, service.clock, service.log, service.set_state)
+        engine: EngineSupervisor | RemoteEngine
+        if self._entry.engine == "openai":
+            engine = RemoteEngine(self._entry, service.home, service.clock, service.log, service.set_state)
+        else:
+            engine = EngineSupervisor(self._launch, service.home, service.clock, service.log, service.set_state)
+            service.model_bytes = engine.model_bytes
+            service.on_residence = engine.reside
         self._engine = engine
         service.metrics = lambda: {**engine.figures(), **self._figures}
         service.resident_bytes = lambda: children.resident_bytes(os.getpid()) + engine.child_bytes()
         service.answer("infer.request", self._infer)
         try:
-            status = await service.run(engine.start)
+            if self._entry.residency == "hot":
+                status = await service.run(engine.start)
+            else:
+                await engine.start()  # PARKED at once, so that the first HELLO says so
+                status = await service.run()
         finally:
             await engine.stop()
         return 1 if engine.crashed else status
 
+    def _take_up(self, registry: Registry, needed: bool) -> bool:
+        """Stay if our entry is what it was; else drain, then begin anew with the new one, or wait to be stopped."""
+        entry = registry.models.get(self._entry.name)
+        if self._leaving is not None:
+            if entry is not None:
+                self._wanted_again.set()
+            return False
+        if entry is not None and registry.launch(entry.name).same_as(self._launch):
+            return True
+        if entry is None and needed:
+            return False  # running tasks still use it; the hub will say when they have ended
+        self._leaving = asyncio.get_running_loop().create_task(self._leave(begin_anew=entry is not None))
+        return False
+
+    async def _leave(self, *, begin_anew: bool) -> None:
+        """Finish what is here, then give the memory back."""
+        service = self._service
+        if service.follower is not None:
+            service.follower.let_go()
+        if begin_anew and service.home.supervised:
+            await service.leave("its entry in models.yaml has changed: it begins anew when its calls have ended")
+            service.end("registry")
+            return
+        if begin_anew:
+            await service.leave("its entry in models.yaml has changed: start it again, since nobody else does")
+        else:
+            await service.leave("its entry has left models.yaml: it ends when its calls have ended")
+        if self._engine is not None:
+            await self._engine.stop()
+        await self._wanted_again.wait()  # the entry is back before anybody has stopped us
+        if service.home.supervised:
+            service.end("registry")
+
     async def _infer(self, call: Call) -> InferFinal:
         request = call.read(InferRequest)
         engine = self._engine
-        server = engine.server if engine is not None else None
+        if isinstance(engine, RemoteEngine):
+            return await self._infer_elsewhere(call, request, engine)
+        server = await self._server(call, engine)
         if engine is None or server is None:
             reason = engine.reason if engine is not None else None
-            raise self._failed("engine.not_ready", Category.RESOURCE, reason or "the model is loading; try again later")
-        left_s = call.seconds_left(self._service.clock.now_ms())
-        generation = Generation(
+            raise self._failed(
+                "engine.not_ready", Category.RESOURCE, reason or "the model is not loaded; try again later"
+            )
+        return await self._infer_here(call, request, engine, server)
+
+    def _generation(self, request: InferRequest, engine: EngineSupervisor | RemoteEngine, left_s: float) -> Generation:
+        return Generation(
             request,
             service=self._service.name,
             model=self._entry.name,
@@ -81,17 +138,61 @@ class InferenceService:
             left_s=left_s,
             figures=self._figures,
         )
+
+    async def _infer_here(
+        self, call: Call, request: InferRequest, engine: EngineSupervisor, server: LlamaServer
+    ) -> InferFinal:
+        left_s = self._left_s(call)
+        generation = self._generation(request, engine, left_s)
+        key = call.header.key or ""
+        seat, final = None, None
         engine.calls += 1
+        running = engine.modes.began()
         try:
-            async with asyncio.timeout(_LONGEST_CALL_S if left_s is None else left_s):
-                return await generation.run(server, call.partial, engine.progressed)
+            async with asyncio.timeout(left_s):
+                seat = await engine.desk.enter(key, request.messages, server)
+                final = await generation.run(seat.server, call.partial, engine.progressed)
+            return seat.true_figures(final)
         except TimeoutError as err:
-            message = f"the deadline passed while {self._entry.name} was generating"
-            raise self._failed("call.deadline", Category.TIMEOUT, message) from err
+            raise self._late() from err
         finally:
             engine.calls -= 1
-            if not generation.complete:
-                await engine.free_slot(server)
+            try:
+                if not generation.complete:
+                    await engine.free_slot(server)
+            finally:
+                engine.desk.leave(key, seat, final, complete=generation.complete)
+                engine.modes.ended(running, final)
+
+    async def _infer_elsewhere(self, call: Call, request: InferRequest, engine: RemoteEngine) -> InferFinal:
+        """A server elsewhere frees its slot when the stream is closed, and nobody here can see whether it has."""
+        left_s = self._left_s(call)
+        generation = self._generation(request, engine, left_s)
+        engine.calls += 1
+        try:
+            async with asyncio.timeout(left_s):
+                return await generation.run(engine, call.partial, engine.progressed)
+        except TimeoutError as err:
+            raise self._late() from err
+        finally:
+            engine.calls -= 1
+
+    async def _server(self, call: Call, engine: EngineSupervisor | None) -> LlamaServer | None:
+        """The engine's API; waits, within the deadline, where the engine is only changing its mode."""
+        try:
+            async with asyncio.timeout(self._left_s(call)):
+                return None if engine is None else await engine.serving()
+        except TimeoutError as err:
+            raise self._late() from err
+
+    def _left_s(self, call: Call) -> float:
+        """Seconds this call may still take."""
+        left_s = call.seconds_left(self._service.clock.now_ms())
+        return _LONGEST_CALL_S if left_s is None else left_s
+
+    def _late(self) -> CallFailed:
+        message = f"the deadline passed while {self._entry.name} was generating"
+        return self._failed("call.deadline", Category.TIMEOUT, message)
 
     def _failed(self, code: str, category: Category, message: str) -> CallFailed:
         return CallFailed(Failure(code=code, category=category, origin=self._service.name, message=message))

@@ -1,37 +1,39 @@
-"""Engines: how a registry entry becomes the command line of a child that serves llama.cpp's HTTP API.
+"""Engines: which program serves a registry entry, and whether it can.
 
-Command lines are generated here and nowhere else. Flags differ between versions of llama-server, so the ones used are
-looked up in `--help` of the binary at hand before it is started. The life of the child is `machine`'s business, its
-HTTP API `llama_http`'s.
+What the flags are is `command_line`'s business. They differ between versions of llama-server, so the ones used are
+looked up in `--help` of the binary at hand before it is started, values of lists included. The life of the child is
+`machine`'s business, its HTTP API `llama_http`'s.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Protocol
 
+from services.inference.command_line import Argument, Mode, arguments, modes_of, pinned, spelled
+from services.inference.embedded import API_KEY_VARIABLE, SETTINGS
 from services.inference.probe import ProbeFailed, probe
 from services.kit.config import Home
 from services.kit.registry import ModelEntry
+from services.kit.registry.launch import Launch
 
-API_KEY_VARIABLE: Final = "LLAMA_API_KEY"
-"""The key travels in the environment: an argument would be readable for every user of the machine."""
-
-CACHE_RAM_MIB: Final = 256
-"""Prompts of idle slots kept in memory. llama-server would take 8 GiB per process, more than small machines have."""
-
-LOG_VERBOSITY: Final = 2
-"""Warnings and errors. At the next level every request writes lines, and the file would grow without bound."""
-
-HOST: Final = "127.0.0.1"
-_HELP_TIMEOUT_S: Final = 20.0
+_PROBE_TIMEOUT_S: Final = 20.0
 _FLAG: Final = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 _REMOVED: Final = "argument has been removed"
+_VERSION: Final = re.compile(r"version: (?:\S+ \(build )?(\d+)(?:, commit| \() ?(\w+)\)")
+"""As in `version: 4567 (0a1b2c3)` and `version: 0.5.0-dev (build 4567, commit 0a1b2c3)`."""
+_WORD: Final = re.compile(r"[\w+-]+")
+_LISTED: Final = frozenset({"--spec-type", "--load-mode", "--numa", "--cache-type-k", "--cache-type-v"})
+"""Flags whose help lists the values that a build takes."""
 
 
 class EngineUnusable(Exception):
@@ -43,13 +45,19 @@ class Engine(Protocol):
 
     name: str
     """As in models.yaml, for status and answers."""
+    build: frozenset[str]
+    """Names of the llama.cpp build, by which an entry may allow it what others are refused; known after `check`."""
 
-    async def check(self) -> None:
-        """Raise EngineUnusable if the engine cannot be started on this machine."""
+    async def check(self, launch: Launch) -> None:
+        """Raise EngineUnusable if the engine cannot serve this entry on this machine, in any mode it may run in."""
         ...
 
-    def command(self, entry: ModelEntry, port: int) -> list[str]:
-        """Program and arguments that serve this entry on `port` of 127.0.0.1."""
+    def spelling(self, argument: Argument) -> tuple[str, ...]:
+        """Flag and value of one argument, in the first spelling that this build knows."""
+        ...
+
+    def command(self, launch: Launch, port: int, mode: Mode) -> list[str]:
+        """Program and arguments that serve this entry on `port` of 127.0.0.1, as `check` found it known."""
         ...
 
 
@@ -58,44 +66,47 @@ class NativeEngine:
 
     name = "llama-server"
 
-    def __init__(self, binary: Path, probe_for: ModelEntry) -> None:
+    def __init__(self, binary: Path) -> None:
         self._binary = binary
-        self._used = [argument for argument in self.command(probe_for, 1) if argument.startswith("--")]
+        self._help: Mapping[str, str] = {}
+        self.build: frozenset[str] = frozenset()
 
-    async def check(self) -> None:
+    async def check(self, launch: Launch) -> None:
         """See Engine. Asks the binary for its flags."""
         if not os.access(self._binary, os.X_OK) or not self._binary.is_file():
             raise EngineUnusable(f"{self._binary} is no executable file: repair binary in models.yaml")
         try:
-            probed = await probe([str(self._binary), "--help"], timeout_s=_HELP_TIMEOUT_S)
+            probed = await probe([str(self._binary), "--help"], timeout_s=_PROBE_TIMEOUT_S)
+            version = await probe([str(self._binary), "--version"], timeout_s=_PROBE_TIMEOUT_S)
         except ProbeFailed as err:
             raise EngineUnusable(f"{self._binary} does not run: {err}") from err
-        known, removed = flags_in_help(probed.output.decode("utf-8", "replace"))
-        missing = [flag for flag in self._used if flag not in known or flag in removed]
-        if missing:
+        self._help = sections_of_help(probed.output.decode("utf-8", "replace"))
+        self.build = await asyncio.to_thread(build_names, self._binary, version.output.decode("utf-8", "replace"))
+        unknown = list(unknown_arguments(launch, self._knows))
+        if unknown:
             raise EngineUnusable(
-                f"{self._binary} does not know {', '.join(missing)} (its --help ended with {probed.status}): "
+                f"{self._binary} does not know {'; '.join(unknown)} (its --help ended with {probed.status}): "
                 "build a version that does with deploy/build-native, or set engine: embedded"
             )
 
-    def command(self, entry: ModelEntry, port: int) -> list[str]:
+    def command(self, launch: Launch, port: int, mode: Mode) -> list[str]:
         """See Engine. Flags and values are separate arguments: llama-server does not take `--flag=value`."""
-        return [
-            str(self._binary),
-            *("--model", str(entry.path)),
-            *("--alias", entry.name),
-            *("--host", HOST),
-            *("--port", str(port)),
-            *("--ctx-size", str(entry.context_tokens * entry.slots)),
-            *("--parallel", str(entry.slots)),
-            "--no-kv-unified",  # each slot has its own context: a long prompt cannot take another slot's
-            *("--threads", str(entry.threads)),
-            *("--cache-ram", str(CACHE_RAM_MIB)),
-            *("--log-verbosity", str(LOG_VERBOSITY)),
-            "--metrics",
-            "--slots",
-            "--offline",
-        ]
+        return [*pinned(launch), str(self._binary), *spelled(arguments(launch, port, mode), self._knows)]
+
+    def spelling(self, argument: Argument) -> tuple[str, ...]:
+        """See Engine."""
+        return tuple(spelled([argument], self._knows))
+
+    def _knows(self, way: tuple[str, ...]) -> bool:
+        for part, value in zip(way, (*way[1:], ""), strict=True):
+            if not part.startswith("--"):
+                continue
+            text = self._help.get(part)
+            if text is None:
+                return False
+            if part in _LISTED and not all(choice in _WORD.findall(text) for choice in value.split(",")):
+                return False
+        return True
 
 
 class EmbeddedEngine:
@@ -103,20 +114,28 @@ class EmbeddedEngine:
 
     name = "embedded"
 
-    async def check(self) -> None:
-        """See Engine. The wheel is a dependency of the project; without it the child says so."""
+    def __init__(self) -> None:
+        self.build = frozenset({f"xllamacpp-{version('xllamacpp')}"} if find_spec("xllamacpp") else ())
 
-    def command(self, entry: ModelEntry, port: int) -> list[str]:
+    async def check(self, launch: Launch) -> None:
+        """See Engine. The wheel is a dependency of the project; without it the child says so."""
+        unknown = list(unknown_arguments(launch, self._knows))
+        if unknown:
+            raise EngineUnusable(
+                f"engine embedded cannot do {'; '.join(unknown)}: set engine: llama-server, or remove the field"
+            )
+
+    def command(self, launch: Launch, port: int, mode: Mode) -> list[str]:
         """See Engine."""
-        return [
-            *(sys.executable, "-m", "services.inference.embedded"),
-            *("--model", str(entry.path)),
-            *("--alias", entry.name),
-            *("--port", str(port)),
-            *("--slots", str(entry.slots)),
-            *("--context-tokens", str(entry.context_tokens)),
-            *("--threads", str(entry.threads)),
-        ]
+        program = [sys.executable, "-m", "services.inference.embedded"]
+        return [*pinned(launch), *program, *spelled(arguments(launch, port, mode), self._knows)]
+
+    def spelling(self, argument: Argument) -> tuple[str, ...]:
+        """See Engine."""
+        return tuple(spelled([argument], self._knows))
+
+    def _knows(self, way: tuple[str, ...]) -> bool:
+        return way[0] in SETTINGS
 
 
 def choose_engine(entry: ModelEntry, home: Home) -> Engine:
@@ -128,7 +147,7 @@ def choose_engine(entry: ModelEntry, home: Home) -> Engine:
         return EmbeddedEngine()
     binary = entry.binary or find_native(home)
     if binary is not None:
-        return NativeEngine(binary, entry)
+        return NativeEngine(binary)
     if entry.engine == "llama-server":
         raise EngineUnusable("no llama-server found: run deploy/build-native, or set binary in models.yaml")
     return EmbeddedEngine()
@@ -149,16 +168,48 @@ def environment(own: Mapping[str, str], api_key: str) -> dict[str, str]:
     return {**kept, API_KEY_VARIABLE: api_key}
 
 
-def flags_in_help(text: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Flags that a `--help` page lists, and those among them that it calls removed."""
-    known: set[str] = set()
-    removed: set[str] = set()
-    entry: list[str] = []
+def unknown_arguments(launch: Launch, knows: Callable[[tuple[str, ...]], bool]) -> Iterator[str]:
+    """What no spelling of is known, for people: the flag, and the field that it comes from."""
+    every = {argument.ways: argument for mode in modes_of(launch) for argument in arguments(launch, 0, mode)}
+    for argument in every.values():
+        if any(knows(way) for way in argument.ways):
+            continue
+        text = " ".join(argument.ways[0][: 2 if argument.ways[0][0] in _LISTED else 1])
+        if argument.field:
+            owner = launch.draft.name if argument.of_draft and launch.draft is not None else launch.entry.name
+            text += f" (field {argument.field}, {launch.where(argument.field, owner)})"
+        yield text
+
+
+def build_names(binary: Path, version_text: str) -> frozenset[str]:
+    """Names of a build: its number and commit where it has them, and in any case the digest of the binary.
+
+    Source archives are built without number and commit; two such builds differ by their digests only.
+    """
+    names = {f"sha256:{file_digest(binary)[:12]}"}
+    match = _VERSION.search(version_text)
+    if match is not None and match[1] != "0":
+        names |= {f"b{match[1]}", match[2]}
+    return frozenset(names)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file in hex. Raises EngineUnusable where it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as err:
+        raise EngineUnusable(f"{path} cannot be read: {err.strerror}") from err
+
+
+def sections_of_help(text: str) -> Mapping[str, str]:
+    """Flags that a `--help` page lists, each with all that the page says about it; removed ones are left out."""
+    sections: list[tuple[list[str], list[str]]] = []
     for line in text.splitlines():
         if line.startswith("-") and not line.startswith("---"):
             # Flags stand before the description, which begins after two blanks in column 40 or on the next line.
-            entry = _FLAG.findall(re.split(r"(?<=\S) {2,}(?=[^\s-])", line, maxsplit=1)[0])
-            known.update(entry)
-        if _REMOVED in line:
-            removed.update(entry)
-    return frozenset(known), frozenset(removed)
+            sections.append((_FLAG.findall(re.split(r"(?<=\S) {2,}(?=[^\s-])", line, maxsplit=1)[0]), []))
+        if sections:
+            sections[-1][1].append(line)
+    told = ((flags, "\n".join(lines)) for flags, lines in sections)
+    return {flag: words for flags, words in told if _REMOVED not in words for flag in flags}

@@ -1,6 +1,6 @@
 """One `infer.request` from payload to final: what is asked of the engine, what is streamed, how it can fail.
 
-Knows nothing of the child's life: it is given a LlamaServer and raises CallFailed with a typed failure. Deadlines and
+Knows nothing of the child's life: it is given a ChatServer and raises CallFailed with a typed failure. Deadlines and
 cancellation come from outside as cancellation of the task; closing the stream is this module's answer to both. When an
 answer is stopped before its end is `abort`'s decision, whether it is the JSON it should be `answer`'s.
 
@@ -25,9 +25,10 @@ from protocol.messages.infer import ChatMessage, InferFinal, InferPartial, Infer
 from services.inference.abort import Abort, DecodingMonitor, entropy_nats
 from services.inference.answer import BadSchema, check_schema, judge
 from services.inference.llama_http import (
+    ChatServer,
     EngineFaulty,
     EngineGone,
-    LlamaServer,
+    EngineUnavailable,
     Piece,
     PromptTooLong,
     RequestInvalid,
@@ -130,7 +131,7 @@ class Generation:
         return self._stream is not None and self._stream.complete
 
     async def run(
-        self, server: LlamaServer, partial: Callable[[InferPartial], bool], progressed: Callable[[], None]
+        self, server: ChatServer, partial: Callable[[InferPartial], bool], progressed: Callable[[], None]
     ) -> InferFinal:
         """Generate; `progressed` is called for every piece that arrives, `partial` says whether it was taken.
 
@@ -168,7 +169,7 @@ class Generation:
 
     async def _decode(
         self,
-        server: LlamaServer,
+        server: ChatServer,
         request: InferRequest,
         progressed: Callable[[], None],
         partial: Callable[[InferPartial], bool] | None,
@@ -196,6 +197,8 @@ class Generation:
             ) from err
         except RequestInvalid as err:
             raise self._failed("engine.refused", Category.POLICY, f"the engine refused the request: {err}") from err
+        except EngineUnavailable as err:
+            raise self._failed(err.code, err.category, str(err), **err.evidence) from err
         except EngineFaulty as err:
             raise self._failed("engine.faulty", Category.PEER, str(err)) from err
         except EngineGone as err:
@@ -295,6 +298,8 @@ class Generation:
             generate_ms=sum(usage.generate_ms for usage in usages),
             first_token_ms=0.0 if first_s is None else (first_s - self._began_s) * 1000,
             repaired=len(streams) > 1,
+            draft_tokens=sum(usage.draft_tokens for usage in usages),
+            accepted_tokens=sum(usage.accepted_tokens for usage in usages),
         )
 
     def _seconds_left(self) -> float | None:

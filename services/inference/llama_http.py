@@ -10,18 +10,21 @@ import json
 import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import httpx
 
 from protocol.limits import MAX_ARTEFACT_CHARS
+from protocol.messages.failure import Category
 
 _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 """One event may hold a whole answer, escaped; anything larger is no answer."""
 
 _MAX_ERROR_BYTES: Final = 64 * 1024
 _PROBE_TIMEOUT_S: Final = 5.0
+_PATIENT: Final = httpx.Timeout(_PROBE_TIMEOUT_S, read=None)
 _METRIC: Final = re.compile(r"^llamacpp:([a-z_]+) ([0-9.eE+-]+)$", re.MULTILINE)
 _TOO_LONG: Final = "exceed_context_size_error"
 _CALLERS_FAULT: Final = frozenset({"invalid_request_error", "not_supported_error"})
@@ -41,6 +44,16 @@ class EngineFaulty(EngineError):
 
 class RequestInvalid(EngineError):
     """The engine calls the request wrong, such as a grammar that cannot be read: the same request fails again."""
+
+
+class EngineUnavailable(EngineError):
+    """No answer was begun, and the reason is none of the classes above: it brings the failure the caller is told."""
+
+    def __init__(self, code: str, category: Category, message: str, **evidence: Any) -> None:
+        super().__init__(message)
+        self.code = code
+        self.category = category
+        self.evidence = evidence
 
 
 class PromptTooLong(EngineError):
@@ -74,6 +87,18 @@ class Usage:
     generated_tokens: int
     prompt_ms: float
     generate_ms: float
+    draft_tokens: int = 0
+    """Tokens that were guessed ahead; 0 where the process does not speculate."""
+    accepted_tokens: int = 0
+    """Those among them that the model would have chosen itself."""
+
+
+class ChatServer(Protocol):
+    """What a generation needs of a server, here or elsewhere."""
+
+    def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+        """Stream one answer; closing the iterator ends the generation. Raises EngineError."""
+        ...
 
 
 class LlamaServer:
@@ -87,6 +112,13 @@ class LlamaServer:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=4),
             trust_env=False,  # a proxy for the outside world must not see this
         )
+        self._slot: int | None = None
+
+    def on_slot(self, slot: int) -> LlamaServer:
+        """The same server, whose answers run in this slot."""
+        pinned = copy(self)
+        pinned._slot = slot
+        return pinned
 
     async def close(self) -> None:
         """Close all connections; running answers end with EngineGone."""
@@ -120,7 +152,7 @@ class LlamaServer:
         """Stream one answer; closing the iterator closes the connection, which cancels the generation."""
         try:
             async with self._http.stream(
-                "POST", "/v1/chat/completions", json=payload, timeout=httpx.Timeout(_PROBE_TIMEOUT_S, read=None)
+                "POST", "/v1/chat/completions", json=self._pinned(payload), timeout=_PATIENT
             ) as response:
                 if response.status_code != 200:
                     raise _refusal(response.status_code, await _read_bounded(response))
@@ -131,6 +163,40 @@ class LlamaServer:
                         yield _piece(data)
         except httpx.HTTPError as err:
             raise EngineGone(f"the connection to the engine broke: {type(err).__name__}") from err
+
+    async def read(self, payload: Mapping[str, Any]) -> tuple[int, float]:
+        """Read a prompt into the slot's cache without an answer; returns the tokens that were not there before, and ms.
+
+        Waits as long as it takes: whoever calls has the deadline.
+        """
+        silent = {**self._pinned(payload), "max_tokens": 0, "stream": False}
+        data = await self._post("/v1/chat/completions", silent)
+        timings = data.get("timings")
+        timings = timings if isinstance(timings, dict) else {}
+        return _count(timings.get("prompt_n")), _duration(timings.get("prompt_ms"))
+
+    async def save_slot(self, slot: int, name: str) -> int:
+        """Write what a free slot has read to a file of the folder the engine was given; returns its size in bytes."""
+        return _count((await self._post(f"/slots/{slot}?action=save", {"filename": name})).get("n_written"))
+
+    async def restore_slot(self, slot: int, name: str) -> int:
+        """Replace what a free slot has read by a saved file; returns the tokens it holds then."""
+        return _count((await self._post(f"/slots/{slot}?action=restore", {"filename": name})).get("n_restored"))
+
+    def _pinned(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(payload) if self._slot is None else {**payload, "id_slot": self._slot}
+
+    async def _post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            response = await self._http.post(path, json=payload, timeout=_PATIENT)
+        except httpx.HTTPError as err:
+            raise EngineGone(f"the connection to the engine broke: {type(err).__name__}") from err
+        if response.status_code != 200:
+            raise _refusal(response.status_code, response.content[:_MAX_ERROR_BYTES])
+        data = _json(response.content)
+        if not isinstance(data, dict):
+            raise EngineFaulty(f"the engine's answer to {path} is not an object")
+        return data
 
     async def _slots(self) -> list[dict[str, Any]]:
         response = await self._get("/slots")
@@ -209,7 +275,7 @@ def _piece(data: bytes) -> Piece:
         finish_reason = choices[0].get("finish_reason")
         delta = choices[0].get("delta")
         text = delta.get("content") or "" if isinstance(delta, dict) else ""
-        top_logprobs = _top_logprobs(choices[0].get("logprobs"))
+        top_logprobs = candidate_logprobs(choices[0].get("logprobs"))
     if not isinstance(text, str) or not isinstance(finish_reason, str | None):
         raise EngineFaulty("the engine sent an answer whose text is no text")
     if not text.isascii():
@@ -225,13 +291,14 @@ def _piece(data: bytes) -> Piece:
     )
 
 
-def _top_logprobs(logprobs: Any) -> tuple[tuple[float, ...], ...]:
+def candidate_logprobs(logprobs: Any) -> tuple[tuple[float, ...], ...]:
     """`choices[0].logprobs` as numbers; whatever has another form is left out."""
     tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
     found = []
     for token in tokens if isinstance(tokens, list) else ():
         candidates = token.get("top_logprobs") if isinstance(token, dict) else None
-        values = [one.get("logprob") for one in candidates or () if isinstance(one, dict)]
+        listed = candidates if isinstance(candidates, list) else ()
+        values = [one.get("logprob") for one in listed if isinstance(one, dict)]
         found.append(tuple(float(value) for value in values if isinstance(value, int | float)))
     return tuple(found)
 
@@ -244,6 +311,8 @@ def _usage(usage: dict[str, Any], timings: dict[str, Any]) -> Usage:
         generated_tokens=_count(usage.get("completion_tokens")),
         prompt_ms=_duration(timings.get("prompt_ms")),
         generate_ms=_duration(timings.get("predicted_ms")),
+        draft_tokens=_count(timings.get("draft_n")),
+        accepted_tokens=_count(timings.get("draft_n_accepted")),
     )
 
 

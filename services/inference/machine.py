@@ -2,10 +2,11 @@
 
 It decides when to launch, when a child counts as loaded, hung or stuck, when to kill it, how long to wait before
 the next one, and what the hub is told. It starts nothing, asks nothing and reads no clock: `app` does. Invariants:
-at most one child at any time, and every state but READY and LOADING comes with a reason for people.
+at most one child at any time, and every state that is not as it should be comes with a reason for people.
 
 IDLE -> LAUNCHING -> LOADING -> SERVING; a child that has to go is ENDING until its exit is seen, then WAITING for
-the next launch. When the service stops, `supervisor` ends the child without asking here.
+the next launch, or PARKED where nobody wants the model in memory. When the service stops, `supervisor` ends the child
+without asking here. Whether the model is wanted is the hub's decision, which also knows of running work.
 """
 
 from __future__ import annotations
@@ -38,11 +39,26 @@ class Phase(StrEnum):
     SERVING = "serving"
     ENDING = "ending"
     WAITING = "waiting"
+    PARKED = "parked"
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The service wants its engine."""
+    """The service has begun; the engine is launched if the model is wanted."""
+
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAsked:
+    """The model is wanted in memory from now on."""
+
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParkAsked:
+    """The model is wanted out of memory; no call runs."""
 
     at_ms: int
 
@@ -107,6 +123,32 @@ class SlotStuck:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldAsked:
+    """No new calls, please: the child is to be replaced once the running ones are done. `reason` is for people."""
+
+    at_ms: int
+    launch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HoldEnded:
+    """The child may stay after all."""
+
+    at_ms: int
+    launch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeAsked:
+    """No call runs, and the next child should run in another mode. `reason` is for people."""
+
+    at_ms: int
+    launch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChildExited:
     """The child of this launch is gone and reaped. `how` says so for people: signal, status, last line."""
 
@@ -124,6 +166,8 @@ class Ticked:
 
 Event = (
     Started
+    | LoadAsked
+    | ParkAsked
     | Launched
     | LaunchFailed
     | HealthOk
@@ -131,6 +175,9 @@ Event = (
     | Progressed
     | SlotsSeen
     | SlotStuck
+    | HoldAsked
+    | HoldEnded
+    | ChangeAsked
     | ChildExited
     | Ticked
 )
@@ -152,6 +199,13 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
+class Unload:
+    """End the child of this launch in good order: nobody wants the model now. ChildExited is still expected."""
+
+    launch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Tell the hub."""
 
@@ -159,7 +213,7 @@ class Report:
     reason: str | None
 
 
-Command = Launch | Kill | Report
+Command = Launch | Kill | Unload | Report
 
 
 @dataclass(slots=True)
@@ -167,11 +221,19 @@ class EngineLife:
     """State of the one child. `handle` is the only door; events of an older launch change nothing."""
 
     load_deadline_ms: int
+    wanted: bool = True
+    """Whether the model shall be in memory."""
     phase: Phase = Phase.IDLE
     launch: int = 0
     """Number of the newest launch, from 1."""
     failures: int = 0
     """Launches in a row that did not lead to a stable child."""
+    respawns: int = 0
+    """Launches because a child died, was killed or could not be started."""
+    loads: int = 0
+    """Times the model was loaded, whatever for."""
+    load_ms: int = 0
+    """From the newest child's start to its first good answer."""
     _since_ms: int = 0
     """When the present phase began."""
     _alive_ms: int = 0
@@ -179,12 +241,20 @@ class EngineLife:
     _stuck_since_ms: int | None = None
     _retry_ms: int = 0
     _why: str = ""
+    changing: bool = False
+    """The child is being replaced by one in another mode: nothing is wrong, calls may wait for it."""
+    held: bool = False
+    """New calls are held back for such a change."""
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
         match event:
             case Started(at_ms):
-                return self._launch(at_ms) if self.phase is Phase.IDLE else []
+                return self._on_started(at_ms)
+            case LoadAsked(at_ms):
+                return self._on_load_asked(at_ms)
+            case ParkAsked(at_ms):
+                return self._on_park_asked(at_ms)
             case Ticked(at_ms):
                 return self._on_ticked(at_ms)
         if event.launch != self.launch:
@@ -193,7 +263,7 @@ class EngineLife:
             case Launched():
                 return self._on_launched(event)
             case LaunchFailed(at_ms, _, reason):
-                return self._wait(at_ms, reason) if self.phase is Phase.LAUNCHING else []
+                return self._gone(at_ms, reason) if self.phase is Phase.LAUNCHING else []
             case HealthOk():
                 return self._on_health_ok(event)
             case HealthFailed(at_ms):
@@ -205,8 +275,38 @@ class EngineLife:
                 return self._on_slots_seen(event)
             case SlotStuck(at_ms):
                 return self._kill(at_ms, "a cancelled call left its slot busy") if self.phase is Phase.SERVING else []
+            case HoldAsked(_, _, reason):
+                return self._hold(reason) if self.phase is Phase.SERVING and not self.held else []
+            case HoldEnded():
+                return self._release() if self.phase is Phase.SERVING and self.held else []
+            case ChangeAsked(at_ms, _, reason):
+                return self._change(at_ms, reason) if self.phase is Phase.SERVING else []
             case ChildExited():
                 return self._on_exited(event)
+
+    def _on_started(self, at_ms: int) -> list[Command]:
+        if self.phase is not Phase.IDLE:
+            return []
+        return self._launch(at_ms) if self.wanted else self._park(at_ms)
+
+    def _on_load_asked(self, at_ms: int) -> list[Command]:
+        """A child that is on its way out is seen off first; one that failed comes back at its own pace."""
+        self.wanted = True
+        if self.phase is not Phase.PARKED:
+            return []
+        return [*self._launch(at_ms), Report(PeerState.LOADING, None)]
+
+    def _on_park_asked(self, at_ms: int) -> list[Command]:
+        self.wanted = False
+        match self.phase:
+            case Phase.WAITING:
+                return self._park(at_ms)
+            case Phase.LOADING | Phase.SERVING:
+                return self._unload(at_ms)
+            case Phase.LAUNCHING:
+                return [Report(PeerState.UNLOADING, None)]  # there is no child yet that could be ended
+            case _:
+                return []
 
     def _launch(self, at_ms: int) -> list[Command]:
         self._enter(Phase.LAUNCHING, at_ms)
@@ -217,7 +317,7 @@ class EngineLife:
         if self.phase is not Phase.LAUNCHING:
             return []
         self._enter(Phase.LOADING, event.at_ms)
-        return [Report(PeerState.LOADING, None)]
+        return [Report(PeerState.LOADING, None)] if self.wanted else self._unload(event.at_ms)
 
     def _on_health_ok(self, event: HealthOk) -> list[Command]:
         if self.phase is Phase.SERVING:
@@ -225,7 +325,10 @@ class EngineLife:
             return []
         if self.phase is not Phase.LOADING:
             return []
+        self.loads += 1
+        self.load_ms = event.at_ms - self._since_ms
         self._enter(Phase.SERVING, event.at_ms)
+        self.changing = False
         self._alive_ms = event.at_ms
         self._stuck_since_ms = None
         return [Report(PeerState.READY, None)]
@@ -247,19 +350,22 @@ class EngineLife:
 
     def _on_exited(self, event: ChildExited) -> list[Command]:
         match self.phase:
+            case Phase.ENDING if self.changing and self.wanted:
+                return self._launch(event.at_ms)
             case Phase.ENDING:
-                return self._wait(event.at_ms, self._why)
+                return self._gone(event.at_ms, self._why)
             case Phase.SERVING:
                 if event.at_ms - self._since_ms >= STABLE_MS:
                     self.failures = 0
-                return self._wait(event.at_ms, f"the engine died: {event.how}")
+                return self._gone(event.at_ms, f"the engine died: {event.how}")
             case Phase.LOADING:
-                return self._wait(event.at_ms, f"the engine died while loading: {event.how}")
+                return self._gone(event.at_ms, f"the engine died while loading: {event.how}")
             case _:
                 return []
 
     def _on_ticked(self, at_ms: int) -> list[Command]:
         if self.phase is Phase.WAITING and at_ms >= self._retry_ms:
+            self.respawns += 1
             return self._launch(at_ms)
         if self.phase is Phase.LOADING and at_ms - self._since_ms > self.load_deadline_ms:
             return self._kill(
@@ -269,13 +375,49 @@ class EngineLife:
             )
         return []
 
+    def _hold(self, reason: str) -> list[Command]:
+        self.held = True
+        return [Report(PeerState.LOADING, reason)]
+
+    def _release(self) -> list[Command]:
+        self.held = False
+        return [Report(PeerState.READY, None)]
+
+    def _change(self, at_ms: int, reason: str) -> list[Command]:
+        self._enter(Phase.ENDING, at_ms)
+        self.changing = True
+        return [Report(PeerState.LOADING, reason), Kill(self.launch, reason)]
+
     def _kill(self, at_ms: int, reason: str) -> list[Command]:
         self._why = f"the engine was killed: {reason}"
+        self.changing = False
         self._enter(Phase.ENDING, at_ms)
         return [Kill(self.launch, reason), Report(PeerState.DEGRADED, self._why)]
 
+    def _unload(self, at_ms: int) -> list[Command]:
+        if self.phase is Phase.SERVING:
+            self.failures = 0  # it served until somebody else needed the room
+        self._why = ""
+        self.changing = False
+        self._enter(Phase.ENDING, at_ms)
+        return [Unload(self.launch), Report(PeerState.UNLOADING, None)]
+
+    def _gone(self, at_ms: int, reason: str) -> list[Command]:
+        """There is no child now. `reason` is empty if it was unloaded in good order."""
+        if not self.wanted:
+            return self._park(at_ms)
+        if not reason:
+            return [*self._launch(at_ms), Report(PeerState.LOADING, None)]
+        return self._wait(at_ms, reason)
+
+    def _park(self, at_ms: int) -> list[Command]:
+        self.changing = False
+        self._enter(Phase.PARKED, at_ms)
+        return [Report(PeerState.PARKED, None)]
+
     def _wait(self, at_ms: int, reason: str) -> list[Command]:
         self._enter(Phase.WAITING, at_ms)
+        self.changing = False
         pause_ms = BACKOFF_MS[min(self.failures, len(BACKOFF_MS) - 1)]
         self.failures += 1
         self._retry_ms = at_ms + pause_ms
@@ -283,4 +425,5 @@ class EngineLife:
 
     def _enter(self, phase: Phase, at_ms: int) -> None:
         self.phase = phase
+        self.held = False
         self._since_ms = at_ms

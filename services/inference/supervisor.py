@@ -13,23 +13,31 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from protocol.messages.session import PeerState
 from services.inference import machine as m
-from services.inference.engines import HOST, EngineUnusable, choose_engine, environment
+from services.inference.command_line import HOST, modes_of
+from services.inference.engines import Engine, EngineUnusable, choose_engine, environment
 from services.inference.llama_http import EngineError, LlamaServer
 from services.inference.model_file import BadModelFile, ModelFile
+from services.inference.modes import EngineModes
+from services.inference.slots import SlotDesk
 from services.kit import children
 from services.kit.clock import Clock
 from services.kit.config import Home
+from services.kit.gguf_facts import stamp
 from services.kit.logs import Log, LogEvent
 from services.kit.registry import ModelEntry
+from services.kit.registry.constraints import violations
+from services.kit.registry.launch import Launch
 
 ENGINE_STARTED = LogEvent("engine.started", "launch engine pid port")
 ENGINE_ENDED = LogEvent("engine.ended", "launch pid how", "warning")
 ENGINE_KILLED = LogEvent("engine.killed", "launch pid reason", "warning")
+ENGINE_UNLOADED = LogEvent("engine.unloaded", "launch pid")
 ENGINE_BUG = LogEvent("engine.bug", "error", "error")
 
 _TICK_S: Final = 0.1
@@ -40,6 +48,7 @@ _SLOT_FREE_S: Final = 2.0
 """A slot that says it is busy so long after its connection was closed stays busy."""
 _SLOT_ANSWER_S: Final = 30.0
 """A child that says nothing about its slots for so long is replaced; one batch of a large model takes seconds."""
+_MEASURE_S: Final = 10.0
 _MAX_OUTPUT_BYTES: Final = 16 * 1024 * 1024
 _TOTALS: Final = ("tokens_predicted_total", "prompt_tokens_total", "tokens_predicted_seconds_total")
 
@@ -48,25 +57,37 @@ class EngineSupervisor:
     """Keeps one engine child alive. `report` is called with every state the hub should know."""
 
     def __init__(
-        self, entry: ModelEntry, home: Home, clock: Clock, log: Log, report: Callable[[PeerState, str | None], None]
+        self, launch: Launch, home: Home, clock: Clock, log: Log, report: Callable[[PeerState, str | None], None]
     ) -> None:
+        entry = launch.entry
         if entry.path is None:
             raise ValueError(f"model {entry.name} has no path: engine noop needs no supervisor")
         self._entry = entry
+        self.desk = SlotDesk(home.prefixes(entry.name), entry.slots, log)
+        """Who sits in which slot of the child."""
+        self.modes = EngineModes(modes_of(launch), clock, self._feed)
+        """Whether the child guesses ahead, and when that changes."""
+        self._launched_from = replace(launch, prefix_folder=home.prefixes(entry.name))
         self._home = home
         self._clock = clock
         self._log = log
         self._report = report
         self._model_file = ModelFile(entry.path)
+        draft = launch.draft.path if launch.draft is not None else None
+        self._draft_file = None if draft is None else ModelFile(draft)
         self._output = home.logs / f"inference-{entry.name}.engine.out"
-        self._life = m.EngineLife(load_deadline_ms=int(entry.load_deadline_s * 1000))
+        self._life = m.EngineLife(load_deadline_ms=int(entry.load_deadline_s * 1000), wanted=entry.residency == "hot")
         self._decided = asyncio.Event()
+        self._settled = asyncio.Event()
+        """Clear during a change of mode."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._child: asyncio.subprocess.Process | None = None
         self._server: LlamaServer | None = None
         self._past = dict.fromkeys(_TOTALS, 0.0)
         self._now: dict[str, float] = {}
         self._speed = 0.0
+        self._model_bytes = 0
+        self._measured_s = 0.0
         self.engine_name: str = entry.engine
         self.calls = 0
         """Calls that may hold a slot at the moment."""
@@ -79,13 +100,21 @@ class EngineSupervisor:
         """The serving child's API; None while there is none."""
         return self._server if self._life.phase is m.Phase.SERVING else None
 
+    async def serving(self) -> LlamaServer | None:
+        """The serving child's API, after the end of a change of mode where one is under way; None while there is none.
+
+        The caller has the deadline.
+        """
+        await self._settled.wait()
+        return self.server
+
     @property
     def child_pid(self) -> int | None:
         """Process id of the child, None without one."""
         return None if self._child is None else self._child.pid
 
     async def start(self) -> None:
-        """Begin; returns when the engine is READY for the first time, or DEGRADED with a reason."""
+        """Begin; returns when the engine is READY for the first time, or DEGRADED with a reason, or PARKED."""
         self._spawn_task(self._tick())
         self._feed(m.Started(self._clock.now_ms()))
         await self._decided.wait()
@@ -99,6 +128,12 @@ class EngineSupervisor:
             await children.end(self._child, grace_s=_KILL_GRACE_S)
         if self._server is not None:
             await self._server.close()
+        self.desk.clear()
+
+    def reside(self, loaded: bool) -> None:
+        """The hub wants the model in memory, or out of it."""
+        now = self._clock.now_ms()
+        self._feed(m.LoadAsked(now) if loaded else m.ParkAsked(now))
 
     def progressed(self) -> None:
         """A piece of an answer has come."""
@@ -136,12 +171,20 @@ class EngineSupervisor:
             "model_file": self._model_file.path.name,
             "child_pid": self.child_pid,
             "child_rss_bytes": self.child_bytes(),
-            "respawns": max(0, self._life.launch - 1),
+            "respawns": self._life.respawns,
+            "loads": self._life.loads,
+            "load_ms": self._life.load_ms,
             "requests_processing": int(self._now.get("requests_processing", 0)),
             "tokens_predicted_total": int(total["tokens_predicted_total"]),
             "prompt_tokens_total": int(total["prompt_tokens_total"]),
             "tokens_per_s": round(self._speed, 1),
+            **self.desk.figures(),
+            **self.modes.figures(),
         }
+
+    def model_bytes(self) -> int:
+        """What the loaded model is measured to take; 0 before the first measurement and without a child."""
+        return self._model_bytes
 
     def child_bytes(self) -> int:
         """Resident memory of the child in bytes; 0 without one."""
@@ -150,14 +193,23 @@ class EngineSupervisor:
     # The machine's commands.
 
     def _feed(self, event: m.Event) -> None:
-        for command in self._life.handle(event):
+        commands = self._life.handle(event)
+        if self._life.changing:
+            self._settled.clear()
+        else:
+            self._settled.set()
+        for command in commands:
             match command:
                 case m.Launch(launch):
                     self._spawn_task(self._launch(launch))
                 case m.Kill(launch, reason):
                     self._spawn_task(self._kill(launch, reason))
+                case m.Unload(launch):
+                    self._spawn_task(self._unload(launch))
                 case m.Report(state, reason):
                     self.reason = reason
+                    if state is PeerState.READY:
+                        self.modes.serving()
                     if state is not PeerState.LOADING:
                         self._decided.set()
                     self._report(state, reason)
@@ -167,17 +219,17 @@ class EngineSupervisor:
         try:
             engine = choose_engine(self._entry, self._home)
             self.engine_name = engine.name
-            await self._model_file.check()
-            await engine.check()
+            prepared = await self._prepared(engine)
             port = _free_port(self._entry)
             self._shorten_output()
-            child = await children.spawn(
-                engine.command(self._entry, port), output=self._output, env=environment(os.environ, key)
-            )
+            command = engine.command(self._seated(engine, prepared), port, self.modes.launching())
+            child = await children.spawn(command, output=self._output, env=environment(os.environ, key))
         except (EngineUnusable, BadModelFile) as err:
+            self.modes.failed(str(err))
             self._feed(m.LaunchFailed(self._clock.now_ms(), launch, str(err)))
             return
         except OSError as err:
+            self.modes.failed(str(err))
             self._feed(m.LaunchFailed(self._clock.now_ms(), launch, f"the engine cannot be started: {err}"))
             return
         self._log.write(ENGINE_STARTED, launch=launch, engine=engine.name, pid=child.pid, port=port)
@@ -187,10 +239,40 @@ class EngineSupervisor:
         self._spawn_task(self._watch(launch, child, server, polling))
         self._feed(m.Launched(self._clock.now_ms(), launch))
 
+    async def _prepared(self, engine: Engine) -> Launch:
+        """The launch with the files as they are now. Raises BadModelFile, and EngineUnusable where a rule forbids it:
+        the files may have changed since the registry was checked, and some rules ask for the build."""
+        facts = await self._model_file.check()
+        draft_facts = await self._draft_file.check() if self._draft_file is not None else None
+        prepared = self._launched_from.with_facts(facts, draft_facts)
+        await engine.check(prepared)
+        broken = violations(prepared, engine.build)
+        if broken:
+            raise EngineUnusable("; ".join(map(str, broken)))
+        return prepared
+
+    def _seated(self, engine: Engine, launch: Launch) -> Launch:
+        """Tell the desk about the child to come; returns the launch without a folder for slots where none are copied.
+
+        A draft model has a cache of its own that is not saved, and a recurrent model cannot go back to where its
+        prompts part: neither takes copies.
+        """
+        facts = launch.facts
+        simple = launch.draft is None and facts is not None and facts.recurrent is None
+        files = tuple(stamp(path) for path in launch.paths())
+        copies = self.desk.engine_started((engine.name, engine.build, files), copies=simple)
+        return launch if copies else replace(launch, prefix_folder=None)
+
     async def _kill(self, launch: int, reason: str) -> None:
         if self._child is None or launch != self._life.launch:
             return
         self._log.write(ENGINE_KILLED, launch=launch, pid=self._child.pid, reason=reason)
+        await children.end(self._child, grace_s=_KILL_GRACE_S)
+
+    async def _unload(self, launch: int) -> None:
+        if self._child is None or launch != self._life.launch:
+            return
+        self._log.write(ENGINE_UNLOADED, launch=launch, pid=self._child.pid)
         await children.end(self._child, grace_s=_KILL_GRACE_S)
 
     async def _watch(
@@ -202,10 +284,13 @@ class EngineSupervisor:
         polling.cancel()
         self._child = None
         self._server = None
+        self._model_bytes = 0
         for name in _TOTALS:
             self._past[name] += self._now.get(name, 0.0)
         self._now = {}
         how = _how_it_ended(status, self._output)
+        if self._life.phase is not m.Phase.ENDING:
+            self.modes.failed(how)
         self._log.write(ENGINE_ENDED, launch=launch, pid=child.pid, how=how)
         self._feed(m.ChildExited(self._clock.now_ms(), launch, how))
         await server.close()
@@ -213,6 +298,7 @@ class EngineSupervisor:
     async def _poll(self, launch: int, server: LlamaServer) -> None:
         while True:
             if self._life.phase is m.Phase.SERVING:
+                await self._measure(server)
                 await asyncio.sleep(_SERVING_POLL_S)
                 await self._poll_serving(launch, server)
                 continue
@@ -246,10 +332,21 @@ class EngineSupervisor:
         self._speed = tokens / seconds if seconds > 0 else self._speed
         self._now = metrics
 
+    async def _measure(self, server: LlamaServer) -> None:
+        """Measure what the child takes, now and then: the kernel walks through all its pages for it."""
+        now_s = asyncio.get_running_loop().time()
+        if self._child is None or (self._model_bytes and now_s - self._measured_s < _MEASURE_S):
+            return
+        self._measured_s = now_s
+        measured = await asyncio.to_thread(children.proportional_bytes, self._child.pid)
+        if server is self._server:
+            self._model_bytes = measured
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
             self._feed(m.Ticked(self._clock.now_ms()))
+            self.modes.tick(self._life)
 
     def _shorten_output(self) -> None:
         if self._output.exists() and self._output.stat().st_size > _MAX_OUTPUT_BYTES:

@@ -68,6 +68,19 @@ def resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def proportional_bytes(pid: int) -> int:
+    """Resident memory of one process in bytes, each page divided by the number of processes that share it.
+
+    Where the kernel does not tell that, plain resident memory; 0 when the process is gone.
+    """
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    except OSError:
+        return resident_bytes(pid)
+    kib = next((line.split()[1] for line in text.splitlines() if line.startswith("Pss:")), None)
+    return resident_bytes(pid) if kib is None else int(kib) * 1024
+
+
 def _signal_group(group: int, number: signal.Signals) -> None:
     try:
         os.killpg(group, number)

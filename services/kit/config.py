@@ -6,6 +6,8 @@ Two stacks with two homes run side by side; nothing outside the home and the che
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,14 @@ from services.kit.logs import LEVELS, Level
 
 CHECKOUT: Final = Path(__file__).resolve().parents[2]
 """The project's own folder: registry/, deploy/."""
+
+
+_SECRET: Final = re.compile(r"[\x21-\x7e]{1,4096}")
+"""What fits into an HTTP header and is no accident: no blanks, no line ends."""
+
+
+class SecretUnusableError(Exception):
+    """A secret is missing, open to others or no secret. The message names it and says what to do, never its value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,8 @@ class Home:
     """Least level that is written."""
     supervised: bool
     """True when supervisord started this process: it then dies with its supervisor."""
+    hardware: Path | None = None
+    """A hardware.yaml instead of the registry's, for commands that ask what another machine would do."""
 
     @property
     def run(self) -> Path:
@@ -54,6 +66,25 @@ class Home:
     def conf_d(self) -> Path:
         """Generated supervisord programs, one per model entry."""
         return self.root / "conf.d"
+
+    def prefixes(self, model: str) -> Path:
+        """What the slots of one model have read, saved for its other slots; it does not outlive the service."""
+        return self.run / "prefixes" / model
+
+    @property
+    def registry_copies(self) -> Path:
+        """Registries that were taken up, one folder each, named by digest."""
+        return self.root / "registry"
+
+    @property
+    def current_registry(self) -> Path:
+        """Link to the copy that the services of a supervised stack read: what `up` or a reload took up last."""
+        return self.registry_copies / "current"
+
+    @property
+    def secrets(self) -> Path:
+        """Keys of servers elsewhere, one file each with mode 0600, written by the operator."""
+        return self.root / "secrets"
 
     @property
     def hub_address(self) -> str:
@@ -89,3 +120,33 @@ def load_home(environ: Mapping[str, str] | None = None) -> Home:
         log_level=level,
         supervised="SUPERVISOR_ENABLED" in env,
     )
+
+
+def load_secret(home: Home, name: str, environ: Mapping[str, str] | None = None) -> str:
+    """The secret `name`: the environment variable, else the file `<home>/secrets/<name>`. Raises SecretUnusableError.
+
+    A file must belong to this user and be closed to all others. It may be changed while services run.
+    """
+    env = os.environ if environ is None else environ
+    path = home.secrets / name
+    where = f"the environment variable {name}"
+    value = env.get(name)
+    if not value:
+        where = str(path)
+        try:
+            with path.open(encoding="ascii") as stream:
+                status = os.fstat(stream.fileno())
+                value = stream.read(8_192).strip()
+        except FileNotFoundError as err:
+            raise SecretUnusableError(
+                f"there is no environment variable {name} and no file {path}: write the key into that file, chmod 600"
+            ) from err
+        except (OSError, UnicodeDecodeError) as err:
+            raise SecretUnusableError(f"{path} cannot be read as one line of ASCII ({type(err).__name__})") from None
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            raise SecretUnusableError(f"others can read {path}: chmod 600 {path}")
+        if status.st_uid != os.geteuid():
+            raise SecretUnusableError(f"{path} belongs to uid {status.st_uid}, this process is uid {os.geteuid()}")
+    if not _SECRET.fullmatch(value):
+        raise SecretUnusableError(f"{where} holds no key: it must be one word of printable ASCII")
+    return value

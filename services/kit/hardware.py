@@ -17,6 +17,8 @@ from typing import Final
 MAX_CORE: Final = 65_535
 _KIB: Final = 1024
 _RANGES: Final = re.compile(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*")
+_MEM_AVAILABLE: Final = re.compile(r"MemAvailable:\s+(\d+) kB")
+_INACTIVE_FILE: Final = re.compile(r"^(?:total_)?inactive_file (\d+)$", re.MULTILINE)
 _MEM_TOTAL: Final = re.compile(r"MemTotal:\s+(\d+) kB")
 
 
@@ -86,6 +88,29 @@ def detect(root: Path = Path("/"), usable: Set[int] | None = None) -> Machine:
         cores_bound="affinity" if count == len(cores) else "quota of a control group",
         memory_bound="installed" if memory == installed else "limit of a control group",
     )
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that could still be used without swapping: what the kernel estimates, or less where a control group ends
+    earlier; its own cache of files does not count against it. None where the kernel does not tell.
+    """
+    found = _MEM_AVAILABLE.search(_read(root / "proc/meminfo") or "")
+    if found is None:
+        return None
+    return min([int(found[1]) * _KIB, *_group_room(root)])
+
+
+def _group_room(root: Path) -> Iterator[int]:
+    for folder in _groups(root, "memory"):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, used = _read(folder / limit_name), _read(folder / used_name)
+            if not (limit and limit.isdecimal() and used and used.isdecimal()):
+                continue
+            cache = _INACTIVE_FILE.search(_read(folder / "memory.stat") or "")
+            yield max(0, int(limit) - int(used) + (int(cache[1]) if cache else 0))
 
 
 def _nodes(root: Path, usable: frozenset[int], installed: int) -> Iterator[Node]:

@@ -32,6 +32,7 @@ from services.kit import session as s
 from services.kit.children import die_with_parent
 from services.kit.clock import SteadyClock
 from services.kit.config import Home
+from services.kit.following import RegistryFollower
 from services.kit.identity import boot_id, work_key
 from services.kit.logs import Log, LogEvent
 
@@ -99,6 +100,9 @@ class Service:
         self.clock = SteadyClock()
         self.log = Log(home.logs, name, self.clock, level=home.log_level)
         self.metrics: Callable[[], dict[str, Any]] = dict
+        self.on_residence: Callable[[bool], None] = lambda _loaded: None
+        """Called when the hub wants the model in memory, or out of it; services without a model ignore it."""
+        self.model_bytes: Callable[[], int] = lambda: 0
         self.resident_bytes: Callable[[], int] = lambda: psutil.Process().memory_info().rss
         self._drain_s = drain_s
         self._boot = boot_id()
@@ -117,7 +121,11 @@ class Service:
         self._receiving = False
         self._loop_lag_ms = 0.0
         self._stopping = asyncio.Event()
+        self.follower: RegistryFollower | None = None
+        """Keeps the registry of a service that works with one."""
         self._stop_reason = "SIGTERM"
+        self._ended = False
+        """True where it ends by itself, and in peace."""
 
     def answer(self, kind: str, handler: Handler) -> None:
         """Register who works on requests of this kind. The handler returns the final or raises CallFailed."""
@@ -180,7 +188,7 @@ class Service:
             if self._session.state in (PeerState.STARTING, PeerState.LOADING):
                 self.set_state(PeerState.READY)
             await self._stopping.wait()
-            status = 1 if self._stop_reason != "SIGTERM" else 0
+            status = 0 if self._ended or self._stop_reason == "SIGTERM" else 1
             await self._drain()
         finally:
             ticker.cancel()
@@ -188,6 +196,20 @@ class Service:
             self._close()
             self.log.close()
         return status
+
+    async def leave(self, reason: str) -> None:
+        """Take no new work and return when all that is here has ended; deadlines bound that. The process stays."""
+        self._reason = reason
+        self.log.write(SERVICE_STATE, state=PeerState.DRAINING.value, reason=reason)
+        self.feed(s.DrainAsked(reason))
+        while self._work:
+            await asyncio.wait(list(self._work.values()))
+
+    def end(self, reason: str) -> None:
+        """End the process as SIGTERM would; its supervisor starts it again."""
+        self._stop_reason = reason
+        self._ended = True
+        self._stopping.set()
 
     async def ask(
         self,
@@ -322,6 +344,8 @@ class Service:
             case s.CancelWork(key):
                 if key in self._work:
                     self._work[key].cancel()
+            case s.ChangeResidence(loaded):
+                self.on_residence(loaded)
             case s.Deliver(header, body):
                 if header.corr in self._waiting:
                     self._waiting[header.corr].put_nowait((header, body))
@@ -329,6 +353,9 @@ class Service:
                 self._close()
                 pause = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)] * (0.5 + random.random())  # noqa: S311  jitter
                 asyncio.get_running_loop().call_later(pause, self._reopen, failures)
+            case s.FollowRegistry(digest, needed):
+                if self.follower is not None:
+                    self.follower.told(digest, needed=needed)
             case s.Stop(reason):
                 self._stop_reason = reason
                 self._stopping.set()
@@ -346,6 +373,9 @@ class Service:
             loop_lag_ms=lag,
             rss_bytes=self.resident_bytes(),
             metrics=self.metrics(),
+            registry=None if self.follower is None else self.follower.digest,
+            model_bytes=self.model_bytes(),
+            order=self._session.order,
         )
 
     def _start(self, call: Call) -> None:

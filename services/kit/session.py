@@ -23,8 +23,9 @@ from protocol.header import Header
 from protocol.kinds import CALL_REQUESTS, ENDINGS, UNKNOWN_PEER, family
 from protocol.limits import PROTOCOL_VERSION
 from protocol.messages.failure import Category, Failure
+from protocol.messages.registry import RegistryChanged
 from protocol.messages.reply import ErrorReply
-from protocol.messages.session import Goodbye, Hello, PeerState, Ping, Reject, Welcome
+from protocol.messages.session import Goodbye, Hello, PeerState, Ping, Reject, Reside, Welcome
 
 _KEPT_RESULTS: Final = 512
 """Results kept for a hub that may ask again; more than any hub has in flight at one peer."""
@@ -148,11 +149,24 @@ class CancelWork(msgspec.Struct, frozen=True):
     key: str
 
 
+class ChangeResidence(msgspec.Struct, frozen=True):
+    """The hub says whether the model shall be in memory; the states that follow are reported with StateChanged."""
+
+    loaded: bool
+
+
 class Deliver(msgspec.Struct, frozen=True):
     """An answer (or a piece of one) to something this service asked."""
 
     header: Header
     body: bytes
+
+
+class FollowRegistry(msgspec.Struct, frozen=True):
+    """The hub works with the registry of this digest; `needed` as in `registry.changed`."""
+
+    digest: str
+    needed: bool
 
 
 class Stop(msgspec.Struct, frozen=True):
@@ -161,7 +175,7 @@ class Stop(msgspec.Struct, frozen=True):
     reason: str
 
 
-Command = Transmit | Reopen | ReportState | StartWork | CancelWork | Deliver | Stop
+Command = Transmit | Reopen | ReportState | StartWork | CancelWork | ChangeResidence | Deliver | FollowRegistry | Stop
 
 
 @dataclass(slots=True)
@@ -181,10 +195,14 @@ class PeerSession:
     in_flight: dict[str, Header] = field(default_factory=dict)
     finished: OrderedDict[str, tuple[str, bytes, Header]] = field(default_factory=OrderedDict)
     asks: dict[str, Asked] = field(default_factory=dict)
+    order: int = 0
+    """Number of the newest `session.reside` of this epoch."""
     _slots_granted: bool = False
     """True once the idle slots were granted in this epoch; from then on only endings add to the total."""
     _unsent: list[Transmit] = field(default_factory=list)
     """Endings since the HELLO of this epoch: it listed their keys as in flight, so the hub waits for them."""
+    _spent: int = 0
+    """Requests of this epoch: so many of the granted slots the hub has used."""
     _requests: OrderedDict[str, None] = field(default_factory=OrderedDict)
     """Ids of the requests of this epoch, newest last: a repeat of one has spent no credit and is not work."""
     _heard_ms: int = 0
@@ -230,8 +248,10 @@ class PeerSession:
     def _on_opened(self, event: Opened) -> list[Command]:
         self.epoch = event.epoch
         self.joined = False
+        self.order = 0
         self._unsent.clear()
         self._requests.clear()
+        self._spent = 0
         self._heard_ms = event.at_ms
         self.granted = self._free_slots()
         self._slots_granted = self._usable()
@@ -270,6 +290,11 @@ class PeerSession:
             if header.kind == "session.ping":
                 unpack_body(Ping, event.body)
                 return [ReportState(corr=header.id, credit=self.granted)] if self.joined else []
+            if header.kind == "registry.changed":
+                told = unpack_body(RegistryChanged, event.body)
+                return [FollowRegistry(told.digest, told.needed)]
+            if header.kind == "session.reside":
+                return self._on_reside(unpack_body(Reside, event.body))
             if header.kind == "error" and _is_unknown_peer(event.body):
                 return self._rejoin()
         except BadFrame as err:
@@ -284,6 +309,17 @@ class PeerSession:
                 del self.asks[header.corr]
             return [Deliver(header, event.body)]
         return []  # the late answer to a dropped question
+
+    def _on_reside(self, reside: Reside) -> list[Command]:
+        """Do what the hub says about the model, unless it is an old word, or it would take it from running work."""
+        commands: list[Command] = []
+        if reside.order > self.order:
+            self.order = reside.order
+            if reside.loaded or not self.in_flight:
+                commands.append(ChangeResidence(reside.loaded))
+        if self.joined:
+            commands.append(ReportState(corr=None, credit=self.granted))
+        return commands
 
     def _rejoin(self) -> list[Command]:
         """A new hub listens on our old connection: say HELLO again, under a new epoch, on a fresh socket."""
@@ -303,6 +339,8 @@ class PeerSession:
         commands.extend(Transmit(replace(ending.header, credit=self.granted), ending.body) for ending in unsent)
         self._unsent.clear()
         commands.extend(Transmit(asked.header, asked.body) for asked in self.asks.values())
+        if welcome.registry is not None:
+            commands.append(FollowRegistry(welcome.registry, needed=True))
         commands.append(ReportState(corr=None, credit=self.granted))  # it may have changed since the HELLO
         return commands
 
@@ -318,6 +356,7 @@ class PeerSession:
         if header.id in self._requests:
             return []
         self._requests[header.id] = None
+        self._spent += 1
         while len(self._requests) > _KEPT_REQUESTS:
             self._requests.popitem(last=False)
         key = header.key
@@ -374,9 +413,9 @@ class PeerSession:
             return []
         self.state = event.state
         if self._usable() and not self._slots_granted:
-            # Nothing was spent before, and what ended before is among the free slots now.
+            # What ended before is among the free slots now; a hub that did not know yet may have spent some.
             self._slots_granted = True
-            self.granted = max(self.granted, self._free_slots())
+            self.granted = max(self.granted, self._spent + self._free_slots())
         return [ReportState(corr=None, credit=self.granted)] if self.joined else []
 
     def _on_ticked(self, event: Ticked) -> list[Command]:

@@ -12,6 +12,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -56,12 +57,20 @@ _LOCK_WAIT_S: Final = 3.0  # supervisord starts a successor only after the end; 
 PROJECTION_TROUBLE: Final = (RuntimeError, ProjectionDoubt, BadVector, OSError, sqlite3.Error)
 """What is left when rebuilding has not helped: no space, no memory, a log that cannot be read."""
 
+_PROJECTOR_NICE: Final = 5
+"""A third of the weight of others: enough to answer questions beside busy models, too little to delay the next step."""
+
 Write = RecordDecisions | RecordOutcomes
 Answer = MemoryFinal | Failure
 
 
 class FolderTaken(Exception):
     """Another memory service of the same home is alive."""
+
+
+def _step_back() -> None:
+    """Let the bus go first: projections are made when a task has ended and the next one is about to run its steps."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PROJECTOR_NICE)  # Linux keeps it per thread
 
 
 class MemoryService:
@@ -73,7 +82,7 @@ class MemoryService:
         self._service.answer("memory.request", self._on_request)
         self._service.metrics = self._metrics
         self._writer = ThreadPoolExecutor(1, "memory-writer")
-        self._follower = ThreadPoolExecutor(1, "memory-projector")
+        self._follower = ThreadPoolExecutor(1, "memory-projector", initializer=_step_back)
         self._counsel = ThreadPoolExecutor(1, "memory-advisor")
         self._log: MemoryLog | None = None
         self._advisor: Advisor | None = None

@@ -10,6 +10,7 @@ from protocol.messages.base import Message
 from protocol.messages.infer import InferFinal
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.plan import PlanFinal, PlanRequest
+from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
 from services.kit.registry import Registry
 from services.kit.service import Call, Service
@@ -44,10 +45,16 @@ class PlannerApp:
         self._counters: Counter[str] = Counter()
         service.answer("plan.request", self._plan)
         service.metrics = self.metrics
+        service.follower = RegistryFollower(service.home, service.log, registry, self._take_up)
 
     def metrics(self) -> dict[str, Any]:
         """Totals since the start: plans by source, what became of asking the model, questions without an answer."""
         return dict(self._counters)
+
+    def _take_up(self, registry: Registry, _needed: bool) -> bool:
+        """Plan with this registry from the next request on; a plan in the making keeps the one it began with."""
+        self._registry = registry
+        return True
 
     async def _plan(self, call: Call) -> Message:
         task = call.read(PlanRequest).task

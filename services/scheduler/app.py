@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import sqlite3
+from collections.abc import Callable
 from typing import Any, Final
 
 from protocol.errors import SendLater, StrandPeer
@@ -20,9 +21,10 @@ from protocol.transport import RouterPort
 from services.kit.children import die_with_parent
 from services.kit.clock import Clock, SteadyClock
 from services.kit.config import Home
+from services.kit.hardware import available_memory
 from services.kit.identity import boot_id
 from services.kit.logs import Log, LogEvent
-from services.kit.registry import Registry
+from services.kit.registry import Registry, RegistryError
 from services.scheduler.durations import LearnedDurations
 from services.scheduler.effects import Record
 from services.scheduler.events import (
@@ -32,9 +34,11 @@ from services.scheduler.events import (
     FrameIn,
     LookedUp,
     LookUp,
+    MemorySeen,
     Noted,
     ReadEvents,
     ReadListing,
+    ReadRegistry,
     ReadStatus,
     ReloadUnsettled,
     Restored,
@@ -56,9 +60,12 @@ from services.scheduler.facts import (
 )
 from services.scheduler.housekeeping import Housekeeping, Intervals
 from services.scheduler.journal import Journal
-from services.scheduler.machine import MAX_ACTIVE_TASKS, MAX_WATCHES, Hub
+from services.scheduler.machine import MAX_ACTIVE_TASKS, Hub
+from services.scheduler.registry_reader import RegistryReader
+from services.scheduler.watchers import MAX_WATCHES
 
 HUB_STARTED = LogEvent("hub.started", "pid epoch restored unsettled damaged restore_ms registry")
+REGISTRY_NOT_KEPT = LogEvent("registry.not_kept", "reason", "warning")
 HUB_STOPPED = LogEvent("hub.stopped", "reason")
 JOURNAL_FAILED = LogEvent("journal.failed", "error", "error")
 TASK_DAMAGED = LogEvent("journal.damaged", "task seq reason", "error")
@@ -68,6 +75,7 @@ TASK_DETAIL = LogEvent("task.detail", _FIELDS, "debug")
 _DETAILS: Final = (AttemptQueued, AttemptAnswered)
 
 _TICK_MS: Final = 100
+_MEMORY_EVERY_MS: Final = 1_000
 _BATCH: Final = 512
 """Messages drained before the journal is written: bounds the delay of the first one."""
 _PAGE: Final = 256
@@ -88,6 +96,7 @@ class HubApp:
         *,
         clock: Clock | None = None,
         intervals: Intervals | None = None,
+        available_memory: Callable[[], int | None] = available_memory,
     ) -> None:
         self._home = home
         self._clock = clock or SteadyClock()
@@ -99,11 +108,13 @@ class HubApp:
         now = self._clock.now_ms()
         self._hub = Hub(epoch=boot_id(), registry=registry, pid=os.getpid(), started_ms=now, durations=self._durations)
         self._housekeeping = Housekeeping(path, intervals or Intervals(), now)
+        self._reader = RegistryReader(home)
         self._records: list[Record] = []
         self._sends: list[Send] = []
         self._reads: dict[tuple[bytes, str], ReadEvents] = {}
         """One page to read for each watcher that came late, the longest waiting first."""
-        self._next_tick = now
+        self._available_memory = available_memory
+        self._next_tick = self._next_memory = now
         self._next_page = 0
         self._stop: str | None = None
 
@@ -118,6 +129,7 @@ class HubApp:
             _collect_young_garbage_only()
             while self._stop is None:
                 self.turn()
+            self._hub.engine.ranking.learn()
             self._journal.keep_durations(self._durations.state())
         except sqlite3.Error as err:
             self._log.write(
@@ -131,6 +143,10 @@ class HubApp:
     def start(self) -> None:
         """Take up what the journal holds. Raises sqlite3.Error, as `turn` does."""
         self._durations.restore(self._journal.durations())
+        try:
+            self._reader.keep()
+        except (RegistryError, OSError) as err:  # what runs needs no copy; only a later reload would miss it
+            self._log.write(REGISTRY_NOT_KEPT, reason=str(err))
         began = self._clock.now_ms()
         restored = self._restore(self._journal.open_tasks(MAX_ACTIVE_TASKS * 2, final=False))
         unsettled = self._restore(self._journal.open_tasks(MAX_ACTIVE_TASKS, final=True))
@@ -153,10 +169,15 @@ class HubApp:
         self._port.wait(max(0, wake - now))
         self._drain()
         now = self._clock.now_ms()
+        for outcome in self._reader.outcomes(now):
+            self._feed(outcome)
         if now >= self._next_tick:
             self._feed(Tick(now))
             self._next_tick = now + _TICK_MS
             self._keep_house(now)
+            if now >= self._next_memory and self._hub.loading.has_guests:
+                self._next_memory = now + _MEMORY_EVERY_MS
+                self._look_at_memory(now)
         self._flush()
         if self._reads and now >= self._next_page:
             self._next_page = now + _PAGES_EVERY_MS
@@ -190,7 +211,8 @@ class HubApp:
                 self._log.write(TASK_DAMAGED, task=err.task, seq=err.seq, reason=err.reason)
                 continue
             if task is not None:
-                self._feed(Restored(task, self._clock.now_ms()))
+                past = self._reader.past_with(self._hub.lacks(task))
+                self._feed(Restored(task, self._clock.now_ms(), past))
         return len(ids) - damaged, damaged
 
     def _keep_house(self, now: int) -> None:
@@ -198,6 +220,12 @@ class HubApp:
             self._journal.keep_durations(self._durations.state())
         for event, fields in self._housekeeping.retain(now):
             self._log.write(event, **fields)
+
+    def _look_at_memory(self, now: int) -> None:
+        """Only where models come and go: what is short then can be helped."""
+        available = self._available_memory()
+        if available is not None:
+            self._feed(MemorySeen(available, now))
 
     def _read_page(self, read: ReadEvents) -> None:
         facts: list[tuple[int, Fact]] = []
@@ -238,18 +266,22 @@ class HubApp:
                 self._reads[command.identity, command.header.id] = command
                 if len(self._reads) > MAX_WATCHES:  # with watchers among them that left meanwhile
                     self._reads = {
-                        who: read for who, read in self._reads.items() if self._hub.still_reads(who[0], read.header)
+                        who: read
+                        for who, read in self._reads.items()
+                        if (who[0], read.header.id) in self._hub.watchers.late
                     }
             case ReadListing(identity, header, query):
                 self._write()
                 listing = Listing(tasks=self._journal.newest(query.limit, query.states))
-                self._sends.append(self._hub.reply(identity, header, "task.listing", listing))
+                self._sends.append(self._hub.outbox.reply(identity, header, "task.listing", listing))
             case ReadStatus(identity, header):
                 self._write()
                 report = self._hub.status(self._journal.counts(), self._clock.now_ms())
                 written = {"commits": self._journal.commits, "synced_commits": self._journal.syncs}
                 report = report.model_copy(update={"counters": report.counters | written})
-                self._sends.append(self._hub.reply(identity, header, "session.report", report))
+                self._sends.append(self._hub.outbox.reply(identity, header, "session.report", report))
+            case ReadRegistry():
+                self._reader.read(command)
             case ReloadUnsettled(limit):
                 self._write()
                 self._restore(self._journal.open_tasks(limit, final=True))

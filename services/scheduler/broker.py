@@ -27,6 +27,7 @@ from services.scheduler.admission import Admission
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 from services.scheduler.queues import Place, ReadyQueue
 from services.scheduler.resources import NOTHING, Needs, Tokens
+from services.scheduler.unserved import Unserved
 
 MAX_QUEUED: Final = 10_000
 """Calls of other peers that may wait per capability; the hub's own steps are bounded by its tasks."""
@@ -133,6 +134,8 @@ class PeerGone(msgspec.Struct, frozen=True):
 
     peer: Peer
     why: str
+    silent: bool = False
+    """It said nothing any more; its process may live, with all it has in memory."""
 
 
 Command = Start | CancelAt | Ended | Lost | Attached | SendPing | PeerGone
@@ -161,6 +164,9 @@ class Broker:
     gone_ms: dict[str, int] = field(default_factory=dict)
     """Capability -> when a peer that had it was last lost, in unix ms; the newest of them."""
     admission: Admission = field(default_factory=Admission)
+    closed: set[str] = field(default_factory=set)
+    """Capabilities for which nothing is handed out, although a worker may be READY: their model is to be unloaded."""
+    unserved: Unserved = field(default_factory=Unserved)
     _queues: dict[str, ReadyQueue] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
     """Keys that have ended lately, to tell a duplicate from a stranger."""
@@ -171,10 +177,6 @@ class Broker:
     """Ends of calls that were found expired when it was their turn."""
     _dirty: dict[str, None] = field(default_factory=dict)
     """Capabilities for which something may have become possible, in the order in which it did."""
-    _unserved: dict[str, int] = field(default_factory=dict)
-    """Capability -> since when calls wait for it while none of its workers is READY."""
-    _unserved_last: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Capability -> the newest such stretch that is over."""
     _pinged_ms: int = 0
 
     # Peers
@@ -237,6 +239,9 @@ class Broker:
         peer.loop_lag_ms = pong.loop_lag_ms
         peer.rss_bytes = pong.rss_bytes
         peer.metrics = pong.metrics
+        peer.registry = pong.registry
+        peer.model_bytes = pong.model_bytes
+        peer.order = pong.order
 
     def on_goodbye(self, peer: Peer) -> None:
         """A worker takes no new work and may finish what it has; a client is gone."""
@@ -263,7 +268,9 @@ class Broker:
                         commands.append(SendPing(peer.identity))  # a killed client is found by what cannot be sent
                     continue
                 if at_ms - peer.heard_ms >= DEAD_MS:
-                    commands.extend(self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", at_ms, blame=True))
+                    commands.extend(
+                        self._remove(peer, f"silent for {at_ms - peer.heard_ms} ms", at_ms, blame=True, silent=True)
+                    )
                 else:
                     commands.append(SendPing(peer.identity))
         while self._deadlines and self._deadlines[0][0] <= at_ms:
@@ -400,7 +407,7 @@ class Broker:
 
     def _start_one(self, target: str, at_ms: int) -> Start | None:
         queue = self._queues.get(target)
-        if queue is None:
+        if queue is None or target in self.closed:
             return None
         queue.release(at_ms)
         while (key := queue.first()) is not None:
@@ -416,15 +423,49 @@ class Broker:
             if peer is None:
                 self.tokens.unblock(target)  # it waits for a slot, not for tokens
                 return None
-            if not self.tokens.take(key, target, self.calls[key].needs, at_ms):
+            if not self.tokens.take(key, target, self.calls[key].needs, at_ms, self._waiting_parent(key)):
                 return None
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
-        self._unserved.pop(target, None)  # nobody waits any more, so nobody will look when a worker comes
+        self.unserved.forget(target)
         if len(self._queues) > _KEPT_QUEUES and not len(queue):
             del self._queues[target]  # its name may be anything a client thought of
         return None
+
+    def _waiting_parent(self, key: str) -> str | None:
+        """The call during which this one was made, if it was made by the worker that has it."""
+        call = self.calls[key]
+        parent = self.calls.get(call.parent or "")
+        return None if parent is None or parent.worker is None or parent.worker != call.requester else parent.key
+
+    def waits(self, target: str, at_ms: int) -> bool:
+        """True if a call for this capability could go out now, were there a worker."""
+        queue = self._queues.get(target)
+        if queue is None:
+            return False
+        queue.release(at_ms)
+        while (key := queue.first()) is not None:
+            if self._is_queued(key):
+                return True
+            queue.drop()
+        return False
+
+    def look_again(self, targets: Iterable[str]) -> None:
+        """Something may have become possible for these capabilities."""
+        self._touch(targets)
+
+    def refuse_waiting(self, target: str, failure: Failure, at_ms: int) -> list[Command]:
+        """End every call that waits for this capability with a failure; those that are held back stay."""
+        queue = self._queues.get(target)
+        keys = set() if queue is None else {key for key in queue.waiting_keys() if self._is_queued(key)}
+        body = pack_body(ErrorReply(failure=failure))
+        commands: list[Command] = []
+        for key in sorted(keys):
+            call = self.calls.get(key)
+            if call is not None and call.hold_until_ms <= at_ms:
+                commands.extend(self._end(call, "error", body, "scheduler"))
+        return commands
 
     def _release(self, call: Call) -> None:
         """A call that ran is over at its worker, as far as we know: its tokens are free."""
@@ -468,11 +509,13 @@ class Broker:
 
     def _freest(self, target: str, at_ms: int) -> Peer | None:
         best: Peer | None = None
+        most = 0
         for peer in self.peers.values():
-            if target not in peer.capabilities or peer.free(at_ms) <= 0:
+            if target not in peer.capabilities:
                 continue
-            if best is None or (peer.free(at_ms), best.identity) > (best.free(at_ms), peer.identity):
-                best = peer
+            free = peer.free(at_ms)
+            if free > most or (best is not None and free == most and peer.identity < best.identity):
+                best, most = peer, free
         return best
 
     def _note_served(self, target: str, free: Peer | None, at_ms: int) -> None:
@@ -480,9 +523,9 @@ class Broker:
         if free is None and not any(
             peer.state is PeerState.READY and target in peer.capabilities for peer in self.peers.values()
         ):
-            self._unserved.setdefault(target, at_ms)
-        elif target in self._unserved:
-            self._unserved_last[target] = (self._unserved.pop(target), at_ms)
+            self.unserved.begin(target, at_ms)
+        else:
+            self.unserved.end(target, at_ms)
 
     def _start(self, call: Call, peer: Peer, at_ms: int) -> Start:
         peer.used += 1
@@ -493,8 +536,7 @@ class Broker:
             call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
             self._watch_deadline(call)
         self.counters["started"] += 1
-        unserved = self._unserved_last.get(call.target)
-        return Start(call, peer, unserved if unserved is not None and unserved[1] > call.queued_ms else None)
+        return Start(call, peer, self.unserved.last(call.target, call.queued_ms))
 
     def _attach(self, call: Call, peer: Peer) -> None:
         # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are
@@ -569,7 +611,7 @@ class Broker:
         commands.extend(self._end(call, "error", pack_body(ErrorReply(failure=failure)), "scheduler"))
         return commands
 
-    def _remove(self, peer: Peer, why: str, at_ms: int, *, blame: bool) -> list[Command]:
+    def _remove(self, peer: Peer, why: str, at_ms: int, *, blame: bool, silent: bool = False) -> list[Command]:
         """End a session. Its calls are queued again or ended with PEER; `blame` says whether they count as killers."""
         self.peers.pop(peer.identity, None)
         for target in peer.capabilities:
@@ -577,7 +619,7 @@ class Broker:
             self.gone_ms[target] = at_ms
         while len(self.gone_ms) > _KEPT_GONE:
             del self.gone_ms[next(iter(self.gone_ms))]
-        commands: list[Command] = [PeerGone(peer, why)]
+        commands: list[Command] = [PeerGone(peer, why, silent)]
         for key in sorted(peer.calls):
             call = self.calls[key]
             call.worker = None

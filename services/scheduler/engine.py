@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.codec import pack_body, unpack_body
+from protocol.codec import pack_body, pack_map, unpack_body
 from protocol.errors import BadFrame, CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest
@@ -80,6 +80,11 @@ class Engine:
             self.ended.evict()  # not before: whoever takes the effects may need the tasks that they end
         return effects
 
+    def take_up(self, registry: Registry) -> None:
+        """Work with this registry from now on. It must hold whatever `reloading.used_by` finds among `live`."""
+        self.registry = registry
+        self.ranking.take_up(registry)
+
     def find(self, task_id: str) -> TaskRecord | None:
         """A task that is in memory."""
         return self.live.get(task_id) or self.ended.get(task_id)
@@ -117,6 +122,12 @@ class Engine:
                 elif step.state is StepState.CHECKING:
                     self._ask_gates(task, step, at_ms)
 
+    def give_up(self, task: TaskRecord, failure: Failure, at_ms: int) -> None:
+        """Take up a task from the journal only to end it: what it needs is not there any more."""
+        self.live[task.id] = task
+        self.active[task.client] += 1
+        self._end(task, TaskState.FAILED, failure, at_ms, why=failure.message)
+
     def cancel(self, task_id: str, reason: str, at_ms: int) -> None:
         """Stop a task; finished steps stay, a finished task stays what it is."""
         task = self.live.get(task_id)
@@ -149,7 +160,8 @@ class Engine:
                 self._begin(task, record, at_ms)
 
     def on_tick(self, at_ms: int) -> None:
-        """Fail the tasks whose deadline has passed."""
+        """Fail the tasks whose deadline has passed; learn from what was observed."""
+        self.ranking.learn()
         for task in list(self.live.values()):
             self._expire(task, at_ms)
 
@@ -247,8 +259,7 @@ class Engine:
         task, step = self._locate(call)
         if task is None or step is None:
             raise KeyError(f"call {call.key} belongs to no step")
-        request = infer_request(task, step, self.registry, stream=task.id in self.watched)
-        return pack_body(request)
+        return pack_map(infer_request(task, step, self.registry, stream=task.id in self.watched))
 
     # Planning
 
@@ -392,6 +403,9 @@ class Engine:
                 generated_tokens=final.generated_tokens,
                 first_token_ms=final.first_token_ms,
                 repaired=final.repaired or None,
+                draft_tokens=final.draft_tokens,
+                accepted_tokens=final.accepted_tokens,
+                generate_ms=final.generate_ms,
             ),
         )
         if step.spec.gates:
@@ -405,6 +419,9 @@ class Engine:
             artefacts=step.attempt.artefacts,
             context=[task.artefacts[name] for name in step.spec.inputs],
             json_schema=step.spec.json_schema,
+            check_command=step.spec.check_command or task.ir.check_command,
+            objective=task.ir.objective,
+            criteria=task.ir.definition_of_done,
         )
         parts = ("gates", step.spec.id, step.attempt.number)
         needs = gate_needs(self.registry, request.gates)
@@ -531,7 +548,14 @@ class Engine:
             self._end(task, TaskState.SUCCEEDED, None, at_ms, why="")
             return
         artefacts = [task.artefacts[name] for name in names]
-        request = GateRequest(gates=task.ir.gates, artefacts=artefacts, context=task.ir.inputs)
+        request = GateRequest(
+            gates=task.ir.gates,
+            artefacts=artefacts,
+            context=task.ir.inputs,
+            check_command=task.ir.check_command,
+            objective=task.ir.objective,
+            criteria=task.ir.definition_of_done,
+        )
         needs = gate_needs(self.registry, request.gates)
         self._ask(task, None, Wanted("gate.request", GATE, ("gates",), pack_body(request), needs), at_ms, hold_until_ms)
 

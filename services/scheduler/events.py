@@ -9,6 +9,7 @@ import msgspec
 from protocol.header import Header
 from protocol.messages.result import ListQuery, Watch
 from services.kit.logs import LogEvent
+from services.kit.registry import Problem, Registry
 from services.scheduler import facts as f
 from services.scheduler.effects import Record
 from services.scheduler.past import Past
@@ -39,11 +40,20 @@ class Tick(msgspec.Struct, frozen=True):
     at_ms: int
 
 
+class MemorySeen(msgspec.Struct, frozen=True):
+    """What the machine, or its control group, has left by its own account."""
+
+    available_bytes: int
+    at_ms: int
+
+
 class Restored(msgspec.Struct, frozen=True):
     """A task from the journal, to be taken up where it stood."""
 
     task: TaskRecord
     at_ms: int
+    past: Registry | None = None
+    """An earlier registry that has what the task uses and the present one has not, see `Hub.lacks`."""
 
 
 class LookedUp(msgspec.Struct, frozen=True):
@@ -65,7 +75,28 @@ class EventsRead(msgspec.Struct, frozen=True):
     facts: list[tuple[int, f.Fact]]
 
 
-Event = FrameIn | Undeliverable | Tick | Restored | LookedUp | EventsRead
+class RegistryChanged(msgspec.Struct, frozen=True):
+    """The files were read for whoever asked, and have passed every rule."""
+
+    registry: Registry
+    identity: bytes
+    header: Header
+    at_ms: int
+
+
+class RegistryRefused(msgspec.Struct, frozen=True):
+    """The files were read for whoever asked, and are not taken up."""
+
+    reason: str
+    problems: tuple[Problem, ...]
+    identity: bytes
+    header: Header
+    at_ms: int
+
+
+Event = (
+    FrameIn | Undeliverable | Tick | MemorySeen | Restored | LookedUp | EventsRead | RegistryChanged | RegistryRefused
+)
 
 
 # Commands
@@ -116,6 +147,15 @@ class ReadStatus(msgspec.Struct, frozen=True):
     header: Header
 
 
+class ReadRegistry(msgspec.Struct, frozen=True):
+    """Read and check the files; come back with RegistryChanged or RegistryRefused."""
+
+    identity: bytes
+    header: Header
+    digest: str | None
+    """What must be found there; None = whatever there is."""
+
+
 class ReloadUnsettled(msgspec.Struct, frozen=True):
     """Bring back ended tasks whose outcomes memory does not have, as Restored."""
 
@@ -129,4 +169,4 @@ class Noted(msgspec.Struct, frozen=True):
     fields: dict[str, Any]
 
 
-Command = Send | Record | LookUp | ReadEvents | ReadListing | ReadStatus | ReloadUnsettled | Noted
+Command = Send | Record | LookUp | ReadEvents | ReadListing | ReadStatus | ReadRegistry | ReloadUnsettled | Noted

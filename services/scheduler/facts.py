@@ -116,6 +116,10 @@ class AttemptAnswered(Fact, frozen=True, kw_only=True):
     first_token_ms: float
     repaired: bool | None = None
     """True where the model had to mend its own answer; absent in journals before this was kept."""
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    generate_ms: float = 0
+    """Decoding alone, without the reading of the prompt."""
 
 
 class AttemptChecked(Fact, frozen=True, kw_only=True):

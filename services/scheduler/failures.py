@@ -14,7 +14,7 @@ from protocol.messages.failure import Category
 from services.kit.registry import Registry
 
 #: Codes of PEER failures in which no worker died: they do not count towards poison.
-BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled"})
+BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled", "breaker.open", "remote.unreachable"})
 
 Kind = Literal["retry", "escalate", "rerun", "backoff", "fail"]
 

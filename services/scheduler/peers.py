@@ -44,6 +44,14 @@ class Peer:
     loop_lag_ms: float = 0
     rss_bytes: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
+    registry: str | None = None
+    """Digest of the registry that its newest pong names."""
+    model_bytes: int = 0
+    order: int = 0
+    """Newest `session.reside` it has heard in this session."""
+    told: int = 0
+    """Newest one it was sent."""
+    told_ms: int = 0
 
     @property
     def is_worker(self) -> bool:
@@ -98,4 +106,5 @@ class Peer:
             loop_lag_ms=self.loop_lag_ms,
             rss_bytes=self.rss_bytes,
             metrics=self.metrics,
+            registry=self.registry,
         )

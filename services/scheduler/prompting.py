@@ -12,7 +12,6 @@ from typing import Final
 
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.failure import Finding
-from protocol.messages.infer import ChatMessage
 from protocol.messages.task import Output, Step, TaskIR
 from services.kit.registry import PersonaEntry, RoleEntry
 
@@ -34,17 +33,20 @@ def compose(
     attempt: int,
     context_tokens: int,
     max_tokens: int,
-) -> list[ChatMessage]:
-    """Messages for one attempt; `context_tokens` is the model's context per slot, answer included."""
+) -> list[dict[str, str]]:
+    """Messages for one attempt, as maps of role and content.
+
+    `context_tokens` is the model's context per slot, answer included.
+    """
     system = role.prompt if persona is None else f"{role.prompt}\n\n{persona.prompt}"
     head = _head(task)
     tail = _tail(step, findings, attempt)
     room = int((context_tokens - max_tokens) * _CHARS_PER_TOKEN) - len(system) - len(head) - len(tail)
-    body = _inputs(inputs, max(room, 0))
+    body = _inputs(_shared_first(task, inputs), max(room, 0))
     user = "\n\n".join(part for part in (head, body, tail) if part)
     return [
-        ChatMessage(role="system", content=system),
-        ChatMessage(role="user", content=user),
+        {"role": "system", "content": system},
+        {"role": "user", "content": user},
     ]
 
 
@@ -61,6 +63,19 @@ def _head(task: TaskIR) -> str:
             lines.append(f"{title}:")
             lines.extend(f"- {entry}" for entry in entries)
     return "\n".join(lines)
+
+
+def _shared_first(task: TaskIR, inputs: Sequence[Artefact]) -> Sequence[Artefact]:
+    """What most steps read comes first, in the order of the task, so that their prompts stay equal for longest; the
+    item of a mapped step is in no plan and comes last. Steps may name the same inputs in any order.
+    """
+    if len(inputs) < 2 or task.plan is None:
+        return inputs
+    readers = {artefact.name: sum(artefact.name in step.inputs for step in task.plan.steps) for artefact in inputs}
+    made = [given.name for given in task.inputs]
+    made += [output.name for step in task.plan.steps for output in step.outputs]
+    place = {name: number for number, name in enumerate(made)}
+    return sorted(inputs, key=lambda artefact: (-readers[artefact.name], place.get(artefact.name, len(place))))
 
 
 def _inputs(inputs: Sequence[Artefact], room_chars: int) -> str:

@@ -30,6 +30,7 @@ _MATERIAL: Final = 0.05
 TRUSTED_SPREAD: Final = 0.1
 """Largest spread of the estimates with which the look ahead pays: on random graphs of five kinds it shortened schedules
 by 10 % of the gap to the bound at 0.05, by 2 % at 0.1, and lengthened them beyond."""
+_MOST_OBSERVED: Final = 64
 _LEAST_LEFT: Final = 0.05
 """Share of its estimate that a running step is taken to need still, however long it has run."""
 
@@ -109,6 +110,8 @@ class Ranking:
     slots: Callable[[str], int]
     """Slots that a model's workers have now, by the name of its entry."""
     _ranks: dict[str, _Ranks] = field(default_factory=dict)
+    _observed: list[tuple[TaskRecord, StepRecord, str, float]] = field(default_factory=list)
+    """Task, step, role and seconds of inferences that the durations have not been told of yet."""
 
     def rank_s(self, task: TaskRecord, step: StepRecord, at_ms: int) -> float:
         """Rank of a step under what is known now: seconds from its start to the end of its task."""
@@ -123,6 +126,7 @@ class Ranking:
 
     def predict(self, task: TaskRecord, planned: TaskIR) -> Prediction:
         """The longest chain of the plan that `task` is about to adopt."""
+        self.learn()
         plan = planned.plan
         if plan is None:
             raise ValueError(f"task {task.id} has no plan to predict")
@@ -141,8 +145,25 @@ class Ranking:
         return Prediction(round(1000 * ranks[chain[0]]), tuple(chain))
 
     def observe(self, task: TaskRecord, step: StepRecord, seconds: float) -> None:
-        """The inference of this step's newest attempt took so long."""
-        self.durations.observe(self.job(task, step), seconds)
+        """The inference of this step's newest attempt took so long.
+
+        Learned from when an estimate is asked for, at the next tick, or when many wait: the step that follows need not
+        wait for it.
+        """
+        self._observed.append((task, step, step.role, seconds))
+        if len(self._observed) >= _MOST_OBSERVED:
+            self.learn()
+
+    def learn(self) -> None:
+        """Tell the durations what was observed."""
+        observed, self._observed = self._observed, []
+        for task, step, role, seconds in observed:
+            self.durations.observe(self._job(task, task.ir, step.spec, role), seconds)
+
+    def take_up(self, registry: Registry) -> None:
+        """Work with this registry from now on: roles may have other models and limits."""
+        self.registry = registry
+        self._ranks.clear()
 
     def forget(self, task_id: str) -> None:
         """The task has ended."""
@@ -153,6 +174,7 @@ class Ranking:
         return job_of(ir, step, self.registry.roles[name], given)
 
     def _rank(self, task: TaskRecord, known: _Ranks | None, at_ms: int) -> _Ranks:
+        self.learn()
         steps = {name: step for name, step in task.steps.items() if not step.state.final}
         spread = self.durations.spread()
         cost_s = shrunk({name: self.durations.expected_s(self.job(task, step)) for name, step in steps.items()}, spread)

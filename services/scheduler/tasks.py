@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from protocol.messages.artefact import Artefact, ArtefactKind
+from protocol.messages.artefact import Artefact
 from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult
 from protocol.messages.result import StepState, TaskState
@@ -44,6 +44,9 @@ class Attempt:
     generated_tokens: int = 0
     first_token_ms: float = 0
     repaired: bool = False
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    generate_ms: float = 0
     artefacts: list[Artefact] = field(default_factory=list)
     gates: list[GateResult] = field(default_factory=list)
     failure: Failure | None = None
@@ -290,12 +293,15 @@ def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) ->
     step.state = StepState.CHECKING
     attempt.inferred_ms = fact.at_ms
     attempt.timeline.answered(fact.at_ms)
-    attempt.artefacts = [_artefact(value) for value in fact.artefacts]
+    attempt.artefacts = [Artefact.model_validate(value) for value in fact.artefacts]
     attempt.prompt_tokens = fact.prompt_tokens
     attempt.cached_tokens = fact.cached_tokens
     attempt.generated_tokens = fact.generated_tokens
     attempt.first_token_ms = fact.first_token_ms
     attempt.repaired = bool(fact.repaired)
+    attempt.draft_tokens = fact.draft_tokens
+    attempt.accepted_tokens = fact.accepted_tokens
+    attempt.generate_ms = fact.generate_ms
     task.generated_tokens += fact.generated_tokens
 
 
@@ -349,14 +355,6 @@ _OF_A_STEP: Final[Mapping[type[f.Fact], Callable[[TaskRecord, StepRecord, Any], 
     f.StepDropped: _drop,
 }
 """What each fact about a step changes: by type, since four of them make a step and a `match` would try them in turn."""
-
-
-def _artefact(value: dict[str, Any]) -> Artefact:
-    """An artefact from a fact: checked when it was cut out of the answer, before the fact was made."""
-    kind = ArtefactKind(value["kind"])
-    return Artefact.model_construct(
-        name=value["name"], kind=kind, value=value.get("value"), content_type=value.get("content_type")
-    )
 
 
 def _end_step(task: TaskRecord, step: StepRecord, state: StepState, at_ms: int) -> None:

@@ -7,17 +7,18 @@ from typing import Final
 
 from protocol.messages.session import PeerState
 from services.scheduler.broker import Broker, Call
+from services.scheduler.loading import Loading
 from services.scheduler.tasks import TaskRecord
 
 _MAX_REASONS: Final = 20
 
 
-def reasons(broker: Broker, task: TaskRecord, started_ms: int, at_ms: int) -> list[str]:
+def reasons(broker: Broker, loading: Loading, task: TaskRecord, started_ms: int, at_ms: int) -> list[str]:
     """One sentence per waiting call of this task, at most twenty; empty when all that can run does."""
     if task.state.final:
         return []
     waiting = [call for call in broker.calls.values() if call.task == task.id and call.worker is None]
-    return [f"{_what(call)} {_why(broker, call, started_ms, at_ms)}" for call in waiting[:_MAX_REASONS]]
+    return [f"{_what(call)} {_why(broker, loading, call, started_ms, at_ms)}" for call in waiting[:_MAX_REASONS]]
 
 
 def _what(call: Call) -> str:
@@ -26,13 +27,16 @@ def _what(call: Call) -> str:
     return f"step {call.step}" if call.kind == "infer.request" else f"the gates of step {call.step}"
 
 
-def _why(broker: Broker, call: Call, started_ms: int, at_ms: int) -> str:
+def _why(broker: Broker, loading: Loading, call: Call, started_ms: int, at_ms: int) -> str:
     if call.hold_until_ms > at_ms:
         return f"waits {(call.hold_until_ms - at_ms) / 1000:.1f} s before it is tried again"
     peers = [peer for peer in broker.peers.values() if call.target in peer.capabilities]
     if not peers:
         since = datetime.fromtimestamp(broker.gone_ms.get(call.target, started_ms) / 1000, UTC)
         return f"waits for {call.target}: 0 workers alive since {since:%Y-%m-%dT%H:%M:%SZ}"
+    memory = loading.reason(call.target, at_ms)
+    if memory is not None:
+        return memory
     ready = [peer for peer in peers if peer.state is PeerState.READY and peer.is_heard(at_ms)]
     if not ready:
         states = ", ".join(f"{peer.service} {peer.report(at_ms).state} {peer.reason or ''}".strip() for peer in peers)

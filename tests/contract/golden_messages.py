@@ -21,16 +21,23 @@ from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.infer import AbortLimits, ChatMessage, InferFinal, InferPartial, InferRequest, Sampling
 from protocol.messages.memory import (
+    Advise,
+    Advised,
+    ArmView,
     DecisionRecord,
     Episode,
     Explained,
     MemoryFinal,
     MemoryRequest,
+    Option,
     Outcome,
+    Question,
+    RecordDecisions,
     RecordOutcomes,
     Value,
 )
 from protocol.messages.plan import PlanFinal, PlanRequest, RemovedEdge, RoutingDecision
+from protocol.messages.registry import EntryChange, RegistryChanged, Reload, Reloaded
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import (
     ArtefactQuery,
@@ -57,11 +64,15 @@ from protocol.messages.result import (
 from protocol.messages.session import (
     Goodbye,
     Hello,
+    MemoryBudget,
+    ModelQuery,
+    ModelReport,
     PeerReport,
     PeerState,
     Ping,
     Pong,
     Reject,
+    Reside,
     StatusReport,
     StatusRequest,
     Welcome,
@@ -83,6 +94,7 @@ from protocol.messages.task import (
 
 FOLDER: Final = Path(__file__).parent / "golden" / "v1"
 
+_DIGEST = "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
 _FAILURE = Failure(
     code="gate.unit",
     category=Category.CODE,
@@ -100,6 +112,7 @@ _GATE = GateResult(
     started_ms=1_700_000_000_500,
     ended_ms=1_700_000_000_900,
 )
+_ADVISORY = _GATE.model_copy(update={"gate": "markdown", "required": False, "cached": True})
 _TASK = TaskIR(
     task_id="T-1",
     created_at=1_700_000_000_000,
@@ -166,6 +179,32 @@ _DECISION = RoutingDecision(
     task_type="code",
     features={"inputs": 1.0},
 )
+_ADVISED = Advised(
+    key="persona:coder",
+    subject="persona",
+    rules_choice="terse",
+    learned_choice="careful",
+    choice="careful",
+    won="learned",
+    propensity=0.75,
+    confidence=0.875,
+    evidence=12.0,
+    cluster="coder",
+    arms=[
+        ArmView(
+            choice="careful",
+            expected_reward=0.75,
+            deviation=0.125,
+            value=0.5,
+            chance=0.75,
+            outcomes=12.0,
+            similar_outcomes=7,
+            seconds=4.5,
+        )
+    ],
+    why="learned: careful 0.75±0.12 after 12",
+)
+_ADVISED_DECISION = _DECISION.model_copy(update={"choice": "careful", "cluster": "coder", "advice": _ADVISED})
 _RECORD = DecisionRecord(
     decision_id="D-1",
     task_id="T-1",
@@ -179,6 +218,7 @@ _RECORD = DecisionRecord(
     features={"inputs": 1.0},
     registry_digest="abc123",
 )
+_VERSIONED_RECORD = _RECORD.model_copy(update={"cluster": "coder", "model": "0123abcd", "prompt": "89ef4567"})
 _OUTCOME = Outcome(decision_id="D-1", reward=1.0, seconds=4.5, attempts=2, at_ms=1_700_000_005_000)
 _EDGE = RemovedEdge(step="S2", depends_on="S1", reason="no data flows along it")
 _VIEW = TaskView(
@@ -266,12 +306,46 @@ _REPORTED = _VIEW.model_copy(
     }
 )
 
+_MODEL: Final = ModelReport(
+    model="architect",
+    residency="warm",
+    pinned=False,
+    state="loading",
+    need_bytes=9_000_000_000,
+    held_bytes=9_000_000_000,
+    measured_bytes=8_500_000_000,
+    used_ms=1_700_000_000_000,
+    loads=2,
+    waiting="it loads since 3.0 s",
+)
 _MENDED = _REPORTED.model_copy(
     update={
         "steps": [
             step.model_copy(update={"attempts": [one.model_copy(update={"repaired": True}) for one in step.attempts]})
             for step in _REPORTED.steps
         ]
+    }
+)
+
+_GUESSED = _VIEW.model_copy(
+    update={
+        "steps": [
+            step.model_copy(
+                update={
+                    "attempts": [
+                        one.model_copy(update={"draft_tokens": 24, "accepted_tokens": 20, "tokens_per_s": 107.5})
+                        for one in step.attempts
+                    ]
+                }
+            )
+            for step in _VIEW.steps
+        ]
+    }
+)
+
+_LEARNED = _VIEW.model_copy(
+    update={
+        "plan": PlanView(source="rules", reason="advised", removed_edges=[], decisions=[_ADVISED_DECISION], similar=[])
     }
 )
 
@@ -289,7 +363,10 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             finished=["fedcba9876543210fedcba9876543210"],
         )
     ],
-    "session.welcome": [Welcome(protocol=1, hub_epoch="a1b2c3d4e5f6", ping_ms=1_000, drop=["k1"], resend=["k2"])],
+    "session.welcome": [
+        Welcome(protocol=1, hub_epoch="a1b2c3d4e5f6", ping_ms=1_000, drop=["k1"], resend=["k2"]),
+        Welcome(protocol=1, hub_epoch="a1b2c3d4e5f6", ping_ms=1_000, registry=_DIGEST),
+    ],
     "session.reject": [Reject(code="version", message="this hub speaks version 1")],
     "session.ping": [Ping(at_ms=1_700_000_000_000)],
     "session.pong": [
@@ -300,9 +377,22 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             loop_lag_ms=0.5,
             rss_bytes=123_456_789,
             metrics={"generated_tokens": 7},
-        )
+        ),
+        Pong(state=PeerState.READY, in_flight=0, loop_lag_ms=0.5, rss_bytes=1, registry=_DIGEST),
+        Pong(
+            state=PeerState.PARKED,
+            in_flight=0,
+            loop_lag_ms=0.5,
+            rss_bytes=50_000_000,
+            model_bytes=123_456_789,
+            order=3,
+        ),
     ],
     "session.goodbye": [Goodbye(reason="SIGTERM")],
+    "session.reside": [Reside(loaded=True, order=3)],
+    "model.load": [ModelQuery(model="architect")],
+    "model.unload": [ModelQuery(model="architect")],
+    "model.report": [_MODEL],
     "session.status": [StatusRequest()],
     "session.report": [
         StatusReport(
@@ -328,8 +418,59 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             queued={"infer.worker": 1},
             tasks={"running": 1},
             counters={"duplicates": 0},
+        ),
+        StatusReport(
+            hub_epoch="a1b2c3d4e5f6",
+            hub_pid=4241,
+            uptime_ms=5_000,
+            peers=[
+                PeerReport(
+                    service="planner",
+                    epoch="0a0b0c0d0e0f-1",
+                    state="ready",
+                    capabilities=["planner"],
+                    granted=4,
+                    used=0,
+                    in_flight=[],
+                    silent_ms=120,
+                    pid=4243,
+                    loop_lag_ms=0.5,
+                    rss_bytes=1,
+                    metrics={},
+                    registry=_DIGEST,
+                )
+            ],
+            queued={},
+            tasks={},
+            counters={},
+            registry=_DIGEST,
+        ),
+        StatusReport(
+            hub_epoch="a1b2c3d4e5f6",
+            hub_pid=4241,
+            uptime_ms=5_000,
+            peers=[],
+            queued={},
+            tasks={},
+            counters={"loads": 1},
+            models=[_MODEL],
+            memory=MemoryBudget(
+                budget_bytes=16_000_000_000, held_bytes=9_000_000_000, available_bytes=4_000_000_000, low=False
+            ),
+        ),
+    ],
+    "registry.reload": [Reload(digest=_DIGEST)],
+    "registry.reloaded": [
+        Reloaded(
+            digest=_DIGEST,
+            previous="0" * 64,
+            changes=[EntryChange(section="roles", name="translator", change="removed")],
+            unchanged=12,
+            draining=["worker"],
+            kept=["roles.translator"],
         )
     ],
+    "registry.changed": [RegistryChanged(digest=_DIGEST, needed=False)],
     "task.submit": [Submit(task={"objective": "Say hello", "idempotency_key": "order-42", "context": None})],
     "task.accepted": [Accepted(task_id="T-1", duplicate=True)],
     "task.watch": [Watch(task_id="T-1", after_seq=3), Watch(task_id="T-1", quiet=True)],
@@ -344,7 +485,14 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             fields={"model": "coder", "queued_ms": 10},
         )
     ],
-    "task.result": [_VIEW, _REPORTED, _MENDED],
+    "task.result": [
+        _VIEW,
+        _REPORTED,
+        _MENDED,
+        _GUESSED,
+        _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]}),
+        _LEARNED,
+    ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
         TaskView(
@@ -359,6 +507,9 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         ),
         _VIEW.model_copy(update={"waiting": ["planning waits for planner: 0 workers alive"]}),
         _MENDED,
+        _GUESSED,
+        _GUESSED.model_copy(update={"gates": [_ADVISORY]}),
+        _LEARNED,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -395,7 +546,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             decisions=[_DECISION],
             similar=[_EPISODE],
             generated_tokens=40,
-        )
+        ),
+        PlanFinal(task=_TASK, source="rules", reason="advised", decisions=[_ADVISED_DECISION]),
     ],
     "plan.cancel": [Empty()],
     "infer.request": [
@@ -439,6 +591,17 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             generated_tokens=9,
             repaired=True,
         ),
+        InferFinal(
+            text="again",
+            finish_reason="length",
+            model="coder",
+            engine="embedded",
+            prompt_tokens=700,
+            cached_tokens=640,
+            generated_tokens=48,
+            draft_tokens=72,
+            accepted_tokens=40,
+        ),
     ],
     "batch.request": [
         BatchRequest(
@@ -476,11 +639,37 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             artefacts=[Artefact(name="sum.py", kind=ArtefactKind.CODE, value="sum\n")],
             context=[Artefact(name="test_sum.py", kind=ArtefactKind.CODE, value="assert True\n")],
             json_schema={"type": "object"},
-        )
+        ),
+        GateRequest(
+            gates=["integration", "definition_of_done"],
+            artefacts=[Artefact(name="sum.py", kind=ArtefactKind.CODE, value="sum\n")],
+            check_command=["bash", "check.sh", "{workspace}"],
+            objective="Write sum.py",
+            criteria=["it adds"],
+        ),
     ],
-    "gate.final": [GateFinal(results=[_GATE])],
+    "gate.final": [GateFinal(results=[_GATE]), GateFinal(results=[_GATE, _ADVISORY])],
     "gate.cancel": [Empty()],
-    "memory.request": [MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE))],
+    "memory.request": [
+        MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE)),
+        MemoryRequest(ask=RecordDecisions(decisions=[_VERSIONED_RECORD], text="Write sum.py and test it")),
+        MemoryRequest(
+            ask=Advise(
+                text="Write sum.py and test it",
+                task_type="code",
+                questions=[
+                    Question(
+                        key="persona:coder",
+                        subject="persona",
+                        cluster="coder",
+                        rules_choice="terse",
+                        options=[Option(choice="terse", prompt="89ef4567", cost=0.125), Option(choice="careful")],
+                    )
+                ],
+                seed=7,
+            )
+        ),
+    ],
     "memory.final": [
         MemoryFinal(
             stored=1,
@@ -496,7 +685,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 )
             ],
             stats={"episodes": 1},
-        )
+        ),
+        MemoryFinal(explained=[Explained(decision=_VERSIONED_RECORD)], advice=[_ADVISED]),
     ],
     "memory.cancel": [Empty()],
     "error": [ErrorReply(failure=_FAILURE)],

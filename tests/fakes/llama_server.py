@@ -7,6 +7,8 @@ give it a model file from `tests.fakes.gguf_files`. Its script is the JSON file 
 
     {"load_s": 0.5,                     seconds until /health is 200
      "record": "/tmp/x/requests.jsonl", every chat request is appended there as one JSON line
+     "copies": false,                   refuse to save and restore slots
+     "read_s": 0.5,                     seconds to read a beginning that several prompts share
      "persist": true,                   answers go on in turn after a respawn and over all processes of the script
      "default": ANSWER,                 where no rule matches
      "rules": [{"match": "text in the prompt", "model": "worker", "answers": [ANSWER, ANSWER, ...]}]}
@@ -14,15 +16,18 @@ give it a model file from `tests.fakes.gguf_files`. Its script is the JSON file 
 The first rule counts whose `match` is part of the prompt (all messages, joined by newlines) and whose `model`, if
 given, is the --alias; its answers are given in turn, the last one again and again. An ANSWER is a string or
 
-    {"text": "...", "repeat": 1, "delay_s": 0, "token_s": 0, "finish_reason": "stop", "fault": null, "top_logprobs": []}
+    {"text": "...", "repeat": 1, "delay_s": 0, "token_s": 0, "finish_reason": "stop", "fault": null,
+     "top_logprobs": [], "retry_after": null, "style": null}
 
 with `delay_s` before the first token, `token_s` between tokens, `top_logprobs` the log probabilities of each token's
-candidates, sent where the request asks for them. Faults: `500` an error body; `garbage` an event that is no JSON; `cut`
-a stream that ends without an ending; `disconnect` in the middle of the text; `hang` no byte until the client leaves;
-`stuck` tokens, and a slot that stays busy for ever; `die` SIGKILL to itself in the middle of the text; `freeze` SIGSTOP
-to itself in the middle; `unbounded` ignores max_tokens. Tokens are words. `max_tokens`, `t_max_predict_ms`, the context
-of a slot, slots and the API key (LLAMA_API_KEY) work as in the real one; sampling, grammar and schema are accepted and
-ignored.
+candidates, sent where the request asks for them. `style` `foreign` streams as other servers do: CRLF, comments, fields
+that nobody asked for, usage null in every chunk and figures without timings at the end; `bare` gives no usage at all.
+Faults: `500`, `429`, `503` an error body, with a Retry-After header if `retry_after` is given; `401` one that quotes
+the key it was sent; `garbage` an event that is no JSON; `cut` a stream that ends without an ending; `disconnect` in the
+middle of the text; `hang` no byte until the client leaves; `stuck` tokens, and a slot that stays busy for ever; `die`
+SIGKILL to itself in the middle of the text; `freeze` SIGSTOP to itself in the middle; `unbounded` ignores max_tokens.
+Tokens are words. `max_tokens`, `t_max_predict_ms`, the context of a slot, slots and the API key (LLAMA_API_KEY) work as
+in the real one; sampling, grammar and schema are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -40,6 +45,21 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+#: Flags that change how the real one computes and nothing here, with what its help says of their values.
+ACCEPTED = {
+    **dict.fromkeys(("--threads-batch", "--batch-size", "--ubatch-size", "--cache-reuse"), "N"),
+    "--override-kv": "KEY=TYPE:VALUE",
+    "--flash-attn": "on|off|auto",
+    "--numa": "distribute,isolate,numactl",
+    "--load-mode": "auto,none,mmap,mlock,mmap+mlock",
+    **dict.fromkeys(("--cache-type-k", "--cache-type-v"), "f32,f16,bf16,q8_0,q4_0,q4_1,iq4_nl,q5_0,q5_1"),
+    "--spec-type": "none,draft-simple,ngram-simple,ngram-map-k,ngram-map-k4v,ngram-mod",
+    "--spec-draft-model": "FNAME",
+    **{f"--spec-draft-{name}": "N" for name in ("n-max", "n-min", "p-min", "p-split", "threads", "type-k", "type-v")},
+    **{f"--spec-{kind}-size-{x}": "N" for kind in ("ngram-simple", "ngram-map-k", "ngram-map-k4v") for x in "nm"},
+    **{f"--spec-ngram-mod-{name}": "N" for name in ("n-match", "n-max", "n-min")},
+}
 
 WORDS = re.compile(r"\S+\s*|\s+")
 
@@ -118,9 +138,13 @@ class Handler(BaseHTTPRequestHandler):
     script: Script
     slots: Slots
     began = time.monotonic()
+    retry_after: Any = None
+    style: str | None = None
 
     def do_GET(self) -> None:
-        if self.path == "/health":
+        if self.path == "/v1/models" and self.allowed():
+            self.reply(200, {"object": "list", "data": [{"id": self.options.alias, "object": "model"}]})
+        elif self.path == "/health":
             loading = time.monotonic() - self.began < self.script.read().get("load_s", 0)
             self.reply(503 if loading else 200, {"status": "loading" if loading else "ok"})
         elif not self.allowed():
@@ -142,10 +166,28 @@ class Handler(BaseHTTPRequestHandler):
             self.error(401, "authentication_error", "Invalid API Key")
         elif self.path == "/tokenize":
             self.reply(200, {"tokens": list(range(len(WORDS.findall(body.get("content", "")))))})
+        elif self.path == "/v1/chat/completions" and body.get("max_tokens") == 0:
+            # The beginning of prompts to come, read into a slot: no answer, so no turn of the script either.
+            tokens = len(WORDS.findall("\n".join(str(turn["content"]) for turn in body["messages"])))
+            time.sleep(self.script.read().get("read_s", 0))
+            self.reply(200, {"choices": [], "timings": {"prompt_n": tokens, "prompt_ms": 1.0}})
         elif self.path == "/v1/chat/completions":
             self.chat(body)
+        elif self.path.startswith("/slots/"):
+            self.copy_slot(self.path.rpartition("=")[2], body["filename"])
         else:
             self.error(404, "not_found_error", "File Not Found")
+
+    def copy_slot(self, action: str, name: str) -> None:
+        file = Path(self.options.slot_save_path) / name
+        if self.script.read().get("copies") is False:
+            self.error(501, "not_supported_error", "scripted: slots are not copied")
+        elif action == "save":
+            self.reply(200, {"n_written": file.write_bytes(b"a slot")})
+        elif file.is_file():
+            self.reply(200, {"n_restored": 1})
+        else:
+            self.error(400, "invalid_request_error", "Unable to restore slot")
 
     def chat(self, body: dict[str, Any]) -> None:
         prompt = "\n".join(str(turn["content"]) for turn in body["messages"])
@@ -159,8 +201,12 @@ class Handler(BaseHTTPRequestHandler):
             numbers = {"n_prompt_tokens": prompt_tokens, "n_ctx": self.slots.context_tokens}
             self.error(400, "exceed_context_size_error", "request exceeds the available context size", **numbers)
             return
-        if answer.get("fault") == "500":
-            self.error(500, "server_error", "scripted fault")
+        if (fault := str(answer.get("fault"))) in ("429", "500", "503"):
+            self.retry_after = answer.get("retry_after")
+            self.error(int(fault), "server_error", "scripted fault")
+            return
+        if fault == "401":
+            self.error(401, "invalid_api_key", f"Incorrect API key provided: {self.headers.get('authorization')}")
             return
         slot = self.slots.take()
         try:
@@ -180,6 +226,7 @@ class Handler(BaseHTTPRequestHandler):
         finish = "length" if len(words) > limit else answer.get("finish_reason", "stop")
         words = words[:limit]
         fault, stream, began = answer.get("fault"), bool(body.get("stream")), time.monotonic()
+        self.style = answer.get("style")
         if fault == "hang":
             self.pause(86_400)
         if stream:
@@ -224,7 +271,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "cut":
             return
         self.event({"choices": [{"index": 0, "finish_reason": finish, "delta": {}}]})
-        self.event({"choices": [], **figures})
+        if self.style == "foreign":
+            self.event({"choices": [], "usage": figures["usage"]})
+        elif self.style is None:
+            self.event({"choices": [], **figures})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def break_down(self, fault: str | None) -> None:
@@ -251,7 +301,11 @@ class Handler(BaseHTTPRequestHandler):
         return key is None or self.headers.get("authorization") == f"Bearer {key}"
 
     def event(self, value: Any) -> None:
-        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+        if self.style == "foreign":
+            data = json.dumps({"usage": None, "id": "cmpl-1", **value}).encode()
+            self.wfile.write(b": keep-alive\r\nevent: message\r\nid: 7\r\ndata:" + data + b"\r\n\r\n")
+        else:
+            self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
         self.wfile.flush()
 
     def error(self, code: int, kind: str, message: str, **more: Any) -> None:
@@ -274,6 +328,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(code)
         self.send_header("content-type", content_type)
         self.send_header("content-length", str(len(data)))
+        if code in (429, 503) and self.retry_after is not None:
+            self.send_header("retry-after", str(self.retry_after))
         self.end_headers()
         self.wfile.write(data)
 
@@ -297,9 +353,12 @@ def main() -> None:
     parser.add_argument("--metrics", action="store_true")
     parser.add_argument("--slots", action="store_true")
     parser.add_argument("--offline", action="store_true")
+    parser.add_argument("--slot-save-path", default="", metavar="PATH")
+    for flag, values in ACCEPTED.items():
+        parser.add_argument(flag, metavar=values)
     if "--help" in sys.argv:
         for action in parser._actions:  # one line per flag, in column 0 as the real page has them
-            sys.stdout.write(f"{', '.join(action.option_strings)} {action.metavar or ''}".ljust(40) + "scripted\n")
+            sys.stdout.write(f"{', '.join(action.option_strings)} {action.metavar or ''}".ljust(38) + "  scripted\n")
         return
     options = parser.parse_args()
     path = os.environ.get("TIERLINE_FAKE_SCRIPT") or f"{options.model}.script.json"

@@ -61,7 +61,7 @@ class InferenceStack:
 
     def entry(self, name: str, **fields: Any) -> None:
         """Add or replace an entry of models.yaml; without `path` it gets a tiny GGUF of its own."""
-        if fields.get("engine") != "noop" and "path" not in fields:
+        if fields.get("engine") not in ("noop", "openai") and "path" not in fields:
             fields["path"] = str(write_tiny_gguf(self.model_path(name)))
         self._entries[name] = {"tier": "A", **fields}
         self._write()

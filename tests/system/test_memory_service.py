@@ -258,6 +258,14 @@ def test_the_loop_answers_while_a_large_batch_is_written_and_projected(stand: Me
     assert pong.loop_lag_ms < 1_000
 
 
+def test_projections_are_made_by_a_thread_that_lets_others_go_first(stand: MemoryStand) -> None:
+    teach(stand)
+    assert stand.process is not None
+    pid = stand.process.pid
+    nice = {os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()}
+    assert {os.getpriority(os.PRIO_PROCESS, pid), 5} <= nice, "the loop keeps its priority, the projector does not"
+
+
 def test_nothing_is_written_outside_the_stack_s_home(stand: MemoryStand) -> None:
     teach(stand)
     assert list((stand.home / "nobody").iterdir()) == []

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from services.ctl.__main__ import build_parser, main
-from services.kit.config import CHECKOUT
+from services.ctl.doctor import run_checks
+from services.kit.config import CHECKOUT, load_home
 from services.kit.registry import load_registry
+from tests.fakes.gguf_files import write_tiny_gguf
 
 Out = pytest.CaptureFixture[str]
 
@@ -40,6 +42,16 @@ def usage(out: Out, *argv: str) -> str:
         main(argv)
     assert caught.value.code == 2
     return out.readouterr().err
+
+
+def test_the_command_of_a_model_is_printed_with_the_line_behind_each_flag(capsys: Out) -> None:
+    assert main(["models", "--explain", "front"]) == 1  # this home has no models folder
+    told = capsys.readouterr().out
+    assert "--ctx-size" in told
+    assert "models.yaml:18 front.context_tokens" in told
+    assert "refused: cannot open the model file" in told
+    assert main(["models", "--explain", "fron"]) == 2
+    assert "front, specialist, worker" in capsys.readouterr().err
 
 
 def test_a_command_is_needed_and_the_wrong_one_is_met_with_the_list(capsys: Out) -> None:
@@ -171,7 +183,7 @@ def test_doctor_says_for_every_check_what_to_do(capsys: Out) -> None:
     assert main(["doctor", "--json"]) == 1  # this home has no model files
     checks = json.loads(capsys.readouterr().out)["checks"]
     names = {check["name"] for check in checks}
-    assert {"python", "socket path", "disk", "memory", "sandbox", "model front", "engine front"} <= names
+    assert {"python", "socket path", "disk", "memory", "sandbox", "gate tools", "model front", "engine front"} <= names
     assert all(check["advice"] for check in checks if check["verdict"] != "ok")
     assert any(check["name"] == "model front" and check["verdict"] == "fail" for check in checks)
 
@@ -225,3 +237,24 @@ def test_doctor_does_not_write_into_a_hardware_file_that_it_cannot_read(
     assert main(["doctor", "--detect", "--write"]) == 2
     assert "did you mean 'cores'" in capsys.readouterr().err
     assert (folder / "hardware.yaml").read_text() == broken
+
+
+def test_the_doctor_says_what_a_service_would_refuse_at_its_start(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "registry"
+    shutil.copytree(CHECKOUT / "registry", folder, ignore=shutil.ignore_patterns("examples", "schema"))
+    text = (folder / "models.yaml").read_text()
+    (folder / "models.yaml").write_text(text.replace("    slots: 2\n", "    slots: 2\n    experts: 4\n", 1))
+    monkeypatch.setenv("TIERLINE_REGISTRY", str(folder))
+    monkeypatch.setenv("PATH", "/nowhere")  # so that the embedded engine is the one
+    models = home / "cache" / "models"
+    models.mkdir(parents=True)
+    write_tiny_gguf(models / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    checks = {check.name: check for check in run_checks(load_home())}
+    assert checks["command worker"].verdict == "ok"
+    refused = checks["command front"]
+    assert refused.verdict == "fail"
+    assert "engine embedded cannot do --override-kv (field experts, models.yaml:18)" in refused.message
+    assert "(rule: experts-dense)" in refused.message
+    assert refused.advice == "tierline models --explain front"

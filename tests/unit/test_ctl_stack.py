@@ -52,6 +52,12 @@ def test_a_running_process_is_not_ready_before_the_hub_says_so() -> None:
     assert readiness.ready
 
 
+def test_a_model_that_loads_on_demand_does_not_hold_up_the_stack() -> None:
+    readiness = Readiness()
+    readiness.observe([process("scheduler"), process("gates")], report(peer("gates", "parked")))
+    assert readiness.ready
+
+
 def test_a_service_that_works_only_in_part_does_not_hold_up_the_stack() -> None:
     readiness = Readiness()
     readiness.observe([process("scheduler"), process("gates")], report(peer("gates", "degraded", "no sandbox")))

@@ -98,9 +98,95 @@ def test_events_of_an_older_child_change_nothing() -> None:
     life.handle(m.Launched(500, 2))
     before = repr(life)
     old = [m.HealthOk(600, 1), m.HealthFailed(600, 1), m.SlotStuck(600, 1), m.ChildExited(600, 1, "again")]
+    old += [m.HoldAsked(600, 1, "old"), m.HoldEnded(600, 1), m.ChangeAsked(600, 1, "old")]
     for event in [*old, m.Launched(600, 1), m.LaunchFailed(600, 1, "late"), m.Progressed(600, 1)]:
         assert life.handle(event) == []
     assert repr(life) == before
+
+
+def test_a_change_of_mode_is_a_new_child_at_once_and_no_failure() -> None:
+    life = serving()
+    assert life.handle(m.HoldAsked(1_000, 1, "about to")) == [m.Report(PeerState.LOADING, "about to")]
+    assert life.handle(m.HoldAsked(1_100, 1, "about to")) == []
+    assert life.handle(m.ChangeAsked(2_000, 1, "changing")) == [
+        m.Report(PeerState.LOADING, "changing"),
+        m.Kill(1, "changing"),
+    ]
+    assert life.changing
+    assert life.handle(m.ChildExited(2_100, 1, "SIGTERM")) == [m.Launch(2)]
+    life.handle(m.Launched(2_100, 2))
+    assert life.handle(m.HealthOk(2_200, 2)) == [m.Report(PeerState.READY, None)]
+    assert (life.changing, life.failures) == (False, 0)
+
+
+def test_a_hold_ends_without_a_change() -> None:
+    life = serving()
+    assert life.handle(m.HoldEnded(0, 1)) == []
+    life.handle(m.HoldAsked(1_000, 1, "about to"))
+    assert life.handle(m.HoldEnded(2_000, 1)) == [m.Report(PeerState.READY, None)]
+
+
+def test_a_change_that_fails_waits_like_any_other_launch() -> None:
+    life = serving()
+    life.handle(m.ChangeAsked(0, 1, "changing"))
+    life.handle(m.ChildExited(0, 1, "SIGTERM"))
+    life.handle(m.Launched(0, 2))
+    (report,) = life.handle(m.ChildExited(100, 2, "SIGSEGV"))
+    assert isinstance(report, m.Report)
+    assert report.state is PeerState.DEGRADED
+    assert not life.changing, "calls do not wait for it"
+    assert life.handle(m.Ticked(600)) == [m.Launch(3)]
+
+
+def test_a_model_that_is_not_wanted_costs_no_child_until_it_is_asked_for() -> None:
+    life = m.EngineLife(load_deadline_ms=60_000, wanted=False)
+    assert life.handle(m.Started(0)) == [m.Report(PeerState.PARKED, None)]
+    assert life.handle(m.Ticked(100_000)) == []
+    assert life.handle(m.LoadAsked(100_000)) == [m.Launch(1), m.Report(PeerState.LOADING, None)]
+    assert life.handle(m.LoadAsked(100_001)) == []
+    life.handle(m.Launched(100_100, 1))
+    assert life.handle(m.HealthOk(103_100, 1)) == [m.Report(PeerState.READY, None)]
+    assert (life.loads, life.load_ms, life.respawns) == (1, 3_000, 0)
+    assert life.handle(m.ParkAsked(200_000)) == [m.Unload(1), m.Report(PeerState.UNLOADING, None)]
+    assert life.handle(m.ChildExited(200_500, 1, "SIGTERM")) == [m.Report(PeerState.PARKED, None)]
+    assert life.handle(m.LoadAsked(200_600)) == [m.Launch(2), m.Report(PeerState.LOADING, None)]
+
+
+def test_a_model_wanted_again_while_its_child_ends_is_launched_at_once_and_without_a_pause() -> None:
+    life = serving()
+    life.handle(m.ParkAsked(1_000))
+    assert life.handle(m.LoadAsked(1_100)) == []
+    assert life.handle(m.ChildExited(1_200, 1, "SIGTERM")) == [m.Launch(2), m.Report(PeerState.LOADING, None)]
+    assert life.respawns == 0
+
+
+def test_a_model_is_given_up_in_whatever_phase_it_is() -> None:
+    launching = m.EngineLife(load_deadline_ms=60_000)
+    launching.handle(m.Started(0))
+    assert launching.handle(m.ParkAsked(10)) == [m.Report(PeerState.UNLOADING, None)]
+    assert launching.handle(m.Launched(20, 1))[0] == m.Unload(1)
+    assert launching.handle(m.ChildExited(30, 1, "SIGTERM")) == [m.Report(PeerState.PARKED, None)]
+    failing = serving()
+    failing.handle(m.ChildExited(1_000, 1, "SIGSEGV"))
+    assert failing.handle(m.ParkAsked(1_100)) == [m.Report(PeerState.PARKED, None)]
+    assert failing.handle(m.Ticked(60_000)) == []
+    ending = serving()
+    ending.handle(m.SlotStuck(1_000, 1))
+    assert ending.handle(m.ParkAsked(1_100)) == []
+    assert ending.handle(m.ChildExited(1_200, 1, "SIGKILL")) == [m.Report(PeerState.PARKED, None)]
+
+
+def test_a_model_that_is_given_up_during_a_change_of_mode_is_parked() -> None:
+    ending, launching = serving(), serving()
+    for life in (ending, launching):
+        life.handle(m.ChangeAsked(1_000, 1, "changing"))
+    ending.handle(m.ParkAsked(1_050))
+    assert ending.handle(m.ChildExited(1_100, 1, "SIGTERM")) == [m.Report(PeerState.PARKED, None)]
+    assert launching.handle(m.ChildExited(1_100, 1, "SIGTERM")) == [m.Launch(2)]
+    launching.handle(m.ParkAsked(1_150))
+    assert launching.handle(m.Launched(1_200, 2))[0] == m.Unload(2)
+    for life in (ending, launching):
+        assert not life.changing, "calls do not wait for it"
 
 
 class World:
@@ -121,10 +207,11 @@ class World:
                     assert self.alive is None, "a second child"
                     assert self.asked is None, "a second launch while one is on its way"
                     self.asked = launch
-                case m.Kill(launch):
+                case m.Kill(launch) | m.Unload(launch):
                     assert launch == self.alive
                 case m.Report(state, reason):
-                    assert state in (PeerState.READY, PeerState.LOADING) or reason
+                    assert state is not PeerState.DEGRADED or reason
+                    assert state is not PeerState.PARKED or (self.alive is None and self.asked is None)
                     self.state, self.reason = state, reason
 
     def do(self, action: str) -> None:
@@ -132,6 +219,10 @@ class World:
         if action == "pass":
             self.now_ms += 700
             self.feed(m.Ticked(self.now_ms))
+        elif action == "park":
+            self.feed(m.ParkAsked(self.now_ms))
+        elif action == "load":
+            self.feed(m.LoadAsked(self.now_ms))
         elif action == "launch" and self.asked is not None:
             self.alive, self.asked = self.asked, None
             self.feed(m.Launched(self.now_ms, launch))
@@ -147,16 +238,26 @@ class World:
             self.feed(m.HealthFailed(self.now_ms, launch))
         elif action == "stuck" and self.alive is not None:
             self.feed(m.SlotStuck(self.now_ms, launch))
+        elif action == "hold" and self.alive is not None:
+            self.feed(m.HoldAsked(self.now_ms, launch, "about to change"))
+        elif action == "release" and self.alive is not None:
+            self.feed(m.HoldEnded(self.now_ms, launch))
+        elif action == "change" and self.alive is not None:
+            self.feed(m.ChangeAsked(self.now_ms, launch, "changing"))
         elif action == "busy" and self.alive is not None:
             self.feed(m.SlotsSeen(self.now_ms, launch, busy=2, calls=0))
 
 
+ACTIONS = ["pass", "launch", "fail", "exit", "ok", "sick", "stuck", "busy", "hold", "release", "change", "park", "load"]
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(["pass", "launch", "fail", "exit", "ok", "sick", "stuck", "busy"]), max_size=80))
+@given(st.lists(st.sampled_from(ACTIONS), max_size=80))
 def test_never_two_children_and_in_the_end_ready_or_degraded_with_a_reason(actions: list[str]) -> None:
     world = World()
     for action in actions:
         world.do(action)
+    world.do("load")
     for _ in range(120):  # from here on launches fail
         if world.life.phase is m.Phase.ENDING:
             world.do("exit")
@@ -171,6 +272,13 @@ def test_never_two_children_and_in_the_end_ready_or_degraded_with_a_reason(actio
             world.do("exit")
         world.do("launch")
         world.do("ok")
+        world.do("release")
         world.do("pass")
     assert world.state is PeerState.READY
     assert world.alive is not None
+    world.do("park")
+    for _ in range(3):
+        world.do("exit")
+        world.do("pass")
+    assert world.state is PeerState.PARKED
+    assert world.alive is None

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.kit.hardware import Machine, Node, detect, format_cores, parse_cores
+from services.kit.hardware import Machine, Node, available_memory, detect, format_cores, parse_cores
 from services.kit.registry.hardware_file import with_machine
 
 GIB = 2**30
@@ -154,3 +154,19 @@ def test_detected_values_replace_what_stands_there_and_comments_stay(before: str
     assert with_machine(after, MACHINE) == after, "a second time changes nothing"
     for comment in ("# a comment", "# all of it", "# leave some", "# the end"):
         assert (comment in before) == (comment in after)
+
+
+def test_what_is_left_is_what_the_kernel_says_or_less_where_a_group_ends_earlier(tmp_path: Path) -> None:
+    assert available_memory(machine_of(tmp_path, {})) is None, "an old kernel does not say"
+    machine_of(tmp_path, {"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {6 * GIB // 1024} kB\n"})
+    assert available_memory(tmp_path) == 6 * GIB
+    group = {
+        "proc/meminfo": f"MemAvailable: {6 * GIB // 1024} kB\n",
+        "proc/self/cgroup": "0::/a/b\n",
+        "sys/fs/cgroup/a/memory.max": f"{4 * GIB}",
+        "sys/fs/cgroup/a/memory.current": f"{3 * GIB}",
+        "sys/fs/cgroup/a/memory.stat": f"anon 5\ninactive_file {GIB // 2}\n",
+        "sys/fs/cgroup/a/b/memory.max": "max",
+        "sys/fs/cgroup/a/b/memory.current": f"{GIB}",
+    }
+    assert available_memory(machine_of(tmp_path, group)) == GIB + GIB // 2

@@ -16,11 +16,12 @@ from protocol.kinds import ENDINGS, UNKNOWN_PEER
 from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply
-from protocol.messages.session import Hello, PeerState, Ping, Reject, Welcome
+from protocol.messages.session import Hello, PeerState, Ping, Reject, Reside, Welcome
 from services.kit.session import (
     AskDropped,
     Asked,
     CancelWork,
+    ChangeResidence,
     Command,
     Deliver,
     DrainAsked,
@@ -81,6 +82,28 @@ def ready() -> Peer:
     peer.open()
     peer.join()
     return peer
+
+
+def test_the_word_about_the_model_is_taken_once_in_its_order_and_always_answered() -> None:
+    peer = ready()
+    peer.join()
+    assert peer.get("session.reside", Reside(loaded=False, order=2))[0] == ChangeResidence(loaded=False)
+    for late in (1, 2):
+        (pong,) = peer.get("session.reside", Reside(loaded=True, order=late))
+        assert isinstance(pong, ReportState)
+    assert peer.session.order == 2
+    assert peer.get("session.reside", Reside(loaded=True, order=3))[0] == ChangeResidence(loaded=True)
+
+
+def test_a_model_is_not_taken_from_running_work_and_a_new_epoch_counts_anew() -> None:
+    peer = ready()
+    peer.join()
+    peer.request("k1")
+    (pong,) = peer.get("session.reside", Reside(loaded=False, order=7))
+    assert isinstance(pong, ReportState)
+    assert peer.session.order == 7, "heard, and refused"
+    peer.open("e2")
+    assert peer.session.order == 0
 
 
 def hello_in(commands: list[Command]) -> Hello:

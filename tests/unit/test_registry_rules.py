@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from services.kit.model_facts import KvShape, ModelFacts
 from services.kit.registry import Problem, Registry, RegistryError, UnknownNameError, load_registry
+from services.kit.registry.memory import expected_load_s, file_bytes, memory_need_bytes, memory_needs
+from tests.fakes.gguf_files import write_tiny_gguf
 
 GOOD = {
     "models.yaml": """\
@@ -84,19 +87,25 @@ caps:
     "hardware.yaml": """\
 hardware:
   cores: 4
-  memory_bytes: 100
+  memory_bytes: 10000000000
 """,
 }
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small model file for all tests, so that its header is read once."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A good registry with two model files of 8 bytes in `models/`."""
+def folder(tmp_path: Path, tiny: Path) -> Path:
+    """A good registry with two small model files in `models/`."""
     for file, text in GOOD.items():
         (tmp_path / file).write_text(text)
     (tmp_path / "models").mkdir()
     for name in ("front.gguf", "worker.gguf"):
-        (tmp_path / "models" / name).write_bytes(b"GGUF\0\0\0\0")
+        (tmp_path / "models" / name).hardlink_to(tiny)
     return tmp_path
 
 
@@ -123,8 +132,8 @@ def test_a_good_registry_loads_with_absolute_paths_and_answers_by_role_and_model
     assert [role.name for role in registry.roles_of("front")] == ["talker"]
     assert [role.name for role in registry.escalation_chain("worker")] == ["talker"]
     assert registry.escalation_chain("talker") == ()
-    assert (registry.hardware.cores, registry.hardware.memory_bytes) == (4, 100)
-    assert registry.notes == ()
+    assert (registry.hardware.cores, registry.hardware.memory_bytes) == (4, 10_000_000_000)
+    assert [note.rule for note in registry.notes] == ["draft-unused"]
 
 
 #: file, text that is replaced, its replacement, line, field, rule, a part of the message
@@ -171,7 +180,25 @@ BAD_EDITS = [
     ("models.yaml", "threads: 2", "threads: 5", 12, "models.worker.threads", "threads-over-cores", "4 cores"),
     ("models.yaml", "front.gguf", "gone.gguf", 4, "models.front.path", "model-file-missing", "deploy/fetch-model"),
     ("models.yaml", "front.gguf", "../models.yaml", 4, "models.front.path", "model-file-format", "not a GGUF"),
-    ("hardware.yaml", "memory_bytes: 100", "memory_bytes: 23", 4, "models.front.path", "memory", "need 24 bytes"),
+    # memory: what stays, and the largest that comes and goes
+    ("hardware.yaml", "10000000000", "200000000", 4, "models.front.path", "memory", "hardware.yaml (line 3)"),
+    ("models.yaml", "slots: 4", "memory_bytes: 20000000000", 11, "models.worker.memory_bytes", "memory", "it warm"),
+    (
+        "models.yaml", "slots: 4", "memory_bytes: 9900000000\n    residency: warm", 12, "models.worker.residency",
+        "memory-warm", "could never be loaded",
+    ),
+    (
+        "models.yaml", "slots: 4", "memory_bytes: 20000000000\n    residency: warm\n    pinned: true", 11,
+        "models.worker.memory_bytes", "memory", "hot, pinned",
+    ),
+    ("models.yaml", "slots: 4", "residency: lukewarm", 11, "models.worker.residency", "literal_error", "hot"),
+    ("models.yaml", "slots: 4", "pinned: true", 11, "models.worker.pinned", "residency-fields", "never unloaded"),
+    ("models.yaml", "slots: 4", "idle_unload_s: 3", 11, "models.worker.idle_unload_s", "residency-fields", "hot model"),
+    ("models.yaml", "port: 9003", "residency: warm", 16, "models.draft.residency", "residency-fields", "its target"),
+    (
+        "models.yaml", "    path: worker.gguf\n    engine: embedded\n", "    engine: noop\n    residency: cold\n", 10,
+        "models.worker.residency", "residency-fields", "cannot be cold",
+    ),
     # roles and personas
     ("roles.yaml", "model: worker", "model: wroker", 9, "roles.worker.model", "unknown-model", "front, worker, draft"),
     ("roles.yaml", "model: worker", "model: draft", 9, "roles.worker.model", "draft-tier-role", "tier D"),
@@ -190,9 +217,20 @@ BAD_EDITS = [
         "gates.yaml", "category: FORMAT", "depends_on: [unit]\n    category: FORMAT", 10, "gates.lint.depends_on",
         "gate-cycle", "lint -> unit -> lint",
     ),
-    ("gates.yaml", "    builtin: schema\n", "", 2, "gates.schema", "gate-command", "either argv"),
-    ("gates.yaml", "builtin: schema", "builtin: schema\n    argv: [x]", 2, "gates.schema", "gate-command", "not both"),
+    ("gates.yaml", "    builtin: schema\n", "", 2, "gates.schema", "gate-command", "one of argv"),
+    ("gates.yaml", "builtin: schema", "builtin: schema\n    argv: [x]", 2, "gates.schema", "gate-command", "not two"),
     ("gates.yaml", "{workspace}/", "{worksapce}/", 16, "gates.unit.argv", "unknown-placeholder", "{worksapce}"),
+    ("gates.yaml", "{workspace}/{artefact}", "{artefact}{test}", 16, "gates.unit.argv", "placeholder-target", "only"),
+    ("gates.yaml", "{workspace}/{artefact}", "x{artefacts}", 16, "gates.unit.argv", "placeholder-list", "of its own"),
+    ("gates.yaml", "builtin: schema", "role: nobody", 6, "gates.schema.role", "unknown-role", "talker"),
+    ("gates.yaml", "category: CODE", "category: CODE\n    pattern: '(?P<message>x)'", 16, "gates.unit.pattern",
+     "gate-pattern", "belong together"),
+    ("gates.yaml", "category: CODE", "category: CODE\n    parser: pattern\n    pattern: '('", 17, "gates.unit.pattern",
+     "gate-pattern", "no regular expression"),
+    ("gates.yaml", "category: CODE", "category: CODE\n    parser: pattern\n    pattern: 'x'", 17, "gates.unit.pattern",
+     "gate-pattern", "named group"),
+    ("gates.yaml", "category: CODE", "category: CODE\n    memory_bytes: 900000000000000", 16, "gates.unit.memory_bytes",
+     "gate-memory", "lower it"),
     ("gates.yaml", "builtin: schema", "builtin: schema\n    cores: 5", 7, "gates.schema.cores", "gate-cores", "never"),
     # failures
     ("failures.yaml", "  PEER: {action: rerun, quality_signal: false}\n", "", 1, "failures", "missing-category", ""),
@@ -299,13 +337,42 @@ def test_two_separate_circles_are_both_reported(folder: Path) -> None:
     assert [problem.field for problem in refused(folder)] == ["gates.schema.depends_on", "gates.unit.depends_on"]
 
 
-def test_a_split_model_needs_all_its_parts_and_counts_with_all_of_them(folder: Path) -> None:
+def test_a_split_model_needs_all_its_parts_and_counts_with_all_of_them(folder: Path, tiny: Path) -> None:
     for number in (1, 2, 3):
-        (folder / "models" / f"big-0000{number}-of-00003.gguf").write_bytes(b"GGUF" + bytes(26))
+        (folder / "models" / f"big-0000{number}-of-00003.gguf").hardlink_to(tiny)
+    size = tiny.stat().st_size
     edit(folder, "models.yaml", "front.gguf", "big-00001-of-00003.gguf")
-    assert "need 106 bytes" in refused(folder)[0].message
+    assert file_bytes(load(folder).models["front"]) == 3 * size
     (folder / "models" / "big-00003-of-00003.gguf").unlink()
     assert "big-00003-of-00003.gguf" in refused(folder)[0].message
+
+
+def test_the_need_of_a_model_is_declared_or_follows_from_file_slots_and_context(folder: Path) -> None:
+    front = load(folder).models["front"].model_copy(update={"slots": 2, "context_tokens": 1_000})
+    (folder / "models" / "front.gguf").unlink()  # the file is shared by all tests of this module
+    (folder / "models" / "front.gguf").write_bytes(b"GGUF" + bytes(1_000_000 - 4))
+    assert memory_need_bytes(front) == 1_000_000 + 2 * 1_000 * 2_500 + 96 * 2**20
+    assert memory_need_bytes(front.model_copy(update={"memory_bytes": 5})) == 5
+    assert expected_load_s(front) == pytest.approx(1.002)
+    assert memory_need_bytes(front.model_copy(update={"engine": "noop", "path": None})) == 0
+    known = ModelFacts("llama", 1, 1_000_000, 4096, 9, KvShape(100, 100))
+    cells = 2 * 1_024 * 200 * 2  # exact where the header has been read: two slots of 1,000 tokens, rounded up
+    assert memory_need_bytes(front, known) == 1_000_000 + cells + 96 * 2**20
+
+
+def test_a_draft_needs_its_memory_inside_the_process_of_its_target(folder: Path) -> None:
+    alone = memory_needs(load(folder).models)
+    assert alone["draft"] == 0
+    edit(folder, "models.yaml", "port: 9001", "speculation: {type: draft, draft: draft}")
+    pair = memory_needs(load(folder).models)
+    assert pair["front"] > alone["front"]
+    assert (pair["worker"], pair["draft"]) == (alone["worker"], 0)
+
+
+def test_warm_models_may_need_more_together_than_there_is(folder: Path) -> None:
+    edit(folder, "models.yaml", "slots: 4", "memory_bytes: 9500000000\n    residency: warm")
+    edit(folder, "models.yaml", "port: 9001", "memory_bytes: 9500000000\n    residency: cold")
+    assert load(folder).models["worker"].residency == "warm"
 
 
 def test_without_file_checks_neither_models_nor_binaries_need_to_exist(folder: Path) -> None:
@@ -326,6 +393,7 @@ def test_more_threads_than_cores_in_all_and_an_unused_model_are_notes_only(folde
     assert [(note.line, note.field, note.rule) for note in notes] == [
         (1, "models", "cores-shared"),
         (2, "models.front", "model-unused"),
+        (13, "models.draft", "draft-unused"),
     ]
 
 
@@ -408,3 +476,10 @@ def test_asking_for_an_unknown_name_says_which_there_are(folder: Path) -> None:
 def test_a_gate_command_fills_placeholders_once_and_never_reads_the_values(folder: Path) -> None:
     command = load(folder).gates["unit"].command(artefact="{python}.py", workspace="/w", python="/py")
     assert command == ["/py", "-m", "pytest", "/w/{python}.py"]
+
+
+def test_a_placeholder_of_a_list_becomes_as_many_arguments_as_it_has(folder: Path) -> None:
+    edit(folder, "gates.yaml", "{workspace}/{artefact}", "{artefacts}")
+    gate = load(folder).gates["unit"]
+    assert gate.target == "artefacts"
+    assert gate.command(artefacts=["/w/a", "/w/b"], python="/py") == ["/py", "-m", "pytest", "/w/a", "/w/b"]

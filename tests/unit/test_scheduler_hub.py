@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.codec import unpack_body
+from protocol.codec import pack_body, unpack_body, unpack_map
 from protocol.header import Header
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
@@ -45,6 +45,28 @@ def test_a_step_starts_when_its_own_inputs_are_ready_not_when_a_level_is_done() 
     assert result.ended_ms - result.created_ms < 4_200, "the chain ran beside the long step"
     assert result.critical_path is not None
     assert result.critical_path.overlapping_steps == 5
+
+
+def test_what_a_model_is_asked_is_a_message_with_nothing_that_is_left_out_or_unknown() -> None:
+    seen: dict[str, bytes] = {}
+
+    def answer(header: Header, body: bytes) -> Answer:
+        seen[header.step or ""] = body
+        return 10, final_of('{"a": "x", "b": "y"}')
+
+    world = stack(answer)
+    steps: list[dict[str, object]] = [
+        {"id": "PLAIN"},
+        {"id": "SCHEMA", "json_schema": {"type": "object"}, "outputs": [{"name": "j", "kind": "json"}]},
+        {"id": "GRAMMAR", "grammar": "root ::= [a-z]+", "max_tokens": 7},
+        {"id": "PARTS", "outputs": [{"name": "a"}, {"name": "b"}]},
+    ]
+    assert world.finish(world.submit(task_of(steps))).state is TaskState.SUCCEEDED
+    assert seen.keys() == {"PLAIN", "SCHEMA", "GRAMMAR", "PARTS"}
+    for body in seen.values():
+        assert unpack_map(body) == unpack_map(pack_body(unpack_body(InferRequest, body)))
+    assert unpack_body(InferRequest, seen["PARTS"]).json_schema is not None
+    assert unpack_body(InferRequest, seen["GRAMMAR"]).max_tokens == 7
 
 
 def test_content_of_an_input_reaches_the_prompt_of_the_step_that_names_it() -> None:

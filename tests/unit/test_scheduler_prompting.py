@@ -33,10 +33,10 @@ def prompt(inputs: list[Artefact], *, findings: list[Finding] | None = None, con
         context_tokens=context_tokens,
         max_tokens=128,
     )
-    assert [message.role for message in messages] == ["system", "user"]
-    assert REGISTRY.roles["worker"].prompt in messages[0].content
-    assert REGISTRY.personas["plain-writer"].prompt in messages[0].content
-    return messages[1].content
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert REGISTRY.roles["worker"].prompt in messages[0]["content"]
+    assert REGISTRY.personas["plain-writer"].prompt in messages[0]["content"]
+    return messages[1]["content"]
 
 
 def test_every_part_of_the_task_has_its_place() -> None:
@@ -57,3 +57,37 @@ def test_findings_of_earlier_attempts_are_listed_one_a_line() -> None:
     finding = Finding(gate="lint", category=Category.CODE, message="undefined\nname", file="a.py", line=3, rule="F821")
     assert "- lint [F821] a.py:3: undefined name" in prompt([], findings=[finding])
     assert prompt([], findings=[finding]) == prompt([], findings=[finding])
+
+
+def test_what_most_steps_read_comes_first_however_a_step_orders_it() -> None:
+    steps = [
+        {"id": "S1", "actor": "worker", "action": "x", "outputs": [{"name": "own"}]},
+        *(
+            {"id": f"S{n}", "actor": "worker", "action": "x", "inputs": names, "outputs": [{"name": f"o{n}"}]}
+            for n, names in ((2, ["own", "b", "a"]), (3, ["a", "b"]), (4, ["b", "a"]))
+        ),
+    ]
+    given = [{"name": "a", "kind": "text", "value": "A" * 40}, {"name": "b", "kind": "text", "value": "B" * 40}]
+    task = TaskIR.model_validate({"objective": "o", "inputs": given, "plan": {"steps": steps}})
+    texts = {name: Artefact(name=name, value=name * 40) for name in ("own", "a", "b", "S9.item.3")}
+    role = REGISTRY.roles["worker"]
+
+    def order(*names: str) -> list[str]:
+        step = Step.model_validate(
+            {"id": "S2", "actor": "worker", "action": "x", "inputs": list(names), "outputs": [{"name": "o"}]}
+        )
+        user = compose(
+            role=role,
+            persona=None,
+            task=task,
+            step=step,
+            inputs=[texts[name] for name in names],
+            findings=[],
+            attempt=1,
+            context_tokens=2048,
+            max_tokens=64,
+        )[1].content
+        return sorted(names, key=lambda name: user.index(f'name="{name}"'))
+
+    assert order("own", "b", "a") == ["a", "b", "own"]
+    assert order("S9.item.3", "b", "own") == ["b", "own", "S9.item.3"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +12,9 @@ from protocol.codec import unpack_body
 from protocol.header import Header
 from protocol.messages.infer import InferRequest
 from protocol.messages.result import TaskState
-from services.scheduler.resources import NOTHING, PATIENCE_MS, Needs, Tokens
+from services.kit.config import CHECKOUT
+from services.kit.registry import load_registry
+from services.scheduler.resources import NOTHING, PATIENCE_MS, Needs, Tokens, gate_needs
 from tests.unit.simulation import Answer, final_of, stack, task_of
 
 KINDS = {
@@ -53,6 +58,107 @@ def test_every_call_runs_whatever_the_others_do(arrivals: list[tuple[str, int]])
         assert now < 10 * len(arrivals) + 1_000 * len(arrivals) + 10_000, "somebody starves"
     assert done == len(arrivals)
     assert tokens.free_cores == 2
+
+
+def test_a_run_takes_what_it_can_use_as_far_as_it_is_free_and_waits_for_no_more_than_it_needs() -> None:
+    tokens = Tokens(cores=4)
+    assert tokens.take("a", "infer.a", KINDS["infer.a"], 0)
+    assert tokens.take("g", "gate", Needs(cores=1, more_cores=5), 0)
+    assert (tokens.held("g"), tokens.free_cores) == (3, 0)
+    assert tokens.give_back("a")
+    assert tokens.take("h", "gate", Needs(cores=1, more_cores=5), 0)
+    assert tokens.held("h") == 1
+    tokens.check_invariants()
+
+
+def test_a_call_made_during_another_one_may_use_its_cores_and_finds_no_door_closed() -> None:
+    tokens = Tokens(cores=2)
+    assert tokens.take("run", "gate", Needs(cores=1), 0)
+    assert not tokens.take("b0", "infer.b", KINDS["infer.b"], 0)
+    judge = Needs(cores=2, shared_by="infer.d")
+    assert not tokens.take("d0", "infer.d", judge, PATIENCE_MS), "for a stranger the door is closed"
+    assert tokens.take("d0", "infer.d", judge, PATIENCE_MS, parent="run")
+    tokens.check_invariants()
+    assert not tokens.take("b0", "infer.b", KINDS["infer.b"], PATIENCE_MS)
+    assert tokens.give_back("d0")
+    assert tokens.give_back("run")
+    assert tokens.take("b0", "infer.b", KINDS["infer.b"], PATIENCE_MS)
+    tokens.check_invariants()
+
+
+def test_gates_need_the_widest_of_them_may_use_what_runs_beside_it_and_linters_need_nothing() -> None:
+    registry = load_registry(CHECKOUT / "registry", Path("/nowhere"), check_files=False)
+    registry = replace(registry, hardware=replace(registry.hardware, cores=8))
+    assert gate_needs(registry, ["lint", "format", "schema"]) is NOTHING
+    assert gate_needs(registry, ["lint", "unit"]) == Needs(cores=1)
+    assert gate_needs(registry, ["lint", "unit", "typecheck", "unit", "nosuch"]) == Needs(cores=1, more_cores=1)
+    assert gate_needs(registry, ["unit", "definition_of_done"]) == Needs(cores=1)
+    one = replace(registry, hardware=replace(registry.hardware, cores=1))
+    assert gate_needs(one, ["unit", "typecheck"]) == Needs(cores=1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(KINDS)), st.integers(1, 400)), min_size=1, max_size=40),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(1, 9), st.integers(50, 600)), max_size=12),
+)
+def test_models_that_load_among_calls_get_memory_and_a_core_together(
+    arrivals: list[tuple[str, int]], loads: list[tuple[int, int, int]]
+) -> None:
+    """Calls as above; models come at their time, need 1 to 9 of 10 bytes, load and live for a while, and go."""
+    tokens = Tokens(cores=2, memory_bytes=10)
+    calls = [(10 * index, f"k{index}", kind, took) for index, (kind, took) in enumerate(arrivals)]
+    models = [(at_ms, f"m{index}", need, took) for index, (at_ms, need, took) in enumerate(sorted(loads))]
+    running: dict[str, int] = {}
+    loading: dict[str, int] = {}
+    living: dict[str, int] = {}
+    now = 0
+    while calls or models or running or loading or living:
+        now += 10
+        for key in [key for key, ends in running.items() if ends <= now]:
+            del running[key]
+            tokens.give_back(key)
+        for model in [model for model, ends in loading.items() if ends <= now]:
+            living[model] = loading.pop(model) + 100
+            tokens.end_load(model)
+        for model in [model for model, ends in living.items() if ends <= now]:
+            del living[model]
+            tokens.release_memory(model)
+        heads: set[str] = set()
+        for entry in [one for one in calls if one[0] <= now]:
+            _, key, kind, took = entry
+            if kind not in heads and tokens.take(key, kind, KINDS[kind], now):
+                calls.remove(entry)
+                running[key] = now + took
+            else:
+                heads.add(kind)
+        for wish in [one for one in models if one[0] <= now][:1]:  # in order: nobody overtakes the first
+            _, model, need, took = wish
+            before = (tokens.free_bytes, tokens.free_cores)
+            if tokens.begin_load(model, need, now):
+                models.remove(wish)
+                loading[model] = now + took
+                assert (tokens.free_bytes, tokens.free_cores) == (before[0] - need, before[1] - 1)
+            else:
+                assert (tokens.free_bytes, tokens.free_cores) == before, "all or nothing"
+        tokens.check_invariants()
+        assert tokens.free_bytes >= 0
+        assert now < 100_000, "somebody starves"
+    assert (tokens.free_cores, tokens.free_bytes) == (2, 10)
+
+
+def test_memory_that_is_measured_may_overdraw_and_whoever_waits_for_memory_shuts_no_door() -> None:
+    tokens = Tokens(cores=2, memory_bytes=10)
+    assert tokens.begin_load("a", 6, 0)
+    assert not tokens.begin_load("b", 6, 0)
+    assert tokens.end_load("a")
+    assert tokens.take("c0", "infer.a", KINDS["infer.a"], PATIENCE_MS * 2), "b waits for memory, not for a core"
+    tokens.book_memory("a", 13)
+    tokens.check_invariants()
+    assert tokens.free_bytes == -3
+    tokens.release_memory("a")
+    assert tokens.begin_load("b", 6, 5_000)
+    assert tokens.held_by("b") == 6
 
 
 def test_calls_of_one_model_share_one_holding() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from services.ctl.bench import barrier, makespan, overhead, routing, soak
+from services.ctl.bench import barrier, gates, lookup, makespan, overhead, prefix, routing, soak, warm_load
 from services.ctl.commands import Commands
 
 #: Adds one benchmark's command to the group.
@@ -18,6 +18,10 @@ BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (
     barrier.add,
     makespan.add,
     soak.add,
+    prefix.add,
+    lookup.add,
+    warm_load.add,
+    gates.add,
     routing.add,
 )
 

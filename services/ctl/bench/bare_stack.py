@@ -24,6 +24,7 @@ from protocol.errors import CallError
 from services.kit.config import CHECKOUT, Home, load_home
 
 CORE: Final = ("scheduler", "planner", "gates", "memory")
+_READY: Final = ("ready", "parked")
 _READY_S: Final = 60.0
 _END_S: Final = 15.0
 
@@ -130,10 +131,10 @@ class BareStack:
                 seen = {peer.service: f"{peer.state} {peer.reason or ''}" for peer in peers}
             except CallError:
                 continue
-            if all(seen.get(name, "").startswith("ready") for name in wanted):
+            if all(seen.get(name, "").startswith(_READY) for name in wanted):
                 return
             time.sleep(0.05)
-        missing = sorted(name for name in wanted if not seen.get(name, "").startswith("ready"))
+        missing = sorted(name for name in wanted if not seen.get(name, "").startswith(_READY))
         words = "; ".join(f"{name}: {seen.get(name, 'never came')} {self.last_words(name)}" for name in missing)
         raise StackNotReadyError(f"not ready within {within_s:g} s: {words}")
 

@@ -4,7 +4,9 @@
 `file:line: field: message`. Field by field: registry/README.md.
 """
 
+from services.kit.registry.copies import keep_copy, make_current, past_registries
 from services.kit.registry.entries import (
+    EarlyAbort,
     FailureCaps,
     FailureRule,
     FailureTable,
@@ -13,6 +15,7 @@ from services.kit.registry.entries import (
     ModelEntry,
     PersonaEntry,
     PersonaFit,
+    RemoteLimits,
     RoleEntry,
     Sampling,
 )
@@ -20,6 +23,7 @@ from services.kit.registry.problems import Problem, RegistryError, UnknownNameEr
 from services.kit.registry.registry import Registry, load_registry
 
 __all__ = [
+    "EarlyAbort",
     "FailureCaps",
     "FailureRule",
     "FailureTable",
@@ -31,8 +35,12 @@ __all__ = [
     "Problem",
     "Registry",
     "RegistryError",
+    "RemoteLimits",
     "RoleEntry",
     "Sampling",
     "UnknownNameError",
+    "keep_copy",
     "load_registry",
+    "make_current",
+    "past_registries",
 ]

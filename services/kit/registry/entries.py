@@ -6,46 +6,86 @@ named entry is its key in the file, so it is written once.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.failure import Category
 from protocol.messages.infer import AbortLimits
 from protocol.messages.task import TaskType
-from services.kit.hardware import Node, parse_cores
+from services.kit.hardware import Node
+from services.kit.registry.acceleration import (
+    CoreList,
+    Declared,
+    FlashAttention,
+    KvType,
+    Numa,
+    RecurrentSpeculation,
+    Speculation,
+)
+from services.kit.registry.entry import Entry, Name, Text
 
-NAME_PATTERN: Final = r"^[a-z][a-z0-9_-]{0,31}$"
-"""Names become parts of process names, file names and log fields, hence so narrow."""
+VARIABLE_PATTERN: Final = r"^[A-Z][A-Z0-9_]{0,63}$"
+"""Names of environment variables, which are names of files too. Capitals only, which few keys are made of: what stands
+here is shown and logged."""
 
 CLIENT_PATTERN: Final = r"^[A-Za-z0-9_.*?-]{1,64}$"
 """Names of clients are chosen by programs; `*` and `?` stand for any characters and for one."""
 
-Name: TypeAlias = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 ClientPattern: TypeAlias = Annotated[str, StringConstraints(pattern=CLIENT_PATTERN)]
-Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=16_000, strip_whitespace=True)]
 
-PLACEHOLDERS: Final = frozenset({"artefact", "workspace", "python"})
+PLACEHOLDERS: Final = ("artefact", "artefacts", "test", "workspace", "python", "checks", "report", "command")
+LISTS: Final = ("artefacts", "command")
+"""Placeholders that stand for several arguments, and so for a whole one each."""
+TARGETS: Final = ("artefact", "artefacts", "test", "command")
+"""Placeholders that say how often a gate runs; a command has one of them, or none and runs once."""
 _PLACEHOLDER: Final = re.compile(r"\{(\w*)\}")
 
+Parser: TypeAlias = Literal[
+    "lines", "pattern", "diff", "ruff", "sarif", "junit", "mypy", "shellcheck", "rumdl", "tests"
+]
 
-def _core_list(text: str) -> str:
-    parse_cores(text)
-    return text
 
+class RemoteLimits(Entry):
+    """How a server elsewhere is spoken to and how long it is borne with. Only for engine openai."""
 
-class Entry(BaseModel):
-    """Base of everything an operator writes: frozen, and a misspelt field is an error instead of a silent default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    dialect: Literal["openai", "vllm", "llama-server"] = "openai"
+    """What it takes beyond the standard: vllm (SGLang too) also top_k, min_p, repeat_penalty; llama-server also a
+    grammar. Both are asked for their /health as well."""
+    response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """How it is told to answer with JSON; what comes is checked against the schema here in any case."""
+    connect_timeout_s: float = Field(default=5.0, gt=0, le=300)
+    """Seconds a connection may take."""
+    first_token_timeout_s: float = Field(default=120.0, gt=0, le=86_400)
+    """Seconds until the first token: waiting in its queue and reading the prompt."""
+    silence_timeout_s: float = Field(default=60.0, gt=0, le=86_400)
+    """Seconds between two tokens, after which the answer counts as dead."""
+    attempts: int = Field(default=4, ge=1, le=20)
+    """Tries of one call while it says 429 or 503 or takes no connection."""
+    pause_max_s: float = Field(default=30.0, gt=0, le=3_600)
+    """Longest pause between two tries, in seconds; a Retry-After beyond it is not waited for."""
+    breaker_failures: int = Field(default=5, ge=1, le=1_000)
+    """So many failures within breaker_window_s open the circuit: nothing is sent until a probe is answered."""
+    breaker_window_s: float = Field(default=30.0, gt=0, le=3_600)
+    """Seconds over which failures are counted."""
+    probe_after_s: float = Field(default=2.0, gt=0, le=3_600)
+    """Seconds from the opening to the probe; doubles each time it is in vain."""
+    probe_max_s: float = Field(default=60.0, gt=0, le=86_400)
+    """Longest pause between two probes, in seconds."""
+    ca_file: Path | None = None
+    """Absolute path of the certificates (PEM) to trust for https, instead of the usual authorities."""
+    proxy: str | None = Field(default=None, max_length=2_048)
+    """URL of an HTTP proxy to reach it through; proxies of the environment are never used."""
 
 
 class ModelEntry(Entry):
-    """One model file as one llama.cpp process with its slots: the unit the scheduler spends credit on."""
+    """One model with its slots, the unit the scheduler spends credit on: a file that a llama.cpp process of ours loads,
+    or a model that a server elsewhere has.
+    """
 
     name: Name
     """Key of the entry; also the name of the process that serves it, as in `inference-worker`."""
@@ -53,9 +93,18 @@ class ModelEntry(Entry):
     """A front door, B specialist, C worker, D draft: used inside speculative decoding, so no role may map to it."""
     path: Path | None = None
     """GGUF file. A relative path is looked up in the models folder; `~` is the home folder. Not for engine noop."""
-    engine: Literal["auto", "llama-server", "embedded", "noop"] = "auto"
-    """auto = llama-server where such a binary is found, else embedded. noop answers at once without a model and
-    exists to measure the bus."""
+    engine: Literal["auto", "llama-server", "embedded", "noop", "openai"] = "auto"
+    """auto = llama-server where such a binary is found, else embedded. openai = a server elsewhere that speaks the
+    OpenAI API. noop answers at once without a model and exists to measure the bus."""
+    base_url: str | None = Field(default=None, max_length=2_048)
+    """For openai: where its API begins, such as https://gpu1.example:8000/v1."""
+    remote_model: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+    """For openai: the model's name on that server."""
+    api_key_env: Annotated[str, StringConstraints(pattern=VARIABLE_PATTERN)] | None = None
+    """For openai: name of the environment variable that holds its key, or of a file with mode 0600 in the folder
+    secrets/ of TIERLINE_HOME; never the key itself. Absent = it wants none."""
+    remote: RemoteLimits = RemoteLimits()
+    """For openai: dialect, timeouts, retries, circuit breaker."""
     binary: Path | None = None
     """Absolute path of the llama-server to use; absent = the one on PATH or built by deploy/build-native."""
     slots: int = Field(default=1, ge=1, le=256)
@@ -64,12 +113,52 @@ class ModelEntry(Entry):
     """Context of one slot, in tokens: prompt and answer together. The process allocates slots times this."""
     threads: int = Field(default=1, ge=1, le=1024)
     """Cores the process decodes with."""
+    threads_batch: int | None = Field(default=None, ge=1, le=1024)
+    """Cores it reads prompts with; absent = as many as `threads`."""
+    batch_tokens: int | None = Field(default=None, ge=32, le=65_536)
+    """Tokens taken into one batch at most; absent = llama.cpp's own."""
+    ubatch_tokens: int | None = Field(default=None, ge=32, le=65_536)
+    """Tokens computed at once at most; absent = llama.cpp's own."""
+    experts: int | None = Field(default=None, ge=1, le=1024)
+    """Experts per token of a mixture-of-experts model; fewer than trained are faster. Needs llama-server."""
+    speculation: Speculation = Speculation()
+    """Guessing ahead, by a draft model or by looking up the text so far."""
+    speculation_on_recurrent: RecurrentSpeculation = RecurrentSpeculation()
+    """Leave to speculate although the model is recurrent or a hybrid, build by build."""
+    load_mode: Literal["auto", "none", "mmap", "mlock", "mmap+mlock"] = "auto"
+    """How the file gets into memory: mmap = mapped, mlock = kept there under memory pressure, none = read."""
+    numa: Numa = Numa()
+    """The cores it may run on."""
+    flash_attention: FlashAttention = "auto"
+    """Attention computed in blocks; a quantised value cache needs it."""
+    kv_type_k: KvType = "f16"
+    """Type of the keys in the KV cache; q8_0 halves their memory."""
+    kv_type_v: KvType = "f16"
+    """Type of the values in the KV cache."""
+    cache_reuse: int = Field(default=0, ge=0, le=65_536)
+    """Shortest piece of a prompt, in tokens, that is taken from the cache although it has moved; 0 = none."""
+    declared: Declared | None = None
+    """What the file holds, for checks on a machine that does not have it."""
     port: int = Field(default=0, ge=0, le=65_535)
     """TCP port of the llama.cpp server on 127.0.0.1; 0 = a free one is chosen at launch."""
     exclusive: Name | None = None
     """Group of models of which one computes at a time, such as `heavy`; absent = beside any other."""
     load_deadline_s: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds the model may take to load before the launch counts as failed."""
+    residency: Literal["hot", "warm", "cold"] = "hot"
+    """When it is in memory: hot = always; warm = loaded when work needs it, unloaded when idle or when another model
+    needs the room; cold = loaded only when somebody asks for it (`tierline models load`), then treated as warm."""
+    idle_unload_s: float | None = Field(default=None, gt=0, le=604_800)
+    """For warm and cold: seconds without work after which it is unloaded; absent = 300."""
+    pinned: bool = False
+    """For warm and cold: once loaded it stays, whoever needs the room, until `tierline models unload`."""
+    memory_bytes: int | None = Field(default=None, ge=1)
+    """Memory the loaded model needs, in bytes; absent = estimated from its file, context and slots."""
+
+    @property
+    def is_local(self) -> bool:
+        """True if a process on this machine computes it: it takes cores and memory here."""
+        return self.engine not in ("noop", "openai")
 
 
 class Sampling(Entry):
@@ -154,8 +243,11 @@ class PersonaEntry(Entry):
     """Where it may be chosen."""
 
 
+Argument: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+
+
 class GateEntry(Entry):
-    """A deterministic check of one artefact: a command in the sandbox, or one that the gates service has built in."""
+    """A check of artefacts: a command in the sandbox, one the gates service has built in, or the verdict of a role."""
 
     name: Name
     """Key of the entry; steps and tasks name it in their `gates`."""
@@ -164,29 +256,63 @@ class GateEntry(Entry):
     kinds: tuple[ArtefactKind, ...] = Field(min_length=1)
     """Kinds of artefact it can check."""
     languages: tuple[Name, ...] = ()
-    """Languages of code it can check; empty = any."""
+    """Languages it can check, by content type or suffix; empty = any."""
     category: Literal[Category.FORMAT, Category.SCHEMA, Category.CODE, Category.LOGIC]
     """Category of its findings: decides through failures.yaml what happens to the step."""
-    argv: tuple[Annotated[str, StringConstraints(min_length=1, max_length=4096)], ...] = ()
-    """Command and arguments, run in the sandbox without a shell. May use {artefact}, {workspace} and {python}."""
-    builtin: Literal["schema"] | None = None
-    """Check done inside the gates service instead of a command: `schema` = the step's JSON Schema."""
-    cores: int = Field(default=1, ge=1, le=1024)
-    """Cores it takes from the budget while it runs."""
+    required: bool = True
+    """False = advisory: its findings are shown and go into the prompt of a retry, but fail nothing."""
+    argv: tuple[Argument, ...] = ()
+    """Command and arguments, run in the sandbox without a shell; the placeholders are in gates.yaml."""
+    builtin: Literal["schema", "taskir"] | None = None
+    """Check of data without a tool: `schema` = the step's JSON Schema, `taskir` = a task that could be submitted."""
+    role: Name | None = None
+    """Role whose model judges the task's definition_of_done, criterion by criterion."""
+    parser: Parser = "lines"
+    """How the command's findings are read: the format of its output, or of the file {report}."""
+    pattern: Annotated[str, StringConstraints(max_length=1_000)] | None = None
+    """For parser `pattern`: regular expression of one line with the group `message`, and file, line, column, rule."""
+    executes: bool = False
+    """The command runs code of the artefact: then hanging or eating memory is the artefact's fault, not the tool's."""
+    version_argv: tuple[Argument, ...] = ()
+    """Command that prints the tool's version, part of the key of cached results; absent = the command's file is."""
+    cores: int = Field(default=1, ge=0, le=1024)
+    """Cores it takes from the machine's tokens while it runs; 0 = so short that it is not counted."""
+    memory_bytes: int = Field(default=2 * 1024**3, ge=64 * 1024**2)
+    """Memory it may use: address space of each of its processes, and resident memory of all of them."""
     timeout_s: float = Field(default=60.0, gt=0, le=86_400)
     """Seconds after which it is killed from outside the sandbox."""
     depends_on: tuple[Name, ...] = ()
-    """Gates that must have passed on the same artefact first; without these, gates run at the same time."""
+    """Gates that must not have failed on the same artefacts before; without these, gates run at the same time."""
 
-    def command(self, *, artefact: str, workspace: str, python: str) -> list[str]:
+    @property
+    def target(self) -> str | None:
+        """The one of `TARGETS` that its command has, None without one: then it runs once."""
+        return next((word for word in self.placeholders() if word in TARGETS), None)
+
+    def command(self, **values: str | Sequence[str]) -> list[str]:
         """Return argv with the placeholders filled in, once: a path that itself holds `{python}` stays as it is."""
-        values = {"artefact": artefact, "workspace": workspace, "python": python}
-        return [_PLACEHOLDER.sub(lambda match: values[match[1]], argument) for argument in self.argv]
+        filled: list[str] = []
+        for argument in self.argv:
+            whole = _PLACEHOLDER.fullmatch(argument)
+            if whole is not None and whole[1] in LISTS:
+                filled += values[whole[1]]
+            else:
+                filled.append(_PLACEHOLDER.sub(lambda match: str(values[match[1]]), argument))
+        return filled
 
-    def unknown_placeholders(self) -> list[str]:
-        """Return every `{word}` in argv that `command` could not fill in."""
-        found = {word for argument in self.argv for word in _PLACEHOLDER.findall(argument)}
-        return sorted(found - PLACEHOLDERS)
+    def placeholders(self) -> list[str]:
+        """Return every `{word}` in argv, each once, in order."""
+        return list(dict.fromkeys(word for argument in self.argv for word in _PLACEHOLDER.findall(argument)))
+
+
+class GatePolicy(Entry):
+    """How the gates of one request are run."""
+
+    stop_after_failure: bool = True
+    """When a required gate has failed, stop the others that cost cores: the attempt has failed anyway. False = let them
+    end, for the sake of all their findings."""
+    cache_bytes: int = Field(default=64 * 1024**2, ge=0)
+    """Disk space for results of artefacts that were checked before, below the home; 0 = nothing is kept."""
 
 
 class ClientEntry(Entry):
@@ -232,7 +358,7 @@ class FailureCaps(Entry):
 class NodeEntry(Entry):
     """One NUMA node: cores and the memory that is near to them."""
 
-    cores: Annotated[str, StringConstraints(max_length=4_096), AfterValidator(_core_list)]
+    cores: CoreList
     """Numbers of its cores as Linux counts them, as text such as "0-7,16-23"."""
     memory_bytes: int = Field(ge=1)
     """Memory of the node, in bytes."""

@@ -21,6 +21,7 @@ from services.kit.registry.entries import (
     FailureRule,
     FailureTable,
     GateEntry,
+    GatePolicy,
     Hardware,
     HardwareEntry,
     LearningEntry,
@@ -28,9 +29,12 @@ from services.kit.registry.entries import (
     PersonaEntry,
     RoleEntry,
 )
+from services.kit.registry.launch import Launch
+from services.kit.registry.launch_rules import LAUNCH_ERRORS, LAUNCH_NOTES, known_facts
 from services.kit.registry.problems import Problem, RegistryError, UnknownNameError
 from services.kit.registry.rules import ERRORS, NOTES, Scene, resolved_path
 from services.kit.registry.sections import FILES, Draft, read_files
+from services.kit.registry.yaml_lines import Document
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +46,41 @@ class Registry:
         roles: entries by name; every `model` and `escalates_to` exists.
         personas: entries by name.
         gates: entries by name; `depends_on` is acyclic.
+        gate_policy: how the gates of one request are run.
         clients: what share each gets, in the order of the file; `weight_of` applies them.
         learning: whether learned choices may replace the rules'.
         failures: a rule for every `Category`, and the caps.
         hardware: what may be spent, detected where the file is silent.
         digest: sha256 in hex over the content of the files; comments, order and detected values do not change it.
         notes: what is worth knowing but refuses no launch.
+        document: models.yaml as it was read, for the lines of its fields.
     """
 
     models: Mapping[str, ModelEntry]
     roles: Mapping[str, RoleEntry]
     personas: Mapping[str, PersonaEntry]
     gates: Mapping[str, GateEntry]
+    gate_policy: GatePolicy
     clients: tuple[ClientEntry, ...]
     learning: LearningEntry
     failures: FailureTable
     hardware: Hardware
     digest: str
     notes: tuple[Problem, ...]
+    document: Document
+
+    def launch(self, model: str) -> Launch:
+        """Return what the process of a model is started from. Raises `UnknownNameError`."""
+        if model not in self.models:
+            raise UnknownNameError("model", model, self.models)
+        entry = self.models[model]
+        draft = entry.speculation.draft
+        return Launch(entry, None if draft is None else self.models[draft], self.hardware, self.document)
+
+    @property
+    def served(self) -> Mapping[str, ModelEntry]:
+        """The entries that have a process: drafts are loaded by the process of the model that they guess for."""
+        return {name: model for name, model in self.models.items() if model.tier != "D"}
 
     def model_of(self, role: str) -> ModelEntry:
         """Return the model that serves a role. Raises `UnknownNameError`."""
@@ -97,24 +118,31 @@ class Registry:
         return self.roles[name]
 
 
-def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True) -> Registry:
+def load_registry(
+    folder: Path, models_folder: Path, *, check_files: bool = True, hardware_file: Path | None = None
+) -> Registry:
     """Read and check the registry in a folder.
 
     Args:
         folder: holds the YAML files.
         models_folder: where relative model paths are looked up.
         check_files: False leaves out what needs the model files and binaries themselves (their existence, memory), for
-            checks on a machine that does not have them.
+            checks on a machine that does not have them; what entries declare of their files counts instead.
+        hardware_file: read instead of the folder's hardware.yaml.
 
     Raises `RegistryError` with every problem of every file.
     """
+    folder = folder.resolve()  # of a link that moves meanwhile all files shall be of one folder
     if not folder.is_dir():
         message = f"there is no folder {folder}; set TIERLINE_REGISTRY to the folder that holds {', '.join(FILES)}"
         raise RegistryError([Problem(folder.name, 1, "", "folder-missing", message)])
-    draft = read_files(folder)
+    draft = read_files(folder, hardware_file)
     hardware = _detected(draft.single("hardware", HardwareEntry))
-    scene = Scene(draft, hardware, models_folder, check_files)
-    problems = [*draft.problems, *(problem for rule in ERRORS for problem in rule(scene))]
+    entries = draft.valid("models", ModelEntry)
+    facts, damaged = known_facts(draft, entries, models_folder, check_files=check_files)
+    scene = Scene(draft, hardware, models_folder, check_files, facts)
+    found = (problem for rule in (*ERRORS, *LAUNCH_ERRORS) for problem in rule(scene))
+    problems = [*draft.problems, *damaged, *found]
     if problems:
         raise RegistryError(problems)
     return Registry(
@@ -122,12 +150,14 @@ def load_registry(folder: Path, models_folder: Path, *, check_files: bool = True
         roles=MappingProxyType(scene.roles),
         personas=MappingProxyType(draft.valid("personas", PersonaEntry)),
         gates=MappingProxyType(scene.gates),
+        gate_policy=draft.single("policy", GatePolicy),
         clients=tuple(draft.valid("clients", ClientEntry).values()),
         learning=draft.single("learning", LearningEntry),
         failures=_failure_table(draft),
         hardware=hardware,
         digest=_digest(draft),
-        notes=tuple(note for rule in NOTES for note in rule(scene)),
+        notes=tuple(note for rule in (*NOTES, *LAUNCH_NOTES) for note in rule(scene)),
+        document=draft.document("models"),
     )
 
 

@@ -1,21 +1,26 @@
 """What entries must agree on between each other, with the machine, and with the files on its disk.
 
 Each rule is a function from what was read to problems, and `ERRORS` and `NOTES` list them: an error refuses the launch,
-a note is only shown. The rules read sizes and the first bytes of model files; they change nothing. What the GGUF
-metadata itself demands (drafts, experts, recurrent architectures) belongs to the issue that builds acceleration.
+a note is only shown. The rules read sizes and the first bytes of model files; they change nothing. What makes a model
+faster, and what the metadata of its file says to that, is checked by `launch_rules`.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from protocol.messages.failure import Category
+from services.kit.gguf_header import MAGIC, parts_of
 from services.kit.hardware import parse_cores
+from services.kit.model_facts import ModelFacts
 from services.kit.registry.entries import (
+    LISTS,
+    PLACEHOLDERS,
+    TARGETS,
     FailureCaps,
     FailureRule,
     GateEntry,
@@ -25,11 +30,10 @@ from services.kit.registry.entries import (
     PersonaEntry,
     RoleEntry,
 )
+from services.kit.registry.memory import largest_guest, memory_needs, resident_floor
 from services.kit.registry.problems import Problem
+from services.kit.registry.remote_rules import remote_entries, remote_sampling
 from services.kit.registry.sections import Draft
-
-GGUF_MAGIC: Final = b"GGUF"
-_SPLIT_FILE: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 #: Outcomes that say nothing about a model's answer: learning from them, or asking a stronger model, would be wrong.
 NEVER_QUALITY: Final = frozenset({Category.PEER, Category.RESOURCE})
@@ -43,6 +47,8 @@ class Scene:
     hardware: Hardware
     models_folder: Path
     check_files: bool
+    facts: Mapping[str, ModelFacts] = field(default_factory=dict)
+    """What is known of each model's file, or declared, by the name of the entry."""
 
     @property
     def models(self) -> dict[str, ModelEntry]:
@@ -74,11 +80,11 @@ def _engine_fields(scene: Scene) -> Iterator[Problem]:
         at = ("models", name)
         if model.engine == "noop" and model.path is not None:
             yield problem((*at, "path"), "engine-fields", "engine noop loads no model; remove path")
-        if model.engine != "noop" and model.path is None:
+        if model.is_local and model.path is None:
             yield problem(at, "engine-fields", f"engine {model.engine} needs path: the GGUF file to load")
         if model.binary is None:
             continue
-        if model.engine in ("embedded", "noop"):
+        if model.engine in ("embedded", "noop", "openai"):
             yield problem((*at, "binary"), "engine-fields", f"engine {model.engine} starts no binary; remove it")
         elif not model.binary.expanduser().is_absolute():
             yield problem((*at, "binary"), "binary-path", f"must be an absolute path, got {str(model.binary)!r}")
@@ -99,7 +105,7 @@ def _ports_differ(scene: Scene) -> Iterator[Problem]:
 def _threads_fit(scene: Scene) -> Iterator[Problem]:
     cores = scene.hardware.cores
     for name, model in scene.models.items():
-        if model.engine != "noop" and model.threads > cores:
+        if model.is_local and model.threads > cores:
             message = f"{model.threads} threads on {cores} cores would slow each other down; at most {cores}"
             yield scene.draft.problem(("models", name, "threads"), "threads-over-cores", message)
 
@@ -124,7 +130,6 @@ def _nodes_agree(scene: Scene) -> Iterator[Problem]:
 def _model_files(scene: Scene) -> Iterator[Problem]:
     if not scene.check_files:
         return
-    sizes: dict[str, int] = {}
     for name, model in scene.models.items():
         at = ("models", name)
         binary = model.binary.expanduser() if model.binary is not None else None
@@ -132,46 +137,80 @@ def _model_files(scene: Scene) -> Iterator[Problem]:
             message = f"{model.binary} is no executable file; repair the path, or remove it to use the one on PATH"
             yield scene.draft.problem((*at, "binary"), "binary-missing", message)
         path = resolved_path(model, scene.models_folder)
-        if path is None or model.engine == "noop":
+        if path is None or not model.is_local:
             continue
-        total = 0
-        for part in _parts(path):
+        for part in parts_of(path):
             try:
                 with part.open("rb") as stream:
-                    magic = stream.read(len(GGUF_MAGIC))
-                    total += os.fstat(stream.fileno()).st_size
+                    magic = stream.read(len(MAGIC))
             except OSError as error:
                 message = f"cannot open {part}: {error.strerror}; run deploy/fetch-model, or repair the path"
                 yield scene.draft.problem((*at, "path"), "model-file-missing", message)
                 break
-            if magic != GGUF_MAGIC:
+            if magic != MAGIC:
                 message = f"{part} is not a GGUF file (an unfinished download?); fetch it again, or repair the path"
                 yield scene.draft.problem((*at, "path"), "model-file-format", message)
                 break
-        else:
-            sizes[name] = total
-    yield from _memory(scene, sizes)
 
 
-def _memory(scene: Scene, sizes: Mapping[str, int]) -> Iterator[Problem]:
-    total, memory = sum(sizes.values()), scene.hardware.memory_bytes
-    if total > memory:
-        # Each process counts: weights that are repacked for the CPU at load are not shared, even of one file.
-        largest = max(sizes, key=lambda name: sizes[name])
+def _memory(scene: Scene) -> Iterator[Problem]:
+    """Everything that stays in memory, and the largest model that comes and goes, must fit at once.
+
+    Each process counts: weights that are repacked for the CPU at load are not shared, even of one file.
+    """
+    budget = scene.hardware.memory_bytes
+    models = {name: _at_home(model, scene) for name, model in scene.models.items()}
+    needs = memory_needs(models, scene.facts)
+    staying = resident_floor(models.values(), needs)
+    if staying > budget:
+        stays = [name for name, model in models.items() if model.residency == "hot" or model.pinned]
+        largest = max(stays, key=lambda name: needs[name])
         message = (
-            f"the model files need {total:,} bytes and hardware has {memory:,}; this is the largest "
-            f"({sizes[largest]:,}): take a smaller one, or remove an entry"
+            f"the models that stay in memory (hot, pinned) need {staying:,} bytes and {_budget(scene)}; this is the "
+            f"largest ({needs[largest]:,}): make it warm, take a smaller one, or remove an entry"
         )
-        yield scene.draft.problem(("models", largest, "path"), "memory", message)
+        yield scene.draft.problem(("models", largest, _memory_field(models[largest])), "memory", message)
+        return
+    guest = largest_guest(models.values(), needs)
+    if guest is not None and staying + needs[guest] > budget:
+        message = (
+            f"it needs {needs[guest]:,} bytes beside the {staying:,} of the models that stay in memory (hot, pinned), "
+            f"and {_budget(scene)}: it could never be loaded; take a smaller one, or make another one warm"
+        )
+        yield scene.draft.problem(("models", guest, "residency"), "memory-warm", message)
 
 
-def _parts(path: Path) -> Sequence[Path]:
-    """Return the files of a model: llama.cpp is given the first part of a split one and opens the others itself."""
-    match = _SPLIT_FILE.search(path.name)
-    if match is None:
-        return [path]
-    stem, count = path.name[: match.start()], int(match[2])
-    return [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+def _budget(scene: Scene) -> str:
+    entry = scene.draft.single("hardware", HardwareEntry)
+    where = f" (line {scene.draft.line_of('hardware', 'memory_bytes')})" if entry.memory_bytes is not None else ""
+    return f"hardware.yaml{where} has {scene.hardware.memory_bytes:,}"
+
+
+def _memory_field(model: ModelEntry) -> str:
+    return "path" if model.memory_bytes is None else "memory_bytes"
+
+
+def _at_home(model: ModelEntry, scene: Scene) -> ModelEntry:
+    """The entry with the file it will really load; none where files are not to be looked at."""
+    path = resolved_path(model, scene.models_folder) if scene.check_files else None
+    return model.model_copy(update={"path": path})
+
+
+def _residency_fields(scene: Scene) -> Iterator[Problem]:
+    for name, model in scene.models.items():
+        at = ("models", name)
+        if model.residency == "hot":
+            for field in ("idle_unload_s", "pinned"):
+                if getattr(model, field):
+                    message = "a hot model is never unloaded; remove it, or set residency to warm or cold"
+                    yield scene.draft.problem((*at, field), "residency-fields", message)
+            continue
+        if model.engine in ("noop", "openai"):
+            message = f"engine {model.engine} loads no model here, so it cannot be {model.residency}; remove residency"
+            yield scene.draft.problem((*at, "residency"), "residency-fields", message)
+        if model.tier == "D":
+            message = "a draft is loaded together with its target and by no work of its own; remove residency"
+            yield scene.draft.problem((*at, "residency"), "residency-fields", message)
 
 
 def _role_models(scene: Scene) -> Iterator[Problem]:
@@ -216,15 +255,52 @@ def _role_references(scene: Scene) -> Iterator[Problem]:
 def _gate_commands(scene: Scene) -> Iterator[Problem]:
     for name, gate in scene.gates.items():
         at = ("gates", name)
-        if bool(gate.argv) == (gate.builtin is not None):
-            message = "needs either argv (a command) or builtin (schema), and not both"
+        if (bool(gate.argv), gate.builtin is not None, gate.role is not None).count(True) != 1:
+            message = "needs one of argv (a command), builtin (schema, taskir) and role (a judge), and not two of them"
             yield scene.draft.problem(at, "gate-command", message)
-        for word in gate.unknown_placeholders():
-            message = f"{{{word}}} is no placeholder; there are {{artefact}}, {{workspace}} and {{python}}"
-            yield scene.draft.problem((*at, "argv"), "unknown-placeholder", message)
+        yield from _placeholders(scene, name, gate)
+        yield from _pattern(scene, name, gate)
+        if gate.role is not None and not scene.draft.declares("roles", gate.role):
+            message = f"roles.yaml has no {gate.role!r}; it has: {_names(scene.roles)}"
+            yield scene.draft.problem((*at, "role"), "unknown-role", message)
         if gate.cores > scene.hardware.cores:
             message = f"{gate.cores} cores on a machine of {scene.hardware.cores}: the gate could never start"
             yield scene.draft.problem((*at, "cores"), "gate-cores", message)
+        if gate.memory_bytes > scene.hardware.memory_bytes and "memory_bytes" in gate.model_fields_set:
+            message = f"{gate.memory_bytes:,} bytes on a machine with {scene.hardware.memory_bytes:,}; lower it"
+            yield scene.draft.problem((*at, "memory_bytes"), "gate-memory", message)
+
+
+def _placeholders(scene: Scene, name: str, gate: GateEntry) -> Iterator[Problem]:
+    at = ("gates", name, "argv")
+    words = gate.placeholders()
+    for word in words:
+        if word not in PLACEHOLDERS:
+            there = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
+            yield scene.draft.problem(at, "unknown-placeholder", f"{{{word}}} is no placeholder; there are {there}")
+        elif word in LISTS and f"{{{word}}}" not in gate.argv:
+            message = f"{{{word}}} stands for several arguments: it must be an argument of its own"
+            yield scene.draft.problem(at, "placeholder-list", message)
+    if sum(word in TARGETS for word in words) > 1:
+        some = ", ".join(f"{{{word}}}" for word in TARGETS)
+        yield scene.draft.problem(at, "placeholder-target", f"only one of {some}: it says how often the command runs")
+
+
+def _pattern(scene: Scene, name: str, gate: GateEntry) -> Iterator[Problem]:
+    at = ("gates", name, "pattern" if gate.pattern is not None else "parser")
+    if (gate.parser == "pattern") != (gate.pattern is not None):
+        yield scene.draft.problem(at, "gate-pattern", "parser: pattern and the field pattern belong together")
+    if gate.pattern is None:
+        return
+    try:
+        groups = set(re.compile(gate.pattern).groupindex)
+    except re.error as error:
+        yield scene.draft.problem(at, "gate-pattern", f"no regular expression: {error}")
+        return
+    unknown = groups - {"message", "file", "line", "column", "rule"}
+    if "message" not in groups or unknown:
+        message = "needs the named group (?P<message>…), and may have file, line, column and rule"
+        yield scene.draft.problem(at, "gate-pattern", message)
 
 
 def _gate_order(scene: Scene) -> Iterator[Problem]:
@@ -271,10 +347,16 @@ def _failure_rules(scene: Scene) -> Iterator[Problem]:
 
 
 def _cores_are_shared(scene: Scene) -> Iterator[Problem]:
-    threads = sum(model.threads for model in scene.models.values() if model.engine != "noop")
+    groups: dict[str, int] = {}
+    for name, model in scene.models.items():
+        # A draft computes in turn with its target, and a model that comes and goes waits for free cores.
+        if model.is_local and model.tier != "D" and model.residency == "hot":
+            group = f"group {model.exclusive}" if model.exclusive is not None else name
+            groups[group] = max(groups.get(group, 0), model.threads)
+    threads = sum(groups.values())
     if threads > scene.hardware.cores:
         message = (
-            f"all models together use {threads} threads on {scene.hardware.cores} cores; they slow each other down"
+            f"the hot models together use {threads} threads on {scene.hardware.cores} cores; they slow each other down"
         )
         yield scene.draft.problem(("models",), "cores-shared", message)
 
@@ -284,7 +366,7 @@ def _threads_fit_a_node(scene: Scene) -> Iterator[Problem]:
         return
     largest = max(len(node.cores) for node in scene.hardware.nodes)
     for name, model in scene.models.items():
-        if model.engine != "noop" and model.threads > largest:
+        if model.is_local and model.threads > largest:
             message = (
                 f"{model.threads} threads, and the largest NUMA node has {largest} cores: some of them will work "
                 f"on far memory; {largest} or fewer are often faster"
@@ -302,17 +384,20 @@ def _every_model_is_used(scene: Scene) -> Iterator[Problem]:
 
 ERRORS: Final[tuple[Rule, ...]] = (
     _engine_fields,
+    remote_entries,
     _ports_differ,
     _threads_fit,
     _nodes_agree,
     _model_files,
+    _residency_fields,
+    _memory,
     _role_models,
     _role_references,
     _gate_commands,
     _gate_order,
     _failure_rules,
 )
-NOTES: Final[tuple[Rule, ...]] = (_cores_are_shared, _threads_fit_a_node, _every_model_is_used)
+NOTES: Final[tuple[Rule, ...]] = (_cores_are_shared, _threads_fit_a_node, _every_model_is_used, remote_sampling)
 
 
 def _names(entries: Mapping[str, object]) -> str:

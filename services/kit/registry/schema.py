@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from protocol.messages.failure import Category
-from services.kit.registry.entries import CLIENT_PATTERN, NAME_PATTERN
+from services.kit.registry.entries import CLIENT_PATTERN
+from services.kit.registry.entry import NAME_PATTERN
 from services.kit.registry.sections import FILES, Section
 
 DEFAULT_FOLDER: Final = Path("registry/schema")

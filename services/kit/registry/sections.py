@@ -17,17 +17,17 @@ from protocol.messages.failure import Category
 from services.kit.registry.entries import (
     ClientEntry,
     ClientPattern,
-    Entry,
     FailureCaps,
     FailureRule,
     GateEntry,
+    GatePolicy,
     HardwareEntry,
     LearningEntry,
     ModelEntry,
-    Name,
     PersonaEntry,
     RoleEntry,
 )
+from services.kit.registry.entry import Entry, Name
 from services.kit.registry.problems import Problem
 from services.kit.registry.yaml_lines import Document, FieldPath, UnreadableFileError, read_document
 
@@ -51,7 +51,10 @@ FILES: Final[Mapping[str, tuple[Section, ...]]] = {
     "models.yaml": (Section("models", ModelEntry, "name"),),
     "roles.yaml": (Section("roles", RoleEntry, "name"),),
     "personas.yaml": (Section("personas", PersonaEntry, "name", may_be_empty=True),),
-    "gates.yaml": (Section("gates", GateEntry, "name", may_be_empty=True),),
+    "gates.yaml": (
+        Section("gates", GateEntry, "name", may_be_empty=True),
+        Section("policy", GatePolicy, "field", may_be_empty=True),
+    ),
     "failures.yaml": (
         Section("failures", FailureRule, "category"),
         Section("caps", FailureCaps, "field", may_be_empty=True),
@@ -64,6 +67,9 @@ OPTIONAL: Final = frozenset({"clients.yaml", "learning.yaml"})
 """Files that a registry may do without."""
 
 FILE_OF: Final[Mapping[str, str]] = {section.key: file for file, sections in FILES.items() for section in sections}
+
+_UNSHOWN: Final = frozenset({"api_key_env", "base_url", "proxy"})
+"""Fields into which a secret may have been put by mistake: errors do not repeat it."""
 
 _NAME: Final = TypeAdapter[str](Name)
 _CLIENT: Final = TypeAdapter[str](ClientPattern)
@@ -97,6 +103,10 @@ class Draft:
             return True
         return key in document.data[section]
 
+    def document(self, section: str) -> Document:
+        """Return the file that holds a section; it must have been read."""
+        return self._documents[FILE_OF[section]]
+
     def line_of(self, *path: str | int) -> int:
         """Return the line of a field; the first element of its path is the section."""
         return self._documents[FILE_OF[str(path[0])]].line_of(path)
@@ -105,15 +115,16 @@ class Draft:
         """Make a problem about a field of a file that was read; the first element of its path is the section."""
         return self._documents[FILE_OF[str(path[0])]].problem(path, rule, message)
 
-    def read(self, path: Path) -> None:
-        """Read and validate one of `FILES`, adding its entries and its problems."""
+    def read(self, path: Path, file: str | None = None) -> None:
+        """Read and validate one of `FILES`, adding its entries and its problems; `file` says which, if another name."""
+        file = file or path.name
         try:
             document = read_document(path)
         except UnreadableFileError as error:
             self.problems.extend(error.problems)
             return
-        self._documents[path.name] = document
-        sections = FILES[path.name]
+        self._documents[file] = document
+        sections = FILES[file]
         keys = " and ".join(f"'{section.key}:'" for section in sections)
         if not isinstance(document.data, dict):
             self.problems.append(document.problem((), "file-shape", f"must hold {keys} at the top"))
@@ -160,12 +171,13 @@ class Draft:
             yield from problems
 
 
-def read_files(folder: Path) -> Draft:
-    """Read every registry file of a folder; what is wrong is in the draft's `problems`."""
+def read_files(folder: Path, hardware_file: Path | None = None) -> Draft:
+    """Read every registry file of a folder, or `hardware_file` in its place; what is wrong is in the `problems`."""
     draft = Draft()
     for file in FILES:
-        if file not in OPTIONAL or (folder / file).exists():
-            draft.read(folder / file)
+        elsewhere = hardware_file if file == FILE_OF["hardware"] else None
+        if elsewhere is not None or file not in OPTIONAL or (folder / file).exists():
+            draft.read(elsewhere or folder / file, file)
     return draft
 
 
@@ -207,6 +219,8 @@ def _message(entry: type[Entry], detail: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(leaf, sorted(_field_names(entry)), n=1)
         return f"unknown field; did you mean '{near[0]}'?" if near else "unknown field; registry/README.md lists them"
     message = str(detail["msg"]).removeprefix("Value error, ")
+    if leaf in _UNSHOWN:
+        return f"{message[:1].lower()}{message[1:]}"
     return f"{message[:1].lower()}{message[1:]}, got {_shortened(detail['input'])}"
 
 

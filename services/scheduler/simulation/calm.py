@@ -18,12 +18,13 @@ from protocol.codec import Unpacked
 from protocol.header import Header
 from protocol.kinds import family
 from protocol.messages.artefact import ArtefactKind
+from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal
 from protocol.messages.memory import MemoryFinal
 from protocol.messages.plan import PlanFinal
 from protocol.messages.reply import ErrorReply
-from protocol.messages.session import Hello, PeerState
+from protocol.messages.session import Hello, PeerState, Pong, Reside
 from protocol.messages.task import TaskIR
 from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry
@@ -59,6 +60,9 @@ class _CalmHub(Hub):
         """Calls that have gone to their workers since the last look."""
         self.stopped: list[tuple[b.Call, bytes]] = []
         """Calls that their workers were told to stop, and these."""
+        self.told: list[tuple[bytes, Reside]] = []
+        """Workers that were told to load their model, or to unload it."""
+        self.loading.message = self._tell_service
 
     def _carry_out(self, command: b.Command, at_ms: int) -> None:
         match command:
@@ -69,6 +73,11 @@ class _CalmHub(Hub):
                 self.stopped.append((call, identity))
             case _:
                 super()._carry_out(command, at_ms)
+
+    def _tell_service(self, identity: bytes, kind: str, body: Message) -> ev.Send:
+        if isinstance(body, Reside):
+            self.told.append((identity, body))
+        return self.outbox.unpromised(identity, kind, body)
 
     def submitted(self, task: TaskIR, task_id: str, at_ms: int) -> None:
         """A client submits a task. Raises RefusedError."""
@@ -82,7 +91,15 @@ class _CalmHub(Hub):
     def joined(self, peer: Hello, identity: bytes, at_ms: int) -> None:
         """A worker says HELLO, with its slots as the first credit."""
         _, commands = self.broker.on_hello(identity, peer, f"{peer.service}-1", 0, at_ms)
+        self.loading.joined(self.broker.peers[identity], at_ms)
         self._settle(commands, at_ms)
+
+    def reported(self, peer: Peer, state: PeerState, order: int, at_ms: int) -> None:
+        """A worker says what became of its model."""
+        pong = Pong(state=state, in_flight=len(peer.calls), loop_lag_ms=0, rss_bytes=0, order=order)
+        self.broker.on_pong(peer, pong)
+        self.loading.ponged(peer, at_ms)
+        self._settle([], at_ms)
 
     def answered(self, peer: Peer, call: b.Call, kind: str, body: bytes, at_ms: int) -> None:
         """The worker that has the call ends it, and its slot is free again."""
@@ -97,8 +114,7 @@ class _CalmHub(Hub):
 
     def take(self) -> list[ev.Command]:
         """What the hub would have done to the outside since the last look."""
-        commands, self._out = self._out, []
-        return commands
+        return self.outbox.take()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +125,14 @@ class _Due:
     worker: bytes
     kind: str
     body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model that is in memory then, if its worker has not been told otherwise by then."""
+
+    worker: bytes
+    order: int
 
 
 class CalmWorld:
@@ -124,8 +148,10 @@ class CalmWorld:
         """Capability -> what its workers answer."""
         self._working: dict[str, _Due] = {}
         """Key -> the work that is under way for it."""
-        self._heap: list[tuple[int, int, _Due | None]] = []
-        """When, in which order, which work ends; None = a moment that only wants a tick."""
+        self._heap: list[tuple[int, int, _Due | _Loaded | None]] = []
+        """When, in which order, which work ends or model is loaded; None = a moment that only wants a tick."""
+        self._load_ms: dict[bytes, int] = {}
+        """How long the models of workers take to load that do not have them from the start."""
         self._order = itertools.count()
         self._beat_ms = self.now
 
@@ -158,13 +184,14 @@ class CalmWorld:
         for tier in tiers:
             self._answers[f"infer.{tier.model}"] = infer
             for number in range(tier.workers):
-                self._join(f"inference-{tier.model}-{number}", f"infer.{tier.model}", tier.slots)
+                self._join(f"inference-{tier.model}-{number}", f"infer.{tier.model}", tier.slots, tier.load_s)
 
-    def _join(self, service: str, capability: str, slots: int) -> None:
-        hello = Hello(
-            service=service, protocol_min=1, protocol_max=1, capabilities=[capability], state=PeerState.READY, pid=1
-        )
+    def _join(self, service: str, capability: str, slots: int, load_s: float | None = None) -> None:
+        state = PeerState.READY if load_s is None else PeerState.PARKED
+        hello = Hello(service=service, protocol_min=1, protocol_max=1, capabilities=[capability], state=state, pid=1)
         identity = service.encode()
+        if load_s is not None:
+            self._load_ms[identity] = round(load_s * 1000)
         self._hub.joined(hello, identity, self.now)
         self._hub.broker.on_heard(self._hub.broker.peers[identity], slots, self.now)
 
@@ -199,7 +226,7 @@ class CalmWorld:
         """Let the next thing happen."""
         heap = self._heap
         if not heap or heap[0][0] > self.now:
-            waits = self._hub.broker.next_due_ms()
+            waits = self._hub.next_due_ms()
             if waits is not None and (not heap or waits <= heap[0][0]):
                 self._jump(waits)
                 self._tick()
@@ -210,6 +237,11 @@ class CalmWorld:
         _, _, due = heapq.heappop(heap)
         if due is None:
             self._tick()
+        elif isinstance(due, _Loaded):
+            peer = self._hub.broker.peers[due.worker]
+            if peer.order == due.order:
+                self._hub.reported(peer, PeerState.READY, due.order, self.now)
+                self._go_on()
         elif self._working.get(due.call.key) is due:
             del self._working[due.call.key]
             self._hub.answered(self._hub.broker.peers[due.worker], due.call, due.kind, due.body, self.now)
@@ -242,8 +274,18 @@ class CalmWorld:
                 call, worker = hub.stopped.pop()
                 self._working.pop(call.key, None)
                 hub.given_back(hub.broker.peers[worker], self.now)
+            elif hub.told:
+                self._reside(*hub.told.pop(0))
             else:
                 return
+
+    def _reside(self, worker: bytes, word: Reside) -> None:
+        """A worker is told to load its model, or to unload it."""
+        peer = self._hub.broker.peers[worker]
+        self._hub.reported(peer, PeerState.LOADING if word.loaded else PeerState.PARKED, word.order, self.now)
+        if word.loaded:
+            due = self.now + self._load_ms[worker]
+            heapq.heappush(self._heap, (due, next(self._order), _Loaded(worker, word.order)))
 
     def _begin(self, call: b.Call) -> None:
         if call.worker is None:

@@ -55,16 +55,26 @@ class SimPeer:
         capabilities: tuple[str, ...],
         slots: int,
         answer: Callable[[Header, bytes], Answer],
+        load_ms: int | None = None,
     ) -> None:
         self.world = world
         self.service = service
         self.capabilities = capabilities
         self.slots = slots
         self.answer = answer
+        self.load_ms = load_ms
+        """How long its model takes to load when the hub says so; None = it is in memory from the start."""
+        self.loads = 0
+        self.model_bytes = 0
+        """What it says its loaded model takes."""
+        self._loading = 0
+        """Which loading is the current one."""
         self.alive = False
         self.frozen = False
         self.boots = 0
         self.started: list[str] = []
+        self.registry: str | None = None
+        """Digest that its pongs name; what it is told about the registry it does not follow."""
         self._inbox: list[s.Event] = []
         """What happened to a frozen process: it notices when it thaws."""
         self._working: dict[str, int] = {}
@@ -82,7 +92,8 @@ class SimPeer:
         self._inbox.clear()
         self._working.clear()
         self.session = s.PeerSession(self.service, self.capabilities, self.slots, pid=1, load_deadline_s=1)
-        self.session.state = PeerState.READY
+        self.session.state = PeerState.READY if self.load_ms is None else PeerState.PARKED
+        self._loading += 1
         self._open()
 
     def kill(self) -> None:
@@ -138,16 +149,26 @@ class SimPeer:
             case s.Transmit(header, body):
                 self._transmit(header, body)
             case s.ReportState(corr, credit):
-                pong = Pong(state=self.session.state, in_flight=len(self.session.in_flight), loop_lag_ms=0, rss_bytes=0)
+                pong = Pong(
+                    state=self.session.state,
+                    in_flight=len(self.session.in_flight),
+                    loop_lag_ms=0,
+                    rss_bytes=0,
+                    registry=self.registry,
+                    model_bytes=self.model_bytes if self.session.state is PeerState.READY else 0,
+                    order=self.session.order,
+                )
                 self._transmit(Header(kind="session.pong", id="", corr=corr, credit=credit), pack_body(pong))
             case s.StartWork(header, body):
                 self._work(header, body)
             case s.CancelWork(key):
                 self._end_early(key, "call.cancelled", Category.PEER)
+            case s.ChangeResidence(loaded):
+                self._change_residence(loaded=loaded)
             case s.Reopen():
                 self._reopen()
-            case s.Deliver():
-                pass  # these peers ask nobody anything
+            case s.Deliver() | s.FollowRegistry():
+                pass  # these peers ask nobody anything, and have no registry
             case s.Stop(reason):
                 raise SimulationError(f"{self.service} was told to stop: {reason}")
 
@@ -166,6 +187,24 @@ class SimPeer:
             packed = ending if isinstance(ending, bytes) else pack_body(ending)
             done = s.WorkEnded(key, f"{family(header.kind)}.final", packed)
         self._later(took, key, beginning, lambda: self._end(done))
+
+    def _change_residence(self, *, loaded: bool) -> None:
+        """Load within `load_ms`, or unload at once; one without a loading time has nothing to load."""
+        if self.load_ms is None or loaded == (self.session.state in (PeerState.LOADING, PeerState.READY)):
+            return
+        self._loading += 1
+        if not loaded:
+            self.feed(s.StateChanged(PeerState.PARKED))
+            return
+        self.loads += 1
+        boot, loading = self.boots, self._loading
+
+        def loaded_now() -> None:
+            if self._lives(boot) and self._loading == loading:
+                self.feed(s.StateChanged(PeerState.READY))
+
+        self.feed(s.StateChanged(PeerState.LOADING))
+        self.world.later(self.load_ms, loaded_now)
 
     def _later(self, delay_ms: int, key: str, beginning: int, action: Callable[[], None]) -> None:
         """Do this unless that beginning of the work has ended by then, or its process."""

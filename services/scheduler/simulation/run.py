@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from protocol.messages.task import TaskIR
 from services.kit.registry import Registry
+from services.kit.registry.memory import expected_load_s
 from services.scheduler.durations import Durations
 from services.scheduler.simulation.calm import CalmWorld
 from services.scheduler.simulation.outcome import Outcome, outcome_of
@@ -31,8 +32,13 @@ def tiers_of(
 ) -> list[Tier]:
     """The tiers that the registry describes, one worker each, with other numbers where these are given by model."""
     return [
-        Tier(name, (workers or {}).get(name, 1), (slots or {}).get(name, entry.slots))
-        for name, entry in registry.models.items()
+        Tier(
+            name,
+            (workers or {}).get(name, 1),
+            (slots or {}).get(name, entry.slots),
+            None if entry.residency == "hot" else expected_load_s(entry),
+        )
+        for name, entry in registry.served.items()
         if registry.roles_of(name)
     ]
 

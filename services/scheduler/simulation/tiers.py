@@ -34,6 +34,8 @@ class Tier:
     workers: int
     slots: int
     """Of each worker."""
+    load_s: float | None = None
+    """How long its model takes to load when it is needed; None = it is always in memory."""
 
 
 def planned(task: TaskIR) -> TaskIR:

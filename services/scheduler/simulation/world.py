@@ -54,6 +54,8 @@ class World:
 
     def __init__(self, registry: Registry, *, delay_ms: int = 1) -> None:
         self.registry = registry
+        self.past: Registry | None = None
+        """An earlier registry that a restarted hub finds, for tasks that use what the present one has not."""
         self.delay_ms = delay_ms
         self.now = _START_MS
         self.identities: dict[bytes, SimPeer] = {}
@@ -111,10 +113,12 @@ class World:
 
     def boot_hub(self) -> None:
         """Start a hub; tasks in the journal that are not settled are taken up where they stood."""
-        self.hub = Hub(epoch=f"hub{next(self._order)}", registry=self.registry, durations=LearnedDurations())
+        self.hub = Hub(
+            epoch=f"hub{next(self._order)}", registry=self.registry, started_ms=self.now, durations=LearnedDurations()
+        )
         for task in self.recorded_tasks().values():
             if not (task.state.final and task.settled):
-                self.feed(ev.Restored(task, self.now))
+                self.feed(ev.Restored(task, self.now, self.past if self.hub.lacks(task) else None))
 
     def kill_hub(self) -> None:
         """End the hub; its peers notice by its silence."""
@@ -165,7 +169,7 @@ class World:
             case ev.Noted(event=told, fields=fields):
                 self.notes.append(f"{self.now} {told.name} {fields}")
                 del self.notes[:-_KEPT_NOTES]
-            case ev.ReadListing() | ev.ReadStatus() | ev.ReadEvents():
+            case ev.ReadListing() | ev.ReadStatus() | ev.ReadEvents() | ev.ReadRegistry():
                 raise SimulationError("listings and reports are the business of the process, not of its machine")
 
     def _record(self, fact: f.Fact, seq: int) -> None:
@@ -207,10 +211,15 @@ class World:
     # Processes and clients
 
     def add(
-        self, service: str, capabilities: tuple[str, ...], answer: Callable[[Header, bytes], Answer], slots: int = 4
+        self,
+        service: str,
+        capabilities: tuple[str, ...],
+        answer: Callable[[Header, bytes], Answer],
+        slots: int = 4,
+        load_ms: int | None = None,
     ) -> SimPeer:
-        """Start a process that answers calls for these capabilities."""
-        peer = SimPeer(self, service, capabilities, slots, answer)
+        """Start a process that answers calls for these capabilities; `load_ms` is how long its model takes to load."""
+        peer = SimPeer(self, service, capabilities, slots, answer, load_ms)
         self.peers[service] = peer
         peer.start()
         return peer

@@ -1,0 +1,205 @@
+"""Which slot a prompt goes to, and where the beginning of it comes from: pure, no engine, no clock, no file.
+
+A slot of llama.cpp keeps what it last read, and no other slot can see it. Steps of one task begin alike, so without
+this every slot reads the same beginning for itself. Here the first of a group *primes* its slot: it reads the shared
+beginning alone, which is then saved; the others restore it instead of reading it. `slots` carries that out.
+
+What a prompt begins with is known by hashes: its text is cut into blocks and each hash covers everything before it, so
+equal hashes at one place mean equal beginnings, and a prompt of any length costs a few bytes a block. Where a hash
+collides, llama.cpp compares tokens again: the price is time, never a wrong answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from protocol.messages.infer import ChatMessage
+
+BLOCK_CHARS: Final = 128
+"""Some thirty tokens of prose: finer blocks would find that much more to share."""
+MIN_BLOCKS: Final = 6
+"""A shared beginning shorter than this (some 200 tokens) is read again: two round trips would cost as much."""
+
+Blocks = tuple[int, ...]
+"""Hash of every whole block of a prompt, each over all of the prompt up to its end."""
+
+
+def flat(messages: Sequence[ChatMessage]) -> str:
+    """The prompt as one text, in the order in which a chat template writes it."""
+    return "".join(f"{turn.role}\n{turn.content}\n\0" for turn in messages)
+
+
+def blocks_of(text: str) -> Blocks:
+    """Hashes of the whole blocks of a text."""
+    digest, blocks = hashlib.blake2b(digest_size=8), []
+    for end in range(BLOCK_CHARS, len(text) + 1, BLOCK_CHARS):
+        digest.update(text[end - BLOCK_CHARS : end].encode("utf-8", "surrogatepass"))
+        blocks.append(int.from_bytes(digest.copy().digest()))
+    return tuple(blocks)
+
+
+def shared(one: Blocks, other: Blocks) -> int:
+    """Number of blocks with which both begin."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # a block's hash covers all before it, so equality at one place is equality up to there
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[middle - 1] == other[middle - 1] else (low, middle - 1)
+    return low
+
+
+def beginning(messages: Sequence[ChatMessage], blocks: int) -> list[ChatMessage]:
+    """The turns that make up the first blocks of a prompt, the last of them cut."""
+    left, kept = blocks * BLOCK_CHARS, []
+    for turn in messages:
+        left -= len(turn.role) + 1
+        if left <= 0:
+            break
+        kept.append(ChatMessage.model_construct(role=turn.role, content=turn.content[:left]))
+        left -= len(turn.content) + 2
+        if left <= 0:
+            break
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A call that wants a slot."""
+
+    key: str
+    blocks: Blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a call runs and what happens first, in this order. The names are those of saved beginnings."""
+
+    key: str
+    slot: int
+    cached_blocks: int
+    """Blocks that need not be read for this call once `restore` is done."""
+    restore: str | None = None
+    """Copy this saved beginning into the slot; it may still be in the making."""
+    prime: str | None = None
+    """Read the first `prime_blocks` blocks alone and save them under this name: others need them."""
+    prime_blocks: int = 0
+
+
+@dataclass(slots=True)
+class _Slot:
+    holds: Blocks = ()
+    call: str | None = None
+    used: int = 0
+
+
+@dataclass(slots=True)
+class _Saved:
+    blocks: Blocks
+    bytes: int | None = None
+    """None while it is in the making."""
+    used: int = 0
+
+
+@dataclass(slots=True)
+class PrefixCache:
+    """What the slots of one engine hold and which beginnings are saved. Time is the count of placements."""
+
+    slot_count: int
+    copies: bool = True
+    """False where saving and restoring does not work or does not pay: slots are then only chosen well."""
+    _slots: list[_Slot] = field(init=False)
+    _saved: dict[str, _Saved] = field(default_factory=dict)
+    _now: int = 0
+
+    def __post_init__(self) -> None:
+        """Begin with empty slots."""
+        self._slots = [_Slot() for _ in range(self.slot_count)]
+
+    @property
+    def free(self) -> int:
+        """Slots without a call."""
+        return sum(1 for slot in self._slots if slot.call is None)
+
+    @property
+    def saved_bytes(self) -> Mapping[str, int | None]:
+        """Saved beginnings with their size, least recently used first; None for one in the making."""
+        return {name: saved.bytes for name, saved in sorted(self._saved.items(), key=lambda item: item[1].used)}
+
+    def reads_much(self, blocks: Blocks) -> bool:
+        """True if a call would have to read a long beginning: then it is worth a moment to see who else comes."""
+        known = max((shared(blocks, slot.holds) for slot in self._slots if slot.call is None), default=0)
+        known = max(known, self._best_saved(blocks)[1])
+        return self.copies and len(blocks) - known >= MIN_BLOCKS
+
+    def place(self, waiting: Sequence[Waiting]) -> list[Placement]:
+        """Give every call a slot, in order of arrival; calls beyond the free slots are left out."""
+        placements: list[Placement] = []
+        todo = list(waiting)[: self.free]
+        others = list(waiting)
+        for call in todo:
+            self._now += 1
+            rest = [other.blocks for other in others if other.key != call.key]
+            busy = [slot.holds for slot in self._slots if slot.call is not None]
+            placements.append(self._place(call, self._worth_saving(call.blocks, [*rest, *busy])))
+        return placements
+
+    def saved(self, name: str, size_bytes: int) -> None:
+        """A beginning is on disk."""
+        if name in self._saved:
+            self._saved[name].bytes = size_bytes
+
+    def dropped(self, name: str) -> None:
+        """A beginning could not be made, or its file is gone."""
+        self._saved.pop(name, None)
+
+    def ended(self, key: str, *, complete: bool) -> None:
+        """A call has left its slot; of an incomplete one nobody knows how far it was read."""
+        for slot in self._slots:
+            if slot.call == key:
+                slot.call = None
+                slot.holds = slot.holds if complete else ()
+
+    def emptied(self) -> None:
+        """The engine is a new one: its slots hold nothing. Saved beginnings stay."""
+        for slot in self._slots:
+            slot.holds = ()
+
+    def _place(self, call: Waiting, worth_saving: int) -> Placement:
+        number = max((n for n, slot in enumerate(self._slots) if slot.call is None), key=lambda n: self._rank(call, n))
+        slot = self._slots[number]
+        held = shared(call.blocks, slot.holds)
+        name, known = self._best_saved(call.blocks)
+        restore = name if self.copies and known - held >= MIN_BLOCKS else None
+        cached = known if restore else held
+        if restore is not None:
+            self._saved[restore].used = self._now
+        slot.call, slot.holds, slot.used = call.key, call.blocks, self._now
+        prime = None
+        if self.copies and worth_saving > max(known, 0) and worth_saving - known >= MIN_BLOCKS:
+            prime = f"{call.blocks[worth_saving - 1]:016x}"
+            self._saved[prime] = _Saved(call.blocks[:worth_saving], used=self._now)
+        return Placement(call.key, number, cached, restore, prime, worth_saving if prime else 0)
+
+    def _rank(self, call: Waiting, number: int) -> tuple[int, int]:
+        """Most shared first, then least recently used. A little in common is no reason to overwrite a lot."""
+        slot = self._slots[number]
+        held = shared(call.blocks, slot.holds)
+        return (held if held >= MIN_BLOCKS or 2 * held >= len(slot.holds) else 0, -slot.used)
+
+    def _best_saved(self, blocks: Blocks) -> tuple[str | None, int]:
+        """The longest saved beginning of a prompt, and its length in blocks."""
+        fitting = [
+            (len(saved.blocks), name)
+            for name, saved in self._saved.items()
+            if shared(blocks, saved.blocks) == len(saved.blocks)
+        ]
+        length, name = max(fitting, default=(0, None))
+        return name, length
+
+    def _worth_saving(self, blocks: Blocks, others: Sequence[Blocks]) -> int:
+        """Length in blocks of the beginning that saves the others most in all; 0 where nobody shares enough."""
+        common = sorted((shared(blocks, other) for other in others), reverse=True)
+        gains = [(length * count, length) for count, length in enumerate(common, 1) if length >= MIN_BLOCKS]
+        return max(gains, default=(0, 0))[1]

@@ -1,0 +1,197 @@
+"""From a GGUF file to the facts that decide how its model may be run; read in a short-lived process of its own.
+
+`python -m services.kit.gguf_facts PATH` prints the facts as JSON, bounded in time and memory, since the file may be
+damaged or hostile. `read_facts` calls it and waits; the inference service calls it through its own probe instead, so
+that its loop goes on. Both remember what they read until size or time of the file change.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from services.kit.gguf_header import BadHeader, Header, Value, parts_of, read_header
+from services.kit.model_facts import RECURRENT_ARCHITECTURES, RECURRENT_KEYS, KvShape, ModelFacts, Vocabulary
+
+READ_TIMEOUT_S: Final = 60.0
+"""A vocabulary of 250,000 tokens takes about half a second of an idle core."""
+
+_MEMORY_BYTES: Final = 2 * 1024**3
+_MAX_LAYERS: Final = 4_096
+
+#: Every how many layers one keeps all tokens, in architectures whose files do not say so. A layer pattern in the file
+#: comes first; for any other architecture all layers are counted as full, which is never too little.
+_WINDOW_PERIODS: Final[Mapping[str, int]] = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4}
+
+#: Every how many layers one has attention, in hybrids whose files do not say so.
+_ATTENTION_PERIODS: Final[Mapping[str, int]] = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}
+
+Stamp: TypeAlias = tuple[tuple[int, int, int, int], ...]
+
+
+def stamp(path: Path) -> Stamp:
+    """What changes when one of a model's files is replaced. Raises OSError where one is missing."""
+    stats = (part.stat() for part in parts_of(path))
+    return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
+def command(path: Path) -> list[str]:
+    """The program that prints the facts of a file."""
+    return [sys.executable, "-m", __name__ if __name__ != "__main__" else "services.kit.gguf_facts", str(path)]
+
+
+def parsed(status: int, output: bytes) -> ModelFacts:
+    """The facts that the program printed. Raises BadHeader with what it said instead."""
+    text = output.decode("utf-8", "replace").strip()
+    if status != 0:
+        raise BadHeader(text.rpartition("\n")[2][:300] or f"its header made the reader end with status {status}")
+    data: dict[str, Any] = json.loads(text)
+    words = data.pop("vocabulary")
+    if words is not None:
+        words = Vocabulary(**{**words, "digests": tuple(words["digests"])})
+    return ModelFacts(**{**data, "kv": KvShape(**data["kv"]), "vocabulary": words})
+
+
+_KNOWN: dict[Stamp, ModelFacts] = {}
+"""Bounded by the models of a registry: only the commands of an operator, which end soon, read through it."""
+
+
+def read_facts(path: Path) -> ModelFacts:
+    """The facts of a model file, with all its parts. Raises BadHeader, and OSError where a part cannot be opened."""
+    now = stamp(path)
+    if now in _KNOWN:
+        return _KNOWN[now]
+    try:
+        done = subprocess.run(
+            command(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=READ_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as err:
+        raise BadHeader(f"its header could not be read within {READ_TIMEOUT_S:g} s") from err
+    facts = parsed(done.returncode, done.stdout)
+    _KNOWN[now] = facts
+    return facts
+
+
+def facts_of(headers: list[Header]) -> ModelFacts:
+    """Facts of a model from the headers of its parts, in their order. Raises BadHeader where one is no model."""
+    first = headers[0]
+    values = first.values
+    architecture = values.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise BadHeader("the header has no field general.architecture")
+    if not any(header.tensors for header in headers):
+        raise BadHeader("the header lists no tensors")
+    recurrent = _recurrent(architecture, values)
+    words = first.tokens
+    return ModelFacts(
+        architecture=architecture,
+        parameters=sum(header.parameters for header in headers),
+        file_bytes=sum(header.file_bytes for header in headers),
+        context_tokens=_number(values, f"{architecture}.context_length"),
+        vocabulary_tokens=words.count if words is not None else 0,
+        kv=_kv_shape(architecture, values, hybrid=recurrent is not None),
+        experts_trained=_number(values, f"{architecture}.expert_used_count") or None,
+        experts_total=_number(values, f"{architecture}.expert_count") or None,
+        recurrent=recurrent,
+        vocabulary=None
+        if words is None
+        else Vocabulary(
+            tokens=words.count,
+            tokenizer=str(values.get("tokenizer.ggml.model", "none")),
+            digests=words.digests,
+            bos=_number(values, "tokenizer.ggml.bos_token_id"),
+            eos=_number(values, "tokenizer.ggml.eos_token_id"),
+            adds_bos=_flag(values, "tokenizer.ggml.add_bos_token"),
+            adds_eos=_flag(values, "tokenizer.ggml.add_eos_token"),
+        ),
+    )
+
+
+def _recurrent(architecture: str, values: Mapping[str, Value]) -> str | None:
+    if architecture in RECURRENT_ARCHITECTURES:
+        return f"is of the recurrent or hybrid architecture {architecture}"
+    key = next((key for key in values if any(part in key for part in RECURRENT_KEYS)), None)
+    return None if key is None else f"has recurrent layers (its metadata has {key})"
+
+
+def _kv_shape(architecture: str, values: Mapping[str, Value], *, hybrid: bool) -> KvShape:
+    def number(name: str) -> int:
+        return _number(values, f"{architecture}.{name}") or 0
+
+    layers = min(number("block_count"), _MAX_LAYERS)
+    heads = max(_per_layer(values, f"{architecture}.attention.head_count", layers, 0), default=0)
+    kv_heads = _per_layer(values, f"{architecture}.attention.head_count_kv", layers, heads)
+    size = number("embedding_length") // heads if heads else 0
+    key, value = number("attention.key_length") or size, number("attention.value_length") or size
+    window = number("attention.sliding_window")
+    windowed = list(_windowed(architecture, values, layers)) if window else [False] * layers
+    attention = [count if _has_attention(architecture, values, layer) else 0 for layer, count in enumerate(kv_heads)]
+    full = sum(count for count, short in zip(attention, windowed, strict=True) if not short)
+    short = sum(attention) - full
+    state = 0
+    if hybrid:
+        inner, states = number("ssm.inner_size"), number("ssm.state_size")
+        convolution = max(number("ssm.conv_kernel") - 1, 0) * (inner + 2 * number("ssm.group_count") * states)
+        # llama.cpp keeps both in f32, for each layer without attention.
+        state = 4 * (convolution + inner * states) * sum(count == 0 for count in attention)
+    return KvShape(full * key, full * value, short * key, short * value, window if short else 0, state)
+
+
+def _has_attention(architecture: str, values: Mapping[str, Value], layer: int) -> bool:
+    period = _number(values, f"{architecture}.full_attention_interval") or _ATTENTION_PERIODS.get(architecture, 1)
+    return (layer + 1) % max(period, 1) == 0
+
+
+def _windowed(architecture: str, values: Mapping[str, Value], layers: int) -> Iterator[bool]:
+    said = values.get(f"{architecture}.attention.sliding_window_pattern")
+    if isinstance(said, tuple) and len(said) >= layers:
+        yield from (bool(item) for item in said[:layers])
+        return
+    period = said if isinstance(said, int) and said > 0 else _WINDOW_PERIODS.get(architecture, 1)
+    yield from (layer % period < period - 1 for layer in range(layers))
+
+
+def _per_layer(values: Mapping[str, Value], key: str, layers: int, default: int) -> list[int]:
+    """A number that a file gives once for all layers or one by one."""
+    value = values.get(key)
+    if isinstance(value, tuple):
+        items = [int(item) for item in value[:layers] if 0 <= item < 2**31]
+        return [*items, *[default] * (layers - len(items))]
+    return [int(value) if isinstance(value, int) and 0 <= value < 2**31 else default] * layers
+
+
+def _number(values: Mapping[str, Value], key: str) -> int | None:
+    value = values.get(key)
+    if isinstance(value, tuple):
+        value = max(value, default=None)
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
+
+
+def _flag(values: Mapping[str, Value], key: str) -> bool | None:
+    value = values.get(key)
+    return value if isinstance(value, bool) else None
+
+
+def main(path: Path) -> int:
+    """Print the facts of a model as JSON, or what is wrong with its file and end with 1."""
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    from gguf.constants import GGML_QUANT_SIZES  # only this process pays for numpy
+
+    sizes = {int(kind): (int(elements), int(size)) for kind, (elements, size) in GGML_QUANT_SIZES.items()}
+    try:
+        facts = facts_of([read_header(part, sizes) for part in parts_of(path)])
+    except (BadHeader, OSError, MemoryError) as err:
+        sys.stdout.write(f"{err or 'it asks for more memory than a header needs'}\n")
+        return 1
+    sys.stdout.write(json.dumps(asdict(facts)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,535 @@
+"""Which models are in memory, as a pure machine: what is there and what is wanted in; orders to load and unload out.
+
+All models share one budget (`resources.Tokens`). Hot ones hold theirs for ever. A warm one (and a cold one that was
+asked for) gets its memory before it is told to load and keeps it until its process has let go of it. Room is made by
+unloading whoever is worth least, never under running work. What is held comes from the estimate until the service has
+measured it.
+
+Progress. Models that are waited for load in the order in which their wait began; the first one's claim is kept free,
+so nobody overtakes it into the room it needs. An idle model makes way after a minimum residence, a busy one after a
+turn: it is closed (gets no new work), runs dry, and is unloaded. Work never waits for memory while it holds a slot, and
+the registry's rules say that everything that stays and the largest model that does not fit together, so the first in
+line always gets its room. Both times grow with the time that loading takes, so that no more than a fixed part of the
+time is spent on loading, whatever is asked for.
+
+Who is told what, and what services say, is `loading`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, Literal
+
+from services.kit.registry import Registry
+from services.kit.registry.memory import expected_load_s, file_bytes, memory_needs
+from services.scheduler.resources import Tokens
+
+RESIDENCE_LOADS: Final = 2
+"""A model that is loaded stays for at least so many times as long as loading it took, within the next two bounds."""
+MIN_RESIDENCE_MS: Final = 2_000
+MAX_RESIDENCE_MS: Final = 60_000
+TURN_LOADS: Final = 6
+"""A busy model makes way after so many times as long as loading took, and MIN_TURN_MS at least."""
+MIN_TURN_MS: Final = 10_000
+IDLE_UNLOAD_S: Final = 300.0
+AHEAD_MS: Final = 1_000
+"""How much earlier than its loading time a model is loaded that will be needed."""
+FAILED_PAUSE_MS: Final = 10_000
+"""After a model was unloaded because it did not come up, it is not tried again for so long."""
+REFUSED_PAUSE_MS: Final = 500
+"""After a service kept its model because it was still freeing a slot."""
+GONE_KEPT_MS: Final = 3_000
+SILENT_KEPT_MS: Final = 60_000
+"""How long the memory of a process that is gone from the bus stays booked: one whose connection broke is dead or comes
+back soon; one that fell silent may have its model in memory still."""
+TRUST_MS: Final = 5_000
+"""After its start the hub loads nothing for so long if there are services that have not said yet what they hold."""
+PRESSURE_EVERY_MS: Final = 2_000
+"""Between two models that are unloaded because the machine is short of memory: the effect must be seen first."""
+
+
+class State(StrEnum):
+    """Where a model is, in the hub's eyes."""
+
+    ABSENT = "absent"
+    PARKED = "parked"
+    LOADING = "loading"
+    LOADED = "loaded"
+    UNLOADING = "unloading"
+    DEGRADED = "degraded"
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is wanted of one model now."""
+
+    running: bool = False
+    waiting: bool = False
+    soon_ms: int | None = None
+    """In how many ms the inputs of a step that needs it are expected; None = no such step is in sight."""
+
+
+NONE: Final = Demand()
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Tell the service of this model to load or to unload it."""
+
+    model: str
+    loaded: bool
+    why: Literal["needed", "asked", "ahead", "idle", "room", "pressure", "asked away"]
+    bytes: int
+
+
+@dataclass(slots=True)
+class Place:
+    """One model and its place in memory."""
+
+    model: str
+    residency: Literal["hot", "warm", "cold"]
+    pinned: bool
+    idle_ms: int
+    estimate_bytes: int
+    floor_bytes: int
+    """Least that is booked while it is loaded: what is declared, else its file, which is mapped and not all in yet."""
+    load_ms: int
+    """How long loading takes: an estimate until it was seen."""
+    state: State = State.ABSENT
+    since_ms: int = 0
+    """When the state began."""
+    loaded_ms: int = 0
+    measured_bytes: int = 0
+    """Highest measurement of this residence, or of the last one."""
+    fresh: bool = False
+    """Nothing was measured in this residence yet."""
+    used_ms: int | None = None
+    wait_ms: int | None = None
+    """Since when it is waited for without being loaded."""
+    asked_ms: int | None = None
+    """Since when somebody asks for it by name."""
+    asked_away: bool = False
+    """Somebody wants it out of memory, at the next decision."""
+    closing: bool = False
+    """It gets no new work: another model waits for its room."""
+    wish: bool | None = None
+    """What its service was told last; None = nothing yet, its own word counts."""
+    order: int = 0
+    """Number of that word."""
+    loads: int = 0
+    pause_ms: int = 0
+    """No order before this time."""
+    kept_until_ms: int | None = None
+    """Its process is gone; until then its memory stays booked."""
+
+    @property
+    def residence_ms(self) -> int:
+        """How long it stays at least."""
+        return min(MAX_RESIDENCE_MS, max(MIN_RESIDENCE_MS, RESIDENCE_LOADS * self.load_ms))
+
+    @property
+    def turn_ms(self) -> int:
+        """How long it may work while another one waits."""
+        return max(MIN_TURN_MS, TURN_LOADS * self.load_ms)
+
+    @property
+    def need_bytes(self) -> int:
+        """Memory it takes, as far as is known."""
+        return max(self.measured_bytes, self.floor_bytes) if self.measured_bytes else self.estimate_bytes
+
+    @property
+    def closed(self) -> bool:
+        """True if it must not be given work whatever its service says of itself."""
+        return self.closing or self.state is State.UNLOADING
+
+
+@dataclass(slots=True)
+class Residency:
+    """All places and the budget they share. `guests` are the ones that come and go."""
+
+    tokens: Tokens
+    places: dict[str, Place] = field(default_factory=dict)
+    guests: dict[str, Place] = field(default_factory=dict)
+    low: bool = False
+    """The machine is short of memory by its own account."""
+    available_bytes: int | None = None
+    trust_ms: int = 0
+    """Until then it matters whether a guest's service was never heard of."""
+    counters: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("loads", "loads_ahead", "unloads", "unloads_pressure"), 0)
+    )
+    due_ms: int | None = None
+    """When `decide` will next come to something new if nothing happens; None = never."""
+    wants_core: bool = False
+    """A model has its room and waits for a core to load with, so whatever ends may matter."""
+    _pressure_ms: int = 0
+
+    def declare(self, registry: Registry) -> None:
+        """Take over the models of a registry, at the start or when it has changed; what is known of them stays."""
+        known = self.places
+        self.tokens.memory_bytes = registry.hardware.memory_bytes
+        self.places = {}
+        needs = memory_needs(registry.models)
+        for name, entry in registry.served.items():
+            need = needs[name]
+            if not entry.is_local or (need == 0 and entry.residency == "hot"):
+                continue
+            place = known.get(name) or Place(name, "hot", False, 0, 0, 0, 0)
+            place.residency, place.pinned = entry.residency, entry.pinned
+            place.idle_ms = int((entry.idle_unload_s or IDLE_UNLOAD_S) * 1000)
+            place.estimate_bytes = need
+            place.floor_bytes = entry.memory_bytes or file_bytes(entry) or 0
+            place.load_ms = place.load_ms or int(1000 * expected_load_s(entry))
+            self.places[name] = place
+            if place.residency == "hot":
+                self.tokens.book_memory(name, place.need_bytes)
+        for name in known.keys() - self.places.keys():
+            self.tokens.end_load(name)
+            self.tokens.release_memory(name)
+        self.guests = {name: place for name, place in self.places.items() if place.residency != "hot"}
+
+    # What services say
+
+    def heard(self, model: str, state: State, measured_bytes: int, at_ms: int, *, settled: bool) -> None:
+        """What the service of a model says of itself; `settled` if it has heard the newest order."""
+        place = self.places.get(model)
+        if place is None:
+            return
+        if place.residency == "hot":
+            self._enter(place, state, at_ms)
+        elif settled:
+            self._settle(place, state, at_ms)
+        if measured_bytes and place.state is State.LOADED:
+            place.measured_bytes = measured_bytes if place.fresh else max(place.measured_bytes, measured_bytes)
+            place.fresh = False
+            self.tokens.book_memory(model, place.need_bytes)
+
+    def _settle(self, place: Place, state: State, at_ms: int) -> None:
+        """The service of a warm or cold model has done, or refused, what it was told."""
+        place.kept_until_ms = None
+        if place.state is State.UNLOADING and state is State.LOADED:
+            # A slot is still being freed: it keeps its model, and is asked again a little later.
+            place.wish, place.pause_ms = None, at_ms + REFUSED_PAUSE_MS
+        if state is not place.state and state is not State.LOADING:
+            self.tokens.end_load(place.model)
+        self._enter(place, state, at_ms)
+        if state is State.PARKED:
+            self.tokens.release_memory(place.model)
+            place.wish, place.closing = None, False
+        elif not self.tokens.held_by(place.model):
+            self.tokens.book_memory(place.model, place.need_bytes)  # found, not granted: an earlier hub gave it
+        if state is State.LOADED:
+            place.asked_ms = None
+
+    def _enter(self, place: Place, state: State, at_ms: int) -> None:
+        if state is place.state:
+            return
+        if state is State.LOADED:
+            if place.state is State.LOADING and place.wish:
+                place.load_ms = max(1, at_ms - place.since_ms)
+            if place.state is not State.UNLOADING:
+                place.loaded_ms, place.fresh = at_ms, True
+        place.state, place.since_ms = state, at_ms
+
+    def joined(self, model: str) -> None:
+        """A fresh session, the only one of its model: its word counts, whatever an earlier one was told."""
+        place = self.guests.get(model)
+        if place is not None:
+            place.wish, place.closing = None, False
+
+    def gone(self, model: str, at_ms: int, *, silent: bool) -> None:
+        """The last process of this model is gone from the bus."""
+        place = self.places.get(model)
+        if place is None:
+            return
+        self._enter(place, State.ABSENT, at_ms)
+        self.tokens.end_load(model)
+        place.wish, place.closing = None, False
+        if place.residency != "hot" and self.tokens.held_by(model):
+            place.kept_until_ms = at_ms + (SILENT_KEPT_MS if silent else GONE_KEPT_MS)
+
+    def machine_memory(self, available_bytes: int, low_bytes: int) -> None:
+        """What the machine has left; below `low_bytes` idle models are unloaded and none is loaded ahead of need."""
+        self.available_bytes = available_bytes
+        # Once low, it takes a little more to count as well again: else every reading could change its mind.
+        self.low = available_bytes < (low_bytes * 5 // 4 if self.low else low_bytes)
+
+    def ask(self, model: str, at_ms: int) -> None:
+        """Somebody asks for a warm or cold model by name: it loads as soon as there is room, as if work waited."""
+        place = self.guests[model]
+        if place.state is not State.LOADED:
+            place.asked_ms = at_ms if place.asked_ms is None else place.asked_ms
+
+    def ask_away(self, model: str) -> None:
+        """Somebody wants a warm or cold model out of memory, be it pinned; no work needs it now."""
+        self.guests[model].asked_ms, self.guests[model].asked_away = None, True
+
+    # Decisions
+
+    def decide(self, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
+        """Orders that follow from what is there and what is wanted. The same again orders nothing again."""
+        self.due_ms, self.wants_core = None, False
+        orders: list[Order] = []
+        for place in self.guests.values():
+            self._look_at(place, demand.get(place.model, NONE), at_ms)
+        orders += self._send_away(at_ms)
+        orders += self._relieve(demand, at_ms)
+        first = self._serve_waiting(demand, orders, at_ms)
+        orders += self._run_dry(demand, at_ms, needed=first)
+        orders += self._unload_idle(demand, at_ms)
+        if first is None and not self.low:
+            orders += self._load_ahead(demand, at_ms)
+        return orders
+
+    def hopeless(self, model: str) -> bool:
+        """True for a cold model that is neither in memory nor on its way there: work for it would wait for ever."""
+        place = self.guests.get(model)
+        return (
+            place is not None
+            and place.residency == "cold"
+            and place.asked_ms is None
+            and place.state in (State.PARKED, State.UNLOADING)
+        )
+
+    def _look_at(self, place: Place, demand: Demand, at_ms: int) -> None:
+        if place.kept_until_ms is not None:
+            if place.kept_until_ms <= at_ms:
+                self.tokens.release_memory(place.model)
+                place.kept_until_ms = None
+            else:
+                self._due(place.kept_until_ms)
+        if demand.running or demand.waiting:
+            place.used_ms = at_ms
+        wanted = demand.waiting or place.asked_ms is not None
+        if not wanted or place.state in (State.LOADED, State.LOADING, State.DEGRADED):
+            if place.wait_ms is not None and place.state is State.PARKED:
+                self.tokens.end_load(place.model)  # it may have closed the door for its core
+            place.wait_ms = None
+        elif place.wait_ms is None:
+            place.wait_ms = at_ms if place.asked_ms is None or demand.waiting else place.asked_ms
+
+    def _serve_waiting(self, demand: Mapping[str, Demand], orders: list[Order], at_ms: int) -> Place | None:
+        """Load what is waited for, the longest waiting first. Returns the first one that has to wait on."""
+        line = [p for p in self.guests.values() if p.wait_ms is not None and p.state is State.PARKED]
+        line = [p for p in line if p.residency == "warm" or p.asked_ms is not None]
+        if not line:
+            return None
+        unknown = any(place.state is State.ABSENT and place.since_ms == 0 for place in self.guests.values())
+        if unknown and at_ms < self.trust_ms:
+            self._due(self.trust_ms)
+            return min(line, key=_waiting_longest)
+        first: Place | None = None
+        claimed = 0
+        for place in sorted(line, key=_waiting_longest):
+            if place.pause_ms > at_ms:
+                self._due(place.pause_ms)
+                continue
+            why: Literal["asked", "needed"] = "needed" if demand.get(place.model, NONE).waiting else "asked"
+            if place.need_bytes <= self.tokens.free_bytes - claimed:
+                if self._begin(place, at_ms):
+                    orders.append(self._load(place, why, at_ms))
+                    continue
+                self.wants_core = True
+            elif first is None:
+                orders += self._make_room(place, demand, at_ms)
+                if self._is_alone(place) and self._begin(place, at_ms, overdraw=True):
+                    orders.append(self._load(place, why, at_ms))
+                    continue
+            first = first or place
+            claimed += place.need_bytes
+        return first
+
+    def _begin(self, place: Place, at_ms: int, *, overdraw: bool = False) -> bool:
+        if overdraw and self.available_bytes is not None and self.available_bytes < place.need_bytes:
+            return False
+        return self.tokens.begin_load(place.model, place.need_bytes, at_ms, overdraw=overdraw)
+
+    def _is_alone(self, place: Place) -> bool:
+        """Nobody is left who could make way, since models were measured to take more than was thought."""
+        return not any(
+            self.tokens.held_by(other.model)
+            for other in self.guests.values()
+            if other is not place and not (other.pinned and other.state is State.LOADED)
+        )
+
+    def _make_room(self, place: Place, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
+        """Unload idle models, and close busy ones that have had their turn, if that gives `place` its room."""
+        leaving = [p for p in self.guests.values() if p.closed]
+        missing = place.need_bytes - self.tokens.free_bytes - sum(self.tokens.held_by(p.model) for p in leaving)
+        missing -= sum(
+            self.tokens.held_by(p.model)
+            for p in self.guests.values()
+            if p.kept_until_ms is not None and p.kept_until_ms <= at_ms + GONE_KEPT_MS
+        )
+        if missing <= 0:
+            return []
+        idle: list[Place] = []
+        busy: list[Place] = []
+        for other in self.guests.values():
+            if other is place or other.closed or other.pinned or other.pause_ms > at_ms:
+                continue
+            wanted = demand.get(other.model, NONE)
+            if other.state is State.DEGRADED:
+                (busy if wanted.running else idle).append(other)
+            elif other.state is State.LOADED:
+                resident_ms = at_ms - other.loaded_ms
+                soon = wanted.soon_ms is not None and wanted.soon_ms <= other.load_ms + AHEAD_MS
+                if resident_ms >= other.turn_ms:
+                    (busy if wanted.running or wanted.waiting else idle).append(other)
+                    continue
+                self._due(other.loaded_ms + other.turn_ms)
+                if wanted.running or wanted.waiting or soon:
+                    continue
+                if resident_ms >= other.residence_ms:
+                    idle.append(other)
+                else:
+                    self._due(other.loaded_ms + other.residence_ms)
+        chosen: list[Place] = []
+        for other in [*sorted(idle, key=lambda p: _worth(p, demand)), *sorted(busy, key=lambda p: _worth(p, demand))]:
+            if missing <= 0:
+                break
+            chosen.append(other)
+            missing -= self.tokens.held_by(other.model)
+        if missing > 0:
+            return []  # all of it or nothing: half a room is no use to anybody
+        for other in chosen[::-1]:  # the most valuable one first: perhaps the others do without it
+            spare = self.tokens.held_by(other.model)
+            if missing + spare <= 0:
+                chosen.remove(other)
+                missing += spare
+        orders = []
+        for other in chosen:
+            if demand.get(other.model, NONE).running:
+                other.closing = True
+            else:
+                orders.append(self._unload(other, "room", at_ms))
+        return orders
+
+    def _run_dry(self, demand: Mapping[str, Demand], at_ms: int, *, needed: Place | None) -> list[Order]:
+        """Unload closed models whose last call has ended; open them again if nobody needs their room any more."""
+        orders = []
+        for place in self.guests.values():
+            if not place.closing:
+                continue
+            if needed is None:
+                place.closing = False
+            elif not demand.get(place.model, NONE).running and place.state in (State.LOADED, State.DEGRADED):
+                orders.append(self._unload(place, "room", at_ms))
+        return orders
+
+    def _send_away(self, at_ms: int) -> list[Order]:
+        """Unload what somebody wants out of memory."""
+        orders = []
+        for place in self.guests.values():
+            if place.asked_away and place.state in (State.LOADED, State.LOADING, State.DEGRADED):
+                orders.append(self._unload(place, "asked away", at_ms))
+            place.asked_away = False
+        return orders
+
+    def _relieve(self, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
+        """Unload idle models, whatever they are worth, while measured memory exceeds what there is."""
+        over = -self.tokens.free_bytes
+        if over <= 0 and not (self.low and at_ms - self._pressure_ms >= PRESSURE_EVERY_MS):
+            return []
+        over -= sum(self.tokens.held_by(place.model) for place in self.guests.values() if place.closed)
+        if over <= 0 and not self.low:
+            return []
+        orders = []
+        for place in sorted(self.guests.values(), key=lambda p: _worth(p, demand)):
+            wanted = demand.get(place.model, NONE)
+            busy = wanted.running or wanted.waiting or place.pinned or place.asked_ms is not None
+            if place.state is not State.LOADED or place.closed or busy or place.pause_ms > at_ms:
+                continue
+            over -= self.tokens.held_by(place.model)
+            orders.append(self._unload(place, "pressure", at_ms))
+            self.counters["unloads_pressure"] += 1
+            self._pressure_ms = at_ms
+            if over <= 0:
+                break
+        return orders
+
+    def _unload_idle(self, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
+        orders = []
+        for place in self.guests.values():
+            if place.state is not State.LOADED or place.closed or place.pinned:
+                continue
+            if demand.get(place.model, NONE) != NONE:
+                continue
+            end_ms = max(place.loaded_ms, place.used_ms or 0, place.pause_ms) + place.idle_ms
+            if end_ms <= at_ms:
+                orders.append(self._unload(place, "idle", at_ms))
+            else:
+                self._due(end_ms)
+        return orders
+
+    def _load_ahead(self, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
+        """Load what will be needed by the time it is loaded, into room that is free or that nobody in sight needs."""
+        orders = []
+        for place in self.guests.values():
+            soon_ms = demand.get(place.model, NONE).soon_ms
+            if soon_ms is None or place.state is not State.PARKED or place.residency != "warm":
+                continue
+            begin_ms = at_ms + soon_ms - place.load_ms - AHEAD_MS
+            if max(begin_ms, place.pause_ms, self.trust_ms) > at_ms:
+                self._due(max(begin_ms, place.pause_ms, self.trust_ms))
+            elif place.need_bytes > self.tokens.free_bytes:
+                unseen = {name: one for name, one in demand.items() if one != NONE}
+                orders += self._make_room_ahead(place, unseen, at_ms)
+            elif self._begin(place, at_ms):
+                self.counters["loads_ahead"] += 1
+                orders.append(self._load(place, "ahead", at_ms))
+            else:
+                self.tokens.end_load(place.model)  # no core now: it must not close the door for others
+        return orders
+
+    def _make_room_ahead(self, place: Place, wanted: Mapping[str, Demand], at_ms: int) -> list[Order]:
+        others = [
+            other
+            for other in self.guests.values()
+            if other.state is State.LOADED and not (other.closed or other.pinned) and other.model not in wanted
+        ]
+        ripe = [one for one in others if at_ms - one.loaded_ms >= one.residence_ms and one.pause_ms <= at_ms]
+        leaving = sum(self.tokens.held_by(one.model) for one in self.guests.values() if one.closed)
+        missing = place.need_bytes - self.tokens.free_bytes - leaving
+        if missing <= 0 or sum(self.tokens.held_by(one.model) for one in ripe) < missing:
+            return []
+        orders = []
+        for one in sorted(ripe, key=lambda p: _worth(p, wanted)):
+            if missing > 0:
+                missing -= self.tokens.held_by(one.model)
+                orders.append(self._unload(one, "room", at_ms))
+        return orders
+
+    def _load(self, place: Place, why: Literal["needed", "asked", "ahead"], at_ms: int) -> Order:
+        self._enter(place, State.LOADING, at_ms)
+        place.wish, place.wait_ms = True, None
+        place.order += 1
+        place.loads += 1
+        self.counters["loads"] += 1
+        return Order(place.model, True, why, place.need_bytes)
+
+    def _unload(self, place: Place, why: Literal["idle", "room", "pressure", "asked away"], at_ms: int) -> Order:
+        if place.state is State.DEGRADED:
+            place.pause_ms = at_ms + FAILED_PAUSE_MS
+        self._enter(place, State.UNLOADING, at_ms)
+        place.wish, place.closing = False, False
+        place.order += 1
+        self.counters["unloads"] += 1
+        return Order(place.model, False, why, self.tokens.held_by(place.model))
+
+    def _due(self, at_ms: int) -> None:
+        self.due_ms = at_ms if self.due_ms is None else min(self.due_ms, at_ms)
+
+
+def _waiting_longest(place: Place) -> tuple[int, str]:
+    return place.wait_ms or 0, place.model
+
+
+def _worth(place: Place, demand: Mapping[str, Demand]) -> tuple[bool, bool, float, int, str]:
+    """Order among models that could go, least valuable first: not working, not waited for, needed late or never, used
+    long ago."""
+    wanted = demand.get(place.model, NONE)
+    soon_ms = float("inf") if wanted.soon_ms is None else wanted.soon_ms
+    return place.state is State.LOADED, wanted.waiting, -soon_ms, place.used_ms or 0, place.model

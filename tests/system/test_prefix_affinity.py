@@ -1,0 +1,129 @@
+"""A fan-out through the hub on real llama.cpp: what its steps share is read once, and every step says what it saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.kinds import Empty
+from protocol.messages.infer import InferFinal
+from protocol.messages.reply import ErrorReply
+from protocol.messages.result import TaskState, TaskView
+from services.ctl.bench.bare_stack import BareStack
+from services.inference.engines import find_native
+from services.kit.config import load_home
+from tests.system.inference_stack import InferenceStack, ask_for
+
+DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHARED = " ".join(f"Fact {n}: queue {n * 7 % 90} holds {n * 13 % 50} letters." for n in range(24))
+NOOP = {"engine": "noop", "slots": 2, "context_tokens": 4096}
+
+
+@pytest.fixture(scope="module", params=["embedded", "llama-server"])
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareStack]:
+    model = load_home().models / DEMO_MODEL
+    if not model.is_file():
+        pytest.skip(f"no demo model at {model}: run deploy/fetch-model, or set TIERLINE_CACHE")
+    if request.param == "llama-server" and find_native(load_home()) is None:
+        pytest.skip("no llama-server: run deploy/build-native")
+    worker = {"tier": "C", "path": str(model), "engine": request.param, "slots": 4, "context_tokens": 2048}
+    models = {"front": {"tier": "A", **NOOP}, "specialist": {"tier": "B", **NOOP}, "worker": worker}
+    folder = Path(tmp_path_factory.mktemp("affinity"))
+    with BareStack(folder, models=models) as running:
+        yield running
+
+
+def fan_out(width: int, shared: str) -> dict[str, Any]:
+    steps = [
+        {
+            "id": f"S{n}",
+            "actor": "worker",
+            "action": f"Say one word about fact {n}.",
+            "outputs": [{"name": f"word{n}"}],
+            "inputs": ["facts"],
+            "max_tokens": 6,
+            "gates": [],
+        }
+        for n in range(width)
+    ]
+    facts = {"name": "facts", "kind": "text", "value": shared}
+    return {"objective": "Say something about facts.", "inputs": [facts], "plan": {"steps": steps}}
+
+
+def figures(stack: BareStack) -> dict[str, Any]:
+    peers = stack.client.status().peers
+    return next(peer.metrics for peer in peers if peer.service == "inference-worker")
+
+
+def cached(view: TaskView) -> list[int]:
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    return sorted(step.attempts[-1].cached_tokens for step in view.steps)
+
+
+def test_a_fan_out_reads_what_it_shares_once(stack: BareStack) -> None:
+    view = stack.client.run(fan_out(4, SHARED), timeout_s=120)
+    tokens = [step.attempts[-1].prompt_tokens for step in view.steps]
+    first, *others = cached(view)
+    assert min(tokens) > 400
+    assert first < 150, "somebody has to read it"
+    assert min(others) > 0.75 * min(tokens), "without a copy each slot would have read it for itself"
+    assert view.usage.cached_tokens == first + sum(others)
+    stack.client.run(fan_out(1, "Nothing."), timeout_s=60)  # a pong later the totals are in the status
+    totals = figures(stack)
+    assert totals["prefixes_read"] == 1
+    assert totals["prefixes_copied"] == 3
+    assert totals["prefixes_bytes"] > 100_000
+    assert totals["cached_tokens_total"] >= first + sum(others)
+    shown = subprocess.run(
+        [sys.executable, "-m", "services.ctl", "show", view.task_id],
+        env=stack.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    ).stdout
+    heads = next(line.split() for line in shown.splitlines() if "cached" in line and "tries" in line)
+    rows = [line.split() for line in shown.splitlines() if line.split() and line.split()[0] in ("S0", "S1", "S2", "S3")]
+    assert sorted(int(row[heads.index("cached")]) for row in rows[:4]) == [first, *others]
+
+
+def test_a_later_fan_out_finds_it_even_in_a_new_engine(stack: BareStack) -> None:
+    os.kill(figures(stack)["child_pid"], signal.SIGKILL)
+    end = time.monotonic() + 30
+    while figures(stack)["respawns"] == 0 and time.monotonic() < end:
+        time.sleep(0.2)
+    stack.wait_ready()
+    view = stack.client.run(fan_out(4, SHARED), timeout_s=120)
+    tokens = [step.attempts[-1].prompt_tokens for step in view.steps]
+    assert min(cached(view)) > 0.75 * min(tokens), "the file outlives the child"
+
+
+@pytest.mark.parametrize("engine", ["embedded", "llama-server"])
+def test_a_cancel_while_the_beginning_is_read_frees_the_slot_without_a_respawn(engine: str) -> None:
+    model = load_home().models / DEMO_MODEL
+    native = find_native(load_home())
+    if not model.is_file() or (engine == "llama-server" and native is None):
+        pytest.skip("no demo model, or no llama-server: run deploy/fetch-model, deploy/build-native")
+    fields = {"binary": str(native)} if engine == "llama-server" else {}
+    with InferenceStack() as alone:
+        alone.entry("m", path=str(model), engine=engine, slots=3, context_tokens=2048, **fields)
+        alone.start("m")
+        alone.hub.await_peer("inference-m", timeout_s=60)
+        asked = [ask_for(f"{SHARED} {SHARED} And now {number}.", max_tokens=4) for number in range(3)]
+        requests = [alone.hub.request("inference-m", "infer.request", one, key=f"k{n}") for n, one in enumerate(asked)]
+        alone.figures("m", fresh_s=0.5)
+        alone.hub.send(alone.hub.peers["inference-m"], "infer.cancel", Empty(), corr=requests[0], key="k0")
+        bodies = [alone.hub.collect(request, timeout_s=120)[1] for request in requests]
+        assert isinstance(bodies[0], ErrorReply)
+        assert bodies[0].failure.code == "call.cancelled"
+        assert all(isinstance(body, InferFinal) for body in bodies[1:]), bodies
+        metrics = alone.figures("m", fresh_s=2.2)
+        assert (metrics["respawns"], metrics["requests_processing"]) == (0, 0)

@@ -1,0 +1,176 @@
+"""Shared beginnings when something goes wrong with them: every call still ends, and every slot is free afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from protocol.kinds import Empty
+from protocol.messages.infer import ChatMessage, InferFinal
+from protocol.messages.reply import ErrorReply
+from services.inference.llama_http import LlamaServer
+from services.inference.slots import SlotDesk
+from services.kit.clock import SteadyClock
+from services.kit.logs import Log
+from tests.system.inference_stack import FAKE_BINARY, InferenceStack, ask_for
+
+SHARED = " ".join(f"fact {number}" for number in range(150))
+
+
+@pytest.fixture
+def stack() -> Iterator[InferenceStack]:
+    with InferenceStack() as running:
+        running.entry("m", binary=str(FAKE_BINARY), engine="llama-server", slots=3, context_tokens=2048)
+        running.script("m", {"read_s": 1.5})
+        running.start("m")
+        running.hub.await_peer("inference-m")
+        yield running
+
+
+def send_three(stack: InferenceStack) -> list[str]:
+    asked = [ask_for(f"{SHARED} and now {number}") for number in range(3)]
+    return [stack.hub.request("inference-m", "infer.request", body, key=f"k{n}") for n, body in enumerate(asked)]
+
+
+def assert_all_slots_work(stack: InferenceStack) -> None:
+    requests = [stack.hub.request("inference-m", "infer.request", ask_for(f"short {n}")) for n in range(3)]
+    for request in requests:
+        _, final, _ = stack.hub.collect(request, timeout_s=20)
+        assert isinstance(final, InferFinal), final
+    metrics = stack.figures("m", fresh_s=2.2)
+    assert metrics["requests_processing"] == 0
+    assert stack.hub.pongs["inference-m"].in_flight == 0
+
+
+def test_one_reads_and_the_others_copy(stack: InferenceStack) -> None:
+    for request in send_three(stack):
+        assert isinstance(stack.hub.collect(request, timeout_s=20)[1], InferFinal)
+    metrics = stack.figures("m", fresh_s=1.2)
+    assert (metrics["prefixes_read"], metrics["prefixes_copied"]) == (1, 2)
+    assert list((stack.root / "run" / "prefixes" / "m").iterdir())
+    assert_all_slots_work(stack)
+
+
+def test_an_engine_that_refuses_copies_is_asked_once_and_answers_all_the_same(stack: InferenceStack) -> None:
+    stack.script("m", {"copies": False})
+    for _ in range(2):
+        for request in send_three(stack):
+            assert isinstance(stack.hub.collect(request, timeout_s=20)[1], InferFinal)
+    lines = (stack.root / "logs" / "inference-m.jsonl").read_text().splitlines()
+    refusals = [json.loads(line) for line in lines if '"prefix.off"' in line]
+    assert [line["reason"] for line in refusals] == ["scripted: slots are not copied"]
+    assert stack.figures("m", fresh_s=1.2)["prefixes_copied"] == 0
+    assert_all_slots_work(stack)
+
+
+def test_the_others_go_on_when_the_one_who_reads_is_cancelled(stack: InferenceStack) -> None:
+    requests = send_three(stack)
+    stack.figures("m", fresh_s=0.4)
+    for number, request in enumerate(requests[:1]):
+        stack.hub.send(stack.hub.peers["inference-m"], "infer.cancel", Empty(), corr=request, key=f"k{number}")
+    bodies = [stack.hub.collect(request, timeout_s=20)[1] for request in requests]
+    assert isinstance(bodies[0], ErrorReply)
+    assert bodies[0].failure.code == "call.cancelled"
+    assert all(isinstance(body, InferFinal) for body in bodies[1:]), bodies
+    assert_all_slots_work(stack)
+
+
+def test_a_child_that_dies_while_it_reads_is_replaced(stack: InferenceStack) -> None:
+    requests = send_three(stack)
+    stack.figures("m", fresh_s=0.4)
+    os.kill(stack.figures("m", fresh_s=0.2)["child_pid"], signal.SIGKILL)
+    for request in requests:
+        _, body, _ = stack.hub.collect(request, timeout_s=20)
+        assert isinstance(body, ErrorReply), body
+        assert body.failure.code in ("engine.died", "engine.not_ready")
+    stack.hub.await_peer("inference-m", "degraded")
+    stack.hub.await_peer("inference-m", "ready", timeout_s=20)
+    assert_all_slots_work(stack)
+
+
+def test_beside_a_draft_model_nothing_is_copied() -> None:
+    with InferenceStack() as stack:
+        fields = {"binary": str(FAKE_BINARY), "engine": "llama-server", "slots": 3, "context_tokens": 2048}
+        stack.entry("m", **fields, speculation={"type": "draft", "draft": "d", "policy": "always"})
+        stack.entry("d", tier="D")
+        stack.start("m")
+        stack.hub.await_peer("inference-m")
+        for request in send_three(stack):
+            assert isinstance(stack.hub.collect(request, timeout_s=20)[1], InferFinal)
+        metrics = stack.figures("m", fresh_s=1.2)
+        assert metrics["mode"] == "speculating"
+        assert (metrics["prefixes_read"], metrics["prefixes_copied"]) == (0, 0)
+        assert not list(stack.root.glob("run/prefixes/m/*"))
+
+
+def test_the_disk_keeps_what_was_used_last_within_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.inference.slots.DISK_BYTES", 10)  # the scripted engine writes 6 bytes a slot
+    folder = tmp_path / "prefixes"
+    desk = SlotDesk(folder, 2, Log(tmp_path, "desk", SteadyClock()))
+    assert desk.engine_started("one model", copies=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        str(FAKE_BINARY),
+        "--model",
+        "m",
+        "--port",
+        str(port),
+        "--parallel",
+        "2",
+        "--slot-save-path",
+        f"{folder}/",
+    ]
+    child = subprocess.Popen(command, env={**os.environ, "LLAMA_API_KEY": "key"})
+    try:
+        asyncio.run(_two_groups(desk, LlamaServer(port, "key"), folder))
+    finally:
+        child.kill()
+        child.wait()
+
+
+def files_in(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+async def _two_groups(desk: SlotDesk, server: LlamaServer, folder: Path) -> None:
+    for _ in range(100):
+        if await server.alive():
+            break
+        await asyncio.sleep(0.1)
+    kept = []
+    for group in "ab":
+        messages = [[ChatMessage(role="user", content=group * 2_000 + str(n))] for n in range(2)]
+        seats = await asyncio.gather(*(desk.enter(f"{group}{n}", one, server) for n, one in enumerate(messages)))
+        assert [seat.restored for seat in seats] == [False, True]
+        for n, seat in enumerate(seats):
+            desk.leave(f"{group}{n}", seat, None, complete=True)
+        kept.append(files_in(folder))
+    assert [len(names) for names in kept] == [1, 1]
+    assert kept[0] != kept[1]
+    assert desk.figures()["prefixes_bytes"] <= 10
+    desk.engine_started("another model", copies=True)
+    assert not files_in(folder)
+    await server.close()
+
+
+def test_files_do_not_outlive_the_service(stack: InferenceStack) -> None:
+    for request in send_three(stack):
+        stack.hub.collect(request, timeout_s=20)
+    folder = stack.root / "run" / "prefixes" / "m"
+    assert list(folder.iterdir())
+    os.kill(stack.hub.hellos["inference-m"].pid, signal.SIGTERM)
+    end = time.monotonic() + 15
+    while folder.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not folder.exists()

@@ -1,0 +1,298 @@
+"""`registry reload` on a whole stack under a real supervisord: add, change, remove, refuse; and kill -9 in between.
+
+The tests share one stack and follow one another, as an operator's changes do.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from protocol.client import Client
+from protocol.errors import CallFailed
+from protocol.messages.result import TaskState
+from protocol.messages.task import TaskIR
+from services.ctl.stack import stray_processes
+from tests.fakes.gguf_files import write_tiny_gguf
+from tests.system.inference_stack import FAKE_BINARY
+from tests.system.test_ctl_stack import Installation
+
+CORE = {"gates", "memory", "planner", "scheduler"}
+
+
+class Stack(Installation):
+    """An installation with a scripted engine behind the tiers that take time."""
+
+    def __init__(self, root: Path) -> None:
+        self.models: dict[str, dict[str, Any]] = {
+            "front": {"tier": "A", "engine": "noop", "context_tokens": 4096, "slots": 4},
+            "worker": self.scripted(root, "worker"),
+        }
+        super().__init__(root)
+        self.write()
+        self.client = Client(self.home.hub_address, name="test")
+
+    @staticmethod
+    def scripted(root: Path, name: str, slots: int = 2) -> dict[str, Any]:
+        path = write_tiny_gguf(root / f"{name}.gguf")
+        slow = {"match": "SLOW", "answers": [{"text": "tick " * 40, "token_s": 0.15}]}
+        as_json = {"match": "AS JSON", "answers": ['{"n": 1}']}
+        Path(f"{path}.script.json").write_text(json.dumps({"default": f"said by {name}", "rules": [slow, as_json]}))
+        return {
+            "tier": "C", "engine": "llama-server", "binary": str(FAKE_BINARY), "path": str(path), "slots": slots,
+            "context_tokens": 2048,
+        }  # fmt: skip
+
+    def write_models(self, slots: int) -> None:
+        return  # `write` does
+
+    def write(self) -> None:
+        (self.root / "registry" / "models.yaml").write_text(yaml.safe_dump({"models": self.models}, sort_keys=False))
+
+    def role(self, name: str, **fields: Any) -> None:
+        """Set a role; without fields, remove it."""
+        path = self.root / "registry" / "roles.yaml"
+        roles = yaml.safe_load(path.read_text())
+        if fields:
+            roles["roles"][name] = {"description": "test", "prompt": "Do it.", "max_tokens": 64, **fields}
+        else:
+            del roles["roles"][name]
+        path.write_text(yaml.safe_dump(roles, sort_keys=False))
+
+    def reload(self, *argv: str, status: int = 0) -> dict[str, Any]:
+        done = self.tierline("registry", "reload", "--json", *argv)
+        assert done.returncode == status, done.stderr + done.stdout
+        return json.loads(done.stdout) if done.stdout else {"stderr": done.stderr}
+
+    def submit(self, action: str, role: str, more: list[dict[str, Any]] | None = None) -> str:
+        step = {"id": "S1", "actor": role, "action": action, "outputs": [{"name": "one"}], "gates": []}
+        task = {"objective": "test", "plan": {"steps": [step, *(more or [])]}}
+        return self.client.submit(task).task_id
+
+    def await_running(self, task_id: str) -> None:
+        self.until(lambda: any(step.state == "inferring" for step in self.client.show(task_id).steps))
+
+    def until(self, holds: Callable[[], bool], within_s: float = 30) -> None:
+        deadline = time.monotonic() + within_s
+        while not holds():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def state(self, service: str) -> str:
+        return next((peer.state for peer in self.client.status().peers if peer.service == service), "absent")
+
+    def digests_of_hub(self) -> str | None:
+        return self.client.status().registry
+
+    def digests(self) -> dict[str, str | None]:
+        report = self.client.status()
+        return {peer.service: peer.registry for peer in report.peers} | {"scheduler": report.registry}
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp") as folder:
+        stack = Stack(Path(folder))
+        try:
+            done = stack.tierline("up")
+            assert done.returncode == 0, done.stderr
+            yield stack
+        finally:
+            stack.client.close()
+            stack.tierline("down")
+            assert stray_processes(stack.home) == []
+
+
+def test_a_new_model_and_role_serve_without_any_restart(stack: Stack) -> None:
+    before = stack.pids()
+    stack.models["extra"] = stack.scripted(stack.root, "extra")
+    stack.write()
+    stack.role("clerk", model="extra")
+    assert "not taken up yet: tierline registry reload" in stack.tierline("status").stdout
+    told = stack.reload()
+    assert set(told["added"]) == {"models.extra", "roles.clerk"}
+    assert (told["changed"], told["removed"], told["draining"]) == ([], [], [])
+    assert told["started"] == ["inference-extra"]
+    assert told["waiting"] == []
+    view = stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert view.artefacts[0].value == "said by extra"
+    after = stack.pids()
+    assert {name: pid for name, pid in after.items() if name in before} == before
+    assert stack.client.plan(TaskIR(objective="Say it.", task_type="chat"), timeout_s=30).task.plan is not None
+    assert {digest for service, digest in stack.digests().items() if service != "memory"} == {told["digest"]}
+    shown = json.loads(stack.tierline("status", "--json").stdout)
+    assert not any(service["registry_lags"] for service in shown["services"])
+    assert "not taken up" not in stack.tierline("status").stdout
+
+
+def test_a_new_gate_and_persona_are_known_to_planner_and_gates_service(stack: Stack) -> None:
+    before = stack.pids()
+    registry = stack.root / "registry"
+    gates = yaml.safe_load((registry / "gates.yaml").read_text())
+    gates["gates"]["shape"] = {
+        "description": "As agreed.",
+        "kinds": ["json"],
+        "category": "SCHEMA",
+        "builtin": "schema",
+    }
+    (registry / "gates.yaml").write_text(yaml.safe_dump(gates, sort_keys=False))
+    personas = yaml.safe_load((registry / "personas.yaml").read_text())
+    personas["personas"]["pirate"] = {"description": "At sea.", "prompt": "Speak like a pirate."}
+    (registry / "personas.yaml").write_text(yaml.safe_dump(personas, sort_keys=False))
+    assert set(stack.reload()["added"]) == {"gates.shape", "personas.pirate"}
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    step = {
+        "id": "S1", "actor": "clerk", "action": "AS JSON", "persona": "pirate", "gates": ["shape"],
+        "json_schema": schema, "outputs": [{"name": "one", "kind": "json"}],
+    }  # fmt: skip
+    view = stack.client.run({"objective": "test", "plan": {"steps": [step]}}, timeout_s=30)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert [(gate.gate, gate.verdict.value) for gate in view.steps[0].attempts[-1].gates] == [("shape", "pass")]
+    assert stack.pids() == before
+
+
+def test_a_changed_model_finishes_its_running_step_and_begins_anew(stack: Stack) -> None:
+    before = stack.pids()
+    task_id = stack.submit("SLOW please", "worker")
+    stack.await_running(task_id)
+    stack.models["worker"]["slots"] = 3
+    stack.write()
+    told = stack.reload("--no-wait")
+    assert told["changed"] == ["models.worker"]
+    assert told["draining"] == ["worker"]
+    waiting = stack.submit("Say it.", "worker")
+    view = stack.client.result(task_id, timeout_s=60)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert len(view.steps[0].attempts) == 1, "it was not cut"
+    assert str(view.artefacts[0].value).split() == ["tick"] * 40
+    assert stack.client.result(waiting, timeout_s=60).state is TaskState.SUCCEEDED, "the new generation serves it"
+    assert stack.reload()["waiting"] == []
+    after = stack.pids()
+    assert {name for name in before if after[name] != before[name]} == {"inference-worker"}
+    worker = next(peer for peer in stack.client.status().peers if peer.service == "inference-worker")
+    assert worker.granted - worker.used == 3
+
+
+def test_an_invalid_registry_is_refused_whole_and_the_old_one_serves(stack: Stack) -> None:
+    before, digests = stack.pids(), stack.digests()
+    stack.models["extra"]["slots"] = 0
+    stack.write()
+    stack.role("clerk", model="extra", timeout_s=7)
+    line = next(
+        number
+        for number, text in enumerate((stack.root / "registry" / "models.yaml").read_text().splitlines(), 1)
+        if "slots: 0" in text
+    )
+    done = stack.tierline("registry", "reload")
+    assert done.returncode == 2
+    assert f"models.yaml:{line}: models.extra.slots" in done.stderr
+    assert stack.digests() == digests
+    assert stack.pids() == before
+    assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+    # A service that happens to die now comes back with what was taken up, not with what is being edited.
+    psutil.Process(before["planner"]).kill()
+    stack.until(lambda: stack.pids().get("planner") not in (0, None, before["planner"]))
+    stack.until(lambda: stack.digests().get("planner") == digests["planner"])
+    stack.models["extra"]["slots"] = 2
+    stack.write()
+    stack.role("clerk", model="extra")
+    assert stack.reload()["changed"] == []
+
+
+def test_a_removed_model_and_role_stay_for_the_running_task_and_leave_afterwards(stack: Stack) -> None:
+    second = {
+        "id": "S2", "actor": "clerk", "action": "Say it.", "inputs": ["one"], "outputs": [{"name": "two"}], "gates": [],
+    }  # fmt: skip
+    task_id = stack.submit("SLOW please", "clerk", [second])
+    stack.await_running(task_id)
+    del stack.models["extra"]
+    stack.write()
+    stack.role("clerk")
+    told = stack.reload("--no-wait")
+    assert set(told["removed"]) == {"models.extra", "roles.clerk"}
+    assert set(told["kept"]) == {"roles.clerk", "models.extra"}
+    with pytest.raises(CallFailed, match="clerk"):
+        stack.submit("Say it.", "clerk")
+    # Even a kill -9 of the process that is to leave does not take the task its model.
+    psutil.Process(stack.pids()["inference-extra"]).kill()
+    view = stack.client.result(task_id, timeout_s=90)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert {attempt.worker for step in view.steps for attempt in step.attempts} == {"inference-extra"}
+    assert stack.reload()["waiting"] == []
+    assert "inference-extra" not in stack.pids()
+    assert not (stack.home.conf_d / "inference-extra.conf").exists()
+    assert set(stack.pids()) == {*CORE, "inference-front", "inference-worker"}
+
+
+def test_a_model_that_comes_back_while_its_old_process_still_stands_by_is_served_anew(stack: Stack) -> None:
+    stack.models["extra"] = stack.scripted(stack.root, "extra")
+    stack.write()
+    stack.role("clerk", model="extra")
+    stack.reload()
+    before = stack.pids()["inference-extra"]
+    del stack.models["extra"]
+    stack.write()
+    stack.role("clerk")
+    stack.reload("--no-wait")
+    stack.until(lambda: stack.state("inference-extra") == "draining")
+    stack.models["extra"] = stack.scripted(stack.root, "extra")
+    stack.write()
+    stack.role("clerk", model="extra")
+    assert stack.reload()["waiting"] == []
+    assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+    assert stack.pids()["inference-extra"] != before
+    del stack.models["extra"]
+    stack.write()
+    stack.role("clerk")
+    assert stack.reload()["waiting"] == []
+
+
+def test_kill_9_of_the_hub_in_the_middle_of_a_reload_converges_with_the_next(stack: Stack) -> None:
+    task_id = stack.submit("SLOW please", "worker")
+    stack.await_running(task_id)
+    stack.models["extra"] = stack.scripted(stack.root, "extra", slots=1)
+    stack.write()
+    stack.role("clerk", model="extra")
+    hub = stack.pids()["scheduler"]
+    reloading = subprocess.Popen(
+        [sys.executable, "-m", "services.ctl", "registry", "reload"],
+        env=stack.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    # The link moves just before the hub is told.
+    stack.until(lambda: stack.home.current_registry.resolve().name != stack.digests_of_hub())
+    psutil.Process(hub).kill()
+    reloading.wait(120)
+    told = stack.reload()
+    assert told["waiting"] == []
+    assert {digest for service, digest in stack.digests().items() if service != "memory"} == {told["digest"]}
+    view = stack.client.result(task_id, timeout_s=60)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert len(view.steps[0].attempts) == 1
+    assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+
+
+def test_kill_9_of_supervisord_after_a_reload_and_up_brings_the_same_registry_back(stack: Stack) -> None:
+    stack.role("scribe", model="front")
+    digest = stack.reload()["digest"]
+    done = stack.tierline("up")
+    assert "nothing" in done.stderr, "up has nothing to restart after a reload"
+    supervisord = next(p for p in stray_processes(stack.home) if "supervisor.supervisord" in p.cmdline())
+    supervisord.kill()
+    supervisord.wait(10)
+    done = stack.tierline("up")
+    assert done.returncode == 0, done.stderr
+    stack.until(lambda: {d for service, d in stack.digests().items() if service != "memory"} == {digest})
+    assert stack.client.result(stack.submit("Say it.", "scribe"), timeout_s=30).state is TaskState.SUCCEEDED

@@ -1,0 +1,183 @@
+"""Which slot a prompt goes to, and what is read once for several: invariants over any arrivals, and the cases."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from protocol.messages.infer import ChatMessage
+from services.inference import prefix as p
+
+LONG = p.MIN_BLOCKS + 4
+
+
+def prompt(shared: str, own: str, blocks: int = LONG) -> p.Blocks:
+    """A prompt whose first `blocks` blocks depend on `shared` only."""
+    head = (shared * p.BLOCK_CHARS * blocks)[: p.BLOCK_CHARS * blocks]
+    return p.blocks_of(head + own * p.BLOCK_CHARS * 2)
+
+
+def waiting(*prompts: p.Blocks, first: int = 0) -> list[p.Waiting]:
+    return [p.Waiting(f"c{number}", blocks) for number, blocks in enumerate(prompts, first)]
+
+
+@given(st.text(max_size=2_000), st.text(max_size=600), st.text(max_size=600))
+def test_blocks_are_equal_as_far_as_the_texts_are(same: str, one: str, other: str) -> None:
+    common = 0
+    for left, right in zip(same + one, same + other, strict=False):
+        if left != right:
+            break
+        common += 1
+    assert p.shared(p.blocks_of(same + one), p.blocks_of(same + other)) == common // p.BLOCK_CHARS
+
+
+@given(st.lists(st.text(max_size=700), min_size=1, max_size=4), st.integers(0, 20))
+def test_the_beginning_of_a_prompt_is_the_beginning_of_its_text(turns: list[str], blocks: int) -> None:
+    messages = [ChatMessage(role="user" if n % 2 else "system", content=text) for n, text in enumerate(turns)]
+    cut = p.beginning(messages, blocks)
+    whole = p.flat(messages)
+    assert whole.startswith(p.flat(cut)[:-2])
+    assert len(p.flat(cut)) <= blocks * p.BLOCK_CHARS + 2
+    if len(whole) >= blocks * p.BLOCK_CHARS > 0:
+        assert len(p.flat(cut)) + 16 >= blocks * p.BLOCK_CHARS, "no more than the name of a role is lost"
+
+
+def test_the_first_of_a_group_reads_for_all_and_the_others_copy() -> None:
+    cache = p.PrefixCache(4)
+    first, *others = cache.place(waiting(*(prompt("a", own) for own in "1234")))
+    assert first.prime is not None
+    assert first.prime_blocks == LONG
+    assert [other.restore for other in others] == [first.prime] * 3
+    assert [other.prime for other in others] == [None] * 3
+    assert len({first.slot, *(other.slot for other in others)}) == 4
+
+
+def test_a_prompt_that_nobody_shares_is_only_given_a_slot() -> None:
+    cache = p.PrefixCache(2)
+    (one,) = cache.place(waiting(prompt("a", "1")))
+    (two,) = cache.place(waiting(prompt("b", "1"), first=1))
+    assert (one.prime, one.restore, two.prime, two.restore) == (None, None, None, None)
+    assert one.slot != two.slot
+
+
+def test_a_follower_goes_to_the_slot_that_has_read_its_beginning() -> None:
+    cache = p.PrefixCache(3)
+    placed = {place.key: place for place in cache.place(waiting(prompt("a", "1"), prompt("b", "1"), prompt("c", "1")))}
+    for key in placed:
+        cache.ended(key, complete=True)
+    (again,) = cache.place(waiting(prompt("b", "2"), first=9))
+    assert again.slot == placed["c1"].slot
+    assert again.cached_blocks == LONG
+    assert again.restore is None
+
+
+def test_a_second_call_that_shares_with_a_running_one_saves_for_those_to_come() -> None:
+    cache = p.PrefixCache(4)
+    cache.place(waiting(prompt("a", "1")))
+    (second,) = cache.place(waiting(prompt("a", "2"), first=1))
+    assert second.prime is not None
+    cache.saved(second.prime, 1_000)
+    (third,) = cache.place(waiting(prompt("a", "3"), first=2))
+    assert third.restore == second.prime
+
+
+def test_what_is_saved_is_found_by_the_slots_of_a_new_engine() -> None:
+    cache = p.PrefixCache(2)
+    first, _ = cache.place(waiting(prompt("a", "1"), prompt("a", "2")))
+    assert first.prime is not None
+    cache.saved(first.prime, 1_000)
+    cache.ended("c0", complete=True)
+    cache.ended("c1", complete=True)
+    cache.emptied()
+    (again,) = cache.place(waiting(prompt("a", "3"), first=2))
+    assert again.restore == first.prime
+
+
+def test_without_copies_slots_are_still_chosen_by_what_they_hold() -> None:
+    cache = p.PrefixCache(2, copies=False)
+    one, two = cache.place(waiting(prompt("a", "1"), prompt("a", "2")))
+    assert (one.prime, two.restore) == (None, None)
+    cache.ended("c0", complete=True)
+    (again,) = cache.place(waiting(prompt("a", "3"), first=2))
+    assert again.slot == one.slot
+    assert not cache.reads_much(prompt("z", "1"))
+
+
+def test_a_little_in_common_does_not_overwrite_a_lot() -> None:
+    cache = p.PrefixCache(2)
+    system = "s" * p.BLOCK_CHARS * 2
+    one = p.blocks_of(system + "a" * p.BLOCK_CHARS * 20)
+    other = p.blocks_of(system + "b" * p.BLOCK_CHARS * 20)
+    (first,) = cache.place(waiting(one))
+    cache.ended("c0", complete=True)
+    (second,) = cache.place(waiting(other, first=1))
+    assert second.slot != first.slot
+
+
+def test_the_longest_beginning_is_not_always_the_one_worth_most() -> None:
+    cache = p.PrefixCache(4)
+    base = "x" * p.BLOCK_CHARS * LONG
+    near = p.blocks_of(base + "n" * p.BLOCK_CHARS * 2)
+    calls = [
+        p.blocks_of(base + "n" * p.BLOCK_CHARS * 2 + "1" * 200),
+        near,
+        *(p.blocks_of(base + f"{n}" * 400) for n in "56"),
+    ]
+    first, *_ = cache.place(waiting(*calls))
+    assert first.prime_blocks == LONG, "three share this much, one shares a little more"
+
+
+class AnyArrivals(RuleBasedStateMachine):
+    """Calls come and go in any order, files appear and vanish, engines are replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = p.PrefixCache(3)
+        self.slots: dict[str, int] = {}
+        self.number = 0
+
+    @rule(shared=st.lists(st.sampled_from("abc"), min_size=1, max_size=5), blocks=st.integers(0, 2 * LONG))
+    def arrive(self, shared: list[str], blocks: int) -> None:
+        calls = waiting(*(prompt(name, str(n), blocks) for n, name in enumerate(shared)), first=self.number)
+        self.number += len(calls)
+        free = self.cache.free
+        placed = self.cache.place(calls)
+        assert [place.key for place in placed] == [call.key for call in calls[:free]], "in order, as many as fit"
+        for place, call in zip(placed, calls, strict=False):
+            assert place.slot not in self.slots.values(), "no slot is given twice"
+            assert place.cached_blocks <= len(call.blocks)
+            assert place.prime_blocks <= len(call.blocks)
+            assert (place.prime is None) == (place.prime_blocks == 0)
+            assert place.prime is None or place.prime_blocks > place.cached_blocks or place.restore is None
+            for name in (place.prime, place.restore):
+                assert name is None or name in self.cache.saved_bytes
+            self.slots[place.key] = place.slot
+
+    @precondition(lambda self: self.slots)
+    @rule(data=st.data(), complete=st.booleans())
+    def end(self, data: st.DataObject, complete: bool) -> None:
+        key = data.draw(st.sampled_from(sorted(self.slots)))
+        del self.slots[key]
+        self.cache.ended(key, complete=complete)
+
+    @precondition(lambda self: self.cache.saved_bytes)
+    @rule(data=st.data(), size=st.one_of(st.none(), st.integers(1, 1_000)))
+    def file(self, data: st.DataObject, size: int | None) -> None:
+        name = data.draw(st.sampled_from(sorted(self.cache.saved_bytes)))
+        if size is None:
+            self.cache.dropped(name)
+        else:
+            self.cache.saved(name, size)
+
+    @rule(copies=st.booleans())
+    def replace_engine(self, copies: bool) -> None:
+        self.cache.emptied()
+        self.cache.copies = copies
+
+    @invariant()
+    def slots_are_accounted_for(self) -> None:
+        assert self.cache.free == 3 - len(self.slots)
+
+
+TestAnyArrivals = AnyArrivals.TestCase

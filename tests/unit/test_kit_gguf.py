@@ -1,0 +1,220 @@
+"""Headers of model files: what is read from them, and that no file can do more than be refused."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader
+from gguf.constants import GGML_QUANT_SIZES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.kit.gguf_facts import facts_of, read_facts
+from services.kit.gguf_header import BadHeader, Header, read_header
+from services.kit.model_facts import KvShape, ModelFacts, Vocabulary, same_vocabulary
+from tests.fakes.gguf_files import write_tiny_gguf
+from tests.fakes.runnable_models import write_tiny_moe
+
+SIZES = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+MIB = 1024**2
+
+
+def facts(path: Path) -> ModelFacts:
+    return facts_of([read_header(path, SIZES)])
+
+
+def test_it_reads_what_the_reference_reader_reads(tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "moe.gguf")
+    header, reader = read_header(path, SIZES), GGUFReader(path)
+    assert header.tensors == len(reader.tensors)
+    assert header.parameters == sum(int(tensor.n_elements) for tensor in reader.tensors)
+    for key, value in header.values.items():
+        told = reader.fields[key].contents()
+        assert (list(value) if isinstance(value, tuple) else value) == told, key
+    assert header.tokens is not None
+    assert header.tokens.count == len(reader.fields["tokenizer.ggml.tokens"].contents())
+
+
+def test_the_facts_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    found = read_facts(write_tiny_moe(tmp_path / "moe.gguf", experts_trained=8, experts_total=16))
+    assert (found.architecture, found.experts_trained, found.experts_total) == ("llama", 8, 16)
+    assert (found.context_tokens, found.vocabulary_tokens, found.recurrent) == (512, 285, None)
+    assert found.kv == KvShape(full_k=2 * 64, full_v=2 * 64)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra", "why"),
+    [
+        ("mamba", {}, "architecture mamba"),
+        ("qwen3next", {}, "architecture qwen3next"),
+        ("newfangled", {"ssm.state_size": 16}, "newfangled.ssm.state_size"),
+        ("newfangled", {"wkv.head_size": 16}, "newfangled.wkv.head_size"),
+        ("llama", {}, None),
+    ],
+)
+def test_recurrent_models_are_known_by_architecture_and_by_metadata(
+    tmp_path: Path, architecture: str, extra: dict[str, int], why: str | None
+) -> None:
+    found = facts(write_tiny_gguf(tmp_path / "m.gguf", architecture=architecture, extra=extra)).recurrent
+    assert (found is None) == (why is None)
+    assert why is None or (found is not None and why in found)
+
+
+def test_a_split_model_counts_with_all_its_parts(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_tiny_gguf(tmp_path / f"big-0000{number}-of-00002.gguf", parameters=800)
+    found = read_facts(tmp_path / "big-00001-of-00002.gguf")
+    assert found.parameters == 1600
+    assert found.file_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    (tmp_path / "big-00002-of-00002.gguf").unlink()
+    with pytest.raises(OSError, match="big-00002"):
+        read_facts(tmp_path / "big-00001-of-00002.gguf")
+
+
+def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    first = read_facts(path)
+    assert read_facts(path) is first
+    write_tiny_gguf(path, context_tokens=99)
+    assert read_facts(path).context_tokens == 99
+
+
+def test_the_cache_has_a_size_for_full_windowed_and_recurrent_layers(tmp_path: Path) -> None:
+    attention = {"attention.head_count": 8, "attention.head_count_kv": 2, "attention.key_length": 64}
+    dense = facts(write_tiny_gguf(tmp_path / "a.gguf", extra={**attention, "attention.value_length": 32}))
+    assert dense.kv == KvShape(full_k=128, full_v=64)
+    # 1000 cells are rounded up to 1024; keys 128 and values 64 elements of two bytes; two slots
+    assert dense.kv_bytes(1000, 2, "f16", "f16") == 2 * 1024 * (128 + 64) * 2
+    assert dense.kv_bytes(1000, 1, "q8_0", "q4_0") == 1024 * 128 * 34 // 32 + 1024 * 64 * 18 // 32
+    layers = [("gemma3", [0, 0, 0], 5, 1), ("llama", [1, 0, 1, 1, 1, 1], 5, 1), ("llama", [], 0, 6)]
+    for number, (architecture, pattern, windowed, full) in enumerate(layers):
+        path = tmp_path / f"{number}.gguf"
+        extra = {**attention, "attention.value_length": 64, "attention.sliding_window": 512}
+        if architecture == "llama" and pattern:
+            extra["attention.sliding_window_pattern"] = pattern  # type: ignore[assignment]  # a list is meant
+        found = facts(with_layers(path, architecture, 6, extra))
+        assert (found.kv.window_k, found.kv.full_k) == (windowed * 128, full * 128)
+        assert found.kv_bytes(4096, 1, "f16", "f16") == 2 * 256 * (full * 4096 + windowed * 1024)
+    hybrid = facts(
+        with_layers(
+            tmp_path / "h.gguf",
+            "qwen3next",
+            8,
+            {**attention, "attention.value_length": 64, "ssm.conv_kernel": 4, "ssm.inner_size": 32,
+             "ssm.state_size": 16, "ssm.group_count": 2},
+        )
+    )  # fmt: skip
+    assert hybrid.kv.full_k == 2 * 128  # every fourth layer has attention
+    assert hybrid.kv.state_bytes == 6 * 4 * (3 * (32 + 2 * 2 * 16) + 32 * 16)
+
+
+def with_layers(path: Path, architecture: str, layers: int, extra: dict[str, int]) -> Path:
+    """A tiny file whose block_count is patched: the writer knows one layer only."""
+    write_tiny_gguf(path, architecture=architecture, extra=extra)
+    data = path.read_bytes()
+    key = f"{architecture}.block_count".encode()
+    at = data.index(key) + len(key) + 4
+    path.write_bytes(data[:at] + struct.pack("<I", layers) + data[at + 4 :])
+    return path
+
+
+WORDS = [f"t{number}" for number in range(300)]
+
+
+def vocabulary(tmp_path: Path, name: str, **fields: object) -> Vocabulary:
+    found = facts(write_tiny_gguf(tmp_path / f"{name}.gguf", **fields)).vocabulary  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("draft", "why"),
+    [
+        ({}, None),
+        ({"tokens": [*WORDS, *["pad"] * 128]}, None),  # one family pads its vocabularies differently
+        ({"tokens": WORDS[:200]}, None),
+        ({"tokens": ["other", *WORDS[1:]]}, None),  # the first five are not compared
+        ({"tokens": [*WORDS, *["pad"] * 129]}, "more than 128 apart"),
+        ({"tokens": [*WORDS[:150], "other", *WORDS[151:]]}, "tokens differ"),
+        ({"tokens": [*WORDS[:299], "other"]}, "tokens differ"),
+        ({"tokenizer": "gpt2"}, "tokenizer is gpt2"),
+        ({"adds_bos": False}, "adds BOS: no"),
+        ({"bos": 2}, "BOS token is 2"),
+    ],
+)
+def test_a_draft_needs_the_vocabulary_of_its_target(tmp_path: Path, draft: dict[str, object], why: str | None) -> None:
+    base = {"tokens": WORDS, "bos": 1, "adds_bos": True}
+    found = same_vocabulary(vocabulary(tmp_path, "target", **base), vocabulary(tmp_path, "draft", **{**base, **draft}))
+    assert (found is None) == (why is None), found
+    assert why is None or (found is not None and why in found)
+
+
+def cut(path: Path, size: int) -> Path:
+    shorter = path.with_suffix(".cut")
+    shorter.write_bytes(path.read_bytes()[:size])
+    return shorter
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    for size in range(path.stat().st_size):
+        with pytest.raises(BadHeader):
+            read_header(cut(path, size), SIZES)
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+HOSTILE = {
+    "a list of lists": text(b"a") + struct.pack("<IIQ", 9, 9, 1 << 40),
+    "more items than the bound": text(b"a") + struct.pack("<IIQ", 9, 8, 1 << 60),
+    "items beyond the file": text(b"a") + struct.pack("<IIQ", 9, 12, 1 << 24),
+    "a text beyond the bound": text(b"a") + struct.pack("<IQ", 8, 1 << 62),
+    "an unknown type": text(b"a") + struct.pack("<I", 77),
+    "a key twice": 2 * (text(b"a") + struct.pack("<II", 4, 1)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_header_that_lies_is_refused_before_it_is_believed(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2 if "twice" in name else 1) + HOSTILE[name] + bytes(64))
+    with pytest.raises(BadHeader):
+        read_header(path, SIZES)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8))
+def test_no_flipped_byte_does_more_than_be_refused(changes: list[tuple[int, int]]) -> None:
+    data = bytearray(GOOD.read_bytes())
+    for at, value in changes:
+        data[at % len(data)] = value
+    path = GOOD.with_suffix(".flipped")
+    path.write_bytes(data)
+    try:
+        header = read_header(path, SIZES)
+    except BadHeader:
+        return
+    assert isinstance(header, Header)
+    try:
+        assert facts_of([header]).kv_bytes(4096, 4, "f16", "f16") >= 0
+    except BadHeader:
+        return
+
+
+@pytest.fixture(scope="module", autouse=True)
+def good(tmp_path_factory: pytest.TempPathFactory) -> None:
+    global GOOD
+    GOOD = write_tiny_moe(tmp_path_factory.mktemp("good") / "good.gguf")
+
+
+GOOD = Path()
+
+
+def test_a_damaged_file_is_refused_in_words_by_the_reader_in_a_process_of_its_own(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    with pytest.raises(BadHeader, match="breaks off at byte 200"):
+        read_facts(cut(path, 200))
