@@ -214,7 +214,8 @@ def _observation(row: tuple[int, int, str, str, str, str, str, bytes | None]) ->
         decision_seq=decision_seq,
         subject=subject,
         task_type=task_type,
-        choice=choice,
+        # The width of a plan stands behind a `/`: what is learned of a shape holds for all its widths.
+        choice=choice.partition("/")[0] if subject == "decomposition" else choice,
         cluster=decision.get("cluster", ""),
         vector=None if vector is None else from_bytes(vector),
         reward=outcome["reward"],

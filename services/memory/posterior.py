@@ -88,11 +88,11 @@ class Posterior:
     def view(self, place: Place, arms: Sequence[str]) -> View:
         """What is expected at this place; arms nobody has met have their prior. Changes nothing."""
         blocks = [SHARED, *arms]
-        columns = [self._columns(block, place) for block in blocks]
-        parts = [self._values(place, column) for column in columns]
-        rows = [part @ self._cov[column, : self._size] for part, column in zip(parts, columns, strict=True)]
-        cov = np.array([[row[c] @ p for c, p in zip(columns, parts, strict=True)] for row in rows])
-        mean = np.array([self._mean[c] @ p for c, p in zip(columns, parts, strict=True)])
+        features = np.zeros((len(blocks), self._size))
+        for row, block in zip(features, blocks, strict=True):
+            self._write_features(row, block, place)
+        cov = features @ self._cov[: self._size, : self._size] @ features.T
+        mean = features @ self._mean[: self._size]
         prior_var = np.array([self._prior_variance(block, place) for block in blocks])
         unseen = np.array([0.0 if block in self._blocks else 1.0 for block in blocks])
         missing = np.array([self._missing(block, place) for block in blocks])
@@ -112,11 +112,13 @@ class Posterior:
         """Take one outcome; `reward` is given relative to the prior mean."""
         for block in (SHARED, arm):
             self._admit(block, place)
-        columns = np.concatenate([self._columns(SHARED, place), self._columns(arm, place)])
-        values = np.concatenate([self._values(place, columns[: len(columns) // 2])] * 2)
-        gain = values @ self._cov[columns, : self._size]
-        spread = NOISE + float(gain[columns] @ values)
-        self._mean[: self._size] += gain * ((reward - float(self._mean[columns] @ values)) / spread)
+        features = np.zeros(self._size)
+        self._write_features(features, SHARED, place)
+        self._write_features(features, arm, place)
+        gain = self._cov[: self._size, : self._size] @ features
+        spread = NOISE + float(gain @ features)
+        surprise = reward - float(self._mean[: self._size] @ features)
+        self._mean[: self._size] += gain * (surprise / spread)
         self._cov[: self._size, : self._size] -= np.outer(gain, gain / spread)
 
     def forget(self, arm: str, keep: float) -> None:
@@ -164,24 +166,18 @@ class Posterior:
     def _scale(self, block: str) -> float:
         return self.prior.shared if block == SHARED else 1 - self.prior.shared
 
-    def _columns(self, block: str, place: Place) -> npt.NDArray[np.int64]:
+    def _write_features(self, row: Array, block: str, place: Place) -> None:
+        """Put what this place looks like to a block into its columns; nothing where the block is unknown."""
         first = self._blocks.get(block)
         if first is None:
-            return np.zeros(0, dtype=np.int64)
-        columns = [first]
+            return
+        row[first] = 1
         if self.prior.local:
             if place.embedding is not None:
-                columns.extend(range(first + 1, first + self._width))
+                row[first + 1 : first + self._width] = place.embedding
             cluster = self._clusters.get((block, place.cluster))
             if cluster is not None:
-                columns.append(cluster)
-        return np.array(columns, dtype=np.int64)
-
-    def _values(self, place: Place, columns: npt.NDArray[np.int64]) -> Array:
-        values = np.ones(len(columns))
-        if place.embedding is not None and self.prior.local and len(columns):
-            values[1 : self._width] = place.embedding
-        return values
+                row[cluster] = 1
 
     def _prior_variance(self, block: str, place: Place) -> float:
         variance = self.prior.intercept
