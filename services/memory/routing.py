@@ -107,6 +107,10 @@ class Arm:
         """Mean residual of the recent window, shrunk as if ten more outcomes had met the expectation."""
         return self.deviation / (self.weight + 10)
 
+    def likely_shift(self) -> float:
+        """The recent deviation times how likely it is more than chance, by the likelihood ratio so far."""
+        return self.expected_deviation() * (1 - math.exp(-self.cusum))
+
 
 def _projection() -> Array:
     """(256, 64) with orthonormal columns, scaled so that lengths are kept on average."""
@@ -314,6 +318,8 @@ class Bandit:
         )
         whole = sum((w * c for w, c in zip(weights, wholes, strict=True)), np.zeros((size, size)))
         share = sum((w * s for w, s in zip(weights, shares, strict=True)), np.zeros(size))
+        known = [self.arms.get(name) for name in names]
+        mean = mean + keep * np.array([0.0 if arm is None else arm.likely_shift() for arm in known])
         return mean, cov, BOLDNESS**2 * whole + LOCAL_BOLDNESS**2 * cov, share
 
     def _keep(self, option: Option) -> float:

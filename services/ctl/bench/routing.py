@@ -8,9 +8,11 @@ answer, less the penalty where the strong model gave it.
 `rules` always take the strong model, as the planner's table names the best role first. `greedy` takes the arm of the
 higher plain mean so far. `recovery_steps` comes from a second replay in which both columns change places half-way:
 steps until the mean over the last 100 steps of (reward - reward of the arm that is best from then on, same rows) is
-above -0.02. APGR is offline: the policy is given both labels of one half of the rows and ranks the other half by
-expected gain; the share of the accuracy gap won back, averaged over all shares of strong calls, both halves in turn
-(random is 0.5). Intervals are Student's 95 % over the seeds.
+above -0.02; the median over the seeds, a replay that never recovers counting with all its steps.
+
+APGR is offline: the policy is given both labels of one half of the rows and ranks the other half by expected gain; the
+share of the accuracy gap won back, averaged over all shares of strong calls, both halves in turn (random is 0.5).
+Intervals are Student's 95 % over the seeds.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ def measure(rows: Sequence[RecordedOutcome], penalty: float, seeds: int) -> dict
         "curve": _curve([replay.reward for replay in plain]),
         "exploration_share": _rounded(np.mean([replay.explored for replay in plain])),
         "strong_share": _rounded(np.mean([replay.taken.mean() for replay in plain])),
-        "recovery_steps": None if None in recovered else _rounded(np.mean([step or 0 for step in recovered]), 1),
+        "recovery_steps": float(np.median([len(rows) - half if step is None else step for step in recovered])),
         "recovered": sum(step is not None for step in recovered),
         "after_swap": _rounded(np.mean([mine for mine, _ in swapped])),
         "after_swap_best_fixed": _rounded(np.mean([fixed for _, fixed in swapped])),
