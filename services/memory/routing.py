@@ -10,7 +10,7 @@ exploring in every corner far longer than its outcomes can repay. A greedy rule 
 well.
 
 Change: each arm keeps a CUSUM of how much better its recent deviation would have predicted it than its posterior did;
-past `ALARM` most of its evidence is forgotten. A new model file forgets all of it, a new prompt half.
+past `ALARM` most of its evidence is forgotten. A new model forgets all of it, a new prompt three quarters.
 
 No clock, no randomness: a `seed` comes with each question, and the same outcomes in the same order give the same state.
 """

@@ -68,9 +68,9 @@ def role_of(view: TaskView) -> str:
     return next(item.choice for item in view.plan.decisions if item.subject == "role")
 
 
-def tierline(stack: ScriptedStack, *words: str) -> dict[str, Any]:
+def printed(stack: ScriptedStack, *words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "services.ctl", *words, "--json"],
+        [sys.executable, "-m", "services.ctl", *words],
         cwd=CHECKOUT,
         env=stack.stack.environ,
         capture_output=True,
@@ -79,7 +79,11 @@ def tierline(stack: ScriptedStack, *words: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
+    return done.stdout
+
+
+def tierline(stack: ScriptedStack, *words: str) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(printed(stack, *words, "--json"))
     return answer
 
 
@@ -115,6 +119,10 @@ def test_after_sixty_tasks_the_right_roles_are_taken_and_explain_says_why(stack:
     outcome = next(item for item in explained["memory"] if item["decision"]["subject"] == "role")
     assert outcome["outcome"]["reward"] == 1
     assert 0 < outcome["decision"]["propensity"] <= 1
+
+    shown = printed(stack, "explain", learned.task_id)
+    assert "rules and what was learned" in shown
+    assert "better with confidence" in shown.replace("\n", " ")
 
     asked = ("explain", "--objective", "List the facts about the lighthouse", "--type", "ingest")
     before = stack.stack.client.memory(STATS).stats
