@@ -16,6 +16,7 @@ from services.kit.registry import Registry
 from services.kit.service import Call, Service
 from services.planner.divide import Judge
 from services.planner.machine import (
+    AskAdvice,
     AskMemory,
     AskModel,
     Command,
@@ -72,10 +73,10 @@ class PlannerApp:
                     problems = failure.evidence["problems"]
                     self._service.log.write(PLAN_REFUSED, task=task.task_id, code=failure.code, problems=problems)
                     raise CallFailed(failure)
-                case AskMemory() | AskModel() | Record():
+                case AskMemory() | AskModel() | AskAdvice() | Record():
                     command = planning.handle(await self._ask(command, call))
 
-    async def _ask(self, command: AskMemory | AskModel | Record, call: Call) -> Event:
+    async def _ask(self, command: AskMemory | AskModel | AskAdvice | Record, call: Call) -> Event:
         asked = _target(command)
         try:
             answer = await self._send(command, call)
@@ -94,13 +95,15 @@ class PlannerApp:
             case _:
                 return Unanswered(at_ms, f"a {type(answer).__name__} instead of an answer")
 
-    async def _send(self, command: AskMemory | AskModel | Record, call: Call) -> Message:
+    async def _send(self, command: AskMemory | AskModel | AskAdvice | Record, call: Call) -> Message:
         service, timeout_s, dst = self._service, command.timeout_s, _target(command)
         match command:
             case AskModel(request=request):
                 return await service.ask("infer.request", request, dst=dst, timeout_s=timeout_s, call=call)
             case AskMemory(retrieve=retrieve):
                 body = MemoryRequest(ask=retrieve)
+            case AskAdvice(request=advise):
+                body = MemoryRequest(ask=advise)
             case Record(request=decisions):
                 body = MemoryRequest(ask=decisions)
         return await service.ask("memory.request", body, dst=dst, timeout_s=timeout_s, call=call)
@@ -109,6 +112,9 @@ class PlannerApp:
         self._counters[f"plans_{final.source}"] += 1
         self._counters[f"model_{model}"] += 1
         self._counters["decisions"] += len(final.decisions)
+        for item in final.decisions:
+            if item.advice is not None:
+                self._counters[f"advice_{item.advice.won}"] += 1
         self._counters["removed_edges"] += len(final.removed_edges)
         self._service.log.write(
             PLAN_MADE,

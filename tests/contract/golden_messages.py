@@ -21,12 +21,18 @@ from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.infer import AbortLimits, ChatMessage, InferFinal, InferPartial, InferRequest, Sampling
 from protocol.messages.memory import (
+    Advise,
+    Advised,
+    ArmView,
     DecisionRecord,
     Episode,
     Explained,
     MemoryFinal,
     MemoryRequest,
+    Option,
     Outcome,
+    Question,
+    RecordDecisions,
     RecordOutcomes,
     Value,
 )
@@ -174,6 +180,32 @@ _DECISION = RoutingDecision(
     task_type="code",
     features={"inputs": 1.0},
 )
+_ADVISED = Advised(
+    key="persona:coder",
+    subject="persona",
+    rules_choice="terse",
+    learned_choice="careful",
+    choice="careful",
+    won="learned",
+    propensity=0.75,
+    confidence=0.875,
+    evidence=12.0,
+    cluster="coder",
+    arms=[
+        ArmView(
+            choice="careful",
+            expected_reward=0.75,
+            deviation=0.125,
+            value=0.5,
+            chance=0.75,
+            outcomes=12.0,
+            similar_outcomes=7,
+            seconds=4.5,
+        )
+    ],
+    why="learned: careful 0.75±0.12 after 12",
+)
+_ADVISED_DECISION = _DECISION.model_copy(update={"choice": "careful", "cluster": "coder", "advice": _ADVISED})
 _RECORD = DecisionRecord(
     decision_id="D-1",
     task_id="T-1",
@@ -187,6 +219,7 @@ _RECORD = DecisionRecord(
     features={"inputs": 1.0},
     registry_digest="abc123",
 )
+_VERSIONED_RECORD = _RECORD.model_copy(update={"cluster": "coder", "model": "0123abcd", "prompt": "89ef4567"})
 _OUTCOME = Outcome(decision_id="D-1", reward=1.0, seconds=4.5, attempts=2, at_ms=1_700_000_005_000)
 _EDGE = RemovedEdge(step="S2", depends_on="S1", reason="no data flows along it")
 _VIEW = TaskView(
@@ -334,6 +367,12 @@ _GUESSED = _VIEW.model_copy(
             )
             for step in _VIEW.steps
         ]
+    }
+)
+
+_LEARNED = _VIEW.model_copy(
+    update={
+        "plan": PlanView(source="rules", reason="advised", removed_edges=[], decisions=[_ADVISED_DECISION], similar=[])
     }
 )
 
@@ -490,6 +529,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _GUESSED,
         _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]}),
         _TOLD,
+        _LEARNED,
     ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
@@ -507,6 +547,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _MENDED,
         _GUESSED,
         _GUESSED.model_copy(update={"gates": [_ADVISORY]}),
+        _LEARNED,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -543,7 +584,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             decisions=[_DECISION],
             similar=[_EPISODE],
             generated_tokens=40,
-        )
+        ),
+        PlanFinal(task=_TASK, source="rules", reason="advised", decisions=[_ADVISED_DECISION]),
     ],
     "plan.cancel": [Empty()],
     "infer.request": [
@@ -646,7 +688,26 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
     ],
     "gate.final": [GateFinal(results=[_GATE]), GateFinal(results=[_GATE, _ADVISORY])],
     "gate.cancel": [Empty()],
-    "memory.request": [MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE))],
+    "memory.request": [
+        MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE)),
+        MemoryRequest(ask=RecordDecisions(decisions=[_VERSIONED_RECORD], text="Write sum.py and test it")),
+        MemoryRequest(
+            ask=Advise(
+                text="Write sum.py and test it",
+                task_type="code",
+                questions=[
+                    Question(
+                        key="persona:coder",
+                        subject="persona",
+                        cluster="coder",
+                        rules_choice="terse",
+                        options=[Option(choice="terse", prompt="89ef4567", cost=0.125), Option(choice="careful")],
+                    )
+                ],
+                seed=7,
+            )
+        ),
+    ],
     "memory.final": [
         MemoryFinal(
             stored=1,
@@ -662,7 +723,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 )
             ],
             stats={"episodes": 1},
-        )
+        ),
+        MemoryFinal(explained=[Explained(decision=_VERSIONED_RECORD)], advice=[_ADVISED]),
     ],
     "memory.cancel": [Empty()],
     "error": [ErrorReply(failure=_FAILURE)],

@@ -21,12 +21,13 @@ from protocol.kinds import BODIES, ENDINGS
 from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferRequest
-from protocol.messages.memory import Episode, MemoryFinal, MemoryRequest, RecordDecisions, Retrieve
+from protocol.messages.memory import Advise, Episode, MemoryFinal, MemoryRequest, RecordDecisions, Retrieve
 from protocol.messages.plan import PlanFinal, PlanRequest
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.task import TaskIR
 from services.kit.config import CHECKOUT, load_home
 from tests.fakes.hub import ScriptedHub
+from tests.unit.planner_tasks import advice_for
 
 EPISODE = Episode(task_id="old", task_type="doc", objective="Contrast two memos", succeeded=True, seconds=3)
 GOOD = json.dumps(
@@ -54,6 +55,7 @@ class World:
         self.logs = logs
         self.front_door: Message | None = None
         self.memory = True
+        self.prefers_last = False
         self.questions: list[tuple[Header, Message]] = []
         self._seen = 0
 
@@ -88,6 +90,8 @@ class World:
             match body.ask:
                 case Retrieve():
                     reply = MemoryFinal(episodes=[EPISODE])
+                case Advise():
+                    reply = MemoryFinal(advice=advice_for(body.ask, last=self.prefers_last))
                 case RecordDecisions(decisions=decisions):
                     reply = MemoryFinal(stored=len(decisions))
         if reply is not None:
@@ -320,3 +324,17 @@ def test_a_registry_that_cannot_be_used_refuses_the_launch_with_file_and_line(tm
     )
     assert done.returncode == 1
     assert b"models.yaml:1" in done.stderr
+
+
+def test_memory_decides_who_works_and_the_decision_is_recorded_with_its_text(world: World) -> None:
+    world.prefers_last = True
+    final = world.good_plan(HELLO)
+    (role,) = (item for item in final.decisions if item.subject == "role")
+    assert role.advice is not None
+    assert role.choice == role.advice.choice != role.advice.rules_choice
+    assert final.task.plan is not None
+    assert final.task.plan.steps[0].actor == role.choice
+    asks = [body.ask for body in world.asked(MemoryRequest) if isinstance(body, MemoryRequest)]
+    (recorded,) = (ask for ask in asks if isinstance(ask, RecordDecisions))
+    assert recorded.text == HELLO.objective
+    assert [row.propensity for row in recorded.decisions if row.subject == "role"] == [0.9]

@@ -394,6 +394,13 @@ class HardwareEntry(Entry):
     """NUMA nodes; absent = detected. A core belongs to one node, and `cores` may not exceed all of them together."""
 
 
+class LearningEntry(Entry):
+    """Whether what outcomes have taught may change what is chosen. Outcomes are recorded either way."""
+
+    enabled: bool = True
+    """False: the rules choose alone, nothing is tried out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """HardwareEntry after detection: what the scheduler and the rules count with."""
