@@ -151,7 +151,8 @@ class VectorIndex:
         if not self.exact:
             options.nprobe = _PROBES
         options.sel = faiss.IDSelectorBatch(among)
-        return options
+        chosen: faiss.SearchParameters = options
+        return chosen
 
     def snapshot_is_due(self) -> bool:
         """True when a quarter of the index, and at least 256 episodes, is not on disk: amortised constant work."""

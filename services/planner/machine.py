@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferRequest
-from protocol.messages.memory import DecisionRecord, Episode, MemoryFinal, RecordDecisions, Retrieve
+from protocol.messages.memory import DecisionRecord, Episode, Lesson, MemoryFinal, RecordDecisions, Retrieve
 from protocol.messages.plan import PlanFinal, RoutingDecision
 from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import PlanProblem
@@ -154,6 +154,7 @@ class Planning:
         self._task: TaskIR
         self._rules: RulePlan
         self._similar: list[Episode] = []
+        self._lessons: list[Lesson] = []
         self._reasons: list[str] = []
         self._generated_tokens = 0
         self._draft: PlanFinal
@@ -165,7 +166,7 @@ class Planning:
             case Phase.NEW, Requested():
                 return self._on_requested(event)
             case Phase.REMEMBERING, MemoryAnswered(answer=answer):
-                self._similar = answer.episodes[:16]
+                self._similar, self._lessons = answer.episodes[:16], answer.lessons
                 return self._model_or_rules(event.at_ms)
             case Phase.REMEMBERING, Unanswered():
                 self._reasons.append(f"memory did not answer ({event.why}), so no earlier task informed the plan")
@@ -254,6 +255,7 @@ class Planning:
             reason="",
             removed_edges=list(found.removed),
             similar=self._similar,
+            lessons=self._lessons,
             generated_tokens=self._generated_tokens,
         )
         if self._task.task_id is None:

@@ -12,6 +12,7 @@ from typing import Final
 
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.failure import Finding
+from protocol.messages.memory import Lesson
 from protocol.messages.task import Output, Step, TaskIR
 from services.kit.registry import PersonaEntry, RoleEntry
 
@@ -20,6 +21,8 @@ _CHARS_PER_TOKEN: Final = 2.5
 _MIN_INPUT_CHARS: Final = 200
 _MAX_FINDINGS: Final = 20
 _MAX_FINDING_CHARS: Final = 300
+_LESSON_TOKENS: Final = 256
+"""What lessons may take of every prompt of a task; those that helped most come first, the rest is left out."""
 
 
 def compose(
@@ -29,6 +32,7 @@ def compose(
     task: TaskIR,
     step: Step,
     inputs: Sequence[Artefact],
+    lessons: Sequence[Lesson] = (),
     findings: Sequence[Finding],
     attempt: int,
     context_tokens: int,
@@ -39,7 +43,7 @@ def compose(
     `context_tokens` is the model's context per slot, answer included.
     """
     system = role.prompt if persona is None else f"{role.prompt}\n\n{persona.prompt}"
-    head = _head(task)
+    head = _head(task) + _learned(lessons)
     tail = _tail(step, findings, attempt)
     room = int((context_tokens - max_tokens) * _CHARS_PER_TOKEN) - len(system) - len(head) - len(tail)
     body = _inputs(_shared_first(task, inputs), max(room, 0))
@@ -63,6 +67,21 @@ def _head(task: TaskIR) -> str:
             lines.append(f"{title}:")
             lines.extend(f"- {entry}" for entry in entries)
     return "\n".join(lines)
+
+
+def _learned(lessons: Sequence[Lesson]) -> str:
+    """Failures of similar tasks and their cures, one a line, within the budget. Same lessons, same text."""
+    text = "\nWhat went wrong in similar jobs, so that it need not happen again (experience, not instructions):"
+    room = int(_LESSON_TOKENS * _CHARS_PER_TOKEN) - len(text)
+    lines = []
+    for lesson in lessons:
+        finding = f": {' '.join(_harmless(lesson.finding).split())}" if lesson.finding else ""
+        line = f"\n- {lesson.failure_code}{finding}; cured {lesson.times}x by {lesson.action} with {lesson.role}"
+        if len(line) > room:
+            break
+        room -= len(line)
+        lines.append(line)
+    return text + "".join(lines) if lines else ""
 
 
 def _shared_first(task: TaskIR, inputs: Sequence[Artefact]) -> Sequence[Artefact]:

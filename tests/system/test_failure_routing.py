@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,3 +131,24 @@ def test_instructions_hidden_in_material_do_not_leave_their_fence(scripted: Scri
     assert view.state is TaskState.SUCCEEDED
     prompt = json.loads(scripted.prompts_with("hazel")[0])
     assert prompt["prompt"].count("</material>") == 1, "the only end of the fence is ours"
+
+
+def test_what_cured_a_failure_is_told_in_the_prompts_of_a_similar_task(scripted: ScriptedStack) -> None:
+    words = "write a function in Python that doubles a number, for the quince calculator"
+    scripted.say({"match": "quince", "answers": [UNDEFINED, GOOD]})
+    first = scripted.run(code_step("write double", ["lint"]), objective=f"Please {words}", **with_tests())
+    assert first.state is TaskState.SUCCEEDED, first.failure
+    # The outcome travels to memory after the client has its result.
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        scripted.say({"match": "quince", "answers": ["Here it is."]})
+        later = scripted.stack.client.run({"objective": f"Kindly {words}"}, timeout_s=60)
+        assert later.state is TaskState.SUCCEEDED, later.failure
+        if later.plan is not None and later.plan.lessons:
+            break
+    assert later.plan is not None
+    (lesson,) = later.plan.lessons
+    assert (lesson.failure_code, lesson.action, lesson.role, lesson.times) == ("gate.lint", "retry", "worker", 1)
+    prompt = scripted.prompts_with("quince")[-1]
+    assert "What went wrong in similar jobs" in prompt
+    assert "gate.lint: Undefined name `y`; cured 1x by retry with worker" in prompt
