@@ -28,7 +28,7 @@ from services.planner.tests_given import given_tests, module_under_test
 #: `format` is left out on purpose: its failures never escalate, a model that is bad at layout stays bad at it, and a
 #: step would spend all its retries on blank lines that one run of a formatter puts right. A step can ask for it.
 DEFAULT_GATES: Final[Mapping[ArtefactKind, tuple[str, ...]]] = {
-    ArtefactKind.CODE: ("lint",),
+    ArtefactKind.CODE: ("lint", "shellcheck"),
     ArtefactKind.JSON: ("schema",),
     ArtefactKind.TEXT: (),
 }

@@ -60,8 +60,9 @@ from services.scheduler.facts import (
 )
 from services.scheduler.housekeeping import Housekeeping, Intervals
 from services.scheduler.journal import Journal
-from services.scheduler.machine import MAX_ACTIVE_TASKS, MAX_WATCHES, Hub
+from services.scheduler.machine import MAX_ACTIVE_TASKS, Hub
 from services.scheduler.registry_reader import RegistryReader
+from services.scheduler.watchers import MAX_WATCHES
 
 HUB_STARTED = LogEvent("hub.started", "pid epoch restored unsettled damaged restore_ms registry")
 REGISTRY_NOT_KEPT = LogEvent("registry.not_kept", "reason", "warning")
@@ -265,18 +266,20 @@ class HubApp:
                 self._reads[command.identity, command.header.id] = command
                 if len(self._reads) > MAX_WATCHES:  # with watchers among them that left meanwhile
                     self._reads = {
-                        who: read for who, read in self._reads.items() if self._hub.still_reads(who[0], read.header)
+                        who: read
+                        for who, read in self._reads.items()
+                        if (who[0], read.header.id) in self._hub.watchers.late
                     }
             case ReadListing(identity, header, query):
                 self._write()
                 listing = Listing(tasks=self._journal.newest(query.limit, query.states))
-                self._sends.append(self._hub.reply(identity, header, "task.listing", listing))
+                self._sends.append(self._hub.outbox.reply(identity, header, "task.listing", listing))
             case ReadStatus(identity, header):
                 self._write()
                 report = self._hub.status(self._journal.counts(), self._clock.now_ms())
                 written = {"commits": self._journal.commits, "synced_commits": self._journal.syncs}
                 report = report.model_copy(update={"counters": report.counters | written})
-                self._sends.append(self._hub.reply(identity, header, "session.report", report))
+                self._sends.append(self._hub.outbox.reply(identity, header, "session.report", report))
             case ReadRegistry():
                 self._reader.read(command)
             case ReloadUnsettled(limit):

@@ -423,7 +423,7 @@ class Broker:
             if peer is None:
                 self.tokens.unblock(target)  # it waits for a slot, not for tokens
                 return None
-            if not self.tokens.take(key, target, self.calls[key].needs, at_ms):
+            if not self.tokens.take(key, target, self.calls[key].needs, at_ms, self._waiting_parent(key)):
                 return None
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
@@ -432,6 +432,12 @@ class Broker:
         if len(self._queues) > _KEPT_QUEUES and not len(queue):
             del self._queues[target]  # its name may be anything a client thought of
         return None
+
+    def _waiting_parent(self, key: str) -> str | None:
+        """The call during which this one was made, if it was made by the worker that has it."""
+        call = self.calls[key]
+        parent = self.calls.get(call.parent or "")
+        return None if parent is None or parent.worker is None or parent.worker != call.requester else parent.key
 
     def waits(self, target: str, at_ms: int) -> bool:
         """True if a call for this capability could go out now, were there a worker."""

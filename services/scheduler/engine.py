@@ -420,6 +420,9 @@ class Engine:
             artefacts=step.attempt.artefacts,
             context=[task.artefacts[name] for name in step.spec.inputs],
             json_schema=step.spec.json_schema,
+            check_command=step.spec.check_command or task.ir.check_command,
+            objective=task.ir.objective,
+            criteria=task.ir.definition_of_done,
         )
         parts = ("gates", step.spec.id, step.attempt.number)
         needs = gate_needs(self.registry, request.gates)
@@ -546,7 +549,14 @@ class Engine:
             self._end(task, TaskState.SUCCEEDED, None, at_ms, why="")
             return
         artefacts = [task.artefacts[name] for name in names]
-        request = GateRequest(gates=task.ir.gates, artefacts=artefacts, context=task.ir.inputs)
+        request = GateRequest(
+            gates=task.ir.gates,
+            artefacts=artefacts,
+            context=task.ir.inputs,
+            check_command=task.ir.check_command,
+            objective=task.ir.objective,
+            criteria=task.ir.definition_of_done,
+        )
         needs = gate_needs(self.registry, request.gates)
         self._ask(task, None, Wanted("gate.request", GATE, ("gates",), pack_body(request), needs), at_ms, hold_until_ms)
 

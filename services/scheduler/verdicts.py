@@ -12,8 +12,9 @@ from services.scheduler.tasks import StepRecord
 def gate_failure(asked: Iterable[str], results: list[GateResult]) -> Failure | None:
     """What the gates' verdicts amount to: None if every gate asked for passed or had nothing to judge.
 
-    Fails closed: a gate that could not judge, or is missing among the results, is a failure too. The first bad
-    verdict in declared order gives the category; the findings of all are kept for the next attempt.
+    Fails closed: a gate that could not judge, or is missing among the results, is a failure too; an advisory one
+    never is. The first bad verdict in declared order gives the category; the findings of all, advisory ones included,
+    are kept for the next attempt.
     """
     findings = [finding for result in results for finding in result.findings][:200]
     by_name = {result.gate: result for result in results}
@@ -22,13 +23,13 @@ def gate_failure(asked: Iterable[str], results: list[GateResult]) -> Failure | N
         if result is None:
             message = f"gate {name} gave no verdict"
             return Failure(code="gate.no_verdict", category=Category.RESOURCE, origin="gates", message=message)
-        if result.verdict is Verdict.FAIL:
+        if result.verdict is Verdict.FAIL and result.required:
             said = result.message or f"{len(result.findings)} findings"
             message = f"gate {name} failed: {said}"
             own = findings or [Finding(gate=name, category=result.category, message=said)]
             return Failure(code=f"gate.{name}", category=result.category, origin="gates", message=message, findings=own)
     for result in results:
-        if result.verdict is not Verdict.ERROR:
+        if result.verdict is not Verdict.ERROR or not result.required:
             continue
         message = f"gate {result.gate} could not judge: {result.message}"
         return Failure(code=f"gate.{result.gate}.error", category=result.category, origin="gates", message=message)

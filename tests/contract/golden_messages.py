@@ -106,6 +106,7 @@ _GATE = GateResult(
     started_ms=1_700_000_000_500,
     ended_ms=1_700_000_000_900,
 )
+_ADVISORY = _GATE.model_copy(update={"gate": "markdown", "required": False, "cached": True})
 _TASK = TaskIR(
     task_id="T-1",
     created_at=1_700_000_000_000,
@@ -445,7 +446,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             fields={"model": "coder", "queued_ms": 10},
         )
     ],
-    "task.result": [_VIEW, _REPORTED, _MENDED, _GUESSED],
+    "task.result": [_VIEW, _REPORTED, _MENDED, _GUESSED, _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]})],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
         TaskView(
@@ -461,6 +462,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _VIEW.model_copy(update={"waiting": ["planning waits for planner: 0 workers alive"]}),
         _MENDED,
         _GUESSED,
+        _GUESSED.model_copy(update={"gates": [_ADVISORY]}),
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -589,9 +591,16 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             artefacts=[Artefact(name="sum.py", kind=ArtefactKind.CODE, value="sum\n")],
             context=[Artefact(name="test_sum.py", kind=ArtefactKind.CODE, value="assert True\n")],
             json_schema={"type": "object"},
-        )
+        ),
+        GateRequest(
+            gates=["integration", "definition_of_done"],
+            artefacts=[Artefact(name="sum.py", kind=ArtefactKind.CODE, value="sum\n")],
+            check_command=["bash", "check.sh", "{workspace}"],
+            objective="Write sum.py",
+            criteria=["it adds"],
+        ),
     ],
-    "gate.final": [GateFinal(results=[_GATE])],
+    "gate.final": [GateFinal(results=[_GATE]), GateFinal(results=[_GATE, _ADVISORY])],
     "gate.cancel": [Empty()],
     "memory.request": [MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE))],
     "memory.final": [

@@ -52,7 +52,7 @@ class ScriptedStack:
 
 
 @contextmanager
-def scripted_stack(*, worker_slots: int = 2) -> Iterator[ScriptedStack]:
+def scripted_stack(*, worker_slots: int = 2, threads: int = 1) -> Iterator[ScriptedStack]:
     """Up and ready; gone when the context ends."""
     binary = str(CHECKOUT / "tests" / "fakes" / "llama_server.py")
     with temporary_home() as folder:
@@ -60,6 +60,7 @@ def scripted_stack(*, worker_slots: int = 2) -> Iterator[ScriptedStack]:
         script = folder / "script.json"
         script.write_text("{}", encoding="utf-8")
         entry = {"path": str(model), "engine": "llama-server", "binary": binary, "slots": 2, "context_tokens": 2048}
+        entry["threads"] = threads
         models = {
             "front": entry | {"tier": "A"},
             "specialist": entry | {"tier": "B"},

@@ -183,7 +183,7 @@ def test_doctor_says_for_every_check_what_to_do(capsys: Out) -> None:
     assert main(["doctor", "--json"]) == 1  # this home has no model files
     checks = json.loads(capsys.readouterr().out)["checks"]
     names = {check["name"] for check in checks}
-    assert {"python", "socket path", "disk", "memory", "sandbox", "model front", "engine front"} <= names
+    assert {"python", "socket path", "disk", "memory", "sandbox", "gate tools", "model front", "engine front"} <= names
     assert all(check["advice"] for check in checks if check["verdict"] != "ok")
     assert any(check["name"] == "model front" and check["verdict"] == "fail" for check in checks)
 

@@ -55,7 +55,7 @@ def test_a_watcher_that_leaves_while_it_is_told_the_past_is_forgotten() -> None:
     world.page = 2
     world.watch(task)
     assert world.hub is not None
-    assert world.hub._late == set()
+    assert world.hub.watchers.late == set()
     events = [body for header, body in world.client_inbox if header.kind == "task.event"]
     assert [getattr(event, "seq", 0) for event in events] == list(range(1, len(events) + 1))
     world.run_for(6_000)

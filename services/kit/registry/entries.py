@@ -6,7 +6,7 @@ named entry is its key in the file, so it is written once.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
@@ -38,8 +38,16 @@ CLIENT_PATTERN: Final = r"^[A-Za-z0-9_.*?-]{1,64}$"
 
 ClientPattern: TypeAlias = Annotated[str, StringConstraints(pattern=CLIENT_PATTERN)]
 
-PLACEHOLDERS: Final = frozenset({"artefact", "workspace", "python"})
+PLACEHOLDERS: Final = ("artefact", "artefacts", "test", "workspace", "python", "checks", "report", "command")
+LISTS: Final = ("artefacts", "command")
+"""Placeholders that stand for several arguments, and so for a whole one each."""
+TARGETS: Final = ("artefact", "artefacts", "test", "command")
+"""Placeholders that say how often a gate runs; a command has one of them, or none and runs once."""
 _PLACEHOLDER: Final = re.compile(r"\{(\w*)\}")
+
+Parser: TypeAlias = Literal[
+    "lines", "pattern", "diff", "ruff", "sarif", "junit", "mypy", "shellcheck", "rumdl", "tests"
+]
 
 
 class RemoteLimits(Entry):
@@ -235,8 +243,11 @@ class PersonaEntry(Entry):
     """Where it may be chosen."""
 
 
+Argument: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+
+
 class GateEntry(Entry):
-    """A deterministic check of one artefact: a command in the sandbox, or one that the gates service has built in."""
+    """A check of artefacts: a command in the sandbox, one the gates service has built in, or the verdict of a role."""
 
     name: Name
     """Key of the entry; steps and tasks name it in their `gates`."""
@@ -245,29 +256,63 @@ class GateEntry(Entry):
     kinds: tuple[ArtefactKind, ...] = Field(min_length=1)
     """Kinds of artefact it can check."""
     languages: tuple[Name, ...] = ()
-    """Languages of code it can check; empty = any."""
+    """Languages it can check, by content type or suffix; empty = any."""
     category: Literal[Category.FORMAT, Category.SCHEMA, Category.CODE, Category.LOGIC]
     """Category of its findings: decides through failures.yaml what happens to the step."""
-    argv: tuple[Annotated[str, StringConstraints(min_length=1, max_length=4096)], ...] = ()
-    """Command and arguments, run in the sandbox without a shell. May use {artefact}, {workspace} and {python}."""
-    builtin: Literal["schema"] | None = None
-    """Check done inside the gates service instead of a command: `schema` = the step's JSON Schema."""
-    cores: int = Field(default=1, ge=1, le=1024)
-    """Cores it takes from the budget while it runs."""
+    required: bool = True
+    """False = advisory: its findings are shown and go into the prompt of a retry, but fail nothing."""
+    argv: tuple[Argument, ...] = ()
+    """Command and arguments, run in the sandbox without a shell; the placeholders are in gates.yaml."""
+    builtin: Literal["schema", "taskir"] | None = None
+    """Check of data without a tool: `schema` = the step's JSON Schema, `taskir` = a task that could be submitted."""
+    role: Name | None = None
+    """Role whose model judges the task's definition_of_done, criterion by criterion."""
+    parser: Parser = "lines"
+    """How the command's findings are read: the format of its output, or of the file {report}."""
+    pattern: Annotated[str, StringConstraints(max_length=1_000)] | None = None
+    """For parser `pattern`: regular expression of one line with the group `message`, and file, line, column, rule."""
+    executes: bool = False
+    """The command runs code of the artefact: then hanging or eating memory is the artefact's fault, not the tool's."""
+    version_argv: tuple[Argument, ...] = ()
+    """Command that prints the tool's version, part of the key of cached results; absent = the command's file is."""
+    cores: int = Field(default=1, ge=0, le=1024)
+    """Cores it takes from the machine's tokens while it runs; 0 = so short that it is not counted."""
+    memory_bytes: int = Field(default=2 * 1024**3, ge=64 * 1024**2)
+    """Memory it may use: address space of each of its processes, and resident memory of all of them."""
     timeout_s: float = Field(default=60.0, gt=0, le=86_400)
     """Seconds after which it is killed from outside the sandbox."""
     depends_on: tuple[Name, ...] = ()
-    """Gates that must have passed on the same artefact first; without these, gates run at the same time."""
+    """Gates that must not have failed on the same artefacts before; without these, gates run at the same time."""
 
-    def command(self, *, artefact: str, workspace: str, python: str) -> list[str]:
+    @property
+    def target(self) -> str | None:
+        """The one of `TARGETS` that its command has, None without one: then it runs once."""
+        return next((word for word in self.placeholders() if word in TARGETS), None)
+
+    def command(self, **values: str | Sequence[str]) -> list[str]:
         """Return argv with the placeholders filled in, once: a path that itself holds `{python}` stays as it is."""
-        values = {"artefact": artefact, "workspace": workspace, "python": python}
-        return [_PLACEHOLDER.sub(lambda match: values[match[1]], argument) for argument in self.argv]
+        filled: list[str] = []
+        for argument in self.argv:
+            whole = _PLACEHOLDER.fullmatch(argument)
+            if whole is not None and whole[1] in LISTS:
+                filled += values[whole[1]]
+            else:
+                filled.append(_PLACEHOLDER.sub(lambda match: str(values[match[1]]), argument))
+        return filled
 
-    def unknown_placeholders(self) -> list[str]:
-        """Return every `{word}` in argv that `command` could not fill in."""
-        found = {word for argument in self.argv for word in _PLACEHOLDER.findall(argument)}
-        return sorted(found - PLACEHOLDERS)
+    def placeholders(self) -> list[str]:
+        """Return every `{word}` in argv, each once, in order."""
+        return list(dict.fromkeys(word for argument in self.argv for word in _PLACEHOLDER.findall(argument)))
+
+
+class GatePolicy(Entry):
+    """How the gates of one request are run."""
+
+    stop_after_failure: bool = True
+    """When a required gate has failed, stop the others that cost cores: the attempt has failed anyway. False = let them
+    end, for the sake of all their findings."""
+    cache_bytes: int = Field(default=64 * 1024**2, ge=0)
+    """Disk space for results of artefacts that were checked before, below the home; 0 = nothing is kept."""
 
 
 class ClientEntry(Entry):

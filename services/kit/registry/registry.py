@@ -21,6 +21,7 @@ from services.kit.registry.entries import (
     FailureRule,
     FailureTable,
     GateEntry,
+    GatePolicy,
     Hardware,
     HardwareEntry,
     ModelEntry,
@@ -44,6 +45,7 @@ class Registry:
         roles: entries by name; every `model` and `escalates_to` exists.
         personas: entries by name.
         gates: entries by name; `depends_on` is acyclic.
+        gate_policy: how the gates of one request are run.
         clients: what share each gets, in the order of the file; `weight_of` applies them.
         failures: a rule for every `Category`, and the caps.
         hardware: what may be spent, detected where the file is silent.
@@ -56,6 +58,7 @@ class Registry:
     roles: Mapping[str, RoleEntry]
     personas: Mapping[str, PersonaEntry]
     gates: Mapping[str, GateEntry]
+    gate_policy: GatePolicy
     clients: tuple[ClientEntry, ...]
     failures: FailureTable
     hardware: Hardware
@@ -144,6 +147,7 @@ def load_registry(
         roles=MappingProxyType(scene.roles),
         personas=MappingProxyType(draft.valid("personas", PersonaEntry)),
         gates=MappingProxyType(scene.gates),
+        gate_policy=draft.single("policy", GatePolicy),
         clients=tuple(draft.valid("clients", ClientEntry).values()),
         failures=_failure_table(draft),
         hardware=hardware,

@@ -6,6 +6,7 @@ faster, and what the metadata of its file says to that, is checked by `launch_ru
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -17,6 +18,9 @@ from services.kit.gguf_header import MAGIC, parts_of
 from services.kit.hardware import parse_cores
 from services.kit.model_facts import ModelFacts
 from services.kit.registry.entries import (
+    LISTS,
+    PLACEHOLDERS,
+    TARGETS,
     FailureCaps,
     FailureRule,
     GateEntry,
@@ -251,15 +255,52 @@ def _role_references(scene: Scene) -> Iterator[Problem]:
 def _gate_commands(scene: Scene) -> Iterator[Problem]:
     for name, gate in scene.gates.items():
         at = ("gates", name)
-        if bool(gate.argv) == (gate.builtin is not None):
-            message = "needs either argv (a command) or builtin (schema), and not both"
+        if (bool(gate.argv), gate.builtin is not None, gate.role is not None).count(True) != 1:
+            message = "needs one of argv (a command), builtin (schema, taskir) and role (a judge), and not two of them"
             yield scene.draft.problem(at, "gate-command", message)
-        for word in gate.unknown_placeholders():
-            message = f"{{{word}}} is no placeholder; there are {{artefact}}, {{workspace}} and {{python}}"
-            yield scene.draft.problem((*at, "argv"), "unknown-placeholder", message)
+        yield from _placeholders(scene, name, gate)
+        yield from _pattern(scene, name, gate)
+        if gate.role is not None and not scene.draft.declares("roles", gate.role):
+            message = f"roles.yaml has no {gate.role!r}; it has: {_names(scene.roles)}"
+            yield scene.draft.problem((*at, "role"), "unknown-role", message)
         if gate.cores > scene.hardware.cores:
             message = f"{gate.cores} cores on a machine of {scene.hardware.cores}: the gate could never start"
             yield scene.draft.problem((*at, "cores"), "gate-cores", message)
+        if gate.memory_bytes > scene.hardware.memory_bytes and "memory_bytes" in gate.model_fields_set:
+            message = f"{gate.memory_bytes:,} bytes on a machine with {scene.hardware.memory_bytes:,}; lower it"
+            yield scene.draft.problem((*at, "memory_bytes"), "gate-memory", message)
+
+
+def _placeholders(scene: Scene, name: str, gate: GateEntry) -> Iterator[Problem]:
+    at = ("gates", name, "argv")
+    words = gate.placeholders()
+    for word in words:
+        if word not in PLACEHOLDERS:
+            there = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
+            yield scene.draft.problem(at, "unknown-placeholder", f"{{{word}}} is no placeholder; there are {there}")
+        elif word in LISTS and f"{{{word}}}" not in gate.argv:
+            message = f"{{{word}}} stands for several arguments: it must be an argument of its own"
+            yield scene.draft.problem(at, "placeholder-list", message)
+    if sum(word in TARGETS for word in words) > 1:
+        some = ", ".join(f"{{{word}}}" for word in TARGETS)
+        yield scene.draft.problem(at, "placeholder-target", f"only one of {some}: it says how often the command runs")
+
+
+def _pattern(scene: Scene, name: str, gate: GateEntry) -> Iterator[Problem]:
+    at = ("gates", name, "pattern" if gate.pattern is not None else "parser")
+    if (gate.parser == "pattern") != (gate.pattern is not None):
+        yield scene.draft.problem(at, "gate-pattern", "parser: pattern and the field pattern belong together")
+    if gate.pattern is None:
+        return
+    try:
+        groups = set(re.compile(gate.pattern).groupindex)
+    except re.error as error:
+        yield scene.draft.problem(at, "gate-pattern", f"no regular expression: {error}")
+        return
+    unknown = groups - {"message", "file", "line", "column", "rule"}
+    if "message" not in groups or unknown:
+        message = "needs the named group (?P<message>…), and may have file, line, column and rule"
+        yield scene.draft.problem(at, "gate-pattern", message)
 
 
 def _gate_order(scene: Scene) -> Iterator[Problem]:

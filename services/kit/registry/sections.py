@@ -20,6 +20,7 @@ from services.kit.registry.entries import (
     FailureCaps,
     FailureRule,
     GateEntry,
+    GatePolicy,
     HardwareEntry,
     ModelEntry,
     PersonaEntry,
@@ -49,7 +50,10 @@ FILES: Final[Mapping[str, tuple[Section, ...]]] = {
     "models.yaml": (Section("models", ModelEntry, "name"),),
     "roles.yaml": (Section("roles", RoleEntry, "name"),),
     "personas.yaml": (Section("personas", PersonaEntry, "name", may_be_empty=True),),
-    "gates.yaml": (Section("gates", GateEntry, "name", may_be_empty=True),),
+    "gates.yaml": (
+        Section("gates", GateEntry, "name", may_be_empty=True),
+        Section("policy", GatePolicy, "field", may_be_empty=True),
+    ),
     "failures.yaml": (
         Section("failures", FailureRule, "category"),
         Section("caps", FailureCaps, "field", may_be_empty=True),

@@ -62,6 +62,7 @@ class _CalmHub(Hub):
         """Calls that their workers were told to stop, and these."""
         self.told: list[tuple[bytes, Reside]] = []
         """Workers that were told to load their model, or to unload it."""
+        self.loading.message = self._tell_service
 
     def _carry_out(self, command: b.Command, at_ms: int) -> None:
         match command:
@@ -73,10 +74,10 @@ class _CalmHub(Hub):
             case _:
                 super()._carry_out(command, at_ms)
 
-    def _unpromised(self, identity: bytes, kind: str, body: Message) -> ev.Send:
+    def _tell_service(self, identity: bytes, kind: str, body: Message) -> ev.Send:
         if isinstance(body, Reside):
             self.told.append((identity, body))
-        return super()._unpromised(identity, kind, body)
+        return self.outbox.unpromised(identity, kind, body)
 
     def submitted(self, task: TaskIR, task_id: str, at_ms: int) -> None:
         """A client submits a task. Raises RefusedError."""
@@ -113,8 +114,7 @@ class _CalmHub(Hub):
 
     def take(self) -> list[ev.Command]:
         """What the hub would have done to the outside since the last look."""
-        commands, self._out = self._out, []
-        return commands
+        return self.outbox.take()
 
 
 @dataclass(frozen=True, slots=True)
