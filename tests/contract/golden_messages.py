@@ -21,13 +21,19 @@ from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.infer import AbortLimits, ChatMessage, InferFinal, InferPartial, InferRequest, Sampling
 from protocol.messages.memory import (
+    Cure,
     DecisionRecord,
+    Difference,
     Episode,
     Explained,
+    Forget,
+    Import,
+    Lesson,
     MemoryFinal,
     MemoryRequest,
     Outcome,
     RecordOutcomes,
+    Row,
     Value,
 )
 from protocol.messages.plan import PlanFinal, PlanRequest, RemovedEdge, RoutingDecision
@@ -187,6 +193,11 @@ _RECORD = DecisionRecord(
     registry_digest="abc123",
 )
 _OUTCOME = Outcome(decision_id="D-1", reward=1.0, seconds=4.5, attempts=2, at_ms=1_700_000_005_000)
+_CURED = _OUTCOME.model_copy(
+    update={"cures": [Cure(failure_code="gate.lint", finding="undefined name 'os'", action="retry", role="coder")]}
+)
+_LESSON = Lesson(failure_code="gate.lint", finding="undefined name 'os'", action="retry", role="coder", times=3)
+_VALUE = Value(subject="role", task_type="code", choice="coder", q=0.75, count=8, mean_seconds=4.5)
 _EDGE = RemovedEdge(step="S2", depends_on="S1", reason="no data flows along it")
 _VIEW = TaskView(
     task_id="T-1",
@@ -307,6 +318,13 @@ _GUESSED = _VIEW.model_copy(
             )
             for step in _VIEW.steps
         ]
+    }
+)
+_TAUGHT = _VIEW.model_copy(
+    update={
+        "plan": PlanView(
+            source="rules", reason="no model", removed_edges=[], decisions=[], similar=[_EPISODE], lessons=[_LESSON]
+        )
     }
 )
 
@@ -446,7 +464,14 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             fields={"model": "coder", "queued_ms": 10},
         )
     ],
-    "task.result": [_VIEW, _REPORTED, _MENDED, _GUESSED, _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]})],
+    "task.result": [
+        _VIEW,
+        _REPORTED,
+        _MENDED,
+        _GUESSED,
+        _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]}),
+        _TAUGHT,
+    ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
         TaskView(
@@ -463,6 +488,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _MENDED,
         _GUESSED,
         _GUESSED.model_copy(update={"gates": [_ADVISORY]}),
+        _TAUGHT,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -499,7 +525,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             decisions=[_DECISION],
             similar=[_EPISODE],
             generated_tokens=40,
-        )
+        ),
+        PlanFinal(task=_TASK, source="rules", reason="taught", similar=[_EPISODE], lessons=[_LESSON]),
     ],
     "plan.cancel": [Empty()],
     "infer.request": [
@@ -602,7 +629,11 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
     ],
     "gate.final": [GateFinal(results=[_GATE]), GateFinal(results=[_GATE, _ADVISORY])],
     "gate.cancel": [Empty()],
-    "memory.request": [MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE))],
+    "memory.request": [
+        MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE)),
+        MemoryRequest(ask=Forget(task_ids=["T-1"], before_ms=5, choice="worker", subject="role")),
+        MemoryRequest(ask=Import(rows=[Row(seq=4, outcome=_CURED), Row(seq=5, episode=_EPISODE)])),
+    ],
     "memory.final": [
         MemoryFinal(
             stored=1,
@@ -618,7 +649,14 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 )
             ],
             stats={"episodes": 1},
-        )
+        ),
+        MemoryFinal(
+            lessons=[_LESSON],
+            values=[_VALUE],
+            rows=[Row(seq=4, outcome=_CURED)],
+            differences=[Difference(part="graph", what="lacks cluster T-1 doc")],
+            forgotten=3,
+        ),
     ],
     "memory.cancel": [Empty()],
     "error": [ErrorReply(failure=_FAILURE)],
