@@ -28,7 +28,7 @@ from tests.system.test_memory_service import OBJECTIVES, MemoryStand, teach
 
 pytestmark = pytest.mark.chaos
 
-FLIPS_PER_FILE = 4
+FLIPS_PER_FILE = 2
 
 
 @pytest.fixture
