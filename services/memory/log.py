@@ -52,6 +52,7 @@ CREATE INDEX IF NOT EXISTS episodes_of_type ON episodes (task_type);
 CREATE TABLE IF NOT EXISTS choice_values (
     subject TEXT, task_type TEXT, choice TEXT, q REAL NOT NULL, count INTEGER NOT NULL, mean_seconds REAL NOT NULL,
     PRIMARY KEY (subject, task_type, choice)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS contexts (task_id TEXT PRIMARY KEY, text TEXT NOT NULL, vector BLOB NOT NULL);
 """
 _LAYOUT: Final = 1
 _IDS_AT_ONCE: Final = 500  # SQLite's bound on variables of one statement is 999 in old builds
@@ -63,12 +64,12 @@ class LogDamaged(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One request to store, with the vectors of its episodes' objectives."""
+    """One request to store, with the vector of its episode's objective or of the text its decisions are about."""
 
     request: RecordDecisions | RecordOutcomes | Import
     vector: Vector | None = None
-    imported: tuple[Vector, ...] = ()
-    """One per episode among the rows of an Import, in their order."""
+    imported: tuple[Vector | None, ...] = ()
+    """One per row of an Import: of the episode's objective, or of the text that a decision is about."""
 
 
 class MemoryLog:
@@ -106,17 +107,21 @@ class MemoryLog:
         """Number of the last row that was committed."""
         return self._seq
 
-    def adopt_embedder(self, name: str) -> int:
+    def adopt_embedder(self, name: str, embed: Callable[[str], Vector]) -> int:
         """From now on vectors are those of this embedder; returns how many stored ones have to be made anew.
 
         Vectors of two embedders must not be compared: the log gets a new identity, so that projections start again, and
-        remembers which rows are stale until `reembed_some` has done them all, also over restarts.
+        remembers which episodes are stale until `reembed_some` has done them all, also over restarts. Contexts, which
+        routing learns from as a whole, are made anew at once.
         """
         if self._meta("embedder") != name:
             with self._transaction():
                 self._db.execute("UPDATE meta SET value = ? WHERE key = 'embedder'", (name,))
                 self._db.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (boot_id(),))
                 self._set_stale(0, self._seq)
+                for task_id, text in self._db.execute("SELECT task_id, text FROM contexts").fetchall():
+                    vector = to_bytes(embed(text))
+                    self._db.execute("UPDATE contexts SET vector = ? WHERE task_id = ?", (vector, task_id))
         done, until = self._stale()
         return int(
             self._db.execute("SELECT count(*) FROM episodes WHERE seq > ? AND seq <= ?", (done, until)).fetchone()[0]
@@ -224,7 +229,7 @@ class MemoryLog:
         self._db.execute("SAVEPOINT entry")
         try:
             if isinstance(entry.request, RecordDecisions):
-                answer = self._store_decisions(entry.request.decisions)
+                answer = self._store_decisions(entry.request, entry.vector)
             elif isinstance(entry.request, RecordOutcomes):
                 answer = self._store_outcomes(entry.request, entry.vector)
             else:
@@ -239,7 +244,8 @@ class MemoryLog:
             self._db.execute("UPDATE meta SET value = value + ? WHERE key = 'duplicates'", (answer.duplicates,))
         return answer
 
-    def _store_decisions(self, decisions: Sequence[DecisionRecord]) -> MemoryFinal:
+    def _store_decisions(self, request: RecordDecisions, vector: Vector | None) -> MemoryFinal:
+        decisions: Sequence[DecisionRecord] = request.decisions
         ids = [decision.decision_id for decision in decisions]
         new = [decisions[position] for position in first_of_each(ids, self._known("decisions", ids))]
         self._db.executemany(
@@ -249,6 +255,11 @@ class MemoryLog:
                 for d in new
             ],
         )
+        if vector is not None:  # the first text of a task counts, as the first of everything else
+            self._db.executemany(
+                "INSERT OR IGNORE INTO contexts VALUES (?, ?, ?)",
+                [(task_id, request.text, to_bytes(vector)) for task_id in dict.fromkeys(d.task_id for d in new)],
+            )
         return MemoryFinal(stored=len(new), duplicates=len(decisions) - len(new))
 
     def _store_outcomes(self, request: RecordOutcomes, vector: Vector | None) -> MemoryFinal:
@@ -267,16 +278,15 @@ class MemoryLog:
             stored, duplicates = stored + added, duplicates + (1 - added)
         return MemoryFinal(stored=stored, duplicates=duplicates)
 
-    def _store_rows(self, request: Import, vectors: Sequence[Vector]) -> MemoryFinal:
+    def _store_rows(self, request: Import, vectors: Sequence[Vector | None]) -> MemoryFinal:
         stored = duplicates = 0
-        remaining = iter(vectors)
-        for row in request.rows:
+        for row, vector in zip(request.rows, vectors, strict=True):
             if row.decision is not None:
-                answer = self._store_decisions([row.decision])
+                answer = self._store_decisions(RecordDecisions(decisions=[row.decision], text=row.text), vector)
             elif row.outcome is not None:
                 answer = self._store_outcomes(RecordOutcomes(outcomes=[row.outcome]), None)
             else:
-                answer = self._store_outcomes(RecordOutcomes(episode=row.episode), next(remaining))
+                answer = self._store_outcomes(RecordOutcomes(episode=row.episode), vector)
             stored, duplicates = stored + answer.stored, duplicates + answer.duplicates
         return MemoryFinal(stored=stored, duplicates=duplicates)
 

@@ -21,6 +21,7 @@ from services.memory.embedding import Vector, from_bytes
 from services.memory.log import LOG_FILE
 from services.memory.log_upkeep import stored_values, wrong_values
 from services.memory.machine import episode_value
+from services.memory.routing import Observation
 
 _ROWS_AT_ONCE: Final = 2_000
 
@@ -93,6 +94,22 @@ _CHANGES: Final = (
 )
 
 
+_OBSERVATIONS: Final = (
+    "SELECT o.seq, d.seq, d.subject, d.task_type, d.choice, d.record, o.record, c.vector FROM outcomes o "
+    "JOIN decisions d USING (decision_id) LEFT JOIN contexts c ON c.task_id = d.task_id "
+    "WHERE o.seq > ? AND o.seq <= ? ORDER BY o.seq"
+)
+
+
+_EXPORTED: Final = (
+    "SELECT * FROM (SELECT seq, 'decision', record, text FROM decisions LEFT JOIN contexts USING (task_id) "
+    "WHERE seq > ?1 ORDER BY seq LIMIT ?2) "
+    "UNION ALL SELECT * FROM (SELECT seq, 'outcome', record, NULL FROM outcomes WHERE seq > ?1 ORDER BY seq LIMIT ?2) "
+    "UNION ALL SELECT * FROM (SELECT seq, 'episode', record, NULL FROM episodes WHERE seq > ?1 ORDER BY seq LIMIT ?2) "
+    "ORDER BY 1 LIMIT ?2"
+)
+
+
 class LogReader:
     """A read-only view of the log; belongs to one thread. Numbers and rows are those of the last commit."""
 
@@ -143,6 +160,13 @@ class LogReader:
                 for seq, task_id, task_type, vector in episodes
             ]
             yield last, sorted(found, key=lambda change: change.seq)
+            after = last
+
+    def observations(self, after: int, upto: int) -> Iterator[tuple[int, list[Observation]]]:
+        """Scored decisions whose outcome follows row `after`, up to and including row `upto`; pairs as in `changes`."""
+        while after < upto:
+            last = min(upto, after + _ROWS_AT_ONCE)
+            yield last, [_observation(row) for row in self._db.execute(_OBSERVATIONS, (after, last))]
             after = last
 
     def lineage(self, upto: int) -> Iterator[tuple[str | int, ...]]:
@@ -217,15 +241,11 @@ class LogReader:
 
     def rows(self, after: int, limit: int) -> list[Row]:
         """Up to `limit` rows after row `after`, in order, as they are exported."""
-        rows = self._db.execute(
-            "SELECT * FROM (SELECT seq, 'decision', record FROM decisions WHERE seq > ?1 ORDER BY seq LIMIT ?2) "
-            "UNION ALL SELECT * FROM (SELECT seq, 'outcome', record FROM outcomes WHERE seq > ?1 ORDER BY seq LIMIT ?2)"
-            " UNION ALL SELECT * FROM "
-            "(SELECT seq, 'episode', record FROM episodes WHERE seq > ?1 ORDER BY seq LIMIT ?2) "
-            "ORDER BY 1 LIMIT ?2",
-            (after, limit),
-        ).fetchall()
-        return [Row.model_validate({"seq": seq, kind: json.loads(record)}) for seq, kind, record in rows]
+        rows = self._db.execute(_EXPORTED, (after, limit)).fetchall()
+        return [
+            Row.model_validate({"seq": seq, kind: json.loads(record), "text": text or ""})
+            for seq, kind, record, text in rows
+        ]
 
     def vectors(self, after: int, upto: int) -> Iterator[EpisodeAdded]:
         """Episodes after row `after` up to row `upto` with their vectors, in order."""
@@ -276,3 +296,23 @@ class LogReader:
     def _meta(self, key: str) -> str | int:
         value: str | int = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
         return value
+
+
+def _observation(row: tuple[int, int, str, str, str, str, str, bytes | None]) -> Observation:
+    seq, decision_seq, subject, task_type, choice, decision_text, outcome_text, vector = row
+    # Plain JSON: both were validated before they were stored, and an old row lacks the newer fields.
+    decision, outcome = json.loads(decision_text), json.loads(outcome_text)
+    return Observation(
+        seq=seq,
+        decision_seq=decision_seq,
+        subject=subject,
+        task_type=task_type,
+        # The width of a plan stands behind a `/`: what is learned of a shape holds for all its widths.
+        choice=choice.partition("/")[0] if subject == "decomposition" else choice,
+        cluster=decision.get("cluster", ""),
+        vector=None if vector is None else from_bytes(vector),
+        reward=outcome["reward"],
+        seconds=outcome["seconds"],
+        model=decision.get("model", ""),
+        prompt=decision.get("prompt", ""),
+    )

@@ -35,6 +35,7 @@ def delete(db: sqlite3.Connection, ask: Forget) -> int:
             query = f"DELETE FROM {table} WHERE decision_id IN ({wanted})"  # noqa: S608  literals above
             removed += db.execute(query, parameters).rowcount
     removed += db.execute("DELETE FROM episodes WHERE task_id IN (SELECT task_id FROM forgotten)").rowcount
+    db.execute("DELETE FROM contexts WHERE task_id NOT IN (SELECT task_id FROM decisions)")
     db.execute("DELETE FROM forgotten")
     return removed
 

@@ -50,6 +50,7 @@ from services.scheduler.fact_rows import DamagedTask
 from services.scheduler.facts import (
     AttemptAnswered,
     AttemptFailed,
+    AttemptLost,
     AttemptQueued,
     AttemptStarted,
     Fact,
@@ -57,6 +58,7 @@ from services.scheduler.facts import (
     StepFailed,
     TaskEnded,
     TaskPlanned,
+    TaskSetback,
 )
 from services.scheduler.housekeeping import Housekeeping, Intervals
 from services.scheduler.journal import Journal
@@ -130,7 +132,7 @@ class HubApp:
             while self._stop is None:
                 self.turn()
             self._hub.engine.ranking.learn()
-            self._journal.keep_durations(self._durations.state())
+            self._journal.keep_learned(self._durations.state(), self._hub.engine.effort.state())
         except sqlite3.Error as err:
             self._log.write(
                 JOURNAL_FAILED, error=f"{err}: free disk space or repair {self._home.journal}, then restart"
@@ -143,6 +145,7 @@ class HubApp:
     def start(self) -> None:
         """Take up what the journal holds. Raises sqlite3.Error, as `turn` does."""
         self._durations.restore(self._journal.durations())
+        self._hub.engine.effort.restore(self._journal.effort())
         try:
             self._reader.keep()
         except (RegistryError, OSError) as err:  # what runs needs no copy; only a later reload would miss it
@@ -217,7 +220,7 @@ class HubApp:
 
     def _keep_house(self, now: int) -> None:
         if self._housekeeping.durations_due(now):
-            self._journal.keep_durations(self._durations.state())
+            self._journal.keep_learned(self._durations.state(), self._hub.engine.effort.state())
         for event, fields in self._housekeeping.retain(now):
             self._log.write(event, **fields)
 
@@ -324,6 +327,11 @@ class HubApp:
             case StepDone() | AttemptStarted():
                 pass  # by far the most frequent ones
             case AttemptFailed():
+                extra = {"code": fact.failure["code"], "category": fact.failure["category"]}
+                extra |= {"action": fact.action, "rule": fact.rule}
+            case AttemptLost():
+                extra = {"code": fact.code, "category": fact.category, "action": fact.action, "rule": fact.rule}
+            case TaskSetback():
                 extra = {"code": fact.failure["code"], "category": fact.failure["category"]}
                 extra |= {"action": fact.action, "rule": fact.rule}
             case StepFailed():

@@ -39,10 +39,13 @@ from services.kit.identity import work_key
 from services.kit.logs import LogEvent
 from services.kit.registry import Registry
 from services.scheduler import broker as b
+from services.scheduler import calls as c
 from services.scheduler import engine as e
 from services.scheduler import facts as f
 from services.scheduler.admission import DrainRate
 from services.scheduler.batches import Batches, Tell
+from services.scheduler.checking import GATE
+from services.scheduler.circuits import Circuits, policy_of
 from services.scheduler.clients import client_reports
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Ask, Drop, Record
@@ -65,6 +68,7 @@ from services.scheduler.events import (
     Undeliverable,
 )
 from services.scheduler.growth import checked_extension
+from services.scheduler.lateral import strandings
 from services.scheduler.loading import Loading
 from services.scheduler.outbox import Outbox
 from services.scheduler.past import Past, answer_past
@@ -95,6 +99,8 @@ PEER_JOINED = LogEvent("peer.joined", "peer epoch capabilities in_flight reattac
 PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
 FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
 TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
+CIRCUIT_OPENED = LogEvent("circuit.opened", "capability reason", "warning")
+CIRCUIT_CLOSED = LogEvent("circuit.closed", "capability")
 REGISTRY_TAKEN = LogEvent("registry.taken", "digest previous draining kept")
 REGISTRY_REFUSED = LogEvent("registry.refused", "problems reason", "warning")
 REGISTRY_LET_GO = LogEvent("registry.let_go", "kept")
@@ -129,6 +135,7 @@ class Hub:
         self.outbox = Outbox(self.epoch)
         self.registries = Registries(self.registry, self.registry)
         self.broker = b.Broker(Tokens(self.registry.hardware.cores), self._weights())
+        self.broker.circuits = Circuits(policy_of(self.registry.failures.caps))
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
         self.watchers = Watchers(self.outbox, self.engine.watched, self.engine.find)
@@ -185,6 +192,7 @@ class Hub:
             memory=self.loading.budget(),
             registry=self.registries.declared.digest,
             clients=client_reports(self.broker, self.engine.active),
+            circuits=self.broker.circuits.open() or None,
         )
 
     def lacks(self, task: TaskRecord) -> dict[str, set[str]]:
@@ -241,7 +249,7 @@ class Hub:
             self._settle([], at_ms)
         elif kind == "session.goodbye":
             if not peer.is_worker:
-                self._settle([b.PeerGone(peer, "said goodbye")], at_ms)
+                self._settle([c.PeerGone(peer, "said goodbye")], at_ms)
             self.broker.on_goodbye(peer)
         elif kind in HUB_REQUESTS:
             self._on_hub_request(peer.identity, header, body, at_ms)
@@ -301,7 +309,7 @@ class Hub:
             epoch=epoch,
             capabilities=hello.capabilities,
             in_flight=len(hello.in_flight),
-            reattached=sum(1 for command in commands if isinstance(command, b.Attached)),
+            reattached=sum(1 for command in commands if isinstance(command, c.Attached)),
             dropped=len(welcoming.drop),
             resend=len(welcoming.resend),
         )
@@ -310,7 +318,7 @@ class Hub:
     def _on_call_request(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         if header.key is None or header.dst is None:
             raise BadFrame("call.incomplete", f"{header.kind} needs the header fields key and dst")
-        call = b.Call(
+        call = c.Call(
             key=header.key,
             kind=header.kind,
             target=header.dst,
@@ -345,7 +353,7 @@ class Hub:
 
     def _needs_of(self, target: str, useful: int | None) -> Needs:
         """Tokens of another peer's call. Its body is not read here, so a gate run counts as one that needs a core."""
-        if target == e.GATE:
+        if target == GATE:
             return asked_cores(self.registry, 1, useful or 1)
         return inference_needs(self.registry, target)
 
@@ -536,6 +544,7 @@ class Hub:
         self.registry = registry
         self.broker.weight_of = self._weights()
         self.broker.tokens.resize(registry.hardware.cores)
+        self.broker.circuits.policy = policy_of(registry.failures.caps)
         self.engine.take_up(registry)
         self.loading.declare(registry)
 
@@ -551,6 +560,14 @@ class Hub:
         self.loading.passed()
         self.batches.on_tick(at_ms)
         self._settle(self.broker.on_tick(at_ms), at_ms)
+        for call, reason in strandings(self.broker, self.registry, at_ms):
+            self.engine.move(call, reason, lambda model: self.broker.serves(f"infer.{model}", at_ms), at_ms)
+        self._settle([], at_ms)
+        for target, why in self.broker.circuits.take():
+            if why is None:
+                self.outbox.note(CIRCUIT_CLOSED, capability=target)
+            else:
+                self.outbox.note(CIRCUIT_OPENED, capability=target, reason=why)
         if self.registries.let_go(self.engine.live.values(), at_ms):
             self._use(self.registries.in_force)
             self.outbox.note(REGISTRY_LET_GO, kept=kept_names(self.registries.declared, self.registry))
@@ -565,7 +582,7 @@ class Hub:
 
     # Joining broker and engine
 
-    def _settle(self, commands: Iterable[b.Command], at_ms: int) -> None:
+    def _settle(self, commands: Iterable[c.Command], at_ms: int) -> None:
         """Carry out the broker's commands and the engine's effects until neither has any, then hand out calls."""
         todo = deque(commands)
         looked = False
@@ -597,38 +614,38 @@ class Hub:
         due = [at_ms for at_ms in (self.broker.next_due_ms(), self.loading.next_due_ms()) if at_ms is not None]
         return min(due, default=None)
 
-    def _carry_out(self, command: b.Command, at_ms: int) -> None:
+    def _carry_out(self, command: c.Command, at_ms: int) -> None:
         match command:
-            case b.Start(call, peer, unserved_ms):
+            case c.Start(call, peer, unserved_ms):
                 self._start(call, peer, unserved_ms, at_ms)
-            case b.Ended(call, kind, body, worker):
+            case c.Ended(call, kind, body, worker):
                 self.loading.ended(call.target)
                 if call.requester is None:
                     self._owner(call).on_ended(call, kind, body, worker, at_ms)
                 else:
                     self.outbox.forward(call, kind, body)
-            case b.Lost(call, worker):
+            case c.Lost(call, worker):
                 if call.requester is None:
                     self._owner(call).on_lost(call, worker, at_ms)
-            case b.Attached(call, worker):
+            case c.Attached(call, worker):
                 if call.requester is None:
                     self._owner(call).on_started(call, worker, at_ms, reattached=True)
-            case b.CancelAt(call, identity):
+            case c.CancelAt(call, identity):
                 self.loading.ended(call.target)
                 self.outbox.cancel(identity, call)
-            case b.SendPing(identity):
+            case c.SendPing(identity):
                 self.outbox.ping(identity, at_ms)
-            case b.PeerGone(peer, why, silent):
+            case c.PeerGone(peer, why, silent):
                 self.loading.gone(peer, at_ms, silent=silent)
                 self.outbox.note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)
                 if not peer.is_worker:
                     self._forget_client(peer.identity, at_ms)
 
-    def _owner(self, call: b.Call) -> e.Engine | Batches:
+    def _owner(self, call: c.Call) -> e.Engine | Batches:
         """Who asked for one of the hub's own calls."""
         return self.batches if self.batches.owns(call.key) else self.engine
 
-    def _start(self, call: b.Call, peer: Peer, unserved_ms: tuple[int, int] | None, at_ms: int) -> None:
+    def _start(self, call: c.Call, peer: Peer, unserved_ms: tuple[int, int] | None, at_ms: int) -> None:
         body = call.body if call.body is not None else self._owner(call).body_of(call, at_ms)
         if call.requester is None:
             self._owner(call).on_started(call, peer.service, at_ms, unserved_ms=unserved_ms)

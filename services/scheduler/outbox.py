@@ -18,7 +18,7 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.session import Ping
 from services.kit.logs import LogEvent
-from services.scheduler.broker import Call
+from services.scheduler.calls import Call
 from services.scheduler.events import Command, Noted, Send
 from services.scheduler.unread import Unread
 

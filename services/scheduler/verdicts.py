@@ -1,4 +1,4 @@
-"""What gates' verdicts amount to, and what the next attempt should be told. Pure; fails closed."""
+"""What gates' verdicts amount to. Pure; fails closed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.gate import GateResult, Verdict
-from services.scheduler.tasks import StepRecord
 
 
 def gate_failure(asked: Iterable[str], results: list[GateResult]) -> Failure | None:
@@ -34,16 +33,3 @@ def gate_failure(asked: Iterable[str], results: list[GateResult]) -> Failure | N
         message = f"gate {result.gate} could not judge: {result.message}"
         return Failure(code=f"gate.{result.gate}.error", category=result.category, origin="gates", message=message)
     return None
-
-
-def earlier_findings(step: StepRecord) -> list[Finding]:
-    """What earlier attempts got wrong, newest first, each point once."""
-    seen: dict[tuple[str, str, int | None, str], Finding] = {}
-    for attempt in reversed(step.attempts):
-        one = attempt.failure
-        if one is None:
-            continue
-        points = one.findings or [Finding(gate=one.origin, category=one.category, message=one.message[:500])]
-        for point in points:
-            seen.setdefault((point.gate, point.artefact or point.file or "", point.line, point.message), point)
-    return list(seen.values())

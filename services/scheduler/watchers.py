@@ -15,7 +15,7 @@ from protocol.header import Header
 from protocol.messages.infer import InferPartial
 from protocol.messages.result import TaskEvent, Watch
 from services.scheduler import facts as f
-from services.scheduler.broker import Call
+from services.scheduler.calls import Call
 from services.scheduler.events import LookUp, ReadEvents
 from services.scheduler.outbox import Outbox
 from services.scheduler.tasks import TaskRecord

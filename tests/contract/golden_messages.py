@@ -21,6 +21,9 @@ from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.infer import AbortLimits, ChatMessage, InferFinal, InferPartial, InferRequest, Sampling
 from protocol.messages.memory import (
+    Advise,
+    Advised,
+    ArmView,
     Cure,
     DecisionRecord,
     Difference,
@@ -31,7 +34,10 @@ from protocol.messages.memory import (
     Lesson,
     MemoryFinal,
     MemoryRequest,
+    Option,
     Outcome,
+    Question,
+    RecordDecisions,
     RecordOutcomes,
     Row,
     Value,
@@ -51,6 +57,7 @@ from protocol.messages.result import (
     PlanView,
     PredictedPath,
     Segment,
+    Setback,
     StepState,
     StepView,
     TaskEvent,
@@ -179,6 +186,32 @@ _DECISION = RoutingDecision(
     task_type="code",
     features={"inputs": 1.0},
 )
+_ADVISED = Advised(
+    key="persona:coder",
+    subject="persona",
+    rules_choice="terse",
+    learned_choice="careful",
+    choice="careful",
+    won="learned",
+    propensity=0.75,
+    confidence=0.875,
+    evidence=12.0,
+    cluster="coder",
+    arms=[
+        ArmView(
+            choice="careful",
+            expected_reward=0.75,
+            deviation=0.125,
+            value=0.5,
+            chance=0.75,
+            outcomes=12.0,
+            similar_outcomes=7,
+            seconds=4.5,
+        )
+    ],
+    why="learned: careful 0.75±0.12 after 12",
+)
+_ADVISED_DECISION = _DECISION.model_copy(update={"choice": "careful", "cluster": "coder", "advice": _ADVISED})
 _RECORD = DecisionRecord(
     decision_id="D-1",
     task_id="T-1",
@@ -192,6 +225,7 @@ _RECORD = DecisionRecord(
     features={"inputs": 1.0},
     registry_digest="abc123",
 )
+_VERSIONED_RECORD = _RECORD.model_copy(update={"cluster": "coder", "model": "0123abcd", "prompt": "89ef4567"})
 _OUTCOME = Outcome(decision_id="D-1", reward=1.0, seconds=4.5, attempts=2, at_ms=1_700_000_005_000)
 _CURED = _OUTCOME.model_copy(
     update={"cures": [Cure(failure_code="gate.lint", finding="undefined name 'os'", action="retry", role="coder")]}
@@ -305,6 +339,32 @@ _MENDED = _REPORTED.model_copy(
     }
 )
 
+_SETBACK = Setback(
+    at_ms=1_700_000_000_300,
+    work="gates",
+    category="RESOURCE",
+    code="gate.lint.error",
+    message="gate lint could not judge",
+    action="backoff",
+    rule="failures.yaml:35 RESOURCE: the same again after a pause, 1 of 3",
+    delay_ms=1_000,
+)
+_TOLD = _REPORTED.model_copy(
+    update={
+        "setbacks": [_SETBACK.model_copy(update={"work": "plan"})],
+        "steps": [
+            step.model_copy(
+                update={
+                    "attempts": [
+                        one.model_copy(update={"arm": "harder", "told": "This is attempt 2.", "setbacks": [_SETBACK]})
+                        for one in step.attempts
+                    ]
+                }
+            )
+            for step in _REPORTED.steps
+        ],
+    }
+)
 _GUESSED = _VIEW.model_copy(
     update={
         "steps": [
@@ -325,6 +385,12 @@ _TAUGHT = _VIEW.model_copy(
         "plan": PlanView(
             source="rules", reason="no model", removed_edges=[], decisions=[], similar=[_EPISODE], lessons=[_LESSON]
         )
+    }
+)
+
+_LEARNED = _VIEW.model_copy(
+    update={
+        "plan": PlanView(source="rules", reason="advised", removed_edges=[], decisions=[_ADVISED_DECISION], similar=[])
     }
 )
 
@@ -437,6 +503,16 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 budget_bytes=16_000_000_000, held_bytes=9_000_000_000, available_bytes=4_000_000_000, low=False
             ),
         ),
+        StatusReport(
+            hub_epoch="a1b2c3d4e5f6",
+            hub_pid=4241,
+            uptime_ms=5_000,
+            peers=[],
+            queued={"infer.worker": 3},
+            tasks={},
+            counters={},
+            circuits={"infer.worker": "circuit open: 3 failures within 60 s"},
+        ),
     ],
     "registry.reload": [Reload(digest=_DIGEST)],
     "registry.reloaded": [
@@ -470,6 +546,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _MENDED,
         _GUESSED,
         _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]}),
+        _TOLD,
+        _LEARNED,
         _TAUGHT,
     ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
@@ -488,6 +566,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _MENDED,
         _GUESSED,
         _GUESSED.model_copy(update={"gates": [_ADVISORY]}),
+        _LEARNED,
         _TAUGHT,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
@@ -526,6 +605,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             similar=[_EPISODE],
             generated_tokens=40,
         ),
+        PlanFinal(task=_TASK, source="rules", reason="advised", decisions=[_ADVISED_DECISION]),
         PlanFinal(task=_TASK, source="rules", reason="taught", similar=[_EPISODE], lessons=[_LESSON]),
     ],
     "plan.cancel": [Empty()],
@@ -631,6 +711,23 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
     "gate.cancel": [Empty()],
     "memory.request": [
         MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE)),
+        MemoryRequest(ask=RecordDecisions(decisions=[_VERSIONED_RECORD], text="Write sum.py and test it")),
+        MemoryRequest(
+            ask=Advise(
+                text="Write sum.py and test it",
+                task_type="code",
+                questions=[
+                    Question(
+                        key="persona:coder",
+                        subject="persona",
+                        cluster="coder",
+                        rules_choice="terse",
+                        options=[Option(choice="terse", prompt="89ef4567", cost=0.125), Option(choice="careful")],
+                    )
+                ],
+                seed=7,
+            )
+        ),
         MemoryRequest(ask=Forget(task_ids=["T-1"], before_ms=5, choice="worker", subject="role")),
         MemoryRequest(ask=Import(rows=[Row(seq=4, outcome=_CURED), Row(seq=5, episode=_EPISODE)])),
     ],
@@ -650,6 +747,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             ],
             stats={"episodes": 1},
         ),
+        MemoryFinal(explained=[Explained(decision=_VERSIONED_RECORD)], advice=[_ADVISED]),
         MemoryFinal(
             lessons=[_LESSON],
             values=[_VALUE],

@@ -79,7 +79,7 @@ def teach(stack: BareStack, prefix: str) -> None:
         episode = Episode(
             task_id=task, task_type="doc", objective=text, succeeded=number != 1, seconds=2.0, at_ms=1_000 + number
         )
-        ask(stack, RecordDecisions(decisions=decisions))
+        ask(stack, RecordDecisions(decisions=decisions, text=text))
         ask(stack, RecordOutcomes(outcomes=outcomes, episode=episode))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.errors import StrandPeer
 from protocol.messages.base import Message
 from protocol.messages.memory import (
     DecisionRecord,
@@ -88,6 +89,9 @@ class MemoryStand:
             try:
                 self.hub.await_peer("memory", timeout_s=0.2)
             except TimeoutError:
+                continue
+            except StrandPeer:  # it said hello and then ended
+                self.hub.peers.pop("memory", None)
                 continue
             return None
 

@@ -161,6 +161,9 @@ def test_plan_shows_the_example_without_running_anything(home: Path, capsys: Out
     assert forecast["critical_s"] == pytest.approx((60 + 60 + 160) / 30)
     assert forecast["tokens"] == 600
     assert {model["name"] for model in forecast["models"]} == {"front", "worker"}
+    before, after = plan["discovery"]["before"], plan["discovery"]["after"]
+    assert (after["levels"], after["width"], after["predicted_s"]) == (3, 3, forecast["makespan_s"])
+    assert before["predicted_s"] > after["predicted_s"]
     assert not home.exists()
 
 

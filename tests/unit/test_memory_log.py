@@ -154,13 +154,13 @@ def test_changes_come_in_order_and_cover_every_row(log: MemoryLog, folder: Path)
 
 
 def test_a_new_embedder_gets_all_vectors_anew_and_another_identity_of_the_log(log: MemoryLog, folder: Path) -> None:
-    assert log.adopt_embedder("first") == 0
+    assert log.adopt_embedder("first", lambda text: unit_vector(1)) == 0
     for task in range(3):
         only(log, RecordOutcomes(episode=episode(f"t{task}")), unit_vector(0))
     identity = log.log_id
-    assert log.adopt_embedder("first") == 0
+    assert log.adopt_embedder("first", lambda text: unit_vector(1)) == 0
     assert log.log_id == identity
-    assert log.adopt_embedder("second") == 3
+    assert log.adopt_embedder("second", lambda text: unit_vector(1)) == 3
     assert log.log_id != identity
     only(log, RecordOutcomes(episode=episode("later")), unit_vector(2))  # new ones are not made twice
     reader = LogReader(folder)
@@ -173,7 +173,7 @@ def test_a_new_embedder_gets_all_vectors_anew_and_another_identity_of_the_log(lo
     assert vectors() == [None, None, None, 2]
     assert log.reembed_some(lambda text: unit_vector(1), rows=2) == 2
     assert vectors() == [1, 1, None, 2]
-    assert log.adopt_embedder("second") == 1, "as after a restart in the middle"
+    assert log.adopt_embedder("second", lambda text: unit_vector(1)) == 1, "as after a restart in the middle"
     assert log.reembed_some(lambda text: unit_vector(1), rows=2) == 1
     assert vectors() == [1, 1, 1, 2]
     assert log.reembed_some(lambda text: unit_vector(1)) == 0

@@ -42,7 +42,7 @@ def embedder() -> Embedder:
 @pytest.fixture
 def log(tmp_path: Path, embedder: Embedder) -> Iterator[MemoryLog]:
     log = MemoryLog(tmp_path)
-    log.adopt_embedder(embedder.name)
+    log.adopt_embedder(embedder.name, embedder.embed)
     for task in range(4):
         teach(log, embedder, task)
     yield log

@@ -187,7 +187,7 @@ def test_vectors_of_two_embedders_never_meet_while_they_are_made_anew(
     answers = before.retrieve(QUESTION)
     before.close()
     log._db.execute("UPDATE episodes SET vector = zeroblob(1024)")  # whatever an older model made of them
-    assert log.adopt_embedder("another") == 4
+    assert log.adopt_embedder("another", embedder.embed) == 4
     projector = opened(tmp_path, embedder, Told())
     assert projector.retrieve(QUESTION)[0] == []
     assert log.reembed_some(embedder.embed, rows=2) == 2

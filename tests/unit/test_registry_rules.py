@@ -209,6 +209,18 @@ BAD_EDITS = [
         "roles.yaml", "max_tokens: 512", "escalates_to: worker", 6, "roles.talker.escalates_to", "escalation-cycle",
         "talker -> worker -> talker",
     ),
+    (
+        "roles.yaml", "escalates_to:", "lateral: spare\n    escalates_to:", 12, "roles.worker.lateral", "unknown-model",
+        "front, worker",
+    ),
+    (
+        "roles.yaml", "escalates_to:", "lateral: worker\n    escalates_to:", 12, "roles.worker.lateral", "lateral-self",
+        "own model",
+    ),
+    (
+        "roles.yaml", "escalates_to:", "lateral: front\n    escalates_to:", 12, "roles.worker.lateral", "lateral-tier",
+        "what escalates_to is for",
+    ),
     ("personas.yaml", ", talker]", ", tolker]", 6, "personas.calm.fits.roles.1", "unknown-role", "tolker"),
     # gates
     ("gates.yaml", "[lint]", "[lint, lynt]", 17, "gates.unit.depends_on.1", "unknown-gate", "schema, lint, unit"),
@@ -246,6 +258,10 @@ BAD_EDITS = [
     (
         "failures.yaml", "POLICY: {action: fail", "POLICY: {action: fail, constrained: true", 10,
         "failures.POLICY.constrained", "failure-shape", "only retry",
+    ),
+    (
+        "failures.yaml", "  retries", "  circuit_pause_max_ms: 400\n  retries", 12, "caps.circuit_pause_max_ms",
+        "circuit-order", "raise it",
     ),
     ("failures.yaml", "same_role: 1", "same_role: 4", 5, "failures.LOGIC.same_role", "failure-over-cap", "line 12"),
     (

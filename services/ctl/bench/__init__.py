@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from services.ctl.bench import barrier, gates, lookup, makespan, memory, overhead, prefix, soak, warm_load
+from services.ctl.bench import (
+    barrier,
+    gates,
+    lookup,
+    makespan,
+    memory,
+    overhead,
+    planning,
+    prefix,
+    routing,
+    soak,
+    warm_load,
+)
 from services.ctl.commands import Commands
 
 #: Adds one benchmark's command to the group.
@@ -21,8 +33,10 @@ BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (
     prefix.add,
     lookup.add,
     warm_load.add,
+    planning.add,
     gates.add,
     memory.add,
+    routing.add,
 )
 
 

@@ -31,7 +31,7 @@ class OpenedMemory:
         """Open everything; what cannot be trusted is rebuilt."""
         self.embedder = Embedder()
         self._log = MemoryLog(folder)
-        self._log.adopt_embedder(self.embedder.name)
+        self._log.adopt_embedder(self.embedder.name, self.embedder.embed)
         self.projector = Projector(folder, self.embedder, _tell_nobody)
         self.projector.start(*_judged(folder))
 

@@ -217,6 +217,8 @@ class RoleEntry(Entry):
     """Seconds one attempt may take when the step sets none."""
     early_abort: EarlyAbort = EarlyAbort()
     """When an answer is stopped while it is decoded."""
+    lateral: Name | None = None
+    """Model of the same tier that serves this role while its own has no live worker; absent = the role waits."""
     escalates_to: Name | None = None
     """Role that takes over when this one fails in a way that asks for a stronger one; absent = none, the step fails."""
 
@@ -329,9 +331,10 @@ class FailureRule(Entry):
 
     action: Literal["retry", "escalate", "rerun", "backoff", "fail"]
     """retry = same role with the findings; escalate = the role it escalates to, at once; rerun = the same attempt on
-    another process or after a restart; backoff = the same attempt after a pause; fail = the step fails."""
+    another process or after a restart; backoff = the same attempt after a pause; fail = the step fails. What is run
+    again by rerun and backoff is the work that failed: of an attempt whose gates could not run, the gates alone."""
     same_role: int = Field(default=0, ge=0, le=100)
-    """For retry and backoff: further attempts in the same role before `then`."""
+    """For retry: further attempts in the same role before `then`. For backoff: pauses before `then`."""
     then: Literal["escalate", "fail"] = "fail"
     """For retry and backoff: what follows when `same_role` is used up."""
     constrained: bool = False
@@ -344,7 +347,7 @@ class FailureCaps(Entry):
     """Bounds over all categories, and the pauses between attempts."""
 
     retries_per_step: int = Field(default=3, ge=0, le=100)
-    """Further attempts of one step, retries and escalations together."""
+    """Further attempts of one step, retries and escalations together; reruns and pauses are no attempts."""
     worker_deaths: int = Field(default=3, ge=1, le=100)
     """Processes that may die while they run one step; then it counts as poisoned and fails with that reason."""
     peer_backoff_ms: int = Field(default=200, ge=0, le=600_000)
@@ -353,6 +356,22 @@ class FailureCaps(Entry):
     """Pause before the first attempt after a lack of resources, in milliseconds; doubles each time."""
     backoff_max_ms: int = Field(default=30_000, ge=0, le=3_600_000)
     """Longest pause, in milliseconds."""
+    circuit_failures: int = Field(default=3, ge=1, le=100)
+    """So many failures of a model's processes within circuit_window_ms, with different calls, open its circuit: calls
+    wait, or go to the role's lateral model, until a probe has gone well."""
+    circuit_window_ms: int = Field(default=60_000, ge=1_000, le=3_600_000)
+    """How long a failure counts towards opening the circuit, in milliseconds."""
+    circuit_pause_ms: int = Field(default=5_000, ge=100, le=3_600_000)
+    """From the opening of a circuit to the probe, in milliseconds; doubles each time the probe fails."""
+    circuit_pause_max_ms: int = Field(default=60_000, ge=100, le=3_600_000)
+    """Longest of these pauses, in milliseconds."""
+    lateral_after_ms: int = Field(default=5_000, ge=0, le=3_600_000)
+    """How long a model must have no live worker before waiting steps go to their role's lateral model."""
+    think_harder: Literal["off", "measured", "always"] = "measured"
+    """Whether the last retry before an escalation gets a larger budget: measured = where outcomes so far say that this
+    saves more time than it costs."""
+    think_harder_factor: float = Field(default=2.0, ge=1.1, le=16)
+    """How many times as many tokens, and as much time, such an attempt gets."""
 
 
 class NodeEntry(Entry):
@@ -375,6 +394,13 @@ class HardwareEntry(Entry):
     """NUMA nodes; absent = detected. A core belongs to one node, and `cores` may not exceed all of them together."""
 
 
+class LearningEntry(Entry):
+    """Whether what outcomes have taught may change what is chosen. Outcomes are recorded either way."""
+
+    enabled: bool = True
+    """False: the rules choose alone, nothing is tried out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """HardwareEntry after detection: what the scheduler and the rules count with."""
@@ -390,3 +416,9 @@ class FailureTable:
 
     rules: Mapping[Category, FailureRule]
     caps: FailureCaps
+    lines: Mapping[str, int]
+    """Line in failures.yaml of each category and each field of the caps; a default has that of the section."""
+
+    def source(self, name: str) -> str:
+        """Where a rule stands, for people: `failures.yaml:<line>`."""
+        return f"failures.yaml:{self.lines[name]}"

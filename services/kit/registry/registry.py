@@ -24,6 +24,7 @@ from services.kit.registry.entries import (
     GatePolicy,
     Hardware,
     HardwareEntry,
+    LearningEntry,
     ModelEntry,
     PersonaEntry,
     RoleEntry,
@@ -47,6 +48,7 @@ class Registry:
         gates: entries by name; `depends_on` is acyclic.
         gate_policy: how the gates of one request are run.
         clients: what share each gets, in the order of the file; `weight_of` applies them.
+        learning: whether learned choices may replace the rules'.
         failures: a rule for every `Category`, and the caps.
         hardware: what may be spent, detected where the file is silent.
         digest: sha256 in hex over the content of the files; comments, order and detected values do not change it.
@@ -60,6 +62,7 @@ class Registry:
     gates: Mapping[str, GateEntry]
     gate_policy: GatePolicy
     clients: tuple[ClientEntry, ...]
+    learning: LearningEntry
     failures: FailureTable
     hardware: Hardware
     digest: str
@@ -149,6 +152,7 @@ def load_registry(
         gates=MappingProxyType(scene.gates),
         gate_policy=draft.single("policy", GatePolicy),
         clients=tuple(draft.valid("clients", ClientEntry).values()),
+        learning=draft.single("learning", LearningEntry),
         failures=_failure_table(draft),
         hardware=hardware,
         digest=_digest(draft),
@@ -173,7 +177,9 @@ def _at_home(model: ModelEntry, models_folder: Path) -> ModelEntry:
 
 def _failure_table(draft: Draft) -> FailureTable:
     rules = {Category(key): rule for key, rule in draft.valid("failures", FailureRule).items()}
-    return FailureTable(MappingProxyType(rules), draft.single("caps", FailureCaps))
+    lines = {category.value: draft.line_of("failures", category.value) for category in rules}
+    lines |= {name: draft.line_of("caps", name) for name in FailureCaps.model_fields}
+    return FailureTable(MappingProxyType(rules), draft.single("caps", FailureCaps), MappingProxyType(lines))
 
 
 def _digest(draft: Draft) -> str:

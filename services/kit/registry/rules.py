@@ -252,6 +252,31 @@ def _role_references(scene: Scene) -> Iterator[Problem]:
                 yield scene.draft.problem(("personas", name, "fits", "roles", index), "unknown-role", message)
 
 
+def _lateral_models(scene: Scene) -> Iterator[Problem]:
+    """A lateral model stands in for an equal one: another one of the same tier, with room for the role's answers."""
+    for name, role in scene.roles.items():
+        if role.lateral is None:
+            continue
+        at = ("roles", name, "lateral")
+        if not scene.draft.declares("models", role.lateral):
+            message = f"models.yaml has no {role.lateral!r}; it has: {_names(scene.models)}"
+            yield scene.draft.problem(at, "unknown-model", message)
+        own, other = scene.models.get(role.model), scene.models.get(role.lateral)
+        if own is None or other is None:
+            continue
+        if role.lateral == role.model:
+            yield scene.draft.problem(at, "lateral-self", "is the role's own model: name another one, or remove it")
+        elif other.tier != own.tier:
+            message = (
+                f"{role.lateral!r} is of tier {other.tier} and {role.model!r} of tier {own.tier}: another tier is what "
+                "escalates_to is for; name a model of the same tier"
+            )
+            yield scene.draft.problem(at, "lateral-tier", message)
+        elif role.max_tokens >= other.context_tokens:
+            message = f"max_tokens {role.max_tokens} leave no room for a prompt in its {other.context_tokens} tokens"
+            yield scene.draft.problem(at, "answer-over-context", message)
+
+
 def _gate_commands(scene: Scene) -> Iterator[Problem]:
     for name, gate in scene.gates.items():
         at = ("gates", name)
@@ -330,7 +355,7 @@ def _failure_rules(scene: Scene) -> Iterator[Problem]:
             yield problem((*at, "same_role" if rule.same_role else "then"), "failure-shape", message)
         if rule.constrained and rule.action != "retry":
             yield problem((*at, "constrained"), "failure-shape", f"only retry can be constrained, not {rule.action}")
-        if rule.same_role > caps.retries_per_step:
+        if rule.action == "retry" and rule.same_role > caps.retries_per_step:
             line = scene.draft.line_of("caps", "retries_per_step")
             message = f"more than caps.retries_per_step ({caps.retries_per_step}, line {line}) can never be used"
             yield problem((*at, "same_role"), "failure-over-cap", message)
@@ -344,6 +369,9 @@ def _failure_rules(scene: Scene) -> Iterator[Problem]:
     if caps.backoff_max_ms < max(caps.peer_backoff_ms, caps.resource_backoff_ms):
         message = "is less than the first pause (peer_backoff_ms or resource_backoff_ms); raise it"
         yield problem(("caps", "backoff_max_ms"), "backoff-order", message)
+    if caps.circuit_pause_max_ms < caps.circuit_pause_ms:
+        message = f"is less than circuit_pause_ms ({caps.circuit_pause_ms}), the first pause; raise it"
+        yield problem(("caps", "circuit_pause_max_ms"), "circuit-order", message)
 
 
 def _cores_are_shared(scene: Scene) -> Iterator[Problem]:
@@ -375,7 +403,7 @@ def _threads_fit_a_node(scene: Scene) -> Iterator[Problem]:
 
 
 def _every_model_is_used(scene: Scene) -> Iterator[Problem]:
-    used = {role.model for role in scene.roles.values()}
+    used = {role.model for role in scene.roles.values()} | {role.lateral for role in scene.roles.values()}
     for name, model in scene.models.items():
         if name not in used and model.tier != "D":
             message = "no role uses this model, so its process would only take memory"
@@ -393,6 +421,7 @@ ERRORS: Final[tuple[Rule, ...]] = (
     _memory,
     _role_models,
     _role_references,
+    _lateral_models,
     _gate_commands,
     _gate_order,
     _failure_rules,
