@@ -27,6 +27,7 @@ from protocol.messages.memory import (
     Rebuild,
     Row,
     Stats,
+    Values,
     Verify,
 )
 from services.ctl.commands import Commands, Context
@@ -47,6 +48,8 @@ def add(commands: Commands) -> None:
     """Add the commands of this file."""
     group = commands.group("memory", "look after what this stack has learned")
     group.add("stats", _stats, "how much is remembered, and how far the projections are")
+    parser = group.add("values", _values, "what every choice about a subject has turned out to be worth")
+    parser.add_argument("subject", metavar="SUBJECT", help="role, persona or decomposition")
     group.add("verify", _verify, "compare values, vectors and graph with the log; exit 1 where they differ")
     group.add("rebuild", _rebuild, "make values, vectors and graph anew from the log; questions are answered meanwhile")
     parser = group.add("export", _export, "write everything as JSON lines")
@@ -73,6 +76,18 @@ def _days(text: str) -> float:
 def _stats(_: Namespace, context: Context) -> ExitCode:
     stats = asyncio.run(_ask(context, Stats(), _SHORT_S)).stats
     _figures(context, stats)
+    return ExitCode.OK
+
+
+def _values(args: Namespace, context: Context) -> ExitCode:
+    values = asyncio.run(_ask(context, Values(subject=args.subject), _SHORT_S)).values
+    if context.screen.json:
+        context.screen.document([value.model_dump() for value in values])
+    elif not values:
+        context.screen.line(f"no choice about {args.subject} has an outcome yet")
+    else:
+        rows = [(v.task_type, v.choice, f"{v.q:.2f}", str(v.count), f"{v.mean_seconds:.1f}") for v in values]
+        context.screen.table(("task type", args.subject, "Q", "outcomes", "mean s"), rows)
     return ExitCode.OK
 
 
@@ -219,6 +234,6 @@ def _forget(args: Namespace, context: Context) -> ExitCode:
     return ExitCode.OK
 
 
-async def _ask(context: Context, ask: Stats | Verify | Rebuild | Forget, timeout_s: float) -> MemoryFinal:
+async def _ask(context: Context, ask: Stats | Values | Verify | Rebuild | Forget, timeout_s: float) -> MemoryFinal:
     async with connect(context.home) as client:
         return await client.memory(MemoryRequest(ask=ask), timeout_s=timeout_s)

@@ -207,5 +207,8 @@ def test_forget_removes_a_task_a_choice_and_what_is_old(stack: BareStack) -> Non
     texts = [path for path in stack.home.memory.rglob("*") if path.is_file() and b"zanzibarian" in path.read_bytes()]
     assert texts == []
     assert tierline(stack, "memory", "forget")[0] == 2
+    assert json.loads(tierline(stack, "memory", "values", "role", "--json")[1]) == []
     teach(stack, "new")
     assert "new0" in found(stack, TEXTS[0]), "it goes on learning"
+    values = json.loads(tierline(stack, "memory", "values", "role", "--json")[1])
+    assert {value["choice"]: value["count"] for value in values} == {"worker": 3, "only-new": 3}
