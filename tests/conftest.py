@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--memory-kills", type=int, default=6, help="rounds of kill -9 of the memory service (long: 50)")
+
+
 @contextmanager
 def temporary_home() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as folder:

@@ -50,6 +50,18 @@ class DecisionRecord(Message):
     """Digest of the prompt behind the choice: outcomes under another prompt count less."""
 
 
+class Cure(Message):
+    """A failure that a step met, and what then let it succeed."""
+
+    failure_code: str = Field(max_length=128)
+    finding: str = Field(default="", max_length=200)
+    """The first thing that was wrong, in the words of the check."""
+    action: str = Field(max_length=32)
+    """What followed the failure: `retry` or `escalate`."""
+    role: str = Field(max_length=128)
+    """Role whose attempt then succeeded."""
+
+
 class Outcome(Message):
     """What became of a decision; the first outcome per id counts, later ones are duplicates."""
 
@@ -59,6 +71,8 @@ class Outcome(Message):
     seconds: float = Field(ge=0)
     attempts: int = Field(ge=1)
     failure_code: str | None = None
+    cures: list[Cure] = Field(default_factory=list, max_length=8)
+    """Only where the step succeeded after failures, and only with the decision about its role."""
     at_ms: Millis
 
 
@@ -99,6 +113,80 @@ class Stats(Message):
     """How large is the memory, and are its projections in step with the log?"""
 
     op: Literal["stats"] = "stats"
+
+
+class Values(Message):
+    """What are all choices about this subject worth?"""
+
+    op: Literal["values"] = "values"
+    subject: str = Field(max_length=64)
+
+
+class Row(Message):
+    """One row of the log as it is exported: exactly one of the three."""
+
+    seq: int = Field(default=0, ge=0)
+    """Its number in the log that it comes from; only the order matters to the one that takes it in."""
+    decision: DecisionRecord | None = None
+    outcome: Outcome | None = None
+    episode: Episode | None = None
+    text: str = Field(default="", max_length=65_536)
+    """What a decision was taken about, see RecordDecisions."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Row:
+        if (self.decision is not None) + (self.outcome is not None) + (self.episode is not None) != 1:
+            raise ValueError("a row holds exactly one of decision, outcome, episode")
+        return self
+
+
+class Export(Message):
+    """Rows after a number, in order; ask again with the last one's number until none comes."""
+
+    op: Literal["export"] = "export"
+    after: int = Field(default=0, ge=0)
+    limit: int = Field(default=500, ge=1, le=1_000)
+
+
+class Import(Message):
+    """Store exported rows in this order; those already known are left as they are. All of them or none."""
+
+    op: Literal["import"] = "import"
+    rows: list[Row] = Field(max_length=1_000)
+
+
+class Verify(Message):
+    """Do values, vectors and graph say what the log says?"""
+
+    op: Literal["verify"] = "verify"
+
+
+class Rebuild(Message):
+    """Make values, vectors and graph anew from the log, while questions are still answered."""
+
+    op: Literal["rebuild"] = "rebuild"
+
+
+class Forget(Message):
+    """Remove for good. What is given is removed together; at least one of the three."""
+
+    op: Literal["forget"] = "forget"
+    task_ids: list[str] = Field(default_factory=list, max_length=6_000)
+    """Everything about these tasks."""
+    before_ms: Millis | None = None
+    """Everything about tasks whose last outcome or end is older than this."""
+    choice: str | None = Field(default=None, max_length=128)
+    """Every decision for this choice with its outcome, and its value; the tasks themselves stay."""
+    subject: str | None = Field(default=None, max_length=64)
+    """Limits `choice` to decisions about this."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Forget:
+        if not self.task_ids and self.before_ms is None and self.choice is None:
+            raise ValueError("forget needs task_ids, before_ms or choice")
+        if self.subject is not None and self.choice is None:
+            raise ValueError("subject only limits choice, which is absent")
+        return self
 
 
 class Option(Message):
@@ -148,7 +236,21 @@ class Advise(Message):
 class MemoryRequest(Message):
     """Body of `memory.request`."""
 
-    ask: Annotated[RecordDecisions | RecordOutcomes | Retrieve | Explain | Stats | Advise, Field(discriminator="op")]
+    ask: Annotated[
+        RecordDecisions
+        | RecordOutcomes
+        | Retrieve
+        | Explain
+        | Stats
+        | Advise
+        | Values
+        | Export
+        | Import
+        | Verify
+        | Rebuild
+        | Forget,
+        Field(discriminator="op"),
+    ]
 
 
 class Value(Message):
@@ -171,6 +273,24 @@ class Explained(Message):
     outcome: Outcome | None = None
     values: list[Value] = Field(default_factory=list)
     """Values of the choice and of its alternatives, where any outcome was seen."""
+
+
+class Lesson(Message):
+    """A failure of similar tasks and what cured it."""
+
+    failure_code: str = Field(max_length=128)
+    finding: str = Field(default="", max_length=200)
+    action: str = Field(max_length=32)
+    role: str = Field(max_length=128)
+    times: int = Field(ge=1)
+    """How often it has helped in this kind of task."""
+
+
+class Difference(Message):
+    """Something derived that is not what the log says."""
+
+    part: Literal["log", "values", "vectors", "graph"]
+    what: str
 
 
 class ArmView(Message):
@@ -222,7 +342,14 @@ class MemoryFinal(Message):
     duplicates: int = 0
     """Rows that were known already and had no effect."""
     episodes: list[Episode] = Field(default_factory=list)
+    lessons: list[Lesson] = Field(default_factory=list, max_length=16)
+    """What similar tasks have failed with and what helped, most helpful first; only with `retrieve`."""
     explained: list[Explained] = Field(default_factory=list)
+    values: list[Value] = Field(default_factory=list)
+    rows: list[Row] = Field(default_factory=list)
+    differences: list[Difference] = Field(default_factory=list)
+    forgotten: int = 0
+    """Rows removed from the log."""
     advice: list[Advised] = Field(default_factory=list)
     """One per question, in their order."""
     stats: dict[str, int] = Field(default_factory=dict)

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from protocol.messages.base import Message
-from protocol.messages.memory import Advised, Episode
+from protocol.messages.memory import Advised, Episode, Lesson
 from protocol.messages.task import TaskIR
 
 PlanSource: TypeAlias = Literal["client", "rules", "model"]
@@ -61,5 +61,7 @@ class PlanFinal(Message):
     decisions: list[RoutingDecision] = Field(default_factory=list)
     similar: list[Episode] = Field(default_factory=list, max_length=16)
     """Earlier tasks that informed the plan."""
+    lessons: list[Lesson] = Field(default_factory=list, max_length=16)
+    """What such tasks have failed with and what helped; goes into the prompts of the steps."""
     generated_tokens: int = Field(default=0, ge=0)
     """Tokens the planning model spent."""

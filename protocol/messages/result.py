@@ -14,7 +14,7 @@ from protocol.messages.artefact import Artefact
 from protocol.messages.base import Message, Millis
 from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult
-from protocol.messages.memory import Episode
+from protocol.messages.memory import Episode, Lesson
 from protocol.messages.plan import RemovedEdge, RoutingDecision
 
 
@@ -199,6 +199,8 @@ class PlanView(Message):
     removed_edges: list[RemovedEdge]
     decisions: list[RoutingDecision]
     similar: list[Episode]
+    lessons: list[Lesson] = Field(default_factory=list)
+    """What such tasks have failed with and what helped, as told in the prompts."""
 
 
 class Usage(Message):

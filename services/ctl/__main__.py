@@ -15,6 +15,7 @@ from services.ctl import (
     doctor,
     explain,
     journal,
+    memory,
     plan,
     registry,
     replay,
@@ -56,6 +57,7 @@ def build_parser() -> ArgumentParser:
         tail,
         replay,
         journal,
+        memory,
         registry,
         bench,
     ):

@@ -41,6 +41,7 @@ class Advisor:
         self._folder = folder
         self._embedder = embedder
         self._reader = LogReader(folder)
+        self._log_id = self._reader.log_id
         self._bandits: dict[tuple[str, str], Bandit] = {}
         self._last_seen: dict[tuple[str, str], int] = {}
         self._since_snapshot = 0
@@ -91,6 +92,15 @@ class Advisor:
         self.snapshot()
         self._reader.close()
 
+    def renew(self) -> None:
+        """Learn everything anew, since rows of the log were forgotten."""
+        self._log_id = self._reader.log_id
+        self._bandits, self._last_seen = {}, {}
+        self.applied_seq = 0
+        self.advance()
+        self._since_snapshot += 1  # what is on disk still holds what was forgotten
+        self.snapshot()
+
     def snapshot(self) -> None:
         """Write the state and then the manifest that makes it valid. Raises OSError; the old snapshot stays then."""
         if not self._since_snapshot:
@@ -107,9 +117,7 @@ class Advisor:
         # A name of its own each time: the manifest of the old file stays true until the new one is in place.
         name = f"{_SNAPSHOT}{self.applied_seq}-{boot_id()}.npz"
         replace_file(self._folder / name, buffer.getvalue())
-        Manifest(self._reader.log_id, self.applied_seq, {name: sha256_of(self._folder / name)}).save(
-            self._folder / _MANIFEST
-        )
+        Manifest(self._log_id, self.applied_seq, {name: sha256_of(self._folder / name)}).save(self._folder / _MANIFEST)
         self._since_snapshot = 0
         for old in self._folder.glob(f"{_SNAPSHOT}*"):
             if old.name != name:

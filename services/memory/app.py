@@ -25,12 +25,19 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.memory import (
     Advise,
     Explain,
+    Export,
+    Forget,
+    Import,
     MemoryFinal,
     MemoryRequest,
+    Rebuild,
     RecordDecisions,
     RecordOutcomes,
     Retrieve,
+    Row,
     Stats,
+    Values,
+    Verify,
 )
 from services.kit.config import Home
 from services.kit.logs import LogEvent
@@ -39,14 +46,18 @@ from services.memory.advisor import Advisor
 from services.memory.embedding import BadVector, Embedder, Unembeddable, Vector
 from services.memory.graph import files as graph_files
 from services.memory.graph import vouched
+from services.memory.graph_build import build_in_child, clear
 from services.memory.graph_check import Checked, check_in_child
 from services.memory.log import Entry, MemoryLog
 from services.memory.machine import Found
 from services.memory.manifest import ProjectionDoubt
-from services.memory.projector import Projector
+from services.memory.projector import Projector, fresh_vectors
 
 SLOTS: Final = 16
-MEMORY_OPENED: Final = LogEvent("memory.opened", "log_id log_seq embedder reembedded")
+MEMORY_OPENED: Final = LogEvent("memory.opened", "log_id log_seq embedder stale_vectors")
+REEMBEDDED: Final = LogEvent("memory.reembedded", "episodes embedder")
+FORGOTTEN: Final = LogEvent("memory.forgotten", "rows", "warning")
+VALUES_MENDED: Final = LogEvent("memory.values_mended", "values", "warning")
 MEMORY_UNUSABLE: Final = LogEvent("memory.unusable", "reason", "error")
 ROUTING_OPENED: Final = LogEvent("memory.routing_opened", "verdict reason log_seq")
 PROJECTION_FAILED: Final = LogEvent("memory.projection_failed", "reason", "error")
@@ -60,7 +71,10 @@ PROJECTION_TROUBLE: Final = (RuntimeError, ProjectionDoubt, BadVector, OSError, 
 _PROJECTOR_NICE: Final = 5
 """A third of the weight of others: enough to answer questions beside busy models, too little to delay the next step."""
 
-Write = RecordDecisions | RecordOutcomes
+_EXPORT_BYTES: Final = MAX_BODY_BYTES // 2
+"""Rows of one export together; the rest is asked for next."""
+
+Write = RecordDecisions | RecordOutcomes | Import
 Answer = MemoryFinal | Failure
 
 
@@ -83,6 +97,9 @@ class MemoryService:
         self._service.metrics = self._metrics
         self._writer = ThreadPoolExecutor(1, "memory-writer")
         self._follower = ThreadPoolExecutor(1, "memory-projector", initializer=_step_back)
+        self._builder = ThreadPoolExecutor(1, "memory-builder", initializer=_step_back)
+        self._renewing = asyncio.Lock()
+        self._reembedding: asyncio.Task[None] | None = None
         self._counsel = ThreadPoolExecutor(1, "memory-advisor")
         self._log: MemoryLog | None = None
         self._advisor: Advisor | None = None
@@ -107,7 +124,7 @@ class MemoryService:
     async def _on_request(self, call: Call) -> MemoryFinal:
         ask = call.read(MemoryRequest).ask
         match ask:
-            case RecordDecisions() | RecordOutcomes():
+            case RecordDecisions() | RecordOutcomes() | Import():
                 return await self._write(ask)
             case Retrieve():
                 return await self._ask_projector(partial(self._retrieve, ask))
@@ -119,6 +136,16 @@ class MemoryService:
                 return final.model_copy(update={"stats": final.stats | routing.stats})
             case Advise():
                 return await self._ask_advisor(partial(self._advise, ask))
+            case Values():
+                return await self._ask_projector(partial(self._values, ask))
+            case Export():
+                return await self._ask_projector(partial(self._export, ask))
+            case Verify():
+                return await self._ask_projector(self._verify)
+            case Rebuild():
+                return await self._rebuild()
+            case Forget():
+                return await self._forget(ask)
 
     async def _write(self, ask: Write) -> MemoryFinal:
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -166,6 +193,57 @@ class MemoryService:
         finally:
             self._advancing = None
 
+    async def _rebuild(self) -> MemoryFinal:
+        mended = await asyncio.get_running_loop().run_in_executor(self._writer, self._opened_log().replay_values)
+        if mended:
+            self._service.log.write(VALUES_MENDED, values=mended)
+        await self._renew()
+        return await self._ask_projector(self._stats)
+
+    async def _forget(self, ask: Forget) -> MemoryFinal:
+        try:
+            removed = await asyncio.get_running_loop().run_in_executor(self._writer, self._opened_log().forget, ask)
+        except sqlite3.Error as err:
+            raise CallFailed(self._unbuilt(f"the log could not be written: {err}")) from err
+        if removed:
+            self._service.log.write(FORGOTTEN, rows=removed)
+            await self._ask_advisor(self._learn_anew)
+            await self._renew()
+        return MemoryFinal(forgotten=removed)
+
+    async def _renew(self) -> None:
+        """Make both projections anew beside those in use, then change over; questions are answered meanwhile."""
+        loop = asyncio.get_running_loop()
+        async with self._renewing:
+            if self._reembedding is not None:
+                await self._reembedding
+            try:
+                vectors = await loop.run_in_executor(self._builder, fresh_vectors, self._folder)
+                await build_in_child(self._folder)
+                await loop.run_in_executor(self._follower, self._opened().adopt, vectors)
+            except PROJECTION_TROUBLE as err:
+                raise CallFailed(self._unbuilt(str(err))) from err
+            finally:
+                clear(self._folder)
+
+    async def _reembed(self) -> None:
+        """Give every episode a vector of the embedder in use, a few at a time between other writes."""
+        loop, log = asyncio.get_running_loop(), self._opened_log()
+        embedder = self._embedder
+        if embedder is None:
+            raise RuntimeError("the embedder is not loaded")
+        total = 0
+        try:
+            while made := await loop.run_in_executor(self._writer, log.reembed_some, embedder.embed):
+                total += made
+                await loop.run_in_executor(self._follower, self._opened().advance)
+            await loop.run_in_executor(self._follower, self._opened().advance)
+            self._service.log.write(REEMBEDDED, episodes=total, embedder=embedder.name)
+        except (*PROJECTION_TROUBLE, Unembeddable) as err:
+            self._service.log.write(PROJECTION_FAILED, reason=f"re-embedding stopped, the next start goes on: {err}")
+        finally:
+            self._reembedding = None
+
     async def _ask_projector(self, work: Callable[[], MemoryFinal]) -> MemoryFinal:
         return await asyncio.get_running_loop().run_in_executor(self._follower, work)
 
@@ -179,6 +257,13 @@ class MemoryService:
             return MemoryFinal(advice=self._counsellor().advise(ask))
         except PROJECTION_TROUBLE as err:
             raise CallFailed(_trouble(f"the routing in {self._folder} cannot follow the log: {err}")) from err
+
+    def _learn_anew(self) -> MemoryFinal:
+        try:
+            self._counsellor().renew()
+        except PROJECTION_TROUBLE as err:
+            raise CallFailed(_trouble(f"the routing in {self._folder} cannot follow the log: {err}")) from err
+        return MemoryFinal()
 
     def _routing_stats(self) -> MemoryFinal:
         return MemoryFinal(stats=self._counsellor().stats())
@@ -195,6 +280,9 @@ class MemoryService:
                 entries[position] = Entry(ask, self._context(ask.text))
                 continue
             try:
+                if isinstance(ask, Import):
+                    entries[position] = Entry(ask, imported=tuple(map(self._imported, ask.rows)))
+                    continue
                 episode = ask.episode
                 entries[position] = Entry(ask, None if episode is None else self._embedder.embed(episode.objective))
             except Unembeddable as err:
@@ -204,6 +292,11 @@ class MemoryService:
                 )
         answers.update(zip(entries, self._log.commit(list(entries.values())), strict=True))
         return [answers[position] for position in range(len(asks))]
+
+    def _imported(self, row: Row) -> Vector | None:
+        if row.episode is None or self._embedder is None:
+            return self._context(row.text)
+        return self._embedder.embed(row.episode.objective)
 
     def _context(self, text: str) -> Vector | None:
         """None where a text has no vector: the outcomes of its decisions still speak for the choice as such."""
@@ -218,11 +311,34 @@ class MemoryService:
 
     def _retrieve(self, ask: Retrieve) -> MemoryFinal:
         try:
-            return MemoryFinal(episodes=self._opened().retrieve(ask))
+            episodes, lessons = self._opened().retrieve(ask)
+            return MemoryFinal(episodes=episodes, lessons=lessons)
         except Unembeddable as err:
             raise CallFailed(_refusal("memory.unembeddable", f"ask.text: {err}")) from err
         except PROJECTION_TROUBLE as err:
-            raise CallFailed(_trouble(f"the projections in {self._folder} cannot be built: {err}")) from err
+            raise CallFailed(self._unbuilt(str(err))) from err
+
+    def _verify(self) -> MemoryFinal:
+        try:
+            return MemoryFinal(differences=self._opened().verify())
+        except PROJECTION_TROUBLE as err:
+            raise CallFailed(self._unbuilt(str(err))) from err
+
+    def _values(self, ask: Values) -> MemoryFinal:
+        return MemoryFinal(values=self._opened().reader.values_of(ask.subject))
+
+    def _export(self, ask: Export) -> MemoryFinal:
+        rows: list[Row] = []
+        size = 0
+        for row in self._opened().reader.rows(ask.after, ask.limit):
+            size += len(pack_body(row))
+            if rows and size > _EXPORT_BYTES:
+                break
+            rows.append(row)
+        return MemoryFinal(rows=rows)
+
+    def _unbuilt(self, why: str) -> Failure:
+        return _trouble(f"the projections in {self._folder} cannot be built: {why}")
 
     def _explain(self, ask: Explain) -> MemoryFinal:
         answer = MemoryFinal(explained=self._opened().reader.explain(ask.decision_ids))
@@ -251,6 +367,8 @@ class MemoryService:
             self._service.log.write(MEMORY_UNUSABLE, reason=f"{type(err).__name__}: {err}")
             raise
         self._service.log.write(MEMORY_OPENED, **opened)
+        if opened["stale_vectors"]:
+            self._reembedding = asyncio.create_task(self._reembed())
 
     async def _take_folder(self) -> None:
         """Two memories on one folder would each miss what the other wrote. The lock ends with the process, even -9."""
@@ -270,12 +388,13 @@ class MemoryService:
         if self._embedder is None:
             raise RuntimeError("the embedder is not loaded")
         self._log = MemoryLog(self._folder)
-        reembedded = self._log.adopt_embedder(self._embedder.name, self._embedder.embed)
+        stale = self._log.adopt_embedder(self._embedder.name, self._embedder.embed)
+        clear(self._folder)
         return {
             "log_id": self._log.log_id,
             "log_seq": self._log.seq,
             "embedder": self._embedder.name,
-            "reembedded": reembedded,
+            "stale_vectors": stale,
         }
 
     async def _judge_graph(self) -> tuple[Found | None, Checked | None, str | None]:
@@ -321,6 +440,11 @@ class MemoryService:
             raise RuntimeError("the memory is not open yet")
         return self._advisor
 
+    def _opened_log(self) -> MemoryLog:
+        if self._log is None:
+            raise RuntimeError("the log is not open yet")
+        return self._log
+
     def _opened(self) -> Projector:
         if self._projector is None:
             raise RuntimeError("the memory is not open yet")
@@ -329,6 +453,8 @@ class MemoryService:
     async def _close(self) -> None:
         """After the last call: let both threads finish, leave projections that the next start can trust."""
         loop = asyncio.get_running_loop()
+        if self._reembedding is not None:
+            self._reembedding.cancel()
         await asyncio.gather(*(task for task in (self._committing, self._advancing) if task is not None))
         await loop.run_in_executor(self._counsel, self._close_advisor)
         await loop.run_in_executor(self._follower, self._close_projector)
@@ -336,6 +462,7 @@ class MemoryService:
         self._follower.shutdown()
         self._counsel.shutdown()
         self._writer.shutdown()
+        self._builder.shutdown()
         if self._lock is not None:
             os.close(self._lock)
 

@@ -1,9 +1,12 @@
 """What was chosen in which episode, and what failed: a property graph (Kuzu), a projection of the log.
 
     (Episode)-[TOOK]->(Decision)-[OF_CHOICE]->(Choice)-[FAILED_WITH {times}]->(FailureMode)
+    (Episode)-[IN_CLUSTER]->(TaskCluster)<-[HELPED_IN {times}]-(Mitigation)-[CURES]->(FailureMode)
+    (Episode)-[CURED_BY {finding}]->(Mitigation)-[DONE_BY]->(Role)<-[NAMES_ROLE]-(Choice)-[NAMES_PERSONA]->(Persona)
 
-Retrieval asks it which failures the choices of a similar episode are known for. Failures are counted at the choice,
-so that a question costs what its episodes are large, not what the history is long. How far it follows the log is kept
+Retrieval asks it which failures the choices of a similar episode are known for, and what cured the failures of similar
+episodes. Failures are counted at the choice and cures at the cluster (today the type of task), so that a question costs
+what its episodes are large, not what the history is long. How far it follows the log is kept
 inside it, in the transaction that applies the rows. Kuzu may open a damaged file with silently wrong data or crash, so
 whether a file may be opened is decided outside (`projector.py`, `graph_check.py`); two open databases in one process
 lose rows, so there is one, in one thread.
@@ -19,7 +22,8 @@ from typing import Any, Final
 
 import kuzu
 
-from services.memory.log_reader import Change, ChoiceFailed, DecisionAdded, EpisodeAdded
+from protocol.messages.memory import Lesson
+from services.memory.log_reader import Change, ChoiceFailed, Cured, DecisionAdded, EpisodeAdded
 from services.memory.machine import Found
 from services.memory.manifest import Manifest, ProjectionDoubt, sha256_of, sync_folder
 
@@ -36,10 +40,21 @@ _SCHEMA: Final = (
     "CREATE NODE TABLE Decision(decision_id STRING PRIMARY KEY)",
     "CREATE NODE TABLE Choice(id STRING PRIMARY KEY, subject STRING, task_type STRING, name STRING)",
     "CREATE NODE TABLE FailureMode(code STRING PRIMARY KEY)",
+    "CREATE NODE TABLE Role(name STRING PRIMARY KEY)",
+    "CREATE NODE TABLE Persona(name STRING PRIMARY KEY)",
+    "CREATE NODE TABLE TaskCluster(name STRING PRIMARY KEY)",
+    "CREATE NODE TABLE Mitigation(id STRING PRIMARY KEY, action STRING)",
     "CREATE NODE TABLE Applied(id INT64 PRIMARY KEY, log_id STRING, seq INT64)",
     "CREATE REL TABLE TOOK(FROM Episode TO Decision)",
     "CREATE REL TABLE OF_CHOICE(FROM Decision TO Choice)",
     "CREATE REL TABLE FAILED_WITH(FROM Choice TO FailureMode, times INT64)",
+    "CREATE REL TABLE NAMES_ROLE(FROM Choice TO Role)",
+    "CREATE REL TABLE NAMES_PERSONA(FROM Choice TO Persona)",
+    "CREATE REL TABLE IN_CLUSTER(FROM Episode TO TaskCluster)",
+    "CREATE REL TABLE CURED_BY(FROM Episode TO Mitigation, finding STRING)",
+    "CREATE REL TABLE CURES(FROM Mitigation TO FailureMode)",
+    "CREATE REL TABLE DONE_BY(FROM Mitigation TO Role)",
+    "CREATE REL TABLE HELPED_IN(FROM Mitigation TO TaskCluster, times INT64)",
 )
 # One row a statement with its key as parameter: only so does Kuzu use the primary key index. UNWIND over rows scans
 # the tables, which made applying 2,000 decisions eight times slower once 50,000 were there.
@@ -53,9 +68,64 @@ _ADD_DECISION: Final = (
     "CREATE (e)-[:TOOK]->(d:Decision {decision_id: $decision_id})-[:OF_CHOICE]->(c) RETURN d.decision_id"
 )
 _ADD_FAILURE_MODE: Final = "MERGE (m:FailureMode {code: $code}) RETURN m.code"
-_ADD_FAILURES: Final = (
-    "MATCH (c:Choice {id: $choice_id}), (m:FailureMode {code: $code}) MERGE (c)-[f:FAILED_WITH]->(m) "
-    "ON CREATE SET f.times = $times ON MATCH SET f.times = f.times + $times RETURN f.times"
+# Two statements, not one MERGE: that has found one relation twice after a few thousand rows and counted it twice.
+_COUNT: Final = {
+    "failed": (
+        (
+            "MATCH (c:Choice {id: $choice_id})-[f:FAILED_WITH]->(m:FailureMode {code: $code}) "
+            "SET f.times = f.times + $times RETURN f.times"
+        ),
+        (
+            "MATCH (c:Choice {id: $choice_id}), (m:FailureMode {code: $code}) "
+            "CREATE (c)-[f:FAILED_WITH {times: $times}]->(m) RETURN f.times"
+        ),
+    ),
+    "helped": (
+        (
+            "MATCH (m:Mitigation {id: $id})-[h:HELPED_IN]->(k:TaskCluster {name: $cluster}) "
+            "SET h.times = h.times + $times RETURN h.times"
+        ),
+        (
+            "MATCH (m:Mitigation {id: $id}), (k:TaskCluster {name: $cluster}) "
+            "CREATE (m)-[h:HELPED_IN {times: $times}]->(k) RETURN h.times"
+        ),
+    ),
+}
+_NAME_CHOICE: Final = {
+    "role": (
+        "MATCH (c:Choice {id: $choice_id})-[:NAMES_ROLE]->(n:Role) RETURN n.name",
+        "MERGE (n:Role {name: $name}) RETURN n.name",
+        "MATCH (c:Choice {id: $choice_id}), (n:Role {name: $name}) CREATE (c)-[:NAMES_ROLE]->(n) RETURN n.name",
+    ),
+    "persona": (
+        "MATCH (c:Choice {id: $choice_id})-[:NAMES_PERSONA]->(n:Persona) RETURN n.name",
+        "MERGE (n:Persona {name: $name}) RETURN n.name",
+        "MATCH (c:Choice {id: $choice_id}), (n:Persona {name: $name}) CREATE (c)-[:NAMES_PERSONA]->(n) RETURN n.name",
+    ),
+}
+_ADD_CLUSTER: Final = "MERGE (k:TaskCluster {name: $name}) RETURN k.name"
+_JOIN_CLUSTER: Final = (
+    "MATCH (e:Episode {task_id: $task_id}), (k:TaskCluster {name: $name}) CREATE (e)-[:IN_CLUSTER]->(k) RETURN k.name"
+)
+_KNOWN_MITIGATION: Final = "MATCH (m:Mitigation {id: $id}) RETURN m.id"
+_ADD_MITIGATION: Final = (
+    "CREATE (m:Mitigation {id: $id, action: $action}) RETURN m.id",
+    "MERGE (r:Role {name: $role}) RETURN r.name",
+    "MERGE (f:FailureMode {code: $code}) RETURN f.code",
+    "MATCH (m:Mitigation {id: $id}), (f:FailureMode {code: $code}) CREATE (m)-[:CURES]->(f) RETURN m.id",
+    "MATCH (m:Mitigation {id: $id}), (r:Role {name: $role}) CREATE (m)-[:DONE_BY]->(r) RETURN m.id",
+)
+_ADD_CURE: Final = (
+    "MERGE (k:TaskCluster {name: $cluster}) RETURN k.name",
+    (
+        "MATCH (e:Episode {task_id: $task_id}), (m:Mitigation {id: $id}) "
+        "CREATE (e)-[:CURED_BY {finding: $finding}]->(m) RETURN m.id"
+    ),
+)
+_LESSONS: Final = (
+    "MATCH (e:Episode)-[c:CURED_BY]->(m:Mitigation)-[:CURES]->(f:FailureMode), (m)-[:DONE_BY]->(r:Role), "
+    "(m)-[h:HELPED_IN]->(k:TaskCluster) WHERE e.task_id IN $task_ids AND k.name IN $clusters "
+    "RETURN f.code, m.action, r.name, min(c.finding), k.name, h.times"
 )
 # A fixed 40 ms, then 0.1 ms a row against 0.5 ms: for rebuilding and for the plans of large tasks.
 _COPY_DECISIONS: Final = (
@@ -63,6 +133,8 @@ _COPY_DECISIONS: Final = (
     "COPY TOOK FROM (UNWIND $rows AS r RETURN r.task_id, r.decision_id)",
     "COPY OF_CHOICE FROM (UNWIND $rows AS r RETURN r.decision_id, r.choice_id)",
 )
+_COPY_EPISODES: Final = "COPY Episode FROM (UNWIND $rows AS r RETURN r)"
+_COPY_CLUSTERS: Final = "COPY IN_CLUSTER FROM (UNWIND $rows AS r RETURN r.task_id, r.name)"
 _COPY_FROM_ROWS: Final = 100
 _KNOWN_FAILURES: Final = (
     "MATCH (e:Episode)-[:TOOK]->(:Decision)-[:OF_CHOICE]->(c:Choice)-[f:FAILED_WITH]->(m:FailureMode) "
@@ -78,6 +150,17 @@ _LINEAGE: Final = (
         "RETURN 'failed', c.subject, c.task_type, c.name, m.code, f.times"
     ),
     "MATCH (e:Episode) RETURN 'episode', e.task_id",
+    "MATCH (e:Episode)-[:IN_CLUSTER]->(k:TaskCluster) RETURN 'cluster', e.task_id, k.name",
+    (
+        "MATCH (e:Episode)-[c:CURED_BY]->(m:Mitigation)-[:CURES]->(f:FailureMode), (m)-[:DONE_BY]->(r:Role) "
+        "RETURN 'cured', e.task_id, f.code, m.action, r.name, c.finding"
+    ),
+    (
+        "MATCH (f:FailureMode)<-[:CURES]-(m:Mitigation)-[h:HELPED_IN]->(k:TaskCluster), (m)-[:DONE_BY]->(r:Role) "
+        "RETURN 'helped', k.name, f.code, m.action, r.name, h.times"
+    ),
+    "MATCH (c:Choice)-[:NAMES_ROLE]->(r:Role) RETURN 'names', c.subject, c.task_type, c.name, r.name",
+    "MATCH (c:Choice)-[:NAMES_PERSONA]->(p:Persona) RETURN 'names', c.subject, c.task_type, c.name, p.name",
 )
 
 
@@ -118,16 +201,20 @@ class LineageGraph:
         choices = {_choice_id(decision): decision for decision in decisions}
         failures = Counter((_choice_id(c), c.code) for c in changes if isinstance(c, ChoiceFailed))
         self._run("BEGIN TRANSACTION")
-        for task_id in tasks:
-            self._must(_ADD_EPISODE, {"task_id": task_id})
+        self._add_episodes(list(tasks))
         for choice_id, first in choices.items():
             names = {"subject": first.subject, "task_type": first.task_type, "name": first.choice}
             self._must(_ADD_CHOICE, {"choice_id": choice_id, **names})
+            if first.subject in _NAME_CHOICE:
+                self._name_choice(choice_id, first)
         self._add_decisions(decisions)
+        self._join_clusters([change for change in changes if isinstance(change, EpisodeAdded)])
         for code in dict.fromkeys(code for _, code in failures):
             self._must(_ADD_FAILURE_MODE, {"code": code})
         for (choice_id, code), times in failures.items():
-            self._must(_ADD_FAILURES, {"choice_id": choice_id, "code": code, "times": times})
+            self._count("failed", {"choice_id": choice_id, "code": code, "times": times})
+        for cure in (change for change in changes if isinstance(change, Cured)):
+            self._add_cure(cure)
         self._must("MATCH (a:Applied {id: 0}) SET a.seq = $seq RETURN a.seq", {"seq": upto})
         self._run("COMMIT")
         self.found = Found(self.found.log_id, upto)
@@ -143,6 +230,23 @@ class LineageGraph:
             task_id: [code for _, code in sorted((-count, code) for code, count in counter.items())]
             for task_id, counter in times.items()
         }
+
+    def lessons(self, task_ids: Sequence[str], clusters: Sequence[str]) -> list[Lesson]:
+        """What cured the failures of these episodes, with how often it has helped in these clusters; most first."""
+        self._renew_connection()
+        if not task_ids:
+            return []
+        findings: dict[tuple[str, str, str], str] = {}
+        helped: Counter[tuple[str, str, str]] = Counter()
+        rows = self._run(_LESSONS, {"task_ids": list(task_ids), "clusters": list(clusters)})
+        for code, action, role, finding, _, times in rows:  # one row per cluster
+            findings[code, action, role] = min(finding, findings.get((code, action, role), finding))
+            helped[code, action, role] += times
+        lessons = [
+            Lesson(failure_code=code, action=action, role=role, finding=findings[code, action, role], times=times)
+            for (code, action, role), times in helped.items()
+        ]
+        return sorted(lessons, key=lambda each: (-each.times, each.failure_code, each.action, each.role))
 
     def lineage(self) -> Iterator[tuple[str | int, ...]]:
         """Everything in the graph, in the shape of `LogReader.lineage`; any order."""
@@ -171,6 +275,58 @@ class LineageGraph:
             raise ProjectionDoubt(f"{GRAPH_FILE} does not say how far it follows the log")
         return Found(str(rows[0][0]), int(rows[0][1]))
 
+    def _add_episodes(self, task_ids: Sequence[str]) -> None:
+        if len(task_ids) < _COPY_FROM_ROWS:
+            for task_id in task_ids:
+                self._must(_ADD_EPISODE, {"task_id": task_id})
+            return
+        known = {
+            row[0]
+            for row in self._run(
+                "MATCH (e:Episode) WHERE e.task_id IN $task_ids RETURN e.task_id", {"task_ids": list(task_ids)}
+            )
+        }
+        new = [task_id for task_id in task_ids if task_id not in known]
+        if new:
+            self._run(_COPY_EPISODES, {"rows": new})
+
+    def _name_choice(self, choice_id: str, decision: DecisionAdded) -> None:
+        named, add, join = _NAME_CHOICE[decision.subject]
+        if not self._run(named, {"choice_id": choice_id}):
+            self._must(add, {"name": decision.choice})
+            self._must(join, {"choice_id": choice_id, "name": decision.choice})
+
+    def _join_clusters(self, episodes: Sequence[EpisodeAdded]) -> None:
+        for name in dict.fromkeys(episode.task_type for episode in episodes):
+            self._must(_ADD_CLUSTER, {"name": name})
+        rows = [{"task_id": episode.task_id, "name": episode.task_type} for episode in episodes]
+        if len(rows) >= _COPY_FROM_ROWS:
+            self._run(_COPY_CLUSTERS, {"rows": rows})
+        else:
+            for row in rows:
+                self._must(_JOIN_CLUSTER, row)
+
+    def _add_cure(self, cure: Cured) -> None:
+        parameters = {
+            "id": json.dumps([cure.code, cure.action, cure.role]),
+            "action": cure.action,
+            "role": cure.role,
+            "code": cure.code,
+            "cluster": cure.task_type,
+            "task_id": cure.task_id,
+            "finding": cure.finding,
+        }
+        known = self._run(_KNOWN_MITIGATION, {"id": parameters["id"]})
+        for statement in (*(() if known else _ADD_MITIGATION), *_ADD_CURE):
+            self._must(statement, {name: value for name, value in parameters.items() if f"${name}" in statement})
+        self._count("helped", {"id": parameters["id"], "cluster": cure.task_type, "times": 1})
+
+    def _count(self, what: str, parameters: dict[str, Any]) -> None:
+        """Add to the number that a relation carries, or make the relation."""
+        add, create = _COUNT[what]
+        if not self._run(add, parameters):
+            self._must(create, parameters)
+
     def _add_decisions(self, decisions: Sequence[DecisionAdded]) -> None:
         rows = [{"decision_id": d.decision_id, "task_id": d.task_id, "choice_id": _choice_id(d)} for d in decisions]
         if len(rows) >= _COPY_FROM_ROWS:
@@ -182,8 +338,9 @@ class LineageGraph:
 
     def _must(self, statement: str, parameters: dict[str, Any]) -> None:
         """Run a statement that returns the row it has written. A damaged key index would make it write nothing."""
-        if len(self._run(statement, parameters)) != 1:
-            raise ProjectionDoubt(f"{statement.split(' RETURN ')[0]!r} did not write one row for {parameters}")
+        rows = self._run(statement, parameters)
+        if len(rows) != 1:
+            raise ProjectionDoubt(f"{statement.split(' RETURN ')[0]!r} wrote {len(rows)} rows for {parameters}")
 
     def _renew_connection(self) -> None:
         """Between transactions only: a connection takes its open one with it."""
@@ -211,6 +368,18 @@ def remove(folder: Path) -> None:
     for path in files(folder):
         path.unlink()
     sync_folder(folder)
+
+
+def take_over(source: Path, target: Path) -> None:
+    """Replace the graph in `target` by a cleanly closed one from another folder. Raises ProjectionDoubt."""
+    try:
+        vouched(source)
+    except FileNotFoundError as err:
+        raise ProjectionDoubt(f"no graph was left in {source}") from err
+    remove(target)
+    for path in files(source):
+        path.rename(target / path.name)
+    sync_folder(target)
 
 
 def vouched(folder: Path) -> Found:

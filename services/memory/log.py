@@ -4,7 +4,8 @@ WAL with synchronous=FULL, so that what was acknowledged survives kill -9 and po
 rises by one per row over all tables; projections (`vectors.py`, `graph.py`) follow it. Reading is `log_reader.py`.
 
 Invariants: a decision is stored once per id; an outcome at most once per decision, in the same transaction as the value
-it changes; an entry is stored whole or not at all; `seq` has no gaps.
+it changes; an entry is stored whole or not at all; `seq` never names two rows, and has gaps only where rows were
+forgotten.
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ from typing import Final
 
 from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
-from protocol.messages.memory import DecisionRecord, Episode, MemoryFinal, Outcome, RecordDecisions, RecordOutcomes
+from protocol.messages.memory import (
+    DecisionRecord,
+    Episode,
+    Forget,
+    Import,
+    MemoryFinal,
+    Outcome,
+    RecordDecisions,
+    RecordOutcomes,
+)
 from services.kit.identity import boot_id
 from services.memory.embedding import Vector, to_bytes
+from services.memory.log_upkeep import delete, put_value, replay_values
 from services.memory.machine import first_of_each, scored, unseen
 
 LOG_FILE: Final = "log.sqlite"
@@ -55,8 +66,10 @@ class LogDamaged(Exception):
 class Entry:
     """One request to store, with the vector of its episode's objective or of the text its decisions are about."""
 
-    request: RecordDecisions | RecordOutcomes
+    request: RecordDecisions | RecordOutcomes | Import
     vector: Vector | None = None
+    imported: tuple[Vector | None, ...] = ()
+    """One per row of an Import: of the episode's objective, or of the text that a decision is about."""
 
 
 class MemoryLog:
@@ -95,22 +108,58 @@ class MemoryLog:
         return self._seq
 
     def adopt_embedder(self, name: str, embed: Callable[[str], Vector]) -> int:
-        """Make every stored vector one of this embedder; returns how many had to be made anew.
+        """From now on vectors are those of this embedder; returns how many stored ones have to be made anew.
 
-        Vectors of two embedders must not be compared. The log gets a new identity then, so that projections follow.
+        Vectors of two embedders must not be compared: the log gets a new identity, so that projections start again, and
+        remembers which episodes are stale until `reembed_some` has done them all, also over restarts. Contexts, which
+        routing learns from as a whole, are made anew at once.
         """
-        if self._meta("embedder") == name:
+        if self._meta("embedder") != name:
+            with self._transaction():
+                self._db.execute("UPDATE meta SET value = ? WHERE key = 'embedder'", (name,))
+                self._db.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (boot_id(),))
+                self._set_stale(0, self._seq)
+                for task_id, text in self._db.execute("SELECT task_id, text FROM contexts").fetchall():
+                    vector = to_bytes(embed(text))
+                    self._db.execute("UPDATE contexts SET vector = ? WHERE task_id = ?", (vector, task_id))
+        done, until = self._stale()
+        return int(
+            self._db.execute("SELECT count(*) FROM episodes WHERE seq > ? AND seq <= ?", (done, until)).fetchone()[0]
+        )
+
+    def reembed_some(self, embed: Callable[[str], Vector], *, rows: int = 256) -> int:
+        """Make the next few stale vectors anew, in one transaction; returns how many it made, 0 = all are done."""
+        done, until = self._stale()
+        if done == until:
             return 0
+        found = self._db.execute(
+            "SELECT seq, record FROM episodes WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?", (done, until, rows)
+        ).fetchall()
+        made = [(to_bytes(embed(Episode.model_validate_json(record).objective)), seq) for seq, record in found]
         with self._transaction():
-            rows = self._db.execute("SELECT task_id, record FROM episodes").fetchall()
-            for task_id, record in rows:
-                vector = to_bytes(embed(Episode.model_validate_json(record).objective))
-                self._db.execute("UPDATE episodes SET vector = ? WHERE task_id = ?", (vector, task_id))
-            for task_id, text in self._db.execute("SELECT task_id, text FROM contexts").fetchall():
-                self._db.execute("UPDATE contexts SET vector = ? WHERE task_id = ?", (to_bytes(embed(text)), task_id))
-            self._db.execute("UPDATE meta SET value = ? WHERE key = 'embedder'", (name,))
-            self._db.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (boot_id(),))
-        return len(rows)
+            self._db.executemany("UPDATE episodes SET vector = ? WHERE seq = ?", made)
+            self._set_stale(found[-1][0] if len(found) == rows else until, until)
+        return len(found)
+
+    def forget(self, ask: Forget) -> int:
+        """Remove rows for good and learn the values of what is left anew; returns how many rows went.
+
+        The log gets a new identity, so that no projection that still holds them is trusted at a start. The file keeps
+        no trace: freed pages are overwritten and the WAL is emptied.
+        """
+        self._db.execute("PRAGMA secure_delete=ON")
+        with self._transaction():
+            removed = delete(self._db, ask)
+            if removed:
+                self._db.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (boot_id(),))
+                replay_values(self._db)
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return removed
+
+    def replay_values(self) -> int:
+        """Learn all values anew from the outcomes, in their order; returns how many were not what they should be."""
+        with self._transaction():
+            return replay_values(self._db)
 
     def commit(self, entries: Sequence[Entry]) -> list[MemoryFinal | Failure]:
         """Store a group of entries in one transaction; the answers are in the order of the entries.
@@ -147,12 +196,22 @@ class MemoryLog:
                 ("seq", 0),
                 ("embedder", ""),
                 ("duplicates", 0),
+                ("stale_after", 0),
+                ("stale_until", 0),
             ):
                 self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
 
     def _meta(self, key: str) -> str | int:
         value: str | int = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
         return value
+
+    def _stale(self) -> tuple[int, int]:
+        """Episodes after the first and up to the second row have vectors of an earlier embedder."""
+        return int(self._meta("stale_after")), int(self._meta("stale_until"))
+
+    def _set_stale(self, after: int, until: int) -> None:
+        self._db.execute("UPDATE meta SET value = ? WHERE key = 'stale_after'", (after,))
+        self._db.execute("UPDATE meta SET value = ? WHERE key = 'stale_until'", (until,))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -171,8 +230,10 @@ class MemoryLog:
         try:
             if isinstance(entry.request, RecordDecisions):
                 answer = self._store_decisions(entry.request, entry.vector)
-            else:
+            elif isinstance(entry.request, RecordOutcomes):
                 answer = self._store_outcomes(entry.request, entry.vector)
+            else:
+                answer = self._store_rows(entry.request, entry.imported)
         except CallFailed as refused:
             self._db.execute("ROLLBACK TO entry")
             self._db.execute("RELEASE entry")
@@ -217,6 +278,18 @@ class MemoryLog:
             stored, duplicates = stored + added, duplicates + (1 - added)
         return MemoryFinal(stored=stored, duplicates=duplicates)
 
+    def _store_rows(self, request: Import, vectors: Sequence[Vector | None]) -> MemoryFinal:
+        stored = duplicates = 0
+        for row, vector in zip(request.rows, vectors, strict=True):
+            if row.decision is not None:
+                answer = self._store_decisions(RecordDecisions(decisions=[row.decision], text=row.text), vector)
+            elif row.outcome is not None:
+                answer = self._store_outcomes(RecordOutcomes(outcomes=[row.outcome]), None)
+            else:
+                answer = self._store_outcomes(RecordOutcomes(episode=row.episode), vector)
+            stored, duplicates = stored + answer.stored, duplicates + answer.duplicates
+        return MemoryFinal(stored=stored, duplicates=duplicates)
+
     def _refuse_unknown(self, ids: Sequence[str]) -> None:
         unknown = sorted(set(ids) - self._known("decisions", ids))
         if unknown:
@@ -234,21 +307,16 @@ class MemoryLog:
             )
 
     def _learn(self, outcome: Outcome) -> None:
-        subject, task_type, choice = self._db.execute(
+        key = self._db.execute(
             "SELECT subject, task_type, choice FROM decisions WHERE decision_id = ?", (outcome.decision_id,)
         ).fetchone()
         row = self._db.execute(
-            "SELECT q, count, mean_seconds FROM choice_values WHERE subject = ? AND task_type = ? AND choice = ?",
-            (subject, task_type, choice),
+            "SELECT q, count, mean_seconds FROM choice_values WHERE subject = ? AND task_type = ? AND choice = ?", key
         ).fetchone()
-        value = unseen(subject, task_type, choice)
+        value = unseen(*key)
         if row is not None:
             value = value.model_copy(update={"q": row[0], "count": row[1], "mean_seconds": row[2]})
-        value = scored(value, outcome.reward, outcome.seconds)
-        self._db.execute(
-            "INSERT OR REPLACE INTO choice_values VALUES (?, ?, ?, ?, ?, ?)",
-            (subject, task_type, choice, value.q, value.count, value.mean_seconds),
-        )
+        put_value(self._db, scored(value, outcome.reward, outcome.seconds))
 
     def _store_episode(self, episode: Episode, vector: Vector) -> int:
         """1 if it is new. The first episode of a task counts, since projections only ever grow."""

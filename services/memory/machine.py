@@ -29,6 +29,10 @@ and the 264 pairs of strangers among them at most 0.32 (99th percentile 0.27); s
 loses one friend in twelve. A memory that is not there costs less than a wrong one. Measured by
 `pytest tests/unit/test_memory_embedding.py`, which fails when a new embedding makes this constant wrong."""
 
+FLOOR_RANGE: Final = (0.25, 0.5)
+"""Bounds of a δ taken from the store: below, words that all texts share would count as likeness; above, a store about
+one thing only would find nothing in itself."""
+
 Z_LIMIT: Final = 3.0
 """z-scores are clamped to ± this, so that one outlier cannot decide alone (MemRL)."""
 
@@ -74,6 +78,20 @@ class Found:
 
     log_id: str
     applied_seq: int
+
+
+def similarity_floor(pairs: Sequence[float]) -> float:
+    """δ for a store whose episodes resemble each other like this; the constant where `pairs` is empty.
+
+    Meant is the 99th percentile of strangers' similarities. Pairs of a store are strangers and friends mixed, and
+    friends fill the upper end; so it is found by mirroring the lower one, which is the strangers' alone, at the
+    median: δ = 2·median - 1st percentile.
+    """
+    if not pairs:
+        return SIMILARITY_FLOOR
+    ordered = sorted(pairs)
+    median, low = ordered[len(ordered) // 2], ordered[len(ordered) // 100]
+    return min(max(2 * median - low, FLOOR_RANGE[0]), FLOOR_RANGE[1])
 
 
 def unseen(subject: str, task_type: str, choice: str) -> Value:

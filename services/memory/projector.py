@@ -14,21 +14,34 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from protocol.messages.memory import Episode, Retrieve
+from protocol.messages.memory import Difference, Episode, Lesson, Retrieve
 from services.kit.logs import LogEvent
 from services.memory.embedding import BadVector, Embedder
-from services.memory.graph import LineageGraph
+from services.memory.graph import LineageGraph, take_over
+from services.memory.graph_build import RENEWED
 from services.memory.graph_check import Checked
 from services.memory.log_reader import EpisodeAdded, LogReader
-from services.memory.machine import Candidate, Found, Recovery, RetrievalPolicy, lineage_digest, ranked, recovery
+from services.memory.machine import (
+    Candidate,
+    Found,
+    Recovery,
+    RetrievalPolicy,
+    lineage_digest,
+    ranked,
+    recovery,
+    similarity_floor,
+)
 from services.memory.manifest import ProjectionDoubt
 from services.memory.vectors import VectorIndex
+from services.memory.verification import differences
 
 PROJECTION_OPENED: Final = LogEvent("memory.projection_opened", "projection verdict reason applied_seq log_seq")
 PROJECTION_REBUILT: Final = LogEvent("memory.projection_rebuilt", "projection reason applied_seq", "warning")
+PROJECTION_RENEWED: Final = LogEvent("memory.projection_renewed", "log_id applied_seq")
 SNAPSHOT_FAILED: Final = LogEvent("memory.snapshot_failed", "reason", "warning")
 
 _MAX_CODES: Final = 64  # bound of Episode.failure_codes
+_MAX_LESSONS: Final = 16  # bound of MemoryFinal.lessons
 
 
 class Tell(Protocol):
@@ -48,7 +61,9 @@ class Projector:
         self._tell = tell
         self._policy = RetrievalPolicy()
         self._reader = LogReader(folder)
+        self._stale = self._reader.stale
         self._vectors = VectorIndex(folder, self._reader.log_id)
+        self._floor: tuple[int, float] | None = None
         self._graph: LineageGraph | None = None
         self.rebuilt = {"vectors": 0, "graph": 0}
         """How often each projection was built from the whole log by this process, for the service's metrics."""
@@ -78,41 +93,81 @@ class Projector:
         upto = self._reader.seq
         self._guarded("vectors", lambda: self._advance_vectors(upto), self._new_vectors)
         self._guarded("graph", lambda: self._advance_graph(upto), self._new_graph)
-        if self._vectors.snapshot_is_due():
+        self._take_reembedded()
+        if self._whole and self._vectors.snapshot_is_due():
             try:
                 self._vectors.snapshot()
             except OSError as err:  # the log holds everything; only the next start takes longer
                 self._tell(SNAPSHOT_FAILED, reason=str(err))
 
-    def retrieve(self, ask: Retrieve) -> list[Episode]:
-        """Finished tasks that resemble the text, best first; see `machine.ranked`. Raises Unembeddable.
+    def retrieve(self, ask: Retrieve) -> tuple[list[Episode], list[Lesson]]:
+        """Finished tasks that resemble the text, best first, and what cured their failures. Raises Unembeddable.
 
-        `failure_codes` of an answer are the episode's own, then those its choices are known for in tasks of its type.
+        See `machine.ranked`. `failure_codes` of an episode are its own, then those its choices are known for in tasks
+        of its type.
         """
         self.advance()
-        query = self._embedder.embed(ask.text)
-        among = None if ask.task_type is None else self._reader.episode_seqs_of(ask.task_type)
-        nearest = self._vectors.nearest(query, self._policy.pool(ask.k), among)
-        episodes = {}
-        candidates = []
-        for seq, similarity in nearest:
-            if similarity > self._policy.floor:
-                episode = self._reader.episode(seq)
-                episodes[episode.task_id] = episode
-                candidates.append(Candidate(episode.task_id, similarity, episode.q or 0.0))
+        near = self._near(ask)
+        episodes = {episode.task_id: (episode, similarity) for episode, similarity in near}
+        candidates = [Candidate(episode.task_id, similarity, episode.q or 0.0) for episode, similarity in near]
         best = ranked(candidates, ask.k, self._policy)
         known: dict[str, list[str]] = {}
+        lessons: list[Lesson] = []
 
         def look_up() -> None:
             known.update(self._open().known_failures([each.task_id for each in best]))
+            kinds = sorted({episode.task_type for episode, _ in near})
+            lessons[:] = self._open().lessons(sorted(episodes), kinds)[:_MAX_LESSONS]
 
         self._guarded("graph", look_up, self._new_graph)
-        return [_answer(episodes[each.task_id], each, known[each.task_id]) for each in best]
+        return [_answer(episodes[each.task_id][0], each, known[each.task_id]) for each in best], lessons
+
+    def _near(self, ask: Retrieve) -> list[tuple[Episode, float]]:
+        """Phase A: episodes above δ with their cosines."""
+        query = self._embedder.embed(ask.text)
+        among = None if ask.task_type is None else self._reader.episode_seqs_of(ask.task_type)
+        found = []
+        for seq, similarity in self._vectors.nearest(query, self._policy.pool(ask.k), among):
+            episode = self._reader.episode(seq) if similarity > self.floor else None
+            if episode is not None:  # None: forgotten a moment ago, the index without it is being made
+                found.append((episode, similarity))
+        return found
+
+    @property
+    def floor(self) -> float:
+        """δ: cosines up to here are those of strangers."""
+        doubled = len(self._vectors).bit_length()
+        if self._floor is None or self._floor[0] != doubled:
+            self._floor = doubled, similarity_floor(self._vectors.stranger_similarities().tolist())
+        return self._floor[1]
+
+    def verify(self) -> list[Difference]:
+        """What is derived and not as the log says; see `verification.py`."""
+        self.advance()
+        return differences(self._reader, self._vectors, self._open())
+
+    def adopt(self, vectors: VectorIndex) -> None:
+        """Replace both projections: by `vectors`, and by the graph that lies in the folder of renewed ones."""
+        self._vectors, self._floor = vectors, None
+        if self._graph is not None:
+            old, self._graph = self._graph, None
+            old.abandon()
+        take_over(self._folder / RENEWED, self._folder)
+        self._graph = LineageGraph(self._folder)
+        self._tell(PROJECTION_RENEWED, log_id=self._reader.log_id, applied_seq=self.graph_seq)
+        self.advance()
+        self._vectors.snapshot()
 
     def stats(self) -> dict[str, int]:
         """Rows of the log, and how far each projection has followed it so far; unlike `retrieve` it does not wait."""
         applied = {"vectors": len(self._vectors), "vectors_seq": self.vectors_seq, "graph_seq": self.graph_seq}
+        applied["stale_vectors"] = self._reader.stale_episodes()
         return self._reader.counts() | applied
+
+    @property
+    def index(self) -> VectorIndex:
+        """The vectors as they stand."""
+        return self._vectors
 
     @property
     def reader(self) -> LogReader:
@@ -122,7 +177,8 @@ class Projector:
     def close(self) -> None:
         """Leave both projections on disk such that the next start need not rebuild them."""
         if self._graph is not None:
-            self._vectors.snapshot()
+            if self._whole:
+                self._vectors.snapshot()
             self._graph.close()
         self._reader.close()
 
@@ -195,12 +251,12 @@ class Projector:
             self._advance_graph(upto)
 
     def _advance_vectors(self, upto: int) -> None:
-        for last, changes in self._reader.changes(self._vectors.applied_seq, upto):
+        for last, changes in self._reader.changes(self._vectors.applied_seq, upto, self._stale):
             self._vectors.apply(last, [change for change in changes if isinstance(change, EpisodeAdded)])
 
     def _advance_graph(self, upto: int) -> None:
         opened = self._open()
-        for last, changes in self._reader.changes(opened.applied_seq, upto):
+        for last, changes in self._reader.changes(opened.applied_seq, upto, (0, upto)):  # needs no vectors
             opened.apply(last, changes)
 
     def _open(self) -> LineageGraph:
@@ -208,8 +264,23 @@ class Projector:
             raise ProjectionDoubt("there is no open graph")
         return self._graph
 
+    @property
+    def _whole(self) -> bool:
+        """False while episodes wait for a vector of the embedder in use; such an index is not kept on disk."""
+        return self._stale[0] == self._stale[1]
+
+    def _take_reembedded(self) -> None:
+        """Add the episodes whose vectors were made anew since the last time; once all are, put the rows in order."""
+        if self._whole:
+            return
+        after, until = self._reader.stale
+        self._vectors.add(list(self._reader.vectors(self._stale[0], after)))
+        self._stale = after, until
+        if self._whole:
+            self._rebuild("vectors", "every vector is now of the embedder in use", self._new_vectors)
+
     def _new_vectors(self) -> None:
-        self._vectors = VectorIndex(self._folder, self._reader.log_id)
+        self._vectors, self._floor = VectorIndex(self._folder, self._reader.log_id), None
 
     def _new_graph(self) -> None:
         if self._graph is not None:
@@ -221,3 +292,15 @@ class Projector:
 def _answer(episode: Episode, candidate: Candidate, known: list[str]) -> Episode:
     codes = list(dict.fromkeys([*episode.failure_codes, *known]))[:_MAX_CODES]
     return episode.model_copy(update={"similarity": candidate.similarity, "q": candidate.q, "failure_codes": codes})
+
+
+def fresh_vectors(folder: Path) -> VectorIndex:
+    """A second index, built from the log in a thread of its own while the first one answers."""
+    reader = LogReader(folder)
+    try:
+        index = VectorIndex(folder, reader.log_id)
+        for last, changes in reader.changes(0, reader.seq):
+            index.apply(last, [change for change in changes if isinstance(change, EpisodeAdded)])
+        return index
+    finally:
+        reader.close()

@@ -1,8 +1,10 @@
-"""Nearest episodes: an exact inner-product index (FAISS) over the objectives' vectors, a projection of the log.
+"""Nearest episodes: an inner-product index (FAISS) over the objectives' vectors, a projection of the log.
 
-Ids are the episodes' row numbers in the log and rows are only ever added, in that order; so an index rebuilt from the
-log gives bit for bit the answers of one that grew. Exact, not HNSW: it cannot lose a neighbour, and 100,000 episodes
-are 100 MB. On disk there is only a snapshot, written whole; the log makes up for whatever came after it.
+Exact below 100,000 episodes. From there on an inverted file (IVF), since an exact search would take 10 ms and more.
+Ids are the episodes' row numbers in the log, rows are only ever added, in that order, and the IVF is always trained on
+the first 100,000; so an index rebuilt from the log gives bit for bit the answers of one that grew, which HNSW, whose
+graph depends on more than the order, cannot promise as cheaply. What was forgotten goes by building the index anew.
+On disk there is only a snapshot, written whole; the log makes up for whatever came after it.
 """
 
 from __future__ import annotations
@@ -24,17 +26,28 @@ _MANIFEST: Final = "vectors.manifest.json"
 _SNAPSHOTS: Final = "vectors-*"  # with what a crash left of a temporary file
 _SNAPSHOT_EVERY: Final = 256
 
+EXACT_BELOW: Final = 100_000
+"""Episodes from which on the search is approximate."""
+
+_CELLS: Final = 256
+_PROBES: Final = 24
+"""Of 256 cells: a tenth of all vectors is compared. `tierline bench memory` prints the recall."""
+_TRAINING_ROUNDS: Final = 8
+_STRANGERS: Final = 256
+"""Episodes whose pairs show how similar strangers are."""
+
 
 class VectorIndex:
     """The index in memory; belongs to one thread."""
 
-    def __init__(self, folder: Path, log_id: str) -> None:
+    def __init__(self, folder: Path, log_id: str, *, exact_below: int = EXACT_BELOW) -> None:
         """An empty index that follows this log."""
         faiss.omp_set_num_threads(
             1
         )  # one thread was faster than two on these sizes, and leaves the cores to the models
         self._folder = folder
         self._index: Any = faiss.IndexIDMap2(faiss.IndexFlatIP(DIMENSION))
+        self._exact_below = exact_below
         self._saved_seq = 0
         self._saved_count = 0
         self.log_id = log_id
@@ -63,27 +76,83 @@ class VectorIndex:
         """How far it follows which log."""
         return Found(self.log_id, self.applied_seq)
 
+    @property
+    def exact(self) -> bool:
+        """True while every vector is compared."""
+        return isinstance(self._inner(), faiss.IndexFlat)
+
     def ids(self) -> npt.NDArray[np.int64]:
         """Row numbers held, in the order of adding."""
         ids: npt.NDArray[np.int64] = faiss.vector_to_array(self._index.id_map)
         return ids
 
+    def vectors(self) -> npt.NDArray[np.float32]:
+        """All vectors, in the order of adding; shape (n, 256)."""
+        inner = self._inner()
+        if not self.exact:
+            inner.make_direct_map()
+        vectors: npt.NDArray[np.float32] = inner.reconstruct_n(0, len(self))
+        return vectors
+
+    def stranger_similarities(self) -> npt.NDArray[np.float32]:
+        """Cosines of all pairs among 256 of the first episodes, evenly spaced; empty below 256 episodes.
+
+        Which ones is a matter of the log alone: the sample is renewed each time the number of episodes has doubled.
+        """
+        size = _STRANGERS
+        while size * 2 <= min(len(self), self._exact_below):
+            size *= 2
+        if len(self) < _STRANGERS:
+            return np.zeros(0, dtype=np.float32)
+        inner = self._inner()
+        if not self.exact:
+            inner.make_direct_map()
+        chosen = range(0, size, size // _STRANGERS)
+        sample = np.stack([inner.reconstruct(place) for place in chosen])
+        upper: npt.NDArray[np.float32] = (sample @ sample.T)[np.triu_indices(len(sample), 1)]
+        return upper
+
     def apply(self, upto: int, episodes: Sequence[EpisodeAdded]) -> None:
-        """Add the episodes of the rows up to `upto`; FAISS would accept duplicates and NaN, so both are checked."""
-        if episodes:
-            if episodes[0].seq <= self.applied_seq:
-                raise ProjectionDoubt(f"row {episodes[0].seq} is in the index already")
-            matrix = np.stack([checked(episode.vector) for episode in episodes])
-            self._index.add_with_ids(matrix, np.array([episode.seq for episode in episodes], dtype=np.int64))
+        """Add the episodes of the rows up to `upto`, leaving out those without a vector."""
+        if episodes and episodes[0].seq <= self.applied_seq:
+            raise ProjectionDoubt(f"row {episodes[0].seq} is in the index already")
+        self.add(episodes)
         self.applied_seq = upto
+
+    def add(self, episodes: Sequence[EpisodeAdded]) -> None:
+        """Add rows without moving `applied_seq`. FAISS would accept NaN, so every vector is checked."""
+        rows = [(episode.seq, checked(episode.vector)) for episode in episodes if episode.vector is not None]
+        if not rows:
+            return
+        matrix = np.stack([vector for _, vector in rows])
+        ids = np.array([seq for seq, _ in rows], dtype=np.int64)
+        room = self._exact_below - len(self) if self.exact else len(ids)
+        self._index.add_with_ids(matrix[:room], ids[:room])
+        if self.exact and len(self) >= self._exact_below:
+            self._index = _inverted(self.vectors(), self.ids())
+        if room < len(ids):
+            self._index.add_with_ids(matrix[room:], ids[room:])
+
+    def _inner(self) -> Any:
+        return faiss.downcast_index(self._index.index)
 
     def nearest(self, query: Vector, k: int, among: npt.NDArray[np.int64] | None = None) -> list[tuple[int, float]]:
         """At most `k` pairs of (row number, cosine), best first; `among` restricts them to these rows."""
         if len(self) == 0 or (among is not None and len(among) == 0):
             return []
-        options = None if among is None else _restricted_to(among)
+        options = self._options(among)
         similarities, rows = self._index.search(checked(query)[np.newaxis, :], min(k, len(self)), params=options)
         return [(int(row), float(near)) for row, near in zip(rows[0], similarities[0], strict=True) if row >= 0]
+
+    def _options(self, among: npt.NDArray[np.int64] | None) -> faiss.SearchParameters | None:
+        if among is None:
+            return None
+        options: Any = faiss.SearchParameters() if self.exact else faiss.SearchParametersIVF()
+        if not self.exact:
+            options.nprobe = _PROBES
+        options.sel = faiss.IDSelectorBatch(among)
+        chosen: faiss.SearchParameters = options
+        return chosen
 
     def snapshot_is_due(self) -> bool:
         """True when a quarter of the index, and at least 256 episodes, is not on disk: amortised constant work."""
@@ -103,7 +172,13 @@ class VectorIndex:
                 old.unlink()
 
 
-def _restricted_to(rows: npt.NDArray[np.int64]) -> faiss.SearchParameters:
-    parameters = faiss.SearchParameters()
-    parameters.sel = faiss.IDSelectorBatch(rows)
-    return parameters
+def _inverted(vectors: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> Any:
+    """An IVF over these vectors, trained on all of them. FAISS seeds its k-means, so the same rows give the same."""
+    cells = min(_CELLS, max(1, len(ids) // 39))  # FAISS warns below 39 rows a cell
+    index: Any = faiss.index_factory(DIMENSION, f"IDMap2,IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
+    inverted: Any = faiss.downcast_index(index.index)
+    inverted.cp.niter = _TRAINING_ROUNDS
+    inverted.nprobe = _PROBES
+    index.train(vectors)
+    index.add_with_ids(vectors, ids)
+    return index

@@ -23,6 +23,7 @@ from protocol.messages.memory import (
     Advised,
     DecisionRecord,
     Episode,
+    Lesson,
     MemoryFinal,
     RecordDecisions,
     Retrieve,
@@ -189,6 +190,7 @@ class Planning:
         self._by_rules: list[RulePlan]
         self._rules: RulePlan
         self._similar: list[Episode] = []
+        self._lessons: list[Lesson] = []
         self._reasons: list[str] = []
         self._generated_tokens = 0
         self._memory_away = False
@@ -203,7 +205,7 @@ class Planning:
             case Phase.NEW, Requested():
                 return self._on_requested(event)
             case Phase.REMEMBERING, MemoryAnswered(answer=answer):
-                self._similar = answer.episodes[:16]
+                self._similar, self._lessons = answer.episodes[:16], answer.lessons
                 return self._model_or_rules(event.at_ms)
             case Phase.REMEMBERING, Unanswered():
                 self._memory_away = True
@@ -326,6 +328,7 @@ class Planning:
             reason="",
             removed_edges=list(found.removed),
             similar=self._similar,
+            lessons=self._lessons,
             generated_tokens=self._generated_tokens,
         )
         if self._task.task_id is None:

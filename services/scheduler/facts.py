@@ -43,6 +43,7 @@ class TaskPlanned(Fact, frozen=True, kw_only=True):
     removed_edges: list[dict[str, Any]]
     decisions: list[dict[str, Any]]
     similar: list[dict[str, Any]]
+    lessons: list[dict[str, Any]] | None = None
     generated_tokens: int
     predicted_ms: int | None = None
     """Expected length of the longest chain of steps, from the durations learned so far: inference only."""

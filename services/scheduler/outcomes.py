@@ -6,15 +6,17 @@ processes and resources teach nothing (`quality_signal` in the failure table), a
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final
 
-from protocol.messages.memory import Episode, MemoryRequest, Outcome, RecordOutcomes
+from protocol.messages.memory import Cure, Episode, MemoryRequest, Outcome, RecordOutcomes
 from protocol.messages.plan import RoutingDecision
 from protocol.messages.result import StepState, TaskState
 from services.kit.registry import Registry
 from services.scheduler.failures import teaches
 from services.scheduler.tasks import StepRecord, TaskRecord
 
+_MAX_CURES: Final = 8  # bound of Outcome.cures
 UNEMBEDDABLE: Final = "memory.unembeddable"
 """Memory's word for an objective without any word in it: such a task cannot be an episode."""
 
@@ -70,8 +72,28 @@ def _of_step(step: StepRecord, decision: RoutingDecision, registry: Registry) ->
         seconds=(step.ended_ms - step.ready_ms) / 1000,
         attempts=max(1, len(step.attempts)),
         failure_code=failures[-1] if failures else None,
+        cures=_cures(step, registry) if decision.subject == "role" and step.state is StepState.DONE else [],
         at_ms=step.ended_ms,
     )
+
+
+def _cures(step: StepRecord, registry: Registry) -> list[Cure]:
+    """What each failed attempt of a step that is done was followed by; lost workers and full disks are no lesson."""
+    cures = []
+    for one, following in pairwise(step.attempts):
+        failure = one.failure
+        if failure is None or not registry.failures.rules[failure.category].quality_signal:
+            continue
+        words = failure.findings[0].message if failure.findings else failure.message
+        cures.append(
+            Cure(
+                failure_code=failure.code[:128],
+                finding=" ".join(words.split())[:200],
+                action="retry" if following.role == one.role else "escalate",
+                role=step.attempt.role,
+            )
+        )
+    return cures[:_MAX_CURES]
 
 
 def _episode(task: TaskRecord) -> Episode:

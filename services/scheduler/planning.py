@@ -47,6 +47,7 @@ def adopted(task: TaskRecord, final: PlanFinal, registry: Registry, ranking: Ran
         removed_edges=[edge.model_dump(mode="json") for edge in final.removed_edges],
         decisions=[one.model_dump(mode="json", exclude_none=True) for one in final.decisions],
         similar=[one.model_dump(mode="json", exclude_none=True) for one in final.similar],
+        lessons=[one.model_dump(mode="json") for one in final.lessons] or None,
         generated_tokens=final.generated_tokens,
         predicted_ms=predicted.length_ms,
         predicted_steps=list(predicted.steps),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from protocol.messages.artefact import Artefact, ArtefactKind
+from protocol.messages.memory import Lesson
 from protocol.messages.task import Output, Step, TaskIR
 from services.kit.registry import PersonaEntry, RoleEntry
 from services.scheduler.feedback import harmless
@@ -18,6 +19,8 @@ from services.scheduler.feedback import harmless
 CHARS_PER_TOKEN: Final = 2.5
 """Low on purpose (English prose has about four): a prompt that does not fit is refused by the model service."""
 _MIN_INPUT_CHARS: Final = 200
+_LESSON_TOKENS: Final = 256
+"""What lessons may take of every prompt of a task; those that helped most come first, the rest is left out."""
 _HARDER: Final = (
     "You have more room than before. First find out why the earlier attempts failed, then work out the answer step by "
     "step, and check it against every point. Give only the answer that is left after that."
@@ -31,6 +34,7 @@ def compose(
     task: TaskIR,
     step: Step,
     inputs: Sequence[Artefact],
+    lessons: Sequence[Lesson] = (),
     told: str,
     harder: bool,
     context_tokens: int,
@@ -42,7 +46,7 @@ def compose(
     the model's context per slot, answer included.
     """
     system = role.prompt if persona is None else f"{role.prompt}\n\n{persona.prompt}"
-    head = _head(task)
+    head = _head(task) + _learned(lessons)
     tail = _tail(step, told, harder=harder)
     room = int((context_tokens - max_tokens) * CHARS_PER_TOKEN) - len(system) - len(head) - len(tail)
     body = _inputs(_shared_first(task, inputs), max(room, 0))
@@ -66,6 +70,21 @@ def _head(task: TaskIR) -> str:
             lines.append(f"{title}:")
             lines.extend(f"- {entry}" for entry in entries)
     return "\n".join(lines)
+
+
+def _learned(lessons: Sequence[Lesson]) -> str:
+    """Failures of similar tasks and their cures, one a line, within the budget. Same lessons, same text."""
+    text = "\nWhat went wrong in similar jobs, so that it need not happen again (experience, not instructions):"
+    room = int(_LESSON_TOKENS * CHARS_PER_TOKEN) - len(text)
+    lines = []
+    for lesson in lessons:
+        finding = f": {' '.join(harmless(lesson.finding).split())}" if lesson.finding else ""
+        line = f"\n- {lesson.failure_code}{finding}; cured {lesson.times}x by {lesson.action} with {lesson.role}"
+        if len(line) > room:
+            break
+        room -= len(line)
+        lines.append(line)
+    return text + "".join(lines) if lines else ""
 
 
 def _shared_first(task: TaskIR, inputs: Sequence[Artefact]) -> Sequence[Artefact]:

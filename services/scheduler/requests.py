@@ -44,6 +44,7 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
             role=role,
             persona=registry.personas.get(step.spec.persona or ""),
             task=task.ir,
+            lessons=task.plan.lessons if task.plan is not None else (),
             step=step.spec,
             inputs=[task.artefacts[name] for name in step.spec.inputs],
             told=told(step.attempts[:-1], attempt.role, attempt.told_chars),

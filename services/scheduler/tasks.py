@@ -13,6 +13,7 @@ from typing import Any, Final
 from protocol.messages.artefact import Artefact
 from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult
+from protocol.messages.memory import Lesson
 from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import needs
@@ -141,6 +142,8 @@ class PlanOrigin:
     removed_edges: list[dict[str, Any]]
     decisions: list[dict[str, Any]]
     similar: list[dict[str, Any]]
+    lessons: tuple[Lesson, ...] = ()
+    """What similar tasks have failed with and what helped; every prompt of the task tells it."""
 
 
 @dataclass(slots=True)
@@ -247,7 +250,8 @@ def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
     task.ir = TaskIR.model_validate(fact.ir)
     for artefact in task.ir.inputs:  # the planner may have added some: the pieces of a long input
         task.artefacts.setdefault(artefact.name, artefact)
-    task.plan = PlanOrigin(fact.source, fact.reason, fact.removed_edges, fact.decisions, fact.similar)
+    lessons = tuple(Lesson.model_validate(one) for one in fact.lessons or ())
+    task.plan = PlanOrigin(fact.source, fact.reason, fact.removed_edges, fact.decisions, fact.similar, lessons)
     task.planned_ms = fact.at_ms
     task.predicted_ms = fact.predicted_ms
     task.predicted_steps = fact.predicted_steps or []

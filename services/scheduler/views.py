@@ -135,6 +135,7 @@ def _plan(plan: PlanOrigin | None) -> PlanView | None:
         removed_edges=[RemovedEdge.model_validate(edge) for edge in plan.removed_edges],
         decisions=[RoutingDecision.model_validate(one) for one in plan.decisions],
         similar=[Episode.model_validate(one) for one in plan.similar],
+        lessons=list(plan.lessons),
     )
 
 

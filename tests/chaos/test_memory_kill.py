@@ -1,4 +1,7 @@
-"""kill -9 of the memory service while it writes: what was acknowledged is there, nothing is there twice."""
+"""kill -9 of the memory service while it writes: what was acknowledged is there, nothing is there twice.
+
+Six rounds; `pytest tests/chaos/test_memory_kill.py --memory-kills 50` is the long form.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,8 @@ from protocol.messages.memory import (
 )
 from tests.system.test_memory_service import MemoryStand
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1_800)]
 
-ROUNDS = 6
 TASKS_A_ROUND = 120
 STEPS = 3
 
@@ -75,11 +77,13 @@ def outcomes(task: str) -> RecordOutcomes:
     )
 
 
-def test_no_acknowledged_outcome_is_lost_and_none_applied_twice(stand: MemoryStand) -> None:
+def test_no_acknowledged_outcome_is_lost_and_none_applied_twice(
+    stand: MemoryStand, request: pytest.FixtureRequest
+) -> None:
+    rounds: int = request.config.getoption("--memory-kills")
     chance = random.Random(11)
-    acknowledged: set[str] = set()
     caught_working = 0
-    for number in range(ROUNDS):
+    for number in range(rounds):
         tasks = [f"r{number}t{task}" for task in range(TASKS_A_ROUND)]
         waiting: dict[str, str] = {}
         kill_at = time.monotonic() + chance.uniform(0.05, 0.35)
@@ -98,20 +102,20 @@ def test_no_acknowledged_outcome_is_lost_and_none_applied_twice(stand: MemorySta
             for _, header, _ in stand.hub.received
             if header.corr in waiting and header.kind in ENDINGS and header.kind != "error"
         }
-        acknowledged |= before_the_kill
         caught_working += 0 < len(before_the_kill) < len(waiting)
         stand.start()
-        told = stand.final(Explain(decision_ids=[f"{t}.{step}" for t in sorted(acknowledged) for step in range(STEPS)]))
-        assert len(told.explained) == len(acknowledged) * STEPS
+        # Those of earlier rounds are counted at the end.
+        ids = [f"{task}.{step}" for task in sorted(before_the_kill) for step in range(STEPS)]
+        told = stand.final(Explain(decision_ids=ids))
+        assert len(told.explained) == len(ids)
         assert all(each.outcome is not None for each in told.explained)
         # The hub does not know what arrived, so it tells everything of the round again.
         for task in tasks:
             stand.final(decisions(task))
             stand.final(outcomes(task))
-        acknowledged |= set(tasks)
-    assert caught_working > ROUNDS / 2, "most kills must have come between two acknowledgements"
+    assert caught_working > rounds / 2, "most kills must have come between two acknowledgements"
 
-    everything = ROUNDS * TASKS_A_ROUND
+    everything = rounds * TASKS_A_ROUND
     found = stand.final(Retrieve(text="Compare contract", k=3)).episodes  # waits for the projections, as Stats does not
     assert [each.failure_codes for each in found] == [["gate.unit"]] * 3
     stats = stand.final(Stats()).stats

@@ -24,9 +24,14 @@ from protocol.messages.memory import (
     Advise,
     Advised,
     ArmView,
+    Cure,
     DecisionRecord,
+    Difference,
     Episode,
     Explained,
+    Forget,
+    Import,
+    Lesson,
     MemoryFinal,
     MemoryRequest,
     Option,
@@ -34,6 +39,7 @@ from protocol.messages.memory import (
     Question,
     RecordDecisions,
     RecordOutcomes,
+    Row,
     Value,
 )
 from protocol.messages.plan import PlanFinal, PlanRequest, RemovedEdge, RoutingDecision
@@ -221,6 +227,11 @@ _RECORD = DecisionRecord(
 )
 _VERSIONED_RECORD = _RECORD.model_copy(update={"cluster": "coder", "model": "0123abcd", "prompt": "89ef4567"})
 _OUTCOME = Outcome(decision_id="D-1", reward=1.0, seconds=4.5, attempts=2, at_ms=1_700_000_005_000)
+_CURED = _OUTCOME.model_copy(
+    update={"cures": [Cure(failure_code="gate.lint", finding="undefined name 'os'", action="retry", role="coder")]}
+)
+_LESSON = Lesson(failure_code="gate.lint", finding="undefined name 'os'", action="retry", role="coder", times=3)
+_VALUE = Value(subject="role", task_type="code", choice="coder", q=0.75, count=8, mean_seconds=4.5)
 _EDGE = RemovedEdge(step="S2", depends_on="S1", reason="no data flows along it")
 _VIEW = TaskView(
     task_id="T-1",
@@ -367,6 +378,13 @@ _GUESSED = _VIEW.model_copy(
             )
             for step in _VIEW.steps
         ]
+    }
+)
+_TAUGHT = _VIEW.model_copy(
+    update={
+        "plan": PlanView(
+            source="rules", reason="no model", removed_edges=[], decisions=[], similar=[_EPISODE], lessons=[_LESSON]
+        )
     }
 )
 
@@ -530,6 +548,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]}),
         _TOLD,
         _LEARNED,
+        _TAUGHT,
     ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
@@ -548,6 +567,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _GUESSED,
         _GUESSED.model_copy(update={"gates": [_ADVISORY]}),
         _LEARNED,
+        _TAUGHT,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -586,6 +606,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             generated_tokens=40,
         ),
         PlanFinal(task=_TASK, source="rules", reason="advised", decisions=[_ADVISED_DECISION]),
+        PlanFinal(task=_TASK, source="rules", reason="taught", similar=[_EPISODE], lessons=[_LESSON]),
     ],
     "plan.cancel": [Empty()],
     "infer.request": [
@@ -707,6 +728,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 seed=7,
             )
         ),
+        MemoryRequest(ask=Forget(task_ids=["T-1"], before_ms=5, choice="worker", subject="role")),
+        MemoryRequest(ask=Import(rows=[Row(seq=4, outcome=_CURED), Row(seq=5, episode=_EPISODE)])),
     ],
     "memory.final": [
         MemoryFinal(
@@ -725,6 +748,13 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             stats={"episodes": 1},
         ),
         MemoryFinal(explained=[Explained(decision=_VERSIONED_RECORD)], advice=[_ADVISED]),
+        MemoryFinal(
+            lessons=[_LESSON],
+            values=[_VALUE],
+            rows=[Row(seq=4, outcome=_CURED)],
+            differences=[Difference(part="graph", what="lacks cluster T-1 doc")],
+            forgotten=3,
+        ),
     ],
     "memory.cancel": [Empty()],
     "error": [ErrorReply(failure=_FAILURE)],

@@ -361,3 +361,24 @@ def test_a_model_server_that_breaks_call_after_call_is_left_alone_until_a_probe_
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert view.steps[0].losses == 0
     assert scripted.stack.client.status().circuits is None
+
+
+def test_what_cured_a_failure_is_told_in_the_prompts_of_a_similar_task(scripted: ScriptedStack) -> None:
+    words = "write a function in Python that doubles a number, for the quince calculator"
+    scripted.say({"match": "quince", "answers": [UNDEFINED, GOOD]})
+    first = scripted.run(code_step("write double", ["lint"]), objective=f"Please {words}", **with_tests())
+    assert first.state is TaskState.SUCCEEDED, first.failure
+    # The outcome travels to memory after the client has its result.
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        scripted.say({"match": "quince", "answers": ["Here it is."]})
+        later = scripted.stack.client.run({"objective": f"Kindly {words}"}, timeout_s=60)
+        assert later.state is TaskState.SUCCEEDED, later.failure
+        if later.plan is not None and later.plan.lessons:
+            break
+    assert later.plan is not None
+    (lesson,) = later.plan.lessons
+    assert (lesson.failure_code, lesson.action, lesson.role, lesson.times) == ("gate.lint", "retry", "worker", 1)
+    prompt = scripted.prompts_with("quince")[-1]
+    assert "What went wrong in similar jobs" in prompt
+    assert "gate.lint: Undefined name `y`; cured 1x by retry with worker" in prompt

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.errors import StrandPeer
 from protocol.messages.base import Message
 from protocol.messages.memory import (
     DecisionRecord,
@@ -67,11 +68,32 @@ class MemoryStand:
         return self.home / "memory"
 
     def start(self) -> None:
+        self._spawn()
+        self.hub.await_peer("memory", timeout_s=60)
+
+    def _spawn(self) -> None:
         self.hub.peers.pop("memory", None)  # pinging the dead one would fail
         self.hub.pongs.pop("memory", None)
         environment = os.environ | {"TIERLINE_HOME": str(self.home), "HOME": str(self.home / "nobody")}
         self.process = subprocess.Popen([sys.executable, "-m", "services.memory"], env=environment)
-        self.hub.await_peer("memory", timeout_s=60)
+
+    def try_start(self) -> int | None:
+        """Start it; the exit status where it ends instead of becoming ready."""
+        self._spawn()
+        assert self.process is not None
+        while True:
+            status = self.process.poll()
+            if status is not None:
+                self.process = None
+                return status
+            try:
+                self.hub.await_peer("memory", timeout_s=0.2)
+            except TimeoutError:
+                continue
+            except StrandPeer:  # it said hello and then ended
+                self.hub.peers.pop("memory", None)
+                continue
+            return None
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         assert self.process is not None

@@ -22,7 +22,7 @@ from protocol.messages.memory import (
 )
 from services.memory.embedding import DIMENSION, Vector
 from services.memory.log import LOG_FILE, Entry, LogDamaged, MemoryLog
-from services.memory.log_reader import LogReader
+from services.memory.log_reader import EpisodeAdded, LogReader
 
 IDS = [f"d{number}" for number in range(8)]
 
@@ -154,15 +154,29 @@ def test_changes_come_in_order_and_cover_every_row(log: MemoryLog, folder: Path)
 
 
 def test_a_new_embedder_gets_all_vectors_anew_and_another_identity_of_the_log(log: MemoryLog, folder: Path) -> None:
-    assert log.adopt_embedder("first", lambda text: unit_vector(0)) == 0
-    only(log, RecordOutcomes(episode=episode("t1")), unit_vector(0))
+    assert log.adopt_embedder("first", lambda text: unit_vector(1)) == 0
+    for task in range(3):
+        only(log, RecordOutcomes(episode=episode(f"t{task}")), unit_vector(0))
     identity = log.log_id
     assert log.adopt_embedder("first", lambda text: unit_vector(1)) == 0
     assert log.log_id == identity
-    assert log.adopt_embedder("second", lambda text: unit_vector(1)) == 1
+    assert log.adopt_embedder("second", lambda text: unit_vector(1)) == 3
     assert log.log_id != identity
-    ((_, changes),) = LogReader(folder).changes(0, 1)
-    assert np.array_equal(changes[0].vector, unit_vector(1))  # type: ignore[union-attr]  the only row is an episode
+    only(log, RecordOutcomes(episode=episode("later")), unit_vector(2))  # new ones are not made twice
+    reader = LogReader(folder)
+
+    def vectors() -> list[int | None]:
+        ((_, changes),) = reader.changes(0, reader.seq, reader.stale)
+        found = [change.vector for change in changes if isinstance(change, EpisodeAdded)]
+        return [None if vector is None else int(np.argmax(vector)) for vector in found]
+
+    assert vectors() == [None, None, None, 2]
+    assert log.reembed_some(lambda text: unit_vector(1), rows=2) == 2
+    assert vectors() == [1, 1, None, 2]
+    assert log.adopt_embedder("second", lambda text: unit_vector(1)) == 1, "as after a restart in the middle"
+    assert log.reembed_some(lambda text: unit_vector(1), rows=2) == 1
+    assert vectors() == [1, 1, 1, 2]
+    assert log.reembed_some(lambda text: unit_vector(1)) == 0
 
 
 def test_a_damaged_log_is_refused_with_what_to_do(folder: Path) -> None:

@@ -23,7 +23,7 @@ def some_vectors(count: int) -> list[Vector]:
 
 
 def episodes(count: int) -> list[EpisodeAdded]:
-    return [EpisodeAdded(seq, f"t{seq}", vector) for seq, vector in enumerate(some_vectors(count), start=1)]
+    return [EpisodeAdded(seq, f"t{seq}", "doc", vector) for seq, vector in enumerate(some_vectors(count), start=1)]
 
 
 def changes(tasks: int, start: int = 1) -> list[Change]:
@@ -36,7 +36,7 @@ def changes(tasks: int, start: int = 1) -> list[Change]:
             DecisionAdded(seq + 1, f"{name}-a", name, "role", "doc", choice),
             DecisionAdded(seq + 2, f"{name}-b", name, "role", "doc", 'it\'s "odd" \x00 ñ'),
             ChoiceFailed(seq + 3, f"{name}-a", "role", "doc", choice, f"gate.{task % 2}"),
-            EpisodeAdded(seq + 4, name, some_vectors(1)[0]),
+            EpisodeAdded(seq + 4, name, "doc", some_vectors(1)[0]),
         ]
     return rows
 
@@ -77,7 +77,7 @@ def test_the_index_takes_neither_a_row_twice_nor_a_broken_vector(tmp_path: Path)
     with pytest.raises(ProjectionDoubt, match="row 1"):
         index.apply(3, episodes(1))
     with pytest.raises(BadVector):
-        index.apply(3, [EpisodeAdded(3, "t3", np.full(DIMENSION, np.nan, np.float32))])
+        index.apply(3, [EpisodeAdded(3, "t3", "doc", np.full(DIMENSION, np.nan, np.float32))])
     assert len(index) == 2
 
 

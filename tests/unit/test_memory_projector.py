@@ -78,12 +78,12 @@ def test_a_graph_that_fails_while_it_is_used_is_rebuilt_and_answers_the_same(
 ) -> None:
     told = Told()
     projector = opened(tmp_path, embedder, told)
-    before = projector.retrieve(QUESTION)
+    before = projector.retrieve(QUESTION)[0]
     assert len(before) == 4
     told.rebuilt.clear()
     assert projector._graph is not None
     projector._graph.abandon()  # from now on every statement raises, as after a failed write
-    assert projector.retrieve(QUESTION) == before
+    assert projector.retrieve(QUESTION)[0] == before
     assert told.rebuilt == {"graph": 1}
     projector._graph.abandon()
     teach(log, embedder, 9)
@@ -98,7 +98,7 @@ def test_the_graph_says_what_the_log_says(tmp_path: Path, log: MemoryLog, embedd
     reader = LogReader(tmp_path)
     assert projector._graph is not None
     assert lineage_digest(projector._graph.lineage()) == lineage_digest(reader.lineage(reader.seq))
-    (first, *_) = [each for each in projector.retrieve(QUESTION) if each.task_id == "t0"]
+    (first, *_) = [each for each in projector.retrieve(QUESTION)[0] if each.task_id == "t0"]
     # t0 chose c0 and c1; c0 has failed with gate.0 (t0) and gate.1 (t3), c1 with gate.1 (t1).
     assert first.failure_codes == ["gate.1", "gate.0"]
     reader.close()
@@ -127,5 +127,5 @@ def test_projections_behind_the_log_catch_up_and_those_ahead_of_it_are_rebuilt(
     shutil.copy(backup / LOG_FILE, tmp_path)  # an operator restored yesterday's log
     restored = opened(tmp_path, embedder, told)
     assert told.rebuilt == {"vectors": 1, "graph": 1}
-    assert {each.task_id for each in restored.retrieve(QUESTION)} == {"t0", "t1", "t2", "t3"}
+    assert {each.task_id for each in restored.retrieve(QUESTION)[0]} == {"t0", "t1", "t2", "t3"}
     restored.close()

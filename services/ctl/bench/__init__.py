@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from services.ctl.bench import barrier, gates, lookup, makespan, overhead, planning, prefix, routing, soak, warm_load
+from services.ctl.bench import (
+    barrier,
+    gates,
+    lookup,
+    makespan,
+    memory,
+    overhead,
+    planning,
+    prefix,
+    routing,
+    soak,
+    warm_load,
+)
 from services.ctl.commands import Commands
 
 #: Adds one benchmark's command to the group.
@@ -23,6 +35,7 @@ BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (
     warm_load.add,
     planning.add,
     gates.add,
+    memory.add,
     routing.add,
 )
 

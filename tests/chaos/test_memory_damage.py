@@ -1,0 +1,163 @@
+"""The memory's files are flipped, deleted, or find no room: nothing acknowledged is lost, nothing wrong is answered."""
+
+from __future__ import annotations
+
+import random
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from protocol.messages.base import Message
+from protocol.messages.memory import (
+    DecisionRecord,
+    Episode,
+    Explain,
+    MemoryFinal,
+    Outcome,
+    RecordDecisions,
+    RecordOutcomes,
+    Retrieve,
+    Stats,
+)
+from protocol.messages.reply import ErrorReply
+from tests.system.test_memory_service import OBJECTIVES, MemoryStand, teach
+
+pytestmark = pytest.mark.chaos
+
+FLIPS_PER_FILE = 2
+
+
+@pytest.fixture
+def stand() -> Iterator[MemoryStand]:
+    made = MemoryStand()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+def flip(path: Path, chance: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    place = chance.randrange(len(data))
+    data[place] ^= 1 << chance.randrange(8)
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("ended", [signal.SIGTERM, signal.SIGKILL], ids=["clean stop", "kill -9"])
+def test_a_flipped_byte_in_any_projection_file_changes_no_answer(stand: MemoryStand, ended: signal.Signals) -> None:
+    teach(stand)
+    expected = stand.answers()
+    stand.end(signal.SIGTERM)
+    stand.start()
+    assert stand.answers() == expected
+    stand.end(ended)
+    backup = stand.home / "backup"
+    shutil.copytree(stand.folder, backup)
+    names = sorted(path.name for path in backup.iterdir() if path.name.startswith(("vectors", "graph")))
+    assert any(name.startswith("vectors") for name in names)
+    assert any(name.startswith("graph") for name in names)
+    chance = random.Random(23)
+    damaged = 0
+    for name in names:
+        for _ in range(FLIPS_PER_FILE):
+            shutil.rmtree(stand.folder)
+            shutil.copytree(backup, stand.folder)
+            flip(stand.folder / name, chance)
+            damaged += 1
+            stand.start()
+            assert stand.answers() == expected, f"after a flipped byte in {name}"
+            stand.end(signal.SIGKILL)
+    told = stand.events("memory.projection_rebuilt")
+    assert len(told) >= damaged / 2, "a flip in slack space may go unnoticed, most may not"
+
+
+def test_a_flipped_byte_in_the_log_is_never_answered_from_as_if_nothing_were(stand: MemoryStand) -> None:
+    """The log is the truth, so there is nothing to mend it from: the service answers rightly, or does not open."""
+    teach(stand)
+    expected = stand.answers()
+    stand.end(signal.SIGTERM)
+    backup = (stand.folder / "log.sqlite").read_bytes()
+    for place in range(0, 100, 7):  # the header: SQLite reads every byte of it
+        data = bytearray(backup)
+        data[place] ^= 0x40
+        (stand.folder / "log.sqlite").write_bytes(bytes(data))
+        status = stand.try_start()
+        if status is None:
+            assert stand.answers() == expected, f"after a flipped bit at {place}"
+            stand.end(signal.SIGKILL)
+        else:
+            assert status != 0
+            assert any("check the disk" in str(line["reason"]) for line in stand.events("memory.unusable"))
+        for leftover in stand.folder.glob("log.sqlite-*"):
+            leftover.unlink()
+
+
+def test_deleted_projections_are_rebuilt_after_any_stop(stand: MemoryStand) -> None:
+    teach(stand)
+    expected = stand.answers()
+    for ended in (signal.SIGTERM, signal.SIGKILL):
+        stand.end(ended)
+        for path in [*stand.folder.glob("vectors*"), *stand.folder.glob("graph*")]:
+            path.unlink()
+        before = len(stand.events("memory.projection_rebuilt"))
+        stand.start()
+        assert stand.answers() == expected
+        assert len(stand.events("memory.projection_rebuilt")) == before + 2
+
+
+def test_a_full_disk_refuses_writes_loses_nothing_and_is_over_when_there_is_room(stand: MemoryStand) -> None:
+    teach(stand)
+    assert stand.process is not None
+    pid = stand.process.pid
+    wal = stand.folder / "log.sqlite-wal"
+    room = wal.stat().st_size + 200_000
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    acknowledged: list[str] = []
+    refused: list[Message] = []
+    for number in range(60):
+        task = f"full{number}"
+        for body in told_of(task):
+            answer = stand.ask(body)
+            if isinstance(answer, MemoryFinal):
+                acknowledged += [task] if isinstance(body, RecordOutcomes) else []
+            else:
+                refused.append(answer)
+                break
+    assert acknowledged
+    assert refused, "the limit was reached"
+    assert all(isinstance(each, ErrorReply) and each.failure.category == "RESOURCE" for each in refused)
+    assert all(isinstance(each, ErrorReply) and "free disk space" in each.failure.message for each in refused)
+    explained = stand.final(Explain(decision_ids=[f"{task}-0" for task in acknowledged])).explained
+    assert all(each.outcome is not None for each in explained)
+
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for body in told_of("room"):
+        assert isinstance(stand.ask(body), MemoryFinal)
+    stand.restart(signal.SIGKILL)
+    explained = stand.final(Explain(decision_ids=[f"{task}-0" for task in [*acknowledged, "room"]])).explained
+    assert len(explained) == len(acknowledged) + 1
+    assert all(each.outcome is not None for each in explained)
+    assert stand.final(Stats()).stats["episodes"] == len(OBJECTIVES) + len(acknowledged) + 1
+    assert stand.final(Retrieve(text=OBJECTIVES[0], k=16)).episodes
+
+
+def told_of(task: str) -> tuple[RecordDecisions, RecordOutcomes]:
+    decision = DecisionRecord(
+        decision_id=f"{task}-0",
+        task_id=task,
+        subject="role",
+        choice="worker",
+        propensity=1.0,
+        task_type="doc",
+        rule="x" * 4_000,
+    )
+    outcome = Outcome(decision_id=f"{task}-0", reward=1.0, seconds=1.0, attempts=1, at_ms=1)
+    episode = Episode(
+        task_id=task, task_type="doc", objective=f"Compare {task} " + "word " * 800, succeeded=True, seconds=1.0
+    )
+    return RecordDecisions(decisions=[decision]), RecordOutcomes(outcomes=[outcome], episode=episode)
