@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from services.ctl.bench import barrier, lookup, makespan, overhead, prefix, soak, warm_load
+from services.ctl.bench import barrier, inference, lookup, makespan, overhead, prefix, soak, warm_load
 from services.ctl.commands import Commands
 
 #: Adds one benchmark's command to the group.
@@ -21,6 +21,7 @@ BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (
     prefix.add,
     lookup.add,
     warm_load.add,
+    inference.add,
 )
 
 

@@ -91,21 +91,27 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     return ExitCode.OK
 
 
-def measure(pairs: int, engine: str = "auto") -> dict[str, Any]:
-    """Ratios of decoding speeds, guessing entry over plain entry, each the ratio of the medians of its pairs."""
+def measure(pairs: int, engine: str = "auto", *, decide: bool = True) -> dict[str, Any]:
+    """Ratios of decoding speeds, guessing entry over plain entry, each the ratio of the medians of its pairs.
+
+    Without `decide` nobody waits for the policy before prose is measured.
+    """
     fields = {"slots": 1, "context_tokens": 2048, "threads": decoding_threads(), "load_deadline_s": 120}
     models = {
         "front": {"tier": "A", **IDLE},
         "specialist": {"tier": "B", **demo_entry(engine, **fields)},
         "worker": {"tier": "C", **demo_entry(engine, **fields), "speculation": SPECULATION},
     }
-    with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=models) as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="tl-") as folder,
+        BareStack(Path(folder), models=models, core=("scheduler",)) as stack,
+    ):
         for model in ("specialist", "worker"):
             _ask(stack, model, _COPY, 16)
         copies = [_pair(stack, number, _COPY, _ANSWER_TOKENS) for number in range(pairs)]
         copy_mode = _figures(stack)["mode"]
         before: list[tuple[InferFinal, InferFinal]] = []
-        end = time.monotonic() + _DECIDED_S
+        end = time.monotonic() + (_DECIDED_S if decide else 0)
         while _figures(stack)["mode"] == copy_mode and time.monotonic() < end:
             before.append(_pair(stack, len(before), _prose(len(before)), _PROSE_TOKENS))
             time.sleep(1.5)  # a change of mode waits for an idle moment, and figures come with the next ping
