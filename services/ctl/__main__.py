@@ -24,6 +24,7 @@ from services.ctl import (
     status,
     tail,
     tasks,
+    tune,
 )
 from services.ctl.commands import Commands, Context, home_of
 from services.ctl.outcomes import CommandError, ExitCode
@@ -57,6 +58,7 @@ def build_parser() -> ArgumentParser:
         replay,
         journal,
         registry,
+        tune,
         bench,
     ):
         group.add(commands)

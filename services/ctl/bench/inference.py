@@ -80,7 +80,7 @@ def _engine(engine: str, runs: int, threads: int, screen: Screen, *, quick: bool
         tempfile.TemporaryDirectory(prefix="tl-") as folder,
         BareStack(Path(folder), models=models, core=("scheduler",)) as stack,
     ):
-        tokens = 8 if quick else _ANSWER_TOKENS
+        tokens = 4 if quick else _ANSWER_TOKENS
         figures: dict[str, Any] = dict(streams.measure_streams(stack, _MODEL, STREAMS, runs, tokens))
         cancels = streams.measure_cancel(stack, _MODEL, 2 if quick else _CANCELS_PER_RUN * runs)
     figures |= {f"cancel_ms_{name}": value for name, value in cancels.items()}

@@ -37,7 +37,7 @@ _CANCELLED_TOKENS: Final = 400
 _DIRECT_S: Final = 2.5
 _SEEN_FREE_S: Final = 1.3
 """The service looks at the slots once a second."""
-_LEAST_TOKENS: Final = 8
+_LEAST_TOKENS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ async def _measure(
             return found
 
         for count in streams:
-            await ask("direct", count, _LEAST_TOKENS)
+            await ask("bus", count, _LEAST_TOKENS)  # from here on every slot holds how a prompt begins
             rehearsed = await ask("bus", count, 2 * _LEAST_TOKENS)
             tokens = max(_LEAST_TOKENS, min(answer_tokens, int(rehearsed.tokens_per_s * _DIRECT_S / count)))
             taken: dict[str, list[Round]] = {"bus": [], "direct": []}
@@ -155,7 +155,11 @@ async def _measure_cancel(stack: BareStack, model: str, count: int) -> dict[str,
         for number in range(count):
             began = asyncio.Event()
             request = _request(900_000 + number, _CANCELLED_TOKENS)
-            call = asyncio.create_task(bus.infer(model, request, _CALL_S, on_partial=lambda _piece, at=began: at.set()))
+
+            def heard(_piece: InferPartial, at: asyncio.Event = began) -> None:
+                at.set()
+
+            call = asyncio.create_task(bus.infer(model, request, _CALL_S, on_partial=heard))
             await asyncio.wait_for(began.wait(), _CALL_S)
             await asyncio.sleep(0.007 * (number % 10))  # at any moment between two tokens
             if call.done():
