@@ -61,7 +61,8 @@ def models_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def scripted(models_file: Path, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
     """The entry on the scripted engine."""
-    model = write_tiny_gguf(models_file.parent.parent / "tiny.gguf")
+    heads = {"attention.head_count": 2, "attention.head_count_kv": 2}
+    model = write_tiny_gguf(models_file.parent.parent / "tiny.gguf", extra=heads)
     script = model.with_name("script.json")
     script.write_text(json.dumps({"default": SLOW_ANSWER}), encoding="utf-8")
     monkeypatch.setenv("TIERLINE_FAKE_SCRIPT", str(script))
@@ -134,7 +135,7 @@ def test_settings_that_the_registry_forbids_are_shown_with_its_rule_and_never_st
     need = memory_needs(registry.models, {"worker": read_facts(path)})["worker"]
     hardware = f"hardware:\n  cores: 1\n  memory_bytes: {need}\n"
     models_file.with_name("hardware.yaml").write_text(hardware, encoding="utf-8")
-    assert main(["tune", "worker", "--objective", "throughput", "--budget-s", "30", "--json"]) == 0
+    assert main(["tune", "worker", "--objective", "throughput", "--budget-s", "40", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = {row["settings"]["slots"]: row for row in found["measured"]}
     assert rows[1]["refused"] is None
