@@ -7,6 +7,7 @@ from; it says what the calls promise and adds the blocking `Client`.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import os
 import secrets
 import time
@@ -30,6 +31,7 @@ from protocol.messages.artefact import Artefact
 from protocol.messages.base import Message
 from protocol.messages.batch import BatchFinal, BatchPartial, BatchRequest
 from protocol.messages.failure import Category, Failure
+from protocol.messages.gate import GateFinal, GateRequest, GateResult
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.plan import PlanFinal, PlanRequest
@@ -298,6 +300,16 @@ class AsyncClient:
         """Ask the memory service, for example what is known about a decision."""
         return await self.ask("memory.request", request, MemoryFinal, timeout_s=timeout_s, dst="memory")
 
+    async def gates(
+        self, request: GateRequest, timeout_s: float, *, cores: int | None = None
+    ) -> builtins.list[GateResult]:
+        """Run gates on artefacts outside any task; results in the order asked for.
+
+        `cores` is how many its gates could use at the same time; the hub reserves one, and more if they are free.
+        """
+        final = await self.ask("gate.request", request, GateFinal, timeout_s=timeout_s, dst="gate", cores=cores)
+        return final.results
+
     async def ask(
         self,
         kind: str,
@@ -307,6 +319,7 @@ class AsyncClient:
         timeout_s: float,
         dst: str | None = None,
         key: str | None = None,
+        cores: int | None = None,
         prio: Literal["interactive", "batch"] | None = None,
         grace_s: float = 0,
         on_piece: Callable[[Message], None] | None = None,
@@ -317,7 +330,7 @@ class AsyncClient:
         Raises CallFailed, CallRefused, DeadlineExceeded.
         """
         until = time.monotonic() + timeout_s
-        with self._request(kind, body, timeout_s - grace_s, dst=dst, key=key, prio=prio) as answers:
+        with self._request(kind, body, timeout_s - grace_s, dst=dst, key=key, prio=prio, cores=cores) as answers:
             while True:
                 answer = await self._next(answers, kind, until, timeout_s)
                 if answer.ends:
@@ -336,6 +349,7 @@ class AsyncClient:
         *,
         dst: str | None = None,
         key: str | None = None,
+        cores: int | None = None,
         prio: Literal["interactive", "batch"] | None = None,
     ) -> Iterator[Pieces]:
         """An outstanding request and what is answered to it; dropped at the end."""
@@ -348,6 +362,7 @@ class AsyncClient:
             dst=dst,
             key=key or (secrets.token_hex(16) if dst is not None else None),
             deadline=_now_ms() + int(timeout_s * 1000),
+            cores=cores,
             prio=prio,
         )
         answers = Pieces()

@@ -17,6 +17,7 @@ session is and how it is mended is in `protocol.client_session`; which messages 
 from __future__ import annotations
 
 import asyncio
+import builtins
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -25,6 +26,7 @@ from typing import Any, Final, TypeVar
 from protocol.async_client import AsyncClient, default_address
 from protocol.messages.artefact import Artefact
 from protocol.messages.batch import BatchFinal, BatchPartial
+from protocol.messages.gate import GateRequest, GateResult
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.plan import PlanFinal
@@ -144,6 +146,10 @@ class Client:
     ) -> InferFinal:
         """See AsyncClient.infer; `on_partial` runs in the client's thread."""
         return self._wait(self._client.infer(model, request, timeout_s, key=key, on_partial=on_partial))
+
+    def gates(self, request: GateRequest, timeout_s: float, *, cores: int | None = None) -> builtins.list[GateResult]:
+        """See AsyncClient.gates."""
+        return self._wait(self._client.gates(request, timeout_s, cores=cores))
 
     def llm_batch(
         self,

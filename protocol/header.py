@@ -53,6 +53,8 @@ class Header(msgspec.Struct, frozen=True, gc=False):
     """Key of the call during which this call was made: it is cancelled with its parent."""
     credit: Count | None = None
     """Slots granted by the sender since its epoch began: a running total, so repeats do no harm."""
+    cores: Count | None = None
+    """On a request that the hub hands out: cores it has reserved for it. From an asker: how many could be used."""
     prio: Literal["interactive", "batch"] | None = None
     """`interactive` or `batch`."""
     trace: Trace | None = None

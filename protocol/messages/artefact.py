@@ -52,7 +52,7 @@ class Artefact(Strict):
             return f"{self.name}.json"
         if self.kind is ArtefactKind.CODE:
             return f"{self.name}{SUFFIXES.get(self.content_type or 'text/x-python', '.txt')}"
-        return f"{self.name}.md"
+        return f"{self.name}{TEXT_SUFFIXES.get(self.content_type or 'text/markdown', '.md')}"
 
 
 SUFFIXES: dict[str, str] = {
@@ -62,3 +62,10 @@ SUFFIXES: dict[str, str] = {
     "text/javascript": ".js",
 }
 """File suffix per content type of code; Python where none is given."""
+
+TEXT_SUFFIXES: dict[str, str] = {
+    "application/json": ".json",
+    "application/yaml": ".yaml",
+    "application/toml": ".toml",
+}
+"""File suffix per content type of text; Markdown where none is given."""

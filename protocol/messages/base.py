@@ -27,3 +27,8 @@ Text = Annotated[str, Field(max_length=64 * 1024)]
 
 Millis = Annotated[int, Field(ge=0)]
 """Unix time, or a duration, in milliseconds."""
+
+CheckCommand = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=4_096)]], Field(min_length=1, max_length=64)
+]
+"""A command and its arguments, never a line for a shell."""

@@ -8,7 +8,7 @@ from typing import Any, Final
 from pydantic import Field
 
 from protocol.messages.artefact import Artefact
-from protocol.messages.base import Message, Millis, Name
+from protocol.messages.base import CheckCommand, Message, Millis, Name, Text
 from protocol.messages.failure import Category, Finding
 
 MAX_CHECKED: Final = 64
@@ -36,6 +36,12 @@ class GateRequest(Message):
     """Also placed in the workspace, not judged: inputs such as the tests that came with the task."""
     json_schema: dict[str, Any] | None = None
     """For the schema gate."""
+    check_command: CheckCommand | None = None
+    """For gates that run the task's own command."""
+    objective: Text = ""
+    """For gates that a role judges: what the task is about."""
+    criteria: list[Text] = Field(default_factory=list, max_length=64)
+    """For gates that a role judges: the task's definition_of_done."""
 
 
 class GateResult(Message):
@@ -45,8 +51,12 @@ class GateResult(Message):
     verdict: Verdict
     category: Category
     """Category of its failure: the gate's own for `fail`, RESOURCE or POLICY for `error`."""
+    required: bool = True
+    """False = advisory: whatever the verdict, it fails nothing; its findings are shown to the next attempt."""
+    cached: bool = False
+    """The same files were checked before by the same gate, and this is what it said then."""
     message: str = Field(default="", max_length=4_000)
-    """Why, where the verdict is not `pass`."""
+    """Why, where the verdict is not `pass`; a judge's reasons, also where it is."""
     findings: list[Finding] = Field(default_factory=list, max_length=200)
     started_ms: Millis
     ended_ms: Millis

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
 from protocol.messages.base import Message
-from protocol.messages.memory import Episode
+from protocol.messages.memory import Advised, Episode
 from protocol.messages.task import TaskIR
+
+PlanSource: TypeAlias = Literal["client", "rules", "model"]
+"""Who made the steps of a plan."""
 
 
 class PlanRequest(Message):
@@ -41,13 +44,17 @@ class RoutingDecision(Message):
     task_type: str
     features: dict[str, float] = Field(default_factory=dict)
     """What the choice was based on, as numbers."""
+    cluster: str = Field(default="", max_length=128)
+    """Kind of work, as in DecisionRecord."""
+    advice: Advised | None = None
+    """What memory advised; given once for all steps that share it."""
 
 
 class PlanFinal(Message):
     """The planned task."""
 
     task: TaskIR
-    source: Literal["client", "rules", "model"]
+    source: PlanSource
     reason: str
     """Why this source: what was wrong with the model's plan where the rules' plan is used."""
     removed_edges: list[RemovedEdge] = Field(default_factory=list)

@@ -72,6 +72,22 @@ class Segment(Message):
     end_ms: Millis
 
 
+class Setback(Message):
+    """Work that came to nothing without a word about the answer, and what followed: no attempt was used up."""
+
+    at_ms: Millis
+    work: str
+    """`inference` or `gates` of an attempt; `plan`, `checks` or `memory` of the task."""
+    category: str
+    code: str
+    message: str
+    action: str
+    """`rerun` or `backoff`: the same again; `lateral`: on another model; else what the failure table said."""
+    rule: str
+    """The rule that said so, with its line in failures.yaml."""
+    delay_ms: Millis = 0
+
+
 class AttemptView(Message):
     """One try of a step."""
 
@@ -106,6 +122,13 @@ class AttemptView(Message):
     failure: Failure | None = None
     action: str | None = None
     """What the failure table said to do next: retry, escalate or fail, and by which rule."""
+    arm: str | None = None
+    """`plain` or `harder` (a larger budget) for the last attempt of a role before an escalation, `escalated` for the
+    first one after it."""
+    told: str | None = None
+    """What its prompt said about earlier attempts, word for word; absent in a first one."""
+    setbacks: list[Setback] | None = None
+    """The newest runs of it that came to nothing; absent if there were none."""
     segments: list[Segment] = Field(default_factory=list)
     """Where its time went, from `queued_ms` on without gap or overlap; the stretch it is in is not among them."""
 
@@ -205,6 +228,8 @@ class TaskView(Message):
     """What the task was asked for: outputs that no step consumes. `task.artefact` fetches any other by name."""
     gates: list[GateResult] = Field(default_factory=list)
     """Checks of the final artefacts."""
+    setbacks: list[Setback] | None = None
+    """The same of the plan, the final checks and what memory is told; absent if there were none."""
     waiting: list[str] = Field(default_factory=list)
     """Why steps that could run do not, for people; empty when nothing waits."""
     failure: Failure | None = None

@@ -208,3 +208,6 @@ class StatusReport(Message):
     """The budget they share."""
     clients: list[ClientReport] | None = None
     """Those with most calls first, a hundred at most; absent = the hub is of an older version."""
+    circuits: dict[str, str] | None = None
+    """Capabilities whose processes failed again and again and are left alone for a while, each with the reason; absent
+    where there are none."""

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from protocol.limits import MAX_STEPS
 from protocol.messages.artefact import Artefact, ArtefactKind
-from protocol.messages.base import Message, Name, Strict, Text
+from protocol.messages.base import CheckCommand, Message, Name, Strict, Text
 
 
 class TaskType(StrEnum):
@@ -61,6 +61,9 @@ class Step(Strict):
     """Keep the control dependencies although no data flows along them."""
     gates: list[Name] | None = Field(default=None, max_length=16)
     """Checks of this step's outputs; absent = the planner chooses by kind, empty = none."""
+    check_command: CheckCommand | None = None
+    """Command of the gates that run one, such as `integration`, started in the workspace without a shell. May use
+    {workspace} and {python}; absent = the task's."""
     persona: Name | None = None
     """Prompt overlay from `registry/personas.yaml`; absent = the planner chooses."""
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
@@ -127,6 +130,8 @@ class TaskIR(Strict):
     """Absent = the planner makes it."""
     gates: list[Name] = Field(default_factory=list, max_length=16)
     """Checks of the final artefacts (those that no step consumes)."""
+    check_command: CheckCommand | None = None
+    """Command of the gates that run one, for the final artefacts and for steps that have none of their own."""
     escalation: Escalation = Field(default_factory=Escalation)
     budget: Budget = Field(default_factory=Budget)
 

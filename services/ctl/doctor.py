@@ -281,6 +281,21 @@ def _sandbox(scene: Scene) -> Iterator[Check]:
         yield Check("sandbox", "fail", reason, advice)
 
 
+def _gate_tools(scene: Scene) -> Iterator[Check]:
+    """A gate whose tool is not here never passes, so it is better known before a step asks for it."""
+    if scene.registry is None:
+        return
+    sandbox = Sandbox([scene.home.root])
+    programs = {gate.name: gate.argv[0] for gate in scene.registry.gates.values() if gate.argv}
+    named = {name: program for name, program in programs.items() if not program.startswith("{")}
+    missing = [f"{name} ({program})" for name, program in named.items() if sandbox.find(program) is None]
+    if missing:
+        advice = "install them, or take these gates out of registry/gates.yaml"
+        yield Check("gate tools", "warn", f"gates without their tool: {', '.join(missing)}", advice)
+    else:
+        yield Check("gate tools", "ok", f"the tools of {len(programs)} gates are here")
+
+
 def _tools(_scene: Scene) -> Iterator[Check]:
     missing = [name for name in ("ruff", "pytest", "supervisor") if find_spec(name) is None]
     if missing:
@@ -337,5 +352,6 @@ CHECKS: Final[tuple[Callable[[Scene], Iterator[Check]], ...]] = (
     _engines,
     _commands,
     _sandbox,
+    _gate_tools,
     _leftovers,
 )

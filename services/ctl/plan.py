@@ -23,6 +23,9 @@ from services.ctl.screen import Screen, mebibytes, one_line, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.task_inputs import add_task_arguments, task_from
 from services.kit.registry import Registry
+from services.planner.discovery import with_edges
+from services.planner.divide import Judge
+from services.planner.labelled import BadRow, judge_of
 from services.planner.machine import Finish, Planning, Refuse, Requested, Unanswered
 from services.scheduler.simulation.peers import SimulationError
 
@@ -43,25 +46,36 @@ def _plan(args: Namespace, context: Context) -> ExitCode:
     durations = known_durations(args, context.home)
     task = task_from(args)
     registry = checked_registry(context.home, check_files=False)
-    final = dry_run(task, registry)
+    try:
+        judge = judge_of(context.home.labelled_requests)
+    except BadRow as err:
+        raise BadInput(str(err)) from err
+    final = dry_run(task, registry, judge)
     if final.task.plan is None:
         raise BadInput("the planner made no plan")
     try:
         expected = forecast(final.task, final.task.plan, registry, durations)
+        chained = with_edges(final.task.plan, final.removed_edges)
+        before = forecast(final.task, chained, registry, durations) if final.removed_edges else expected
     except SimulationError as err:
         raise BadInput(f"this plan cannot be run by this registry: {err}") from err
     if context.screen.json:
         context.screen.document(
-            {**final.model_dump(mode="json"), "durations": durations.document(), "forecast": asdict(expected)}
+            {
+                **final.model_dump(mode="json"),
+                "durations": durations.document(),
+                "forecast": asdict(expected),
+                "discovery": {"before": _in_short(before), "after": _in_short(expected)},
+            }
         )
     else:
-        _print(context.screen, final, expected, durations)
+        _print(context.screen, final, before, expected, durations)
     return ExitCode.OK
 
 
-def dry_run(task: TaskIR, registry: Registry) -> PlanFinal:
+def dry_run(task: TaskIR, registry: Registry, judge: Judge | None = None) -> PlanFinal:
     """The plan that the planner would make with memory and model away. Raises BadInput for a task that cannot run."""
-    planning = Planning(registry)
+    planning = Planning(registry, judge)
     # Without an id the planner records nothing: no outcome will ever come for these decisions.
     command = planning.handle(Requested(0, task.model_copy(update={"task_id": None}), None))
     while not isinstance(command, Finish):
@@ -72,7 +86,18 @@ def dry_run(task: TaskIR, registry: Registry) -> PlanFinal:
     return command.final
 
 
-def _print(screen: Screen, final: PlanFinal, expected: Forecast, durations: KnownDurations) -> None:
+def _in_short(expected: Forecast) -> dict[str, float | list[str]]:
+    """What the discovery of parallelism changes: see Forecast."""
+    return {
+        "width": expected.width,
+        "levels": expected.levels,
+        "critical": list(expected.critical),
+        "critical_s": expected.critical_s,
+        "predicted_s": expected.makespan_s,
+    }
+
+
+def _print(screen: Screen, final: PlanFinal, before: Forecast, expected: Forecast, durations: KnownDurations) -> None:
     screen.line(f"dry run, nothing is executed: {one_line(final.task.objective, 200)}")
     screen.heading("steps")
     actions = {step.id: step.action for step in final.task.plan.steps} if final.task.plan else {}
@@ -93,6 +118,20 @@ def _print(screen: Screen, final: PlanFinal, expected: Forecast, durations: Know
                 one_line(actions.get(step.id, ""), 50),
             )
             for step in sorted(expected.steps, key=lambda step: step.level)
+        ],
+    )
+    screen.heading("discovery of parallelism")
+    screen.table(
+        ("", "width", "levels", "predicted", "critical path"),
+        [
+            (
+                name,
+                str(one.width),
+                str(one.levels),
+                seconds(one.makespan_s * 1000),
+                f"{seconds(one.critical_s * 1000)}: {one_line(' -> '.join(one.critical), 100)}",
+            )
+            for name, one in (("as written", before), ("as it runs", expected))
         ],
     )
     screen.heading("expected")

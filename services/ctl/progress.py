@@ -24,7 +24,8 @@ STATE_OF: Final[Mapping[str, str]] = {
     "step.done": "done",
     "step.failed": "failed",
     "step.skipped": "skipped",
-    "step.lost": "ready",
+    "step.lost": "again",
+    "step.moved": "ready",
 }
 
 _SETTLED: Final = frozenset({"done", "failed", "skipped", "cancelled"})
@@ -127,7 +128,10 @@ class Progress:
         if event.event == "step.retried":
             line.note = f"{fields.get('category', '')}: {fields.get('action', '')} by {fields.get('rule', 'rule')}"
         elif event.event == "step.lost":
-            line.note = "its worker died, it runs again"
+            again = "gates again" if fields.get("work") == "gates" else "runs again"
+            line.note = f"{fields.get('category', 'PEER')}: {again}, no attempt is counted"
+        elif event.event == "step.moved":
+            line.note = f"moved to {line.model}: its own model is not served"
         if line.state in _SETTLED:
             line.ended_ms = event.at_ms
 

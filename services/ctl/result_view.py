@@ -14,6 +14,13 @@ from protocol.messages.artefact import Artefact
 from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult, Verdict
 from protocol.messages.result import PlanView, StepView, TaskState, TaskSummary, TaskView
+from services.ctl.failure_story import (
+    evidence_lines,
+    failure_line,
+    is_troubled,
+    print_step_story,
+    print_task_story,
+)
 from services.ctl.gantt import MAX_ROWS, gantt, path_rows, path_summary
 from services.ctl.outcomes import ExitCode
 from services.ctl.screen import STYLES, Screen, one_line, seconds
@@ -49,7 +56,9 @@ def print_task(screen: Screen, view: TaskView, files: Sequence[Path] = ()) -> No
                 f"the {len(shown)} most notable of {len(view.steps)} steps ({counts}); all: --html FILE or --json"
             )
         for step in shown:
-            _print_troubles(screen, step)
+            if is_troubled(step):
+                print_step_story(screen, step, told=False)
+    print_task_story(screen, view)
     for index, artefact in enumerate(view.artefacts):
         _print_artefact(screen, artefact, files[index] if index < len(files) else None)
     _print_gates(screen, view)
@@ -120,11 +129,6 @@ def print_listing(screen: Screen, tasks: Sequence[TaskSummary]) -> None:
     )
 
 
-def failure_line(failure: Failure) -> str:
-    """A failure in one line."""
-    return one_line(f"{failure.category.value} {failure.code} ({failure.origin}): {failure.message}", 400)
-
-
 def _step_rows(steps: Sequence[StepView]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for step in steps:
@@ -154,22 +158,10 @@ def _tokens(step: StepView) -> str:
     return f"{generated} ({guessed} guessed)" if guessed else str(generated)
 
 
-def _print_troubles(screen: Screen, step: StepView) -> None:
-    if step.losses:
-        screen.line(f"{step.id}: lost {step.losses} workers and was run again", style="yellow")
-    for attempt in step.attempts:
-        if attempt.failure is not None:
-            action = f" -> {attempt.action}" if attempt.action else ""
-            screen.line(f"{step.id} attempt {attempt.number}: {failure_line(attempt.failure)}{action}", style="yellow")
-    if step.failure is not None:
-        screen.line(f"{step.id} failed: {failure_line(step.failure)}", style="red")
-
-
 def _print_failure(screen: Screen, failure: Failure) -> None:
     screen.line(f"failure: {failure_line(failure)}", style="red")
-    for finding in failure.findings:
-        place = ":".join(str(part) for part in (finding.file, finding.line, finding.column) if part is not None)
-        screen.line(f"  {finding.gate} {place} {finding.rule or ''} {one_line(finding.message, 200)}")
+    for line in evidence_lines(failure):
+        screen.line(f"  {line}")
 
 
 def _print_artefact(screen: Screen, artefact: Artefact, file: Path | None) -> None:

@@ -76,6 +76,8 @@ def _print(
     screen.line(f"epoch {report.hub_epoch}, pid {report.hub_pid}, up {seconds(report.uptime_ms)}")
     for name, figures in (("tasks", report.tasks), ("queued", report.queued), ("counters", report.counters)):
         screen.line(f"{name}: {', '.join(f'{key} {value}' for key, value in sorted(figures.items())) or 'none'}")
+    for capability, reason in (report.circuits or {}).items():
+        screen.line(f"{capability} is left alone: {reason}", style="yellow")
     if report.memory is not None:
         screen.line(memory_line(report.memory), style="yellow" if report.memory.low else None)
     for place in report.models:

@@ -10,18 +10,20 @@ import asyncio
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from protocol.errors import CallFailed
+from protocol.errors import BadFrame, CallFailed
 from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
+from protocol.messages.infer import InferFinal, InferRequest
 from protocol.messages.session import PeerState
 from services.gates import machine as m
 from services.gates.judge import Judge
 from services.gates.sandbox import Sandbox
+from services.gates.verdict_cache import VerdictCache
 from services.gates.workspace import Workspace, make_workspace, private_folder
 from services.kit.config import CHECKOUT, Home
 from services.kit.following import RegistryFollower
@@ -30,7 +32,7 @@ from services.kit.registry import GateEntry, Registry
 from services.kit.service import Call, Service
 
 SANDBOX_PROBED = LogEvent("sandbox.probed", "available reason")
-GATE_ENDED = LogEvent("gate.ended", "task step attempt gate verdict category findings took_ms message")
+GATE_ENDED = LogEvent("gate.ended", "task step attempt gate verdict category findings cached took_ms message")
 GATE_BUG = LogEvent("gate.bug", "task step attempt gate error", "error")
 
 
@@ -39,8 +41,8 @@ class _Running:
     """One request being worked on."""
 
     call: Call
+    request: GateRequest
     workspace: Workspace
-    schema: Mapping[str, Any] | None
     done: asyncio.Future[tuple[GateResult, ...]]
     tasks: dict[str, asyncio.Task[GateResult]] = field(default_factory=dict)
 
@@ -50,17 +52,20 @@ class GateService:
 
     def __init__(self, home: Home, registry: Registry) -> None:
         cores = max(1, registry.hardware.cores)
-        self.service = Service(home, "gates", ("gate",), slots=cores)
+        # The hub's tokens bound the runs that cost cores; those that cost none find a slot beside them.
+        self.service = Service(home, "gates", ("gate",), slots=2 * cores)
         self.service.answer("gate.request", self._on_request)
         self.service.metrics = self._metrics
         self.service.follower = RegistryFollower(home, self.service.log, registry, self._take_up)
         self._gates: Mapping[str, GateEntry] = registry.gates
         self._cores = registry.hardware.cores
         self._leaving: asyncio.Task[None] | None = None
-        self._machine = m.GateMachine(cores)
+        policy = registry.gate_policy
+        self._machine = m.GateMachine(uncounted_at_once=cores, stop_after_failure=policy.stop_after_failure)
         self._home = home
         self._folder: Path | None = None
-        self._judge = Judge("the sandbox has not been tried yet", self.service.clock)
+        self._cache = VerdictCache(home.root / "verdicts", policy.cache_bytes)
+        self._judge = Judge("the sandbox has not been tried yet", self.service.clock, registry, self._cache)
         self._runs: dict[str, _Running] = {}
         self._asked = 0
         self._verdicts: Counter[str] = Counter()
@@ -71,7 +76,7 @@ class GateService:
         sandbox = Sandbox(hidden=(self._home.root, self._home.registry, CHECKOUT / "registry"))
         reason = await sandbox.probe()
         self.service.log.write(SANDBOX_PROBED, available=reason is None, reason=reason)
-        self._judge = Judge(sandbox if reason is None else reason, self.service.clock)
+        self._judge = replace(self._judge, sandbox=sandbox if reason is None else reason)
         self.service.set_state(PeerState.READY, None if reason is None else f"sandbox.unavailable: {reason}"[:1_000])
 
     def close(self) -> None:
@@ -89,6 +94,9 @@ class GateService:
                 self._leaving = asyncio.get_running_loop().create_task(self._begin_anew())
             return False
         self._gates = {**self._gates, **registry.gates}
+        self._judge = replace(self._judge, registry=registry)
+        self._machine.stop_after_failure = registry.gate_policy.stop_after_failure
+        self._cache.limit_bytes = registry.gate_policy.cache_bytes
         return True
 
     async def _begin_anew(self) -> None:
@@ -109,11 +117,14 @@ class GateService:
         workspace = make_workspace(self._folder, request.artefacts, request.context)
         self._asked += 1
         name = f"run-{self._asked}"
-        run = _Running(call, workspace, request.json_schema, asyncio.get_running_loop().create_future())
+        run = _Running(call, request, workspace, asyncio.get_running_loop().create_future())
         self._runs[name] = run
         try:
             async with asyncio.timeout(left_s):
-                self._feed(m.RunAsked(name, self._plan(request, workspace), self.service.clock.now_ms()))
+                planned = self._plan(request, workspace)
+                # Without a word from the hub: as many as the widest needs, the least that the hub would reserve.
+                cores = call.header.cores or max((gate.cores for gate in planned), default=1)
+                self._feed(m.RunAsked(name, planned, cores, self.service.clock.now_ms()))
                 return GateFinal(results=list(await run.done))
         except TimeoutError as err:
             raise CallFailed(_too_late(request)) from err
@@ -126,23 +137,37 @@ class GateService:
 
     def _plan(self, request: GateRequest, workspace: Workspace) -> tuple[m.PlannedGate, ...]:
         """The gates of a request in its order, each once."""
-        return tuple(self._planned(name, workspace) for name in dict.fromkeys(request.gates))
+        return tuple(self._planned(name, request, workspace) for name in dict.fromkeys(request.gates))
 
-    def _planned(self, name: str, workspace: Workspace) -> m.PlannedGate:
+    def _planned(self, name: str, request: GateRequest, workspace: Workspace) -> m.PlannedGate:
         gate = self._gates.get(name)
         if gate is None:
             message = f"gate.unknown: registry/gates.yaml has no {name!r}; it has: {', '.join(self._gates)}"
             return self._settled(name, Verdict.ERROR, Category.POLICY, message)
+        why = None
         if not workspace.judged_by(gate):
-            return self._settled(name, Verdict.SKIPPED, gate.category, _not_applicable(gate, workspace))
-        return m.PlannedGate(name, gate.category, gate.cores, gate.depends_on)
+            why = _not_applicable(gate, workspace)
+        elif gate.role is not None and not request.criteria:
+            why = "nothing to judge: the task lists no definition_of_done"
+        if why is not None:
+            return self._settled(name, Verdict.SKIPPED, gate.category, why, required=gate.required)
+        stays = gate.cores == 0 and gate.role is None
+        return m.PlannedGate(name, gate.category, gate.cores, gate.depends_on, gate.required, stays)
 
-    def _settled(self, name: str, verdict: Verdict, category: Category, message: str) -> m.PlannedGate:
+    def _settled(
+        self, name: str, verdict: Verdict, category: Category, message: str, *, required: bool = True
+    ) -> m.PlannedGate:
         now = self.service.clock.now_ms()
         result = GateResult(
-            gate=name, verdict=verdict, category=category, message=message[:4_000], started_ms=now, ended_ms=now
+            gate=name,
+            verdict=verdict,
+            category=category,
+            required=required,
+            message=message[:4_000],
+            started_ms=now,
+            ended_ms=now,
         )
-        return m.PlannedGate(name, category, 1, settled=result)
+        return m.PlannedGate(name, category, 0, required=required, settled=result)
 
     def _feed(self, event: m.Event) -> None:
         for command in self._machine.handle(event):
@@ -167,6 +192,7 @@ class GateService:
                 verdict=result.verdict.value,
                 category=result.category.value,
                 findings=len(result.findings),
+                cached=result.cached,
                 took_ms=result.ended_ms - result.started_ms,
                 # What a finding says quotes the artefact, which is not for logs.
                 message=result.message if result.verdict in (Verdict.ERROR, Verdict.SKIPPED) else None,
@@ -177,7 +203,17 @@ class GateService:
     def _start(self, name: str, gate: str) -> None:
         run = self._runs[name]
         started_ms = self.service.clock.now_ms()
-        task = asyncio.create_task(self._judge.run(self._gates[gate], run.workspace, run.schema))
+        entry = self._gates[gate]
+
+        async def ask(model: str, question: InferRequest, timeout_s: float) -> InferFinal:
+            """Ask on behalf of this run: the question is cancelled with it."""
+            dst = f"infer.{model}"
+            answer = await self.service.ask("infer.request", question, dst=dst, timeout_s=timeout_s, call=run.call)
+            if not isinstance(answer, InferFinal):
+                raise BadFrame("body.kind", f"{dst} answered with {type(answer).__name__}")
+            return answer
+
+        task = asyncio.create_task(self._judge.run(entry, run.request, run.workspace, ask))
         task.add_done_callback(lambda done: self._on_gate_done(name, gate, started_ms, done))
         run.tasks[gate] = task
 
@@ -200,6 +236,7 @@ class GateService:
             gate=gate,
             verdict=Verdict.ERROR,
             category=Category.RESOURCE,
+            required=self._gates[gate].required,
             message=message,
             started_ms=started_ms,
             ended_ms=self.service.clock.now_ms(),
@@ -209,8 +246,10 @@ class GateService:
         return {
             "gates_running": self._machine.running,
             "gates_waiting": self._machine.waiting,
-            "cores_free": self._machine.free,
             "requests": self._asked,
+            "cache_hits": self._cache.hits,
+            "cache_misses": self._cache.misses,
+            "cache_bytes": self._cache.bytes,
             **{f"gates_{verdict.value}": self._verdicts[verdict.value] for verdict in Verdict},
         }
 

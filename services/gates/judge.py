@@ -2,40 +2,52 @@
 
 Here it is decided what a pass is: the gate's own tool has run to its end on every file it is for, and found nothing.
 Everything else is `fail` (the artefact's fault), `error` (nothing is known about the artefact) or `skipped` (there was
-nothing to judge). When gates run, and how many at once, is left to `machine`.
+nothing to judge). When gates run, and how many at once, is left to `machine`; how a command is run, to `tool_gate`.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from protocol.errors import BadFrame, CallFailed, CallRefused, DeadlineExceeded
 from protocol.messages.failure import Category, Finding
-from protocol.messages.gate import GateResult, Verdict
+from protocol.messages.gate import GateRequest, GateResult, Verdict
+from protocol.messages.infer import InferFinal, InferRequest
+from services.gates import criteria
 from services.gates.process import Bounds, How, run_bounded
-from services.gates.sandbox import WORKSPACE, Limits, Sandbox, SandboxBroken
-from services.gates.tool_run import Reading, ToolRun, shortened
-from services.gates.tools import OTHER, TOOLS, Tool, missing, tool_name
-from services.gates.workspace import Subject, Workspace
+from services.gates.sandbox import Sandbox
+from services.gates.tool_gate import CannotJudge, ToolGate
+from services.gates.tool_run import shortened
+from services.gates.verdict_cache import VerdictCache, key_of
+from services.gates.workspace import Workspace
 from services.kit.clock import Clock
-from services.kit.registry import GateEntry
+from services.kit.registry import GateEntry, Registry
 
 _MAX_FINDINGS: Final = 200
-_SCHEMA_CHECK: Final = Path(__file__).with_name("schema_check.py")
-_SCHEMA_MEMORY_BYTES: Final = 1024**3
-_SCHEMA_OUTPUT_BYTES: Final = 1024**2
+_MAX_MESSAGE_CHARS: Final = 4_000
+_CHECK_OF: Final = {
+    "schema": ["-I", str(Path(__file__).with_name("schema_check.py"))],
+    "taskir": ["-m", "services.gates.taskir_check"],
+}
+_CHECK_MEMORY_BYTES: Final = 1024**3
+_CHECK_OUTPUT_BYTES: Final = 1024**2
+
+Ask = Callable[[str, InferRequest, float], Awaitable[InferFinal]]
+"""Asks a model, by registry name, with a bound in seconds; raises what `Service.ask` raises."""
 
 
-class CannotJudge(Exception):
-    """The gate gives no verdict on the artefact. RESOURCE: something is missing here; POLICY: it was asked wrongly."""
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """What a gate has to say: its findings, and more words where a pass deserves some."""
 
-    def __init__(self, code: str, category: Category, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.category = category
+    findings: Sequence[Finding]
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +56,38 @@ class Judge:
 
     sandbox: Sandbox | str
     clock: Clock
+    registry: Registry
+    cache: VerdictCache
 
-    async def run(self, gate: GateEntry, workspace: Workspace, schema: Mapping[str, Any] | None) -> GateResult:
-        """Judge; never raises for anything that an artefact, a schema or a tool can do."""
+    async def run(self, gate: GateEntry, request: GateRequest, workspace: Workspace, ask: Ask) -> GateResult:
+        """Judge; never raises for anything that an artefact, a schema, a tool or a model can do."""
         started_ms = self.clock.now_ms()
         try:
-            if gate.builtin is not None:
-                findings = await self._against_schema(gate, workspace, schema)
-            else:
-                findings = await self._with_tool(gate, workspace)
+            if gate.role is not None:
+                found = await self._by_role(gate, gate.role, request, workspace, ask)
+                return self._found(gate, found, started_ms)
+            command = None if gate.builtin is not None else self._tool_gate(gate, request, workspace)
+            version = b"" if command is None else await command.version()
+            key = None if version is None else self._key(gate, version, request, workspace)
+            known = None if key is None else self.cache.get(key)
+            if known is not None:
+                now = {"cached": True, "started_ms": started_ms, "ended_ms": self.clock.now_ms()}
+                return known.model_copy(update=now)
+            found = Verdicts(await (self._builtin(gate, request, workspace) if command is None else command.run()))
         except CannotJudge as err:
             return self._result(gate, Verdict.ERROR, started_ms, err.category, shortened(str(err)))
+        result = self._found(gate, found, started_ms)
+        if key is not None:
+            self.cache.put(key, result)
+        return result
+
+    def _found(self, gate: GateEntry, found: Verdicts, started_ms: int) -> GateResult:
+        findings = list(found.findings)
         if not findings:
-            return self._result(gate, Verdict.PASS, started_ms, gate.category, "")
+            return self._result(gate, Verdict.PASS, started_ms, gate.category, found.message)
         more = f", of which the first {_MAX_FINDINGS} are given" if len(findings) > _MAX_FINDINGS else ""
-        message = f"{len(findings)} finding{'s' if len(findings) > 1 else ''}{more}: {findings[0].message}"
-        return self._result(gate, Verdict.FAIL, started_ms, gate.category, shortened(message), findings)
+        count = f"{len(findings)} finding{'s' if len(findings) > 1 else ''}{more}: {findings[0].message}"
+        return self._result(gate, Verdict.FAIL, started_ms, gate.category, found.message or shortened(count), findings)
 
     def _result(
         self,
@@ -74,47 +102,39 @@ class Judge:
             gate=gate.name,
             verdict=verdict,
             category=category,
-            message=message,
+            required=gate.required,
+            message=message[:_MAX_MESSAGE_CHARS],
             findings=(findings or [])[:_MAX_FINDINGS],
             started_ms=started_ms,
             ended_ms=self.clock.now_ms(),
         )
 
-    async def _with_tool(self, gate: GateEntry, workspace: Workspace) -> list[Finding]:
+    def _tool_gate(self, gate: GateEntry, request: GateRequest, workspace: Workspace) -> ToolGate:
         if isinstance(self.sandbox, str):
             raise CannotJudge("sandbox.unavailable", Category.RESOURCE, self.sandbox)
-        if (what := missing(gate.argv, self.sandbox.find)) is not None:
-            advice = "install it, or take the gate out of registry/gates.yaml"
-            raise CannotJudge("gate.tool_missing", Category.RESOURCE, f"{what} is not installed here: {advice}")
-        tool = TOOLS.get(tool_name(gate.argv), OTHER)
-        targets = workspace.tests_for(gate) if tool.on_tests else workspace.judged_by(gate)
-        deadline_ms = self.clock.now_ms() + int(gate.timeout_s * 1000)
-        found: list[Finding] = []
-        for number, target in enumerate(targets):
-            report = workspace.folder / f"report-{gate.name}-{number}" if tool.reports else None
-            left_s = max(0.001, (deadline_ms - self.clock.now_ms()) / 1000)
-            reading = await _Job(gate, tool, target, workspace, report, Limits(left_s, gate.cores)).run(self.sandbox)
-            if reading.broken is not None:
-                raise CannotJudge("gate.tool_failed", Category.RESOURCE, reading.broken)
-            found += reading.findings
-        return found
+        return ToolGate(gate, workspace, request.check_command, self.sandbox, self.clock)
 
-    async def _against_schema(
-        self, gate: GateEntry, workspace: Workspace, schema: Mapping[str, Any] | None
-    ) -> list[Finding]:
+    def _key(self, gate: GateEntry, version: bytes, request: GateRequest, workspace: Workspace) -> str:
+        said = {"schema": request.json_schema, "command": request.check_command}
+        parts = [gate.model_dump_json().encode(), version, sys.version.encode(), json.dumps(said).encode()]
+        return key_of([*parts, *workspace.content()])
+
+    async def _builtin(self, gate: GateEntry, request: GateRequest, workspace: Workspace) -> list[Finding]:
+        """Check data in a child process: it needs no sandbox, and a kill ends it."""
         schema_file = workspace.folder / f"schema-{gate.name}"
+        schema = request.json_schema if gate.builtin == "schema" else None
         if schema is not None:
             schema_file.write_text(json.dumps(schema), encoding="utf-8")
         targets = {subject.path.name: subject for subject in workspace.judged_by(gate)}
         files = [str(subject.path) for subject in targets.values()]
-        argv = [sys.executable, "-I", str(_SCHEMA_CHECK), "-" if schema is None else str(schema_file), *files]
-        bounds = Bounds(gate.timeout_s, _SCHEMA_OUTPUT_BYTES, _SCHEMA_MEMORY_BYTES)
+        argv = [sys.executable, *_CHECK_OF[gate.builtin or ""], "-" if schema is None else str(schema_file), *files]
+        bounds = Bounds(gate.timeout_s, _CHECK_OUTPUT_BYTES, _CHECK_MEMORY_BYTES)
         ended = await run_bounded(argv, bounds=bounds, env={"LANG": "C.UTF-8"})
         if ended.how is not How.EXITED or ended.status != 0:
             why = ended.err.decode("utf-8", "replace")[-500:] or f"exit status {ended.status}"
             reason = why if ended.how is How.EXITED else f"{ended.how.value} (allowed: {gate.timeout_s:g} s)"
-            raise CannotJudge("gate.tool_failed", Category.RESOURCE, f"the check against the schema: {reason}")
-        verdict = json.loads(ended.out)
+            raise CannotJudge("gate.tool_failed", Category.RESOURCE, f"the check of the data: {reason}")
+        verdict: dict[str, Any] = json.loads(ended.out)
         if "schema_error" in verdict:
             message = f"json_schema cannot be used: {verdict['schema_error']}"
             raise CannotJudge("gate.bad_schema", Category.POLICY, message)
@@ -130,57 +150,44 @@ class Judge:
             for item in verdict["findings"]
         ]
 
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One call of a gate's tool, on one file."""
-
-    gate: GateEntry
-    tool: Tool
-    target: Subject
-    workspace: Workspace
-    report: Path | None
-    limits: Limits
-
-    async def run(self, sandbox: Sandbox) -> Reading:
-        path = f"{WORKSPACE}/{self.target.file}"
-        argv = self.gate.command(artefact=path, workspace=WORKSPACE, python=sandbox.python)
+    async def _by_role(
+        self, gate: GateEntry, role_name: str, request: GateRequest, workspace: Workspace, ask: Ask
+    ) -> Verdicts:
+        """The verdict of a model on every criterion, with its reasons."""
+        role = self.registry.roles.get(role_name)
+        if role is None:  # a reload took it away, and a task from before still asks for the gate
+            raise CannotJudge("judge.unknown_role", Category.POLICY, f"roles.yaml has no {role_name!r} any more")
+        judged = {subject.file: subject.path.read_text(encoding="utf-8") for subject in workspace.judged_by(gate)}
         try:
-            ended = await sandbox.run(
-                [*argv, *self.tool.arguments],
-                files=self.workspace.files(),
-                limits=self.limits,
-                report=self.report,
+            asked = criteria.question(
+                role,
+                self.registry.models[role.model],
+                objective=request.objective,
+                criteria=request.criteria,
+                artefacts=judged,
+                fence=f"----{secrets.token_hex(8)}----",
+                seed=int(key_of([*workspace.content(), request.objective.encode()])[:7], 16),
             )
-        except SandboxBroken as err:
-            raise CannotJudge("sandbox.failed", Category.RESOURCE, str(err)) from err
-        except OSError as err:
-            raise CannotJudge("sandbox.failed", Category.RESOURCE, f"bwrap could not be started: {err}") from err
-        run = ToolRun(
-            gate=self.gate.name,
-            category=self.gate.category,
-            target=self.target.file,
-            artefacts=self.workspace.names(),
-            status=ended.status,
-            out=ended.out,
-            err=ended.err,
-            report=_head(self.report, self.limits.output_bytes) if self.report is not None else None,
+            answer = await ask(role.model, asked, gate.timeout_s)
+        except criteria.TooLarge as err:
+            raise CannotJudge("judge.too_large", Category.RESOURCE, str(err)) from err
+        except (CallFailed, CallRefused, DeadlineExceeded, BadFrame) as err:
+            raise CannotJudge("judge.failed", Category.RESOURCE, f"{role_name} gave no verdict: {err}") from err
+        points = criteria.verdicts(answer.text, request.criteria)
+        if points is None:
+            message = f"the answer of {role_name} is no verdict: {shortened(answer.text)[:500]}"
+            raise CannotJudge("judge.unreadable", Category.RESOURCE, message)
+        said = "\n".join(f"{one.number}. {'met' if one.met else 'NOT met'}: {one.reason}" for one in points)
+        return Verdicts(
+            [
+                Finding(
+                    gate=gate.name,
+                    category=gate.category,
+                    message=shortened(f"not met: {one.text}: {one.reason}"),
+                    rule=f"criterion-{one.number}",
+                )
+                for one in points
+                if not one.met
+            ],
+            shortened(said),
         )
-        return self.tool.read(run) if ended.how is How.EXITED else self._cut_short(run, ended.how)
-
-    def _cut_short(self, run: ToolRun, how: How) -> Reading:
-        """A run that was killed: the artefact's fault if it was executed or provoked the output, else the tool's."""
-        bound = {
-            How.TIMED_OUT: f"{self.gate.timeout_s:g} s",
-            How.FLOODED: f"{self.limits.output_bytes} bytes of output",
-            How.GREW: f"{self.limits.memory_bytes} bytes of memory",
-        }[how]
-        message = f"killed: {how.value} (allowed: {bound})"
-        if self.tool.runs_artefact or how is How.FLOODED:
-            return Reading((run.finding(message, rule=how.name.lower().replace("_", "-")),))
-        return Reading(broken=message)
-
-
-def _head(path: Path, size: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(size)

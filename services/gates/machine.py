@@ -1,8 +1,8 @@
-"""Which gate starts when: the gates of every run as a graph, under one budget of cores.
+"""Which gate starts when: the gates of every run as a graph, under the cores that the hub has reserved for the run.
 
 Pure: events in, commands out; results and times come in with the events. It does not know what a gate does, how it
-is killed or which artefacts it looks at (`app` does). Invariants: the cores of running gates never exceed the budget;
-a run that is not cancelled ends in one Finish with exactly one result per gate, in the order asked for.
+is killed or which artefacts it looks at (`app` does). Invariants: the cores of a run's running gates never exceed its
+own; a run that is not cancelled ends in one Finish with exactly one result per gate, in the order asked for.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ class PlannedGate:
     name: str
     category: Category
     cores: int
+    """0 = so short that it is not counted."""
     depends_on: tuple[str, ...] = ()
     """Gates that must not have failed before; one that the run does not hold is ignored."""
+    required: bool = True
+    stays: bool = False
+    """Goes on when a required gate has failed: it costs nothing, and its findings help."""
     settled: GateResult | None = None
     """The result, where it is known without running: the gate is unknown, or nothing here is for it to judge."""
 
@@ -35,6 +39,8 @@ class RunAsked:
 
     run: str
     gates: tuple[PlannedGate, ...]
+    cores: int
+    """Reserved for it; a gate that wants more gets all of them."""
     at_ms: int
 
 
@@ -92,17 +98,35 @@ Command = StartGate | KillGate | Finish
 @dataclass(slots=True)
 class _Run:
     gates: dict[str, PlannedGate]
+    cores: int
     results: dict[str, GateResult] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
+    stopped: set[str] = field(default_factory=set)
+    """Running ones that were told to stop, because a required gate has failed."""
     cancelled: bool = False
+
+    def cost(self, gate: PlannedGate) -> int:
+        return min(gate.cores, self.cores)
+
+    @property
+    def free(self) -> int:
+        return self.cores - sum(self.cost(self.gates[name]) for name in self.running)
+
+    @property
+    def uncounted(self) -> int:
+        """Running gates that cost nothing."""
+        return sum(self.gates[name].cores == 0 for name in self.running)
 
 
 class GateMachine:
-    """All runs of this process. `cores` is the budget they share."""
+    """All runs of this process.
 
-    def __init__(self, cores: int) -> None:
-        self.cores = cores
-        self.free = cores
+    `uncounted_at_once` bounds the gates of a run that cost no cores; `stop_after_failure` is the policy of gates.yaml.
+    """
+
+    def __init__(self, *, uncounted_at_once: int, stop_after_failure: bool) -> None:
+        self._uncounted_at_once = uncounted_at_once
+        self.stop_after_failure = stop_after_failure
         self._runs: dict[str, _Run] = {}
 
     @property
@@ -120,17 +144,17 @@ class GateMachine:
     def handle(self, event: Event) -> list[Command]:
         """Take one event. Raises KeyError for an event of an unknown run: the driver's mistake."""
         match event:
-            case RunAsked(run, gates, at_ms):
-                return self._on_run_asked(run, gates, at_ms)
+            case RunAsked(run, gates, cores, at_ms):
+                return self._on_run_asked(run, gates, cores, at_ms)
             case GateEnded(run, gate, result, at_ms):
                 return self._on_gate_ended(run, gate, result, at_ms)
             case Cancelled(run, at_ms):
                 return self._on_cancelled(run, at_ms)
 
-    def _on_run_asked(self, name: str, gates: tuple[PlannedGate, ...], at_ms: int) -> list[Command]:
+    def _on_run_asked(self, name: str, gates: tuple[PlannedGate, ...], cores: int, at_ms: int) -> list[Command]:
         if name in self._runs:
             raise KeyError(f"run {name} is there already")
-        run = _Run({gate.name: gate for gate in gates})
+        run = _Run({gate.name: gate for gate in gates}, max(1, cores))
         run.results = {gate.name: gate.settled for gate in gates if gate.settled is not None}
         self._runs[name] = run
         return self._advance(at_ms)
@@ -138,8 +162,7 @@ class GateMachine:
     def _on_gate_ended(self, name: str, gate: str, result: GateResult, at_ms: int) -> list[Command]:
         run = self._runs[name]
         run.running.remove(gate)
-        self.free += self._cost(run.gates[gate])
-        run.results[gate] = result
+        run.results[gate] = _skipped(run, gate, "stopped", at_ms) if gate in run.stopped else result
         if run.cancelled and not run.running:
             del self._runs[name]
         return self._advance(at_ms)
@@ -160,20 +183,60 @@ class GateMachine:
             if run.cancelled:
                 continue
             _skip_hopeless(run, at_ms)
+            if self.stop_after_failure and _culprit(run) is not None:
+                commands += self._stop(name, run, at_ms)
+                _skip_hopeless(run, at_ms)
             if len(run.results) == len(run.gates):
                 del self._runs[name]
                 commands.append(Finish(name, tuple(run.results[gate] for gate in run.gates)))
-        for name, run in self._runs.items():
-            for gate in [] if run.cancelled else _ready(run):
-                if self._cost(gate) > self.free:
-                    return commands  # strictly in turn, or a wide gate would wait for ever behind narrow ones
-                self.free -= self._cost(gate)
+            else:
+                commands += self._start(name, run)
+        return commands
+
+    def _stop(self, name: str, run: _Run, at_ms: int) -> list[Command]:
+        """A required gate has failed: what costs something and has not ended is not begun, or stopped."""
+        commands: list[Command] = []
+        for gate in run.gates.values():
+            if gate.stays or gate.name in run.results or gate.name in run.stopped:
+                continue
+            if gate.name in run.running:
+                run.stopped.add(gate.name)
+                commands.append(KillGate(name, gate.name))
+            else:
+                run.results[gate.name] = _skipped(run, gate.name, "not run", at_ms)
+        return commands
+
+    def _start(self, name: str, run: _Run) -> list[Command]:
+        commands: list[Command] = []
+        turn = True
+        for gate in _ready(run):
+            if gate.cores == 0:
+                fits = run.uncounted < self._uncounted_at_once
+            else:
+                # Strictly in turn, or a wide gate would wait for ever behind narrow ones.
+                turn = fits = turn and run.cost(gate) <= run.free
+            if fits:
                 run.running.add(gate.name)
                 commands.append(StartGate(name, gate.name))
         return commands
 
-    def _cost(self, gate: PlannedGate) -> int:
-        return min(gate.cores, self.cores)
+
+def _culprit(run: _Run) -> str | None:
+    """The first required gate that has failed."""
+    failed = (name for name, gate in run.gates.items() if gate.required and name in run.results)
+    return next((name for name in failed if run.results[name].verdict is Verdict.FAIL), None)
+
+
+def _skipped(run: _Run, gate: str, what: str, at_ms: int) -> GateResult:
+    return GateResult(
+        gate=gate,
+        verdict=Verdict.SKIPPED,
+        category=run.gates[gate].category,
+        required=run.gates[gate].required,
+        message=f"{what}: {_culprit(run)}, which is required, has failed",
+        started_ms=at_ms,
+        ended_ms=at_ms,
+    )
 
 
 def _ready(run: _Run) -> list[PlannedGate]:
@@ -200,6 +263,7 @@ def _skip_hopeless(run: _Run, at_ms: int) -> None:
                         gate=gate.name,
                         verdict=Verdict.SKIPPED,
                         category=gate.category,
+                        required=gate.required,
                         message=f"not run: it depends on {other}, {reason}",
                         started_ms=at_ms,
                         ended_ms=at_ms,
@@ -211,7 +275,7 @@ def _skip_hopeless(run: _Run, at_ms: int) -> None:
 def _hindrance(run: _Run, name: str) -> str | None:
     """Why a gate that depends on this one cannot run; None if it can, or if that is not known yet."""
     result = run.results.get(name)
-    if result is None or result.verdict is Verdict.PASS:
+    if result is None or result.verdict is Verdict.PASS or not run.gates[name].required:
         return None
     if result.verdict is Verdict.SKIPPED:
         # Nothing to judge is no objection; skipped by a failure further up is.

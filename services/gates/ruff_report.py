@@ -19,7 +19,7 @@ _UNFORMATTED: Final = "unformatted"
 def read(run: ToolRun) -> Reading:
     """Findings per diagnostic. Anything but such a list, or a failure without one, means that ruff did not work."""
     try:
-        diagnostics = json.loads(run.out)
+        diagnostics = json.loads(run.answer())
         findings = tuple(finding for item in diagnostics for finding in _findings(run, item))
     except (ValueError, TypeError, LookupError, RecursionError):
         return Reading(broken=f"ruff gave no diagnostics (exit status {run.status}): {run.said()}")

@@ -19,7 +19,7 @@ import resource
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -33,6 +33,9 @@ WORKSPACE: Final = "/workspace"
 """The folder of the files under check, as a command sees it; commands start there."""
 REPORT: Final = "/run/report"
 """A file outside the workspace that a command may fill with a machine-readable report."""
+CHECKS: Final = "/run/checks"
+"""The folder of Tierline's own check programs, as a command sees it."""
+_CHECKS_HERE: Final = Path(__file__).with_name("checks")
 
 _FIRST_UID: Final = 61_184
 _UIDS: Final = 4_000
@@ -61,6 +64,16 @@ class Limits:
     """stdout, stderr and report each."""
 
 
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A way to tell results past everything the code under test can reach by name; see `checks/run_tests.py`."""
+
+    key: bytes
+    """Signs the records; the command can read it once."""
+    environment: Mapping[str, str]
+    """Variables that go along."""
+
+
 class SandboxBroken(Exception):
     """The sandbox itself failed, so nothing is known about what should have run in it. Says what bwrap said."""
 
@@ -74,6 +87,7 @@ class Sandbox:
         self._hidden = tuple(hidden)
         self._bwrap: Path | None = None
         self._uids: set[int] = set()
+        self._versions: dict[tuple[str, ...], bytes] = {}
 
     async def probe(self) -> str | None:
         """Find a bwrap that works here, by running Python in it; None if there is one, else why not."""
@@ -95,13 +109,35 @@ class Sandbox:
         """Where a command of this name lies inside the sandbox; None if it is not there."""
         return shutil.which(command, path=_path(self.python))
 
+    async def fingerprint(
+        self, command: str, version_argv: Sequence[str], ask: Callable[[Sequence[str]], Awaitable[bytes | None]]
+    ) -> bytes | None:
+        """What identifies a command and the tool behind it; `ask` gives the version, once as long as the file stays."""
+        path = self.find(command)
+        if path is None:
+            return None
+        about = os.stat(path)
+        identity = (path, str(about.st_size), str(about.st_mtime_ns), *version_argv)
+        if identity not in self._versions:
+            version = await ask(version_argv) if version_argv else b""
+            if version is None:
+                return None
+            self._versions[identity] = repr(identity).encode() + version
+        return self._versions[identity]
+
     async def run(
-        self, argv: Sequence[str], *, files: Mapping[str, Path], limits: Limits, report: Path | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        files: Mapping[str, Path],
+        limits: Limits,
+        report: Path | None = None,
+        channel: Channel | None = None,
     ) -> Ended:
         """Run a command on these files (name in the workspace -> file outside).
 
-        `report` is an empty file outside that appears as REPORT. Raises SandboxBroken if the command never started,
-        and OSError if not even bwrap did.
+        `report` is an empty file outside that appears as REPORT; through `channel` it may answer signed. Raises
+        SandboxBroken if the command never started, and OSError if not even bwrap did.
         """
         filter_code = program(platform.machine())
         if self._bwrap is None or filter_code is None:
@@ -117,20 +153,35 @@ class Sandbox:
             os.lseek(filter_fd, 0, os.SEEK_SET)
             status_fd = os.memfd_create("status")
             opened.append(status_fd)
+            variables: dict[str, str] = {}
+            report_fds: tuple[int, int] | None = None
+            if channel is not None:
+                key_fd = _filled_pipe(channel.key)
+                opened.append(key_fd)
+                report_fds = os.pipe()
+                variables = {
+                    **channel.environment,
+                    "TIERLINE_KEY_FD": str(key_fd),
+                    "TIERLINE_REPORT_FD": str(report_fds[1]),
+                }
             command = [
                 str(self._bwrap),
                 *("--seccomp", str(filter_fd), "--json-status-fd", str(status_fd)),
                 *isolation(uid),
                 *_mounts(self._visible, self._hidden, limits),
                 *_inputs(files, report),
-                *_environment(self.python, limits),
+                *_environment(self.python, limits, variables),
                 "--",
                 *_drop(uid),
                 *_process_limits(limits),
                 *argv,
             ]
             bounds = Bounds(limits.timeout_s, limits.output_bytes, limits.memory_bytes)
-            ended = await run_bounded(command, bounds=bounds, env={}, pass_fds=(filter_fd, status_fd))
+            passed = (*opened, *(report_fds[1:] if report_fds else ()))
+            # bwrap itself dies with this process (--die-with-parent), and takes what it runs along.
+            ended = await run_bounded(
+                command, bounds=bounds, env={}, pass_fds=passed, report_fds=report_fds, dies_with_us=False
+            )
             if ended.how is How.EXITED and not _command_ended(status_fd):
                 raise SandboxBroken(_tail(ended.err))
             return ended
@@ -146,6 +197,14 @@ class Sandbox:
             continue
         self._uids.add(uid)
         return uid
+
+
+def _filled_pipe(data: bytes) -> int:
+    """The end to read of a pipe that holds this and is at its end: what was read from it is nowhere any more."""
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, data)
+    os.close(write_fd)
+    return read_fd
 
 
 def _make_report(path: Path, uid: int | None) -> None:
@@ -199,6 +258,7 @@ def _mounts(visible: Sequence[Path], hidden: Sequence[Path], limits: Limits) -> 
             arguments += ["--symlink", str(path.readlink()), folder]
         elif path.is_dir():
             arguments += ["--ro-bind", folder, folder]
+    arguments += ["--perms", "0755", "--dir", "/etc"]  # else private, and not to be crossed
     for file in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
         arguments += ["--ro-bind-try", file, file]
     arguments += ["--proc", "/proc", "--dev", "/dev"]
@@ -208,6 +268,7 @@ def _mounts(visible: Sequence[Path], hidden: Sequence[Path], limits: Limits) -> 
         for parent in reversed(path.parents[:-1]):
             arguments += ["--perms", "0755", "--dir", str(parent)]  # else private, and not to be crossed
         arguments += ["--ro-bind", str(path), str(path)]
+    arguments += ["--perms", "0755", "--dir", "/run", "--ro-bind", str(_CHECKS_HERE), CHECKS]
     for path in hidden:
         if path.exists() and any(path.is_relative_to(shown) for shown in (*visible, Path("/usr"))):
             arguments += ["--tmpfs", str(path), "--remount-ro", str(path)]
@@ -221,13 +282,14 @@ def _inputs(files: Mapping[str, Path], report: Path | None) -> list[str]:
             raise ValueError(f"{name!r} is a path, not a file name")
         arguments += ["--ro-bind", str(file), f"{WORKSPACE}/{name}"]
     if report is not None:
-        arguments += ["--perms", "0755", "--dir", str(PurePosixPath(REPORT).parent), "--bind", str(report), REPORT]
+        arguments += ["--bind", str(report), REPORT]
     # The top and /dev are tmpfs as well, without a bound: an ordinary user's nobody owns them.
     return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", WORKSPACE]
 
 
-def _environment(python: str, limits: Limits) -> list[str]:
+def _environment(python: str, limits: Limits, more: Mapping[str, str]) -> list[str]:
     values = {
+        **more,
         "PATH": _path(python),
         "HOME": "/tmp",  # noqa: S108  the sandbox's own
         "TMPDIR": "/tmp",  # noqa: S108  the sandbox's own

@@ -38,8 +38,8 @@ _FAMILIES: Final = (1, 2, 10, 16)
 _X32: Final = 0x40000000
 """From here on numbers of x86_64 mean the x32 interface, which would go round the filter."""
 
-_SHARED: Final = (425, 426, 427, 428, 429, 430, 431, 432, 433, 442)
-"""io_uring_{setup,enter,register}, open_tree, move_mount, fsopen, fsconfig, fsmount, fspick, mount_setattr."""
+_SHARED: Final = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442)
+"""io_uring_{setup,enter,register}, open_tree, move_mount, fs{open,config,mount,pick}, pidfd_getfd, mount_setattr."""
 
 _CLONE3: Final = 435
 """Takes its flags by pointer, which a filter cannot follow: ENOSYS makes the C library use clone."""
@@ -55,18 +55,18 @@ class _Machine:
 
 _MACHINES: Final[Mapping[str, _Machine]] = {
     # refused: unshare setns mount umount2 pivot_root chroot ptrace process_vm_{readv,writev} add_key request_key keyctl
-    # bpf perf_event_open userfaultfd kexec_{load,file_load} {init,finit,delete}_module open_by_handle_at
+    # bpf perf_event_open userfaultfd kexec_{load,file_load} {init,finit,delete}_module open_by_handle_at syslog
     "x86_64": _Machine(
         0xC000003E,
         56,
         41,
-        (272, 308, 165, 166, 155, 161, 101, 310, 311, 248, 249, 250, 321, 298, 323, 246, 320, 175, 313, 176, 304),
+        (272, 308, 165, 166, 155, 161, 101, 310, 311, 248, 249, 250, 321, 298, 323, 246, 320, 175, 313, 176, 304, 103),
     ),
     "aarch64": _Machine(
         0xC00000B7,
         220,
         198,
-        (97, 268, 40, 39, 41, 51, 117, 270, 271, 217, 218, 219, 280, 241, 282, 104, 294, 105, 273, 106, 265),
+        (97, 268, 40, 39, 41, 51, 117, 270, 271, 217, 218, 219, 280, 241, 282, 104, 294, 105, 273, 106, 265, 116),
     ),
 }
 

@@ -5,7 +5,7 @@ A parser says what the tool found. Whether that is a pass is decided in `judge`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +32,14 @@ class ToolRun:
     err: bytes
     report: bytes | None = None
     """What it wrote to the report file; None if the tool has none."""
+    pattern: str | None = None
+    """For the parser `pattern`."""
+    under_check: Set[str] = frozenset()
+    """Files in the workspace that are judged; the others are context."""
+    records: bytes = b""
+    """What came through the channel of the tests."""
+    key: bytes = b""
+    """Key by which those records are signed."""
 
     def finding(
         self,
@@ -54,6 +62,10 @@ class ToolRun:
             column=column,
             rule=rule,
         )
+
+    def answer(self) -> bytes:
+        """The report file where the tool has one, else its output: what parsers of formats read."""
+        return self.out if self.report is None else self.report
 
     def said(self) -> str:
         """The end of what it printed, for people."""

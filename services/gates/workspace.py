@@ -6,10 +6,11 @@ the user; commands see its files one by one, read-only (`sandbox`).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -24,10 +25,22 @@ _LANGUAGES: Final[Mapping[str, str]] = {
     "text/x-shellscript": "shell",
     "text/x-c": "c",
     "text/javascript": "javascript",
+    "application/json": "json",
+    "application/yaml": "yaml",
+    "application/toml": "toml",
+    "text/markdown": "markdown",
     ".py": "python",
     ".sh": "shell",
+    ".bash": "shell",
     ".c": "c",
+    ".h": "c",
     ".js": "javascript",
+    ".mjs": "javascript",
+    ".json": "json",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".toml": "toml",
+    ".md": "markdown",
 }
 """Language, as gates.yaml names it, per content type and per suffix."""
 
@@ -45,6 +58,8 @@ class Subject:
     judged: bool
     """False for context, which is there to be read by gates but not judged."""
     language: str | None
+    digest: bytes
+    """sha256 of the content."""
 
     @property
     def is_test(self) -> bool:
@@ -76,6 +91,13 @@ class Workspace:
         """The test files, under check or not; without any, the artefacts themselves, which may hold tests."""
         return [subject for subject in self.subjects if subject.is_test] or self.judged_by(gate)
 
+    def content(self) -> Iterator[bytes]:
+        """What the files are, for the key of a cached verdict: names, roles and content."""
+        for subject in sorted(self.subjects, key=lambda one: one.file):
+            about = (subject.file, subject.artefact, subject.kind.value, subject.judged, subject.language)
+            yield repr(about).encode()
+            yield subject.digest
+
     def remove(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.folder)
@@ -105,9 +127,11 @@ def make_workspace(parent: Path, artefacts: Iterable[Artefact], context: Iterabl
     subjects = []
     for name, (artefact, judged) in taken.items():
         path = folder / f"in-{name}"
-        path.write_text(artefact.text(), encoding="utf-8", errors="replace", newline="")
+        content = artefact.text().encode("utf-8", "replace")
+        path.write_bytes(content)
         path.chmod(0o444)  # another uid reads it in the sandbox; the folder around it keeps everybody else out
-        subjects.append(Subject(artefact.name, name, path, artefact.kind, judged, _language(artefact)))
+        digest = hashlib.sha256(content).digest()
+        subjects.append(Subject(artefact.name, name, path, artefact.kind, judged, _language(artefact), digest))
     return Workspace(folder, tuple(subjects))
 
 

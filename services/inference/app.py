@@ -129,7 +129,9 @@ class InferenceService:
             )
         return await self._infer_here(call, request, engine, server)
 
-    def _generation(self, request: InferRequest, engine: EngineSupervisor | RemoteEngine, left_s: float) -> Generation:
+    def _generation(
+        self, request: InferRequest, engine: EngineSupervisor | RemoteEngine, left_s: float | None
+    ) -> Generation:
         return Generation(
             request,
             service=self._service.name,
@@ -142,14 +144,14 @@ class InferenceService:
     async def _infer_here(
         self, call: Call, request: InferRequest, engine: EngineSupervisor, server: LlamaServer
     ) -> InferFinal:
-        left_s = self._left_s(call)
+        left_s = call.seconds_left(self._service.clock.now_ms())
         generation = self._generation(request, engine, left_s)
         key = call.header.key or ""
         seat, final = None, None
         engine.calls += 1
         running = engine.modes.began()
         try:
-            async with asyncio.timeout(left_s):
+            async with asyncio.timeout(_LONGEST_CALL_S if left_s is None else left_s):
                 seat = await engine.desk.enter(key, request.messages, server)
                 final = await generation.run(seat.server, call.partial, engine.progressed)
             return seat.true_figures(final)
@@ -166,11 +168,11 @@ class InferenceService:
 
     async def _infer_elsewhere(self, call: Call, request: InferRequest, engine: RemoteEngine) -> InferFinal:
         """A server elsewhere frees its slot when the stream is closed, and nobody here can see whether it has."""
-        left_s = self._left_s(call)
+        left_s = call.seconds_left(self._service.clock.now_ms())
         generation = self._generation(request, engine, left_s)
         engine.calls += 1
         try:
-            async with asyncio.timeout(left_s):
+            async with asyncio.timeout(_LONGEST_CALL_S if left_s is None else left_s):
                 return await generation.run(engine, call.partial, engine.progressed)
         except TimeoutError as err:
             raise self._late() from err
@@ -180,15 +182,11 @@ class InferenceService:
     async def _server(self, call: Call, engine: EngineSupervisor | None) -> LlamaServer | None:
         """The engine's API; waits, within the deadline, where the engine is only changing its mode."""
         try:
-            async with asyncio.timeout(self._left_s(call)):
+            left_s = call.seconds_left(self._service.clock.now_ms())
+            async with asyncio.timeout(_LONGEST_CALL_S if left_s is None else left_s):
                 return None if engine is None else await engine.serving()
         except TimeoutError as err:
             raise self._late() from err
-
-    def _left_s(self, call: Call) -> float:
-        """Seconds this call may still take."""
-        left_s = call.seconds_left(self._service.clock.now_ms())
-        return _LONGEST_CALL_S if left_s is None else left_s
 
     def _late(self) -> CallFailed:
         message = f"the deadline passed while {self._entry.name} was generating"

@@ -24,7 +24,7 @@ MIN_BLOCKS: Final = 6
 """A shared beginning shorter than this (some 200 tokens) is read again: two round trips would cost as much."""
 
 Blocks = tuple[int, ...]
-"""Hash of every whole block of a prompt, each over all of the prompt up to its end."""
+"""Hash of every block of a prompt, each over all of the prompt up to its end; the last block may be a short one."""
 
 
 def flat(messages: Sequence[ChatMessage]) -> str:
@@ -33,10 +33,10 @@ def flat(messages: Sequence[ChatMessage]) -> str:
 
 
 def blocks_of(text: str) -> Blocks:
-    """Hashes of the whole blocks of a text."""
+    """Hashes of the blocks of a text, the rest at its end included: so a short prompt is known again, too."""
     digest, blocks = hashlib.blake2b(digest_size=8), []
-    for end in range(BLOCK_CHARS, len(text) + 1, BLOCK_CHARS):
-        digest.update(text[end - BLOCK_CHARS : end].encode("utf-8", "surrogatepass"))
+    for begin in range(0, len(text), BLOCK_CHARS):
+        digest.update(text[begin : begin + BLOCK_CHARS].encode("utf-8", "surrogatepass"))
         blocks.append(int.from_bytes(digest.copy().digest()))
     return tuple(blocks)
 

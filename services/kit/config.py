@@ -63,6 +63,11 @@ class Home:
         return self.root / "memory"
 
     @property
+    def labelled_requests(self) -> Path:
+        """Requests that the operator has labelled: where the file exists, the planner learns from it at start."""
+        return self.root / "planner" / "divides.jsonl"
+
+    @property
     def conf_d(self) -> Path:
         """Generated supervisord programs, one per model entry."""
         return self.root / "conf.d"

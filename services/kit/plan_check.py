@@ -31,8 +31,21 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
         found += _unknown(step.id, "gates", step.gates or [], registry.gates)
         found += _unknown(step.id, "persona", [step.persona] if step.persona else [], registry.personas)
     found += _unknown(None, "gates", task.gates, registry.gates)
+    found += _without_command(task, registry)
     found += _beyond_gates(task)
     return found
+
+
+def _without_command(task: TaskIR, registry: Registry) -> Iterator[PlanProblem]:
+    """A gate that runs the task's own command needs one."""
+    if task.check_command is not None:
+        return
+    for step in [None, *(task.plan.steps if task.plan is not None else ())]:
+        names = task.gates if step is None else step.gates or []
+        wanting = [name for name in names if name in registry.gates and registry.gates[name].target == "command"]
+        if wanting and (step is None or step.check_command is None):
+            message = f"{wanting[0]} runs a command of the task's own: give it as check_command, a list of arguments"
+            yield PlanProblem(None if step is None else step.id, "check_command", message)
 
 
 def _beyond_gates(task: TaskIR) -> Iterator[PlanProblem]:

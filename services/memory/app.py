@@ -1,8 +1,9 @@
-"""The memory service at its edges: handlers, two threads, the lock on the folder.
+"""The memory service at its edges: handlers, three threads, the lock on the folder.
 
 The loop only validates and waits, so that pings are answered while SQLite and Kuzu write. The writer thread commits all
 requests that arrived during the last commit in one transaction (group commit: at most as many as there are slots). The
-projector thread follows after the acknowledgement, and answers questions in the order in which they came.
+projector thread follows after the acknowledgement, and answers questions in the order in which they came; so does the
+advisor's thread, with routing alone, so that a plan never waits for the graph.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from protocol.errors import CallFailed
 from protocol.limits import MAX_BODY_BYTES
 from protocol.messages.failure import Category, Failure
 from protocol.messages.memory import (
+    Advise,
     Explain,
     MemoryFinal,
     MemoryRequest,
@@ -33,7 +35,8 @@ from protocol.messages.memory import (
 from services.kit.config import Home
 from services.kit.logs import LogEvent
 from services.kit.service import Call, Service
-from services.memory.embedding import BadVector, Embedder, Unembeddable
+from services.memory.advisor import Advisor
+from services.memory.embedding import BadVector, Embedder, Unembeddable, Vector
 from services.memory.graph import files as graph_files
 from services.memory.graph import vouched
 from services.memory.graph_check import Checked, check_in_child
@@ -45,6 +48,7 @@ from services.memory.projector import Projector
 SLOTS: Final = 16
 MEMORY_OPENED: Final = LogEvent("memory.opened", "log_id log_seq embedder reembedded")
 MEMORY_UNUSABLE: Final = LogEvent("memory.unusable", "reason", "error")
+ROUTING_OPENED: Final = LogEvent("memory.routing_opened", "verdict reason log_seq")
 PROJECTION_FAILED: Final = LogEvent("memory.projection_failed", "reason", "error")
 
 _LOCK_FILE: Final = "lock"
@@ -79,7 +83,9 @@ class MemoryService:
         self._service.metrics = self._metrics
         self._writer = ThreadPoolExecutor(1, "memory-writer")
         self._follower = ThreadPoolExecutor(1, "memory-projector", initializer=_step_back)
+        self._counsel = ThreadPoolExecutor(1, "memory-advisor")
         self._log: MemoryLog | None = None
+        self._advisor: Advisor | None = None
         self._embedder: Embedder | None = None
         self._projector: Projector | None = None
         self._lock: int | None = None
@@ -108,7 +114,11 @@ class MemoryService:
             case Explain():
                 return await self._ask_projector(partial(self._explain, ask))
             case Stats():
-                return await self._ask_projector(self._stats)
+                routing = await self._ask_advisor(self._routing_stats)
+                final = await self._ask_projector(self._stats)
+                return final.model_copy(update={"stats": final.stats | routing.stats})
+            case Advise():
+                return await self._ask_advisor(partial(self._advise, ask))
 
     async def _write(self, ask: Write) -> MemoryFinal:
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -147,7 +157,9 @@ class MemoryService:
         try:
             while self._behind:
                 self._behind = False
-                await asyncio.get_running_loop().run_in_executor(self._follower, self._opened().advance)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._counsel, self._counsellor().advance)
+                await loop.run_in_executor(self._follower, self._opened().advance)
         except PROJECTION_TROUBLE as err:
             # Writes go on, the log is the truth; the next question tries again and fails with this reason if it must.
             self._service.log.write(PROJECTION_FAILED, reason=str(err))
@@ -157,6 +169,20 @@ class MemoryService:
     async def _ask_projector(self, work: Callable[[], MemoryFinal]) -> MemoryFinal:
         return await asyncio.get_running_loop().run_in_executor(self._follower, work)
 
+    async def _ask_advisor(self, work: Callable[[], MemoryFinal]) -> MemoryFinal:
+        return await asyncio.get_running_loop().run_in_executor(self._counsel, work)
+
+    # In the advisor's thread.
+
+    def _advise(self, ask: Advise) -> MemoryFinal:
+        try:
+            return MemoryFinal(advice=self._counsellor().advise(ask))
+        except PROJECTION_TROUBLE as err:
+            raise CallFailed(_trouble(f"the routing in {self._folder} cannot follow the log: {err}")) from err
+
+    def _routing_stats(self) -> MemoryFinal:
+        return MemoryFinal(stats=self._counsellor().stats())
+
     # In the writer thread.
 
     def _commit(self, asks: Sequence[Write]) -> list[Answer]:
@@ -165,8 +191,11 @@ class MemoryService:
         answers: dict[int, Answer] = {}
         entries: dict[int, Entry] = {}
         for position, ask in enumerate(asks):
+            if isinstance(ask, RecordDecisions):
+                entries[position] = Entry(ask, self._context(ask.text))
+                continue
             try:
-                episode = ask.episode if isinstance(ask, RecordOutcomes) else None
+                episode = ask.episode
                 entries[position] = Entry(ask, None if episode is None else self._embedder.embed(episode.objective))
             except Unembeddable as err:
                 answers[position] = _refusal(
@@ -176,6 +205,15 @@ class MemoryService:
         answers.update(zip(entries, self._log.commit(list(entries.values())), strict=True))
         return [answers[position] for position in range(len(asks))]
 
+    def _context(self, text: str) -> Vector | None:
+        """None where a text has no vector: the outcomes of its decisions still speak for the choice as such."""
+        if not text or self._embedder is None:
+            return None
+        try:
+            return self._embedder.embed(text)
+        except Unembeddable:
+            return None
+
     # In the projector thread.
 
     def _retrieve(self, ask: Retrieve) -> MemoryFinal:
@@ -184,13 +222,7 @@ class MemoryService:
         except Unembeddable as err:
             raise CallFailed(_refusal("memory.unembeddable", f"ask.text: {err}")) from err
         except PROJECTION_TROUBLE as err:
-            failure = Failure(
-                code="memory.projection",
-                category=Category.RESOURCE,
-                origin="memory",
-                message=f"the projections in {self._folder} cannot be built: {err}; free disk space or memory there",
-            )
-            raise CallFailed(failure) from err
+            raise CallFailed(_trouble(f"the projections in {self._folder} cannot be built: {err}")) from err
 
     def _explain(self, ask: Explain) -> MemoryFinal:
         answer = MemoryFinal(explained=self._opened().reader.explain(ask.decision_ids))
@@ -212,6 +244,7 @@ class MemoryService:
             await self._take_folder()
             self._embedder = await loop.run_in_executor(self._writer, Embedder)
             opened = await loop.run_in_executor(self._writer, self._open_log)
+            await loop.run_in_executor(self._counsel, self._open_advisor, loop)
             manifest, checked, doubt = await self._judge_graph()
             await loop.run_in_executor(self._follower, self._open_projector, loop, manifest, checked, doubt)
         except Exception as err:
@@ -259,6 +292,14 @@ class MemoryService:
         except ProjectionDoubt as err:
             return None, None, str(err)
 
+    def _open_advisor(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._embedder is None:
+            raise RuntimeError("the embedder is not loaded")
+        self._advisor = Advisor(self._folder, self._embedder)
+        fields = {"verdict": self._advisor.verdict.value, "reason": self._advisor.reason}
+        seq = self._advisor.applied_seq
+        loop.call_soon_threadsafe(partial(self._service.log.write, ROUTING_OPENED, log_seq=seq, **fields))
+
     def _open_projector(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -275,6 +316,11 @@ class MemoryService:
         self._projector = Projector(self._folder, self._embedder, tell)
         self._projector.start(manifest, checked, doubt)
 
+    def _counsellor(self) -> Advisor:
+        if self._advisor is None:
+            raise RuntimeError("the memory is not open yet")
+        return self._advisor
+
     def _opened(self) -> Projector:
         if self._projector is None:
             raise RuntimeError("the memory is not open yet")
@@ -284,12 +330,18 @@ class MemoryService:
         """After the last call: let both threads finish, leave projections that the next start can trust."""
         loop = asyncio.get_running_loop()
         await asyncio.gather(*(task for task in (self._committing, self._advancing) if task is not None))
+        await loop.run_in_executor(self._counsel, self._close_advisor)
         await loop.run_in_executor(self._follower, self._close_projector)
         await loop.run_in_executor(self._writer, self._close_log)
         self._follower.shutdown()
+        self._counsel.shutdown()
         self._writer.shutdown()
         if self._lock is not None:
             os.close(self._lock)
+
+    def _close_advisor(self) -> None:
+        if self._advisor is not None:
+            self._advisor.close()
 
     def _close_projector(self) -> None:
         if self._projector is not None:
@@ -306,10 +358,20 @@ class MemoryService:
             "log_seq": self._log.seq,
             "vectors_seq": self._projector.vectors_seq,
             "graph_seq": self._projector.graph_seq,
+            "routing_seq": self._advisor.applied_seq if self._advisor is not None else 0,
             "commit_groups": self._groups,
             "vectors_rebuilt": self._projector.rebuilt["vectors"],
             "graph_rebuilt": self._projector.rebuilt["graph"],
         }
+
+
+def _trouble(what: str) -> Failure:
+    return Failure(
+        code="memory.projection",
+        category=Category.RESOURCE,
+        origin="memory",
+        message=f"{what}; free disk space or memory there",
+    )
 
 
 def _refusal(code: str, message: str) -> Failure:

@@ -41,6 +41,7 @@ CREATE INDEX IF NOT EXISTS episodes_of_type ON episodes (task_type);
 CREATE TABLE IF NOT EXISTS choice_values (
     subject TEXT, task_type TEXT, choice TEXT, q REAL NOT NULL, count INTEGER NOT NULL, mean_seconds REAL NOT NULL,
     PRIMARY KEY (subject, task_type, choice)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS contexts (task_id TEXT PRIMARY KEY, text TEXT NOT NULL, vector BLOB NOT NULL);
 """
 _LAYOUT: Final = 1
 _IDS_AT_ONCE: Final = 500  # SQLite's bound on variables of one statement is 999 in old builds
@@ -52,7 +53,7 @@ class LogDamaged(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One request to store, with the vector of its episode's objective."""
+    """One request to store, with the vector of its episode's objective or of the text its decisions are about."""
 
     request: RecordDecisions | RecordOutcomes
     vector: Vector | None = None
@@ -105,6 +106,8 @@ class MemoryLog:
             for task_id, record in rows:
                 vector = to_bytes(embed(Episode.model_validate_json(record).objective))
                 self._db.execute("UPDATE episodes SET vector = ? WHERE task_id = ?", (vector, task_id))
+            for task_id, text in self._db.execute("SELECT task_id, text FROM contexts").fetchall():
+                self._db.execute("UPDATE contexts SET vector = ? WHERE task_id = ?", (to_bytes(embed(text)), task_id))
             self._db.execute("UPDATE meta SET value = ? WHERE key = 'embedder'", (name,))
             self._db.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (boot_id(),))
         return len(rows)
@@ -167,7 +170,7 @@ class MemoryLog:
         self._db.execute("SAVEPOINT entry")
         try:
             if isinstance(entry.request, RecordDecisions):
-                answer = self._store_decisions(entry.request.decisions)
+                answer = self._store_decisions(entry.request, entry.vector)
             else:
                 answer = self._store_outcomes(entry.request, entry.vector)
         except CallFailed as refused:
@@ -180,7 +183,8 @@ class MemoryLog:
             self._db.execute("UPDATE meta SET value = value + ? WHERE key = 'duplicates'", (answer.duplicates,))
         return answer
 
-    def _store_decisions(self, decisions: Sequence[DecisionRecord]) -> MemoryFinal:
+    def _store_decisions(self, request: RecordDecisions, vector: Vector | None) -> MemoryFinal:
+        decisions: Sequence[DecisionRecord] = request.decisions
         ids = [decision.decision_id for decision in decisions]
         new = [decisions[position] for position in first_of_each(ids, self._known("decisions", ids))]
         self._db.executemany(
@@ -190,6 +194,11 @@ class MemoryLog:
                 for d in new
             ],
         )
+        if vector is not None:  # the first text of a task counts, as the first of everything else
+            self._db.executemany(
+                "INSERT OR IGNORE INTO contexts VALUES (?, ?, ?)",
+                [(task_id, request.text, to_bytes(vector)) for task_id in dict.fromkeys(d.task_id for d in new)],
+            )
         return MemoryFinal(stored=len(new), duplicates=len(decisions) - len(new))
 
     def _store_outcomes(self, request: RecordOutcomes, vector: Vector | None) -> MemoryFinal:

@@ -5,6 +5,7 @@ A connection of its own, so that reading never waits for the writer (WAL). Nothi
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from protocol.messages.memory import DecisionRecord, Episode, Explained, Outcome
 from services.memory.embedding import Vector, from_bytes
 from services.memory.log import LOG_FILE
 from services.memory.machine import episode_value
+from services.memory.routing import Observation
 
 _ROWS_AT_ONCE: Final = 2_000
 
@@ -67,6 +69,13 @@ _CHANGES: Final = (
 )
 
 
+_OBSERVATIONS: Final = (
+    "SELECT o.seq, d.seq, d.subject, d.task_type, d.choice, d.record, o.record, c.vector FROM outcomes o "
+    "JOIN decisions d USING (decision_id) LEFT JOIN contexts c ON c.task_id = d.task_id "
+    "WHERE o.seq > ? AND o.seq <= ? ORDER BY o.seq"
+)
+
+
 class LogReader:
     """A read-only view of the log; belongs to one thread. Numbers and rows are those of the last commit."""
 
@@ -98,6 +107,13 @@ class LogReader:
             found += [ChoiceFailed(*row) for row in failures]
             found += [EpisodeAdded(seq, task_id, from_bytes(vector)) for seq, task_id, vector in episodes]
             yield last, sorted(found, key=lambda change: change.seq)
+            after = last
+
+    def observations(self, after: int, upto: int) -> Iterator[tuple[int, list[Observation]]]:
+        """Scored decisions whose outcome follows row `after`, up to and including row `upto`; pairs as in `changes`."""
+        while after < upto:
+            last = min(upto, after + _ROWS_AT_ONCE)
+            yield last, [_observation(row) for row in self._db.execute(_OBSERVATIONS, (after, last))]
             after = last
 
     def lineage(self, upto: int) -> Iterator[tuple[str | int, ...]]:
@@ -187,3 +203,23 @@ class LogReader:
     def _meta(self, key: str) -> str | int:
         value: str | int = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
         return value
+
+
+def _observation(row: tuple[int, int, str, str, str, str, str, bytes | None]) -> Observation:
+    seq, decision_seq, subject, task_type, choice, decision_text, outcome_text, vector = row
+    # Plain JSON: both were validated before they were stored, and an old row lacks the newer fields.
+    decision, outcome = json.loads(decision_text), json.loads(outcome_text)
+    return Observation(
+        seq=seq,
+        decision_seq=decision_seq,
+        subject=subject,
+        task_type=task_type,
+        # The width of a plan stands behind a `/`: what is learned of a shape holds for all its widths.
+        choice=choice.partition("/")[0] if subject == "decomposition" else choice,
+        cluster=decision.get("cluster", ""),
+        vector=None if vector is None else from_bytes(vector),
+        reward=outcome["reward"],
+        seconds=outcome["seconds"],
+        model=decision.get("model", ""),
+        prompt=decision.get("prompt", ""),
+    )

@@ -10,6 +10,7 @@ from services.kit.config import load_home
 from services.kit.registry import RegistryError, load_registry
 from services.kit.service import Service
 from services.planner.app import PlannerApp
+from services.planner.labelled import BadRow, judge_of
 
 SLOTS = 4  # planning mostly waits for other services
 
@@ -19,11 +20,12 @@ async def serve() -> int:
     try:
         # Model files are the business of those who load them.
         registry = load_registry(home.registry, home.models, check_files=False)
-    except RegistryError as err:
+        judge = judge_of(home.labelled_requests)
+    except (RegistryError, BadRow) as err:
         sys.stderr.write(f"planner: {err}\n")
         return 1
     service = Service(home, "planner", ("planner",), slots=SLOTS)
-    PlannerApp(service, registry)
+    PlannerApp(service, registry, judge)
     return await service.run()
 
 

@@ -14,7 +14,9 @@ from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
 from services.kit.registry import Registry
 from services.kit.service import Call, Service
+from services.planner.divide import Judge
 from services.planner.machine import (
+    AskAdvice,
     AskMemory,
     AskModel,
     Command,
@@ -38,8 +40,9 @@ QUESTION_UNANSWERED = LogEvent("plan.unanswered", "task asked why", "warning")
 class PlannerApp:
     """Answers `plan.request`; stateless between calls but for its counters."""
 
-    def __init__(self, service: Service, registry: Registry) -> None:
+    def __init__(self, service: Service, registry: Registry, judge: Judge) -> None:
         self._service = service
+        self._judge = judge
         self._registry = registry
         self._counters: Counter[str] = Counter()
         service.answer("plan.request", self._plan)
@@ -58,7 +61,7 @@ class PlannerApp:
     async def _plan(self, call: Call) -> Message:
         task = call.read(PlanRequest).task
         started_ms = self._service.clock.now_ms()
-        planning = Planning(self._registry)
+        planning = Planning(self._registry, self._judge)
         command = planning.handle(Requested(started_ms, task, call.header.deadline))
         while True:
             match command:
@@ -70,10 +73,10 @@ class PlannerApp:
                     problems = failure.evidence["problems"]
                     self._service.log.write(PLAN_REFUSED, task=task.task_id, code=failure.code, problems=problems)
                     raise CallFailed(failure)
-                case AskMemory() | AskModel() | Record():
+                case AskMemory() | AskModel() | AskAdvice() | Record():
                     command = planning.handle(await self._ask(command, call))
 
-    async def _ask(self, command: AskMemory | AskModel | Record, call: Call) -> Event:
+    async def _ask(self, command: AskMemory | AskModel | AskAdvice | Record, call: Call) -> Event:
         asked = _target(command)
         try:
             answer = await self._send(command, call)
@@ -92,13 +95,15 @@ class PlannerApp:
             case _:
                 return Unanswered(at_ms, f"a {type(answer).__name__} instead of an answer")
 
-    async def _send(self, command: AskMemory | AskModel | Record, call: Call) -> Message:
+    async def _send(self, command: AskMemory | AskModel | AskAdvice | Record, call: Call) -> Message:
         service, timeout_s, dst = self._service, command.timeout_s, _target(command)
         match command:
             case AskModel(request=request):
                 return await service.ask("infer.request", request, dst=dst, timeout_s=timeout_s, call=call)
             case AskMemory(retrieve=retrieve):
                 body = MemoryRequest(ask=retrieve)
+            case AskAdvice(request=advise):
+                body = MemoryRequest(ask=advise)
             case Record(request=decisions):
                 body = MemoryRequest(ask=decisions)
         return await service.ask("memory.request", body, dst=dst, timeout_s=timeout_s, call=call)
@@ -107,6 +112,9 @@ class PlannerApp:
         self._counters[f"plans_{final.source}"] += 1
         self._counters[f"model_{model}"] += 1
         self._counters["decisions"] += len(final.decisions)
+        for item in final.decisions:
+            if item.advice is not None:
+                self._counters[f"advice_{item.advice.won}"] += 1
         self._counters["removed_edges"] += len(final.removed_edges)
         self._service.log.write(
             PLAN_MADE,

@@ -1,8 +1,8 @@
 """Chooses what a plan leaves open (gates, personas, token shares) and writes every choice down as a decision.
 
-Works the same on a client's, a rules' and a model's plan, and never overrides what a step says itself. Roles are
-chosen where plans are made; here they are only recorded, with the roles that could have done the same work. Today all
-choices are rules, so every propensity is 1; what is learned from their outcomes is the memory's business.
+Works the same on a client's, a rules' and a model's plan, and never overrides what a client's step says itself. The
+rules always have a choice; memory's advice, where it came, takes its place together with its propensity. Without
+advice every propensity is 1. What is learned from the outcomes, and when it is strong enough, is memory's business.
 
 Ids are derived from task, step, subject and choice. Same choice, same id: a plan that is made again after a crash
 records nothing twice. Another choice (the model answers differently the second time), another id: the outcome of the
@@ -11,24 +11,33 @@ plan that ran is never booked on a choice that did not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from types import MappingProxyType
+from typing import Final
 
 from protocol.messages.artefact import ArtefactKind
-from protocol.messages.memory import DecisionRecord
-from protocol.messages.plan import RoutingDecision
+from protocol.messages.memory import Advised, DecisionRecord
+from protocol.messages.plan import PlanSource, RoutingDecision
 from protocol.messages.task import Output, Plan, Step, TaskIR
 from services.kit.identity import work_key
 from services.kit.registry import GateEntry, PersonaEntry, Registry
-from services.planner.cast import alternatives
+from services.planner.advice import (
+    NO_PERSONA,
+    cluster_of,
+    fitting,
+    persona_key,
+    role_key,
+    role_options,
+    versions,
+)
 from services.planner.tests_given import given_tests, module_under_test
 
 #: Kind of output -> gates that judge it by default, where the registry has them and they know the language.
 #: `format` is left out on purpose: its failures never escalate, a model that is bad at layout stays bad at it, and a
 #: step would spend all its retries on blank lines that one run of a formatter puts right. A step can ask for it.
 DEFAULT_GATES: Final[Mapping[ArtefactKind, tuple[str, ...]]] = {
-    ArtefactKind.CODE: ("lint",),
+    ArtefactKind.CODE: ("lint", "shellcheck"),
     ArtefactKind.JSON: ("schema",),
     ArtefactKind.TEXT: (),
 }
@@ -42,15 +51,11 @@ _LANGUAGES: Final[Mapping[str | None, str]] = {
     "text/x-c": "c",
     "text/javascript": "javascript",
 }
-Source: TypeAlias = Literal["client", "rules", "model"]
-"""Who made the steps, as in PlanFinal."""
-
-_ROLE_RULES: Final[Mapping[Source, str]] = {
+_ROLE_RULES: Final[Mapping[PlanSource, str]] = {
     "client": "the client's plan names it",
     "rules": "the table of roles per kind of work",
     "model": "the model's plan names it",
 }
-NO_PERSONA: Final = "none"
 MAX_DECISIONS: Final = 2_000
 """Of a larger plan the first ones are recorded: what they teach repeats itself, and messages stay bounded."""
 
@@ -62,6 +67,7 @@ class Decomposition:
     choice: str
     alternatives: tuple[str, ...]
     rule: str
+    advice: Advised | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +78,19 @@ class Chosen:
     decisions: tuple[RoutingDecision, ...]
 
 
-def choose(task: TaskIR, plan: Plan, decomposition: Decomposition, registry: Registry, source: Source) -> Chosen:
-    """Fill in gates and personas where a step has none, and token shares where the plan is not a client's."""
+def choose(
+    task: TaskIR,
+    plan: Plan,
+    decomposition: Decomposition,
+    registry: Registry,
+    source: PlanSource,
+    advice: Mapping[str, Advised] = MappingProxyType({}),
+) -> Chosen:
+    """Fill in gates and personas where a step has none, and token shares where the plan is not a client's.
+
+    `advice` holds memory's answers to `advice.request`, by key.
+    """
+    by_rules, plan = plan.steps, _cast_by(advice, plan)
     task_id = task.task_id or "dry-run"
     task_type = task.task_type.value
     tests = {artefact.name for artefact in given_tests(task.inputs)}
@@ -87,15 +104,17 @@ def choose(task: TaskIR, plan: Plan, decomposition: Decomposition, registry: Reg
             subject="decomposition",
             choice=decomposition.choice,
             alternatives=list(decomposition.alternatives),
-            propensity=1.0,
+            propensity=1.0 if decomposition.advice is None else decomposition.advice.propensity,
             rule=decomposition.rule[:1_000],
+            advice=decomposition.advice,
             task_type=task_type,
             features={"steps": width, "inputs": float(len(task.inputs)), "objective_chars": float(len(task.objective))},
         )
     ]
     by_role: dict[str, list[PersonaEntry]] = {}
     steps: list[Step] = []
-    for step in plan.steps:
+    told: dict[str, str] = {}
+    for step, ruled in zip(plan.steps, by_rules, strict=True):
         features = {
             "steps": width,
             "inputs": float(len(step.inputs)),
@@ -103,7 +122,8 @@ def choose(task: TaskIR, plan: Plan, decomposition: Decomposition, registry: Reg
         }
         if step.actor not in by_role:
             by_role[step.actor] = fitting(step.actor, task, registry.personas.values())
-        persona, persona_rule = _persona(step, by_role[step.actor])
+        persona_advice = None if step.persona is not None else advice.get(persona_key(step.actor))
+        persona, persona_rule = _persona(step, by_role[step.actor], persona_advice)
         changes: dict[str, object] = {}
         if step.gates is None:
             changes["gates"] = gates_for(step, tests, module, registry.gates)
@@ -114,39 +134,45 @@ def choose(task: TaskIR, plan: Plan, decomposition: Decomposition, registry: Reg
         steps.append(step.model_copy(update=changes) if changes else step)
         if len(decisions) + 2 > MAX_DECISIONS:
             continue
+        role_advice = advice.get(role_key(ruled))
         decisions.append(
             RoutingDecision(
                 decision_id=_decision_id(task_id, step.id, "role", step.actor),
                 subject="role",
                 step=step.id,
                 choice=step.actor,
-                alternatives=alternatives(step.actor, registry.roles),
-                propensity=1.0,
-                rule=_ROLE_RULES[source],
+                alternatives=[role for role in role_options(ruled, registry) if role != step.actor],
+                propensity=1.0 if role_advice is None else role_advice.propensity,
+                rule=_told(told, role_advice) or _ROLE_RULES[source],
                 task_type=task_type,
                 features=features,
+                cluster=cluster_of(ruled),
+                advice=_once(told, step.id, role_advice),
             )
         )
-        if persona is not None:
-            others = [entry.name for entry in by_role[step.actor] if entry.name != persona]
+        if persona is not None or persona_advice is not None:
+            names = [entry.name for entry in by_role[step.actor]][:62]
             decisions.append(
                 RoutingDecision(
-                    decision_id=_decision_id(task_id, step.id, "persona", persona),
+                    decision_id=_decision_id(task_id, step.id, "persona", persona or NO_PERSONA),
                     subject="persona",
                     step=step.id,
-                    choice=persona,
-                    alternatives=[*others[:62], NO_PERSONA],
-                    propensity=1.0,
-                    rule=persona_rule,
+                    choice=persona or NO_PERSONA,
+                    alternatives=[name for name in [*names, NO_PERSONA] if name != (persona or NO_PERSONA)],
+                    propensity=1.0 if persona_advice is None else persona_advice.propensity,
+                    rule=_told(told, persona_advice) or persona_rule,
                     task_type=task_type,
                     features=features,
+                    cluster=step.actor,
+                    advice=_once(told, step.id, persona_advice),
                 )
             )
     return Chosen(plan.model_copy(update={"steps": steps}), tuple(decisions))
 
 
-def records(task: TaskIR, decisions: Sequence[RoutingDecision], registry_digest: str) -> list[DecisionRecord]:
+def records(task: TaskIR, decisions: Sequence[RoutingDecision], registry: Registry) -> list[DecisionRecord]:
     """The decisions as the memory stores them."""
+    digests = {key: versions(*key, registry) for key in {(decision.subject, decision.choice) for decision in decisions}}
     return [
         DecisionRecord(
             decision_id=decision.decision_id,
@@ -159,7 +185,10 @@ def records(task: TaskIR, decisions: Sequence[RoutingDecision], registry_digest:
             rule=decision.rule,
             task_type=decision.task_type,
             features=decision.features,
-            registry_digest=registry_digest,
+            registry_digest=registry.digest,
+            cluster=decision.cluster,
+            model=digests[decision.subject, decision.choice][0],
+            prompt=digests[decision.subject, decision.choice][1],
         )
         for decision in decisions
     ]
@@ -180,29 +209,42 @@ def gates_for(step: Step, tests: Set[str], module: str | None, gates: Mapping[st
     return [name for name in gates if name in wanted]
 
 
-def fitting(role: str, task: TaskIR, personas: Iterable[PersonaEntry]) -> list[PersonaEntry]:
-    """Personas whose `fits` allows this role and type of task, the most specific first, ties as in the file.
-
-    Specific is what fits few combinations of role and type; an empty list means anywhere and is least specific.
-    """
-    fit = [
-        persona
-        for persona in personas
-        if (not persona.fits.roles or role in persona.fits.roles)
-        and (not persona.fits.task_types or task.task_type in persona.fits.task_types)
-    ]
-    return sorted(fit, key=lambda persona: (len(persona.fits.roles) or 100) * (len(persona.fits.task_types) or 100))
-
-
 def _applies(gate: GateEntry, output: Output) -> bool:
     if output.kind not in gate.kinds:
         return False
     return not gate.languages or _LANGUAGES.get(output.content_type) in gate.languages
 
 
-def _persona(step: Step, fit: Sequence[PersonaEntry]) -> tuple[str | None, str]:
+def _cast_by(advice: Mapping[str, Advised], plan: Plan) -> Plan:
+    """The plan with the advised roles."""
+    steps = []
+    for step in plan.steps:
+        advised = advice.get(role_key(step))
+        recast = advised is not None and advised.choice != step.actor
+        steps.append(step.model_copy(update={"actor": advised.choice}) if advised is not None and recast else step)
+    return plan.model_copy(update={"steps": steps})
+
+
+def _told(told: Mapping[str, str], advice: Advised | None) -> str | None:
+    """Why, in words; that the reason is another step's where that has given it already."""
+    if advice is None:
+        return None
+    return f"as {told[advice.key]}" if advice.key in told else advice.why[:1_000]
+
+
+def _once(told: dict[str, str], step: str, advice: Advised | None) -> Advised | None:
+    """The advice for the first step that it is about: a plan of a thousand steps carries each one once."""
+    if advice is None or advice.key in told:
+        return None
+    told[advice.key] = step
+    return advice
+
+
+def _persona(step: Step, fit: Sequence[PersonaEntry], advice: Advised | None) -> tuple[str | None, str]:
     if step.persona is not None:
         return step.persona, "the step names it"
+    if advice is not None:
+        return None if advice.choice == NO_PERSONA else advice.choice, advice.why
     if not fit:
         return None, "none fits"
     return fit[0].name, "the most specific persona that fits role and type of task"

@@ -1,37 +1,57 @@
 """Parallelism discovery: which steps of a plan really have to wait for each other.
 
 Naming an artefact as input is a dependency; writing `depends_on` is only a wish, and models as well as people wish
-for chains. A control dependency stays where
- * data flows along it (it repeats what the inputs say),
- * the step is marked `ordered`,
- * it guards a hazard: two steps whose outputs would be kept in the same file. Equal names are refused before, but
-   `notes` (kept as notes.md) and `notes.md` are two names for one file, and so are `Notes.md` and `notes.md` on some
-   file systems; then the order decides what is found there in the end. Artefacts are values and every attempt has a
-   workspace of its own, so there is no other hazard in IR v1.
-Everything else goes, with a note that says which edge and why. Expects a plan without problems
-(`protocol.plan_graph.find_problems`); edges are only ever removed, so an acyclic plan stays acyclic.
+for chains. Two steps keep the order that the plan gives them, directly or through others, where
+ * data flows from one to the other: then the order is in the inputs already,
+ * the later one is marked `ordered` and names the other in its `depends_on`,
+ * there is a hazard between them: both write one file, or one writes the file that the other reads. Equal names are
+   refused before, but `notes` (kept as notes.md) and `notes.md` are two names for one file, and so are `Notes.md` and
+   `notes.md` on some file systems; then the order decides what is found there in the end.
+Every other control dependency goes, with a note that says which edge and why. Where an order must hold and no edge is
+left that holds it (it went through a step in between, or the plan gave none at all), an edge is added, with its reason.
+What is done with the result of the serial order is never changed by that: see the property tests.
+
+Expects a plan without problems (`protocol.plan_graph.find_problems`). Every edge of the result runs forward in one
+topological order of the plan, so that it is acyclic; doing it twice changes nothing. Takes time in proportion to the
+edges, and to the square of the steps over the word length where reasons need to know what is upstream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from graphlib import TopologicalSorter
+from heapq import heappop, heappush
 from operator import or_
+from typing import Final
 
+from protocol.messages.artefact import Artefact
 from protocol.messages.plan import RemovedEdge
 from protocol.messages.task import Plan, Step
-from protocol.plan_graph import producers, reads
+from protocol.plan_graph import needs, producers, reads
 from services.planner.naming import output_file
+
+_WRITE_WRITE: Final = "{earlier} and {later} write one file, {file!r}: the order decides what is found there in the end"
+_READ_AFTER_WRITE: Final = "{later} reads the file {file!r}, which {earlier} writes"
+_WRITE_AFTER_READ: Final = "{later} writes the file {file!r}, which {earlier} reads"
+
+
+@dataclass(frozen=True, slots=True)
+class AddedEdge:
+    """A dependency that the plan lacked. It stands in the plan from here on, and its reason in the plan's."""
+
+    step: str
+    depends_on: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """A plan without its needless edges."""
+    """A plan without its needless edges, and with those that were missing."""
 
     plan: Plan
     removed: tuple[RemovedEdge, ...]
+    added: tuple[AddedEdge, ...]
 
 
 def data_needs(plan: Plan) -> dict[str, frozenset[str]]:
@@ -40,35 +60,137 @@ def data_needs(plan: Plan) -> dict[str, frozenset[str]]:
     return {step.id: frozenset(made[name] for name in reads(step) if name in made) for step in plan.steps}
 
 
-def discover(plan: Plan) -> Discovery:
-    """Drop the control dependencies that neither carry data nor guard anything."""
-    needs = data_needs(plan)
-    files = {step.id: {output_file(output).casefold() for output in step.outputs} for step in plan.steps}
+def discover(plan: Plan, inputs: Iterable[Artefact] = ()) -> Discovery:
+    """Drop the control dependencies that neither carry data nor guard anything, add those that hazards ask for.
+
+    `inputs` are those of the task: a step may write the file that one of them is kept in.
+    """
+    data = data_needs(plan)
+    order = _in_order(plan)
+    hazards = _hazards(plan, order, inputs)
     removed: list[tuple[str, str]] = []
-    steps: list[Step] = []
+    added: list[AddedEdge] = []
+    kept: dict[str, list[str]] = {}
     for step in plan.steps:
+        guarded = hazards.get(step.id, {})
         idle = {
             other: None
             for other in step.depends_on
-            if not step.ordered and other not in needs[step.id] and files[step.id].isdisjoint(files[other])
+            if not step.ordered and other not in data[step.id] and other not in guarded
         }
-        if idle:
-            removed += [(step.id, other) for other in idle]
-            step = step.model_copy(update={"depends_on": [other for other in step.depends_on if other not in idle]})
-        steps.append(step)
-    if not removed:
-        return Discovery(plan, ())
-    return Discovery(plan.model_copy(update={"steps": steps}), tuple(_with_reasons(removed, needs)))
+        removed += [(step.id, other) for other in idle]
+        kept[step.id] = [other for other in step.depends_on if other not in idle]
+    upstream = _upstream({step: data[step].union(kept[step]) for step in order}) if removed or hazards else {}
+    bit = {step: 1 << number for number, step in enumerate(order)}
+    for step_id in order:
+        for other, why in hazards.get(step_id, {}).items():
+            if upstream[step_id] & bit[other] or other in kept[step_id]:
+                continue
+            kept[step_id].append(other)
+            added.append(AddedEdge(step=step_id, depends_on=other, reason=why))
+    if not removed and not added:
+        return Discovery(plan, (), ())
+    steps = [
+        step if kept[step.id] == step.depends_on else step.model_copy(update={"depends_on": kept[step.id]})
+        for step in plan.steps
+    ]
+    return Discovery(
+        plan.model_copy(update={"steps": steps}), tuple(_with_reasons(removed, upstream, bit)), tuple(added)
+    )
 
 
-def _with_reasons(removed: list[tuple[str, str]], needs: Mapping[str, frozenset[str]]) -> Iterator[RemovedEdge]:
-    bit = {step: 1 << number for number, step in enumerate(needs)}
-    upstream: dict[str, int] = {}  # sets of steps as bits of a number: plans may have thousands of steps
-    for step in TopologicalSorter(needs).static_order():
-        upstream[step] = reduce(or_, (bit[other] | upstream[other] for other in needs[step]), 0)
+def with_edges(plan: Plan, removed: Iterable[RemovedEdge]) -> Plan:
+    """The plan with its dropped edges again: for showing what their removal has gained."""
+    dropped: dict[str, list[str]] = {}
+    for edge in removed:
+        dropped.setdefault(edge.step, []).append(edge.depends_on)
+    steps = [
+        step.model_copy(update={"depends_on": [*step.depends_on, *dropped[step.id]]}) if step.id in dropped else step
+        for step in plan.steps
+    ]
+    return plan.model_copy(update={"steps": steps})
+
+
+def _in_order(plan: Plan) -> list[str]:
+    """Every step after those it waits for; where the plan leaves it open, as in its list."""
+    waits = needs(plan)
+    place = {step.id: number for number, step in enumerate(plan.steps)}
+    missing = {step: len(others) for step, others in waits.items()}
+    after: dict[str, list[str]] = {step: [] for step in waits}
+    for step, others in waits.items():
+        for other in others:
+            after[other].append(step)
+    ready: list[int] = []
+    for step, count in missing.items():
+        if count == 0:
+            heappush(ready, place[step])
+    order: list[str] = []
+    while ready:
+        step = plan.steps[heappop(ready)].id
+        order.append(step)
+        for other in after[step]:
+            missing[other] -= 1
+            if missing[other] == 0:
+                heappush(ready, place[other])
+    return order
+
+
+def _hazards(plan: Plan, order: list[str], inputs: Iterable[Artefact]) -> dict[str, dict[str, str]]:
+    """Later step -> earlier step -> why their order counts. For each file only neighbours in the order: a chain of
+    them orders all the others.
+    """
+    files: dict[str, str] = {artefact.name: artefact.file_name().casefold() for artefact in inputs}
+    owner = {file: name for name, file in files.items()}
+    shared: set[str] = set()
+    for step in plan.steps:
+        for output in step.outputs:
+            file = files[output.name] = output_file(output).casefold()
+            if owner.setdefault(file, output.name) != output.name:
+                shared.add(file)
+    if not shared:
+        return {}
+    by_id: dict[str, Step] = {step.id: step for step in plan.steps}
+    data = data_needs(plan)
+    writer: dict[str, str] = {}
+    readers: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}
+
+    def guard(later: str, earlier: str, why: str, file: str) -> None:
+        if later != earlier and earlier not in data[later]:
+            found.setdefault(later, {}).setdefault(earlier, why.format(earlier=earlier, later=later, file=file))
+
+    for step_id in order:
+        step = by_id[step_id]
+        read = {files[name] for name in reads(step) if name in files} & shared
+        written = {files[output.name] for output in step.outputs} & shared
+        for file in sorted(read):
+            if file in writer:
+                guard(step_id, writer[file], _READ_AFTER_WRITE, file)
+            readers.setdefault(file, []).append(step_id)
+        for file in sorted(written):
+            if file in writer:
+                guard(step_id, writer[file], _WRITE_WRITE, file)
+            for reader in readers.pop(file, ()):
+                guard(step_id, reader, _WRITE_AFTER_READ, file)
+            writer[file] = step_id
+    return found
+
+
+def _upstream(waits: Mapping[str, Iterable[str]]) -> dict[str, int]:
+    """All that a step waits for, as bits by place in the order: plans may have thousands of steps."""
+    bit = {step: 1 << number for number, step in enumerate(waits)}
+    upstream: dict[str, int] = {}
+    for step, others in waits.items():
+        upstream[step] = reduce(or_, (bit[other] | upstream[other] for other in others), 0)
+    return upstream
+
+
+def _with_reasons(
+    removed: list[tuple[str, str]], upstream: Mapping[str, int], bit: Mapping[str, int]
+) -> Iterator[RemovedEdge]:
     for step, other in removed:
         if upstream[step] & bit[other]:
-            reason = f"{step} reads nothing of {other} itself; the data between them keeps the order already"
+            reason = f"{step} reads nothing of {other} itself; what else it waits for keeps the order already"
         else:
             reason = f"no output of {other} is read by {step}; set `ordered: true` on {step} to keep the order"
         yield RemovedEdge(step=step, depends_on=other, reason=reason)

@@ -1,7 +1,7 @@
 """The course of one planning call: what to ask next, how long to wait, what to do without an answer.
 
-    Requested -> [AskMemory] -> [AskModel] -> Record -> Finish          a client's plan skips the first two
-              -> Refuse                                                 a plan or a registry reference that cannot run
+    Requested -> [AskMemory] -> [AskModel] -> [AskAdvice] -> Record -> Finish    a client's plan skips the first two
+              -> Refuse                                       a plan or a registry reference that cannot run
 
 Pure: time comes in with the events, questions go out as commands, and exactly one command answers each event. Every
 question has a bound of its own and an ending without an answer, so a plan comes out in time whoever is down: without
@@ -11,26 +11,38 @@ is the rules' plan. The deadline of the call is shared out here; the app only ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, TypeAlias
 
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferRequest
-from protocol.messages.memory import DecisionRecord, Episode, MemoryFinal, RecordDecisions, Retrieve
-from protocol.messages.plan import PlanFinal, RoutingDecision
+from protocol.messages.memory import (
+    Advise,
+    Advised,
+    DecisionRecord,
+    Episode,
+    MemoryFinal,
+    RecordDecisions,
+    Retrieve,
+)
+from protocol.messages.plan import PlanFinal, PlanSource, RoutingDecision
 from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import PlanProblem
 from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry, RoleEntry
+from services.planner.advice import WIDTH_KEY, answers, request, shape_of
 from services.planner.cast import ROLES_FOR, Work
-from services.planner.choose import Decomposition, Source, choose, records
+from services.planner.choose import Decomposition, choose, records
+from services.planner.digest import Fitted, fit_to_context
 from services.planner.discovery import discover
+from services.planner.divide import Judge, RuleJudge
 from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
-from services.planner.rules import RulePlan, plan_by_rules
+from services.planner.rules import RulePlan, plans_by_rules
 
 MEMORY_S: Final = 1.0
-"""Longest wait for memory, for each of its two questions, in seconds."""
+"""Longest wait for memory, for each of its questions, in seconds."""
 MODEL_S: Final = 15.0
 """Longest wait for the front door, in seconds: longer than this is better spent on working than on planning."""
 MIN_MODEL_S: Final = 1.0
@@ -40,6 +52,7 @@ _TASK_SHARE: Final = 0.1
 _MEMORY_SHARE: Final = 0.1
 _NO_DEADLINE_S: Final = 60.0
 _MAX_OBJECTIVE_CHARS: Final = 4_000
+_MAX_REPAIRS: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +66,7 @@ class Requested:
 
 @dataclass(frozen=True, slots=True)
 class MemoryAnswered:
-    """The answer to AskMemory or Record."""
+    """The answer to AskMemory, AskAdvice or Record."""
 
     at_ms: int
     answer: MemoryFinal
@@ -81,6 +94,14 @@ class AskMemory:
     """Ask which finished tasks resemble this one."""
 
     retrieve: Retrieve
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AskAdvice:
+    """Ask memory what it would choose where the plan leaves a choice."""
+
+    request: Advise
     timeout_s: float
 
 
@@ -116,8 +137,18 @@ class Refuse:
     failure: Failure
 
 
+@dataclass(frozen=True, slots=True)
+class OpenPlan:
+    """What is decided of a plan before memory is asked."""
+
+    source: PlanSource
+    plans: Mapping[str, Plan]
+    """Template -> plan, the rules' choice first."""
+    choice: Decomposition
+
+
 Event: TypeAlias = Requested | MemoryAnswered | ModelAnswered | Unanswered
-Command: TypeAlias = AskMemory | AskModel | Record | Finish | Refuse
+Command: TypeAlias = AskMemory | AskModel | AskAdvice | Record | Finish | Refuse
 
 
 class Phase(StrEnum):
@@ -126,6 +157,7 @@ class Phase(StrEnum):
     NEW = "new"
     REMEMBERING = "remembering"
     MODELLING = "modelling"
+    ADVISING = "advising"
     RECORDING = "recording"
     DONE = "done"
 
@@ -146,16 +178,22 @@ class OutOfTurn(Exception):
 class Planning:
     """One planning call, from Requested to Finish or Refuse."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, judge: Judge | None = None) -> None:
+        """`judge` says whether an answer divides; without one the rules that ship do."""
         self.phase = Phase.NEW
+        self._judge = judge or RuleJudge()
         self.model_outcome = ModelOutcome.NOT_ASKED
         self._registry = registry
         self._deadline_ms = 0
         self._task: TaskIR
+        self._by_rules: list[RulePlan]
         self._rules: RulePlan
         self._similar: list[Episode] = []
         self._reasons: list[str] = []
         self._generated_tokens = 0
+        self._memory_away = False
+        self._open: OpenPlan
+        self._asked: Advise
         self._draft: PlanFinal
         self._decisions: list[RoutingDecision] = []
 
@@ -168,6 +206,7 @@ class Planning:
                 self._similar = answer.episodes[:16]
                 return self._model_or_rules(event.at_ms)
             case Phase.REMEMBERING, Unanswered():
+                self._memory_away = True
                 self._reasons.append(f"memory did not answer ({event.why}), so no earlier task informed the plan")
                 return self._model_or_rules(event.at_ms)
             case Phase.MODELLING, ModelAnswered():
@@ -176,6 +215,11 @@ class Planning:
                 self.model_outcome = ModelOutcome.UNANSWERED
                 self._reasons.append(f"the model gave no answer ({event.why})")
                 return self._use_rules(event.at_ms)
+            case Phase.ADVISING, MemoryAnswered(answer=answer):
+                return self._fill_in(event.at_ms, answers(answer.advice, self._asked))
+            case Phase.ADVISING, Unanswered():
+                self._reasons.append(f"memory gave no advice ({event.why}), so the rules choose")
+                return self._fill_in(event.at_ms, {})
             case Phase.RECORDING, MemoryAnswered(answer=answer):
                 return self._on_recorded(answer)
             case Phase.RECORDING, Unanswered():
@@ -193,8 +237,9 @@ class Planning:
                 return self._refuse(problems)
             self._reasons.append("the task brought its plan")
             choice = Decomposition(f"client/{len(task.plan.steps)}", (), "the client's plan")
-            return self._settle(event.at_ms, task.plan, "client", choice)
-        self._rules = plan_by_rules(task, self._registry.roles)
+            return self._settle(event.at_ms, OpenPlan("client", {choice.choice: task.plan}, choice))
+        self._by_rules = plans_by_rules(task, self._registry.roles, self._judge)
+        self._rules = self._by_rules[0]
         problems = plan_problems(task.model_copy(update={"plan": self._rules.plan}), self._registry)
         if problems:  # what templates cannot mend: inputs named twice, gates of the task that do not exist
             return self._refuse(problems)
@@ -216,7 +261,7 @@ class Planning:
         else:
             self._reasons.append(f"the model was asked: {worth.because}")
             self.phase = Phase.MODELLING
-            request = planning_request(self._task, self._registry.roles, planner, self._similar)
+            request = planning_request(self._task, self._registry.roles, planner, self._similar, self._rules.parts)
             return AskModel(planner.model, request, timeout_s)
         return self._use_rules(at_ms)
 
@@ -224,33 +269,60 @@ class Planning:
         answer = event.answer
         self._generated_tokens = answer.generated_tokens
         try:
-            plan = read_plan(answer.text, answer.finish_reason, self._task, self._registry.roles)
+            made = read_plan(answer.text, answer.finish_reason, self._task, self._registry.roles)
         except ModelPlanRefused as err:
             self.model_outcome = ModelOutcome.REFUSED
             self._reasons.append(f"its plan was refused: {err}")
             return self._use_rules(event.at_ms)
         self.model_outcome = ModelOutcome.USED
+        plan = made.plan
         self._reasons.append(f"its plan of {len(plan.steps)} steps is valid, acyclic and within budget")
         choice = Decomposition(
             f"{self._task.task_type.value}.model/{len(plan.steps)}", (self._rules.template,), self._reasons[-1]
         )
-        return self._settle(event.at_ms, plan, "model", choice)
+        if made.repairs:
+            self._reasons.append(f"it was repaired: {'; '.join(made.repairs[:_MAX_REPAIRS])}")
+        return self._settle(event.at_ms, OpenPlan("model", {choice.choice: plan}, choice))
 
     def _use_rules(self, at_ms: int) -> Command:
         rules = self._rules
         self._reasons += [f"rules: {rules.template}, because {rules.because}", *rules.notes]
-        single = f"{self._task.task_type.value}.single/1"
-        choice = Decomposition(rules.template, () if rules.template == single else (single,), rules.because)
-        return self._settle(at_ms, rules.plan, "rules", choice)
+        plans = {plan.template: plan.plan for plan in self._by_rules}
+        choice = Decomposition(rules.template, tuple(plans)[1:], rules.because)
+        return self._settle(at_ms, OpenPlan("rules", plans, choice))
 
-    def _settle(self, at_ms: int, plan: Plan, source: Source, choice: Decomposition) -> Command:
-        """The plan is chosen: discover its parallelism, fill it in, have the decisions recorded."""
-        found = discover(plan)
-        chosen = choose(self._task, found.plan, choice, self._registry, source)
+    def _settle(self, at_ms: int, open_plan: OpenPlan) -> Command:
+        """There is a plan, or several to choose from: ask memory about what is open."""
+        self._open = open_plan
+        if open_plan.source != "client" and self._registry.learning.enabled and not self._memory_away:
+            text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
+            asked = request(self._task, open_plan.plans, self._registry, text)
+            if asked is not None:
+                self._asked = asked
+                self.phase = Phase.ADVISING
+                return AskAdvice(asked, self._memory_s(at_ms))
+        return self._fill_in(at_ms, {})
+
+    def _fill_in(self, at_ms: int, advice: Mapping[str, Advised]) -> Command:
+        """Choose, by advice or by rule, discover the plan's parallelism, have the decisions recorded."""
+        opened = self._open
+        template, width = opened.choice.choice, advice.get(WIDTH_KEY)
+        choice = replace(opened.choice, advice=width)
+        if width is not None:
+            template = next(name for name in opened.plans if shape_of(name) == width.choice)
+            others = tuple(name for name in opened.plans if name != template)
+            choice = Decomposition(template, others, width.why, width)
+        found = discover(opened.plans[template], self._task.inputs)
+        self._reasons += [f"added: {edge.reason}" for edge in found.added]
+        fitted = Fitted(self._task, found.plan, ())
+        if opened.source != "client":
+            fitted = fit_to_context(self._task, found.plan, self._registry)
+            self._reasons += fitted.notes
+        chosen = choose(fitted.task, fitted.plan, choice, self._registry, opened.source, advice)
         self._decisions = list(chosen.decisions)
         self._draft = PlanFinal(
-            task=self._task.model_copy(update={"plan": chosen.plan}),
-            source=source,
+            task=fitted.task.model_copy(update={"plan": chosen.plan}),
+            source=opened.source,
             reason="",
             removed_edges=list(found.removed),
             similar=self._similar,
@@ -261,8 +333,9 @@ class Planning:
             self._reasons.append("dry run: the decisions are not recorded")
             return self._finish(self._decisions)
         self.phase = Phase.RECORDING
-        rows: list[DecisionRecord] = records(self._task, self._decisions, self._registry.digest)
-        return Record(RecordDecisions(decisions=rows), self._memory_s(at_ms))
+        rows: list[DecisionRecord] = records(self._task, self._decisions, self._registry)
+        text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
+        return Record(RecordDecisions(decisions=rows, text=text), self._memory_s(at_ms))
 
     def _on_recorded(self, answer: MemoryFinal) -> Command:
         known = answer.stored + answer.duplicates

@@ -3,17 +3,17 @@
 The model names neither ids nor outputs: its n-th step is `S<n>` and makes one artefact, which later steps call by a
 label that the schema lists. That leaves it less to get wrong and keeps the answer short. Decoding is constrained by a
 JSON Schema, but a schema that a grammar cannot express fails open and a peer may say anything, so the answer is
-treated as hostile: bounded before it is parsed, then checked for sense (roles, labels, budget, inputs that nobody
-reads, results that nobody joins, repeated steps), and as a graph by `plan_graph.find_problems`. A plan with any
-problem is dropped whole: repairing one would hide what the model cannot do. Nothing here asks anybody or chooses
-between plans; `machine` does.
+treated as hostile: bounded before it is parsed, then put right where a mistake has one sensible cure (`repair`: roles,
+labels, inputs that nobody reads, results that nobody joins, repeated steps, circles; every cure is noted), of an answer
+that was cut off the complete steps are taken, and the result is checked as a graph by `plan_graph.find_problems`. What
+is no plan even then is dropped whole. Nothing here asks anybody or chooses between plans; `machine` does.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,8 +25,9 @@ from protocol.messages.memory import Episode
 from protocol.messages.task import Output, Plan, Step, TaskIR, TaskType
 from protocol.plan_graph import find_problems
 from services.kit.registry import RoleEntry
-from services.planner.cast import ROLES_FOR, Work
+from services.planner.cast import ROLES_FOR, Work, cast
 from services.planner.naming import Names
+from services.planner.repair import Draft, repaired, result_of
 from services.planner.rules import for_orientation, quoted, result_name, room
 
 MAX_MODEL_STEPS: Final = 8
@@ -69,6 +70,14 @@ class _ModelPlan(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """A plan that can run, and what was done to the model's answer to make it one."""
+
+    plan: Plan
+    repairs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Worth:
     """Whether the model is asked at all, and by which rule."""
 
@@ -92,9 +101,16 @@ def worth_asking(task: TaskIR, rule_steps: int) -> Worth:
 
 
 def planning_request(
-    task: TaskIR, roles: Mapping[str, RoleEntry], planner: RoleEntry, hints: Sequence[Episode]
+    task: TaskIR,
+    roles: Mapping[str, RoleEntry],
+    planner: RoleEntry,
+    hints: Sequence[Episode],
+    parts: Sequence[str] = (),
 ) -> InferRequest:
-    """What the front-door model is asked: schema-bound, at temperature 0, a prompt of at most about 5,000 bytes."""
+    """`parts` are what the rules see as independent, in words of the objective.
+
+    Returns what the front-door model is asked: schema-bound, at temperature 0, a prompt of at most about 5,000 bytes.
+    """
     most = min(MAX_MODEL_STEPS, room(task))
     system = (
         _SYSTEM.format(most=most)
@@ -111,6 +127,9 @@ def planning_request(
         f"{'succeeded' if episode.succeeded else 'failed'}"
         for episode in hints[:3]
     ]
+    if parts:
+        shown = "; ".join(quoted(part, 80) for part in parts[:most])
+        lines.append(f"Parts that do not need each other, one step for each before the last: {shown}")
     lines.append(f"</material>\nLabels of results, in the order of the steps: {', '.join(_labels(task))}")
     return InferRequest(
         role=planner.name,
@@ -122,80 +141,93 @@ def planning_request(
     )
 
 
-def read_plan(text: str, finish_reason: str, task: TaskIR, roles: Mapping[str, RoleEntry]) -> Plan:
+def read_plan(text: str, finish_reason: str, task: TaskIR, roles: Mapping[str, RoleEntry]) -> ModelPlan:
     """Turn an answer into a plan for this task, or raise ModelPlanRefused with every problem found."""
     answer = _parsed(text, finish_reason)
     labels = _labels(task)
-    given = {artefact.name for artefact in task.inputs}
-    made = set(labels[: len(answer.steps)])
-    problems: list[str] = []
-    if len(answer.steps) < 2:
-        problems.append("steps: a single step, although the objective needs several")
-    if len(answer.steps) > room(task):
-        problems.append(f"steps: {len(answer.steps)} steps, the budget allows {room(task)}")
-    seen: set[tuple[str, frozenset[str]]] = set()
-    for number, step in enumerate(answer.steps):
-        if step.role not in roles:
-            problems.append(f"steps[{number}].role: the registry has no role {_shown(step.role)}")
-        problems += [
-            f"steps[{number}].reads: there is no input or result {_shown(name)}"
-            for name in step.reads
-            if name not in given and name not in made
-        ]
-        task_of_step = (step.action.casefold(), frozenset(step.reads))
-        if task_of_step in seen:
-            problems.append(f"steps[{number}].action: repeats an earlier step word for word")
-        seen.add(task_of_step)
-    read = {name for step in answer.steps for name in step.reads}
-    problems += [f"inputs: {_shown(name)} is read by no step" for name in sorted(given - read)]
-    results = [number for number, label in enumerate(labels[: len(answer.steps)]) if label not in read]
-    if len(results) != 1:
-        problems.append(f"steps: {len(results)} results are left that no step reads, expected one")
-    elif task.task_type is TaskType.CODE and answer.steps[results[0]].role not in ROLES_FOR[Work.IMPLEMENT]:
-        problems.append(f"steps[{results[0]}].role: the result of a code task must be made by a role that writes code")
-    if problems:
-        raise ModelPlanRefused(problems)
-    plan = _as_plan(answer, results[0], labels, task)
+    allowed = min(room(task), MAX_MODEL_STEPS)
+    writes_code = task.task_type is TaskType.CODE
+    steps, repairs = repaired(
+        [Draft(label, one.role, one.action, tuple(one.reads)) for label, one in zip(labels, answer, strict=False)],
+        [artefact.name for artefact in task.inputs],
+        roles,
+        worker=cast(Work.READ, roles).role,
+        joiner=cast(Work.IMPLEMENT if writes_code else Work.JOIN, roles).role,
+        free_label=labels[len(answer)] if len(answer) < allowed else None,
+    )
+    if len(steps) < 2:
+        raise ModelPlanRefused(["steps: a single step, although the objective needs several", *repairs])
+    if len(steps) > room(task):
+        raise ModelPlanRefused([f"steps: {len(steps)} steps, the budget allows {room(task)}"])
+    result = result_of(steps)
+    if writes_code and steps[result].role not in ROLES_FOR[Work.IMPLEMENT]:
+        coder = cast(Work.IMPLEMENT, roles).role
+        repairs.append(f"{steps[result].label}: {coder!r} for the role {steps[result].role!r}, since it makes the code")
+        steps[result] = replace(steps[result], role=coder)
+    plan = _as_plan(steps, result, task)
     if unsound := find_problems(task.model_copy(update={"plan": plan})):
         raise ModelPlanRefused([str(problem) for problem in unsound])
-    return plan
+    return ModelPlan(plan, tuple(repairs))
 
 
-def _as_plan(answer: _ModelPlan, result: int, labels: Sequence[str], task: TaskIR) -> Plan:
+def _as_plan(steps: Sequence[Draft], result: int, task: TaskIR) -> Plan:
     names = Names(task.inputs)
     outputs: list[Output] = []
-    for number, step in enumerate(answer.steps):
-        wish = result_name(task) if number == result else labels[number]
+    for number, step in enumerate(steps):
+        wish = result_name(task) if number == result else step.label
         writes_code = task.task_type is TaskType.CODE and step.role in ROLES_FOR[Work.IMPLEMENT]
         kind = ArtefactKind.CODE if writes_code else ArtefactKind.TEXT
         outputs.append(names.new(wish, kind, _PYTHON if writes_code else None))
-    name_of = {label: output.name for label, output in zip(labels, outputs, strict=False)}
+    name_of = {step.label: output.name for step, output in zip(steps, outputs, strict=True)}
     return Plan(
         steps=[
             Step(
-                id=f"S{number + 1}",
+                id=f"S{number}",
                 actor=step.role,
                 action=_printable(step.action) + for_orientation(task),
-                inputs=[name_of.get(name, name) for name in dict.fromkeys(step.reads)],
-                outputs=[outputs[number]],
+                inputs=[name_of.get(name, name) for name in step.reads],
+                outputs=[output],
             )
-            for number, step in enumerate(answer.steps)
+            for number, (step, output) in enumerate(zip(steps, outputs, strict=True), 1)
         ]
     )
 
 
-def _parsed(text: str, finish_reason: str) -> _ModelPlan:
+def _parsed(text: str, finish_reason: str) -> list[_ModelStep]:
+    """The steps of an answer; of one that was cut off, those that are complete."""
     if len(text) > _MAX_ANSWER_CHARS:
         raise ModelPlanRefused([f"the answer has {len(text)} characters, at most {_MAX_ANSWER_CHARS} are read"])
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as err:
-        cut = ", it was cut at its token limit" if finish_reason == "length" else ""
-        raise ModelPlanRefused([f"the answer is not JSON{cut}"]) from err
+        if finish_reason != "length":
+            raise ModelPlanRefused(["the answer is not JSON"]) from err
+        raw = {"steps": _complete_steps(text)}
+        if not raw["steps"]:
+            raise ModelPlanRefused(
+                ["the answer was cut at its token limit before its first step was complete"]
+            ) from err
     try:
-        return _ModelPlan.model_validate(raw)
+        return _ModelPlan.model_validate(raw).steps
     except ValidationError as err:
         raise ModelPlanRefused([describe(err)]) from err
+
+
+def _complete_steps(text: str) -> list[Any]:
+    """The steps at the beginning of a list that breaks off."""
+    steps: list[Any] = []
+    decoder = json.JSONDecoder()
+    place = text.find("[") + 1
+    while place > 0 and len(steps) < MAX_MODEL_STEPS:
+        start = text.find("{", place)
+        if start < 0:
+            break
+        try:
+            step, place = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            break
+        steps.append(step)
+    return steps
 
 
 def _labels(task: TaskIR) -> list[str]:
@@ -228,7 +260,3 @@ def _schema(task: TaskIR, roles: list[str], most: int) -> dict[str, Any]:
 
 def _printable(text: str) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:40]}…")

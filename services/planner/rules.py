@@ -4,18 +4,22 @@ The model's plan is a bonus; this one is the promise. A template decides the sha
 it), `cast` who does the work, `parts` what an objective lists, `naming` what results are called. Gates, personas and
 token shares are chosen later, in `choose`, the same way as for any other plan.
 
-Shapes: one step where nothing suggests more; a map (one step per input or part) with a join above it; for code a
-draft, a review and a revision, unless tests came along, since then tests judge and a review by a small model adds
-noise; for manage a breakdown, workstreams beside each other, a summary. Everything fits `room`, the number of steps
-that the budget allows: a map that is too wide takes several inputs a step, and a budget of one step gets one step.
-Contexts are small: the objective is quoted in part where a step needs it for orientation only, and no join reads more
-than eight results, so that wide maps get a tree of joins.
+Shapes: for prose `split` decides between one step, parts or look-ups side by side with a join above them, research
+before writing, and an outline whose points are written out at run time; for code a draft, a review and a revision, with
+tests beside the draft where they are asked for, unless tests came along, since then tests judge and a review by a small
+model adds noise; for ingest facts per input, checked where that is asked for, and a merge; for manage a breakdown,
+workstreams beside each other, a summary. Everything fits `room`, the number of steps that the budget allows: a map that
+is too wide takes several inputs a step, and a budget of one step gets one step. Contexts are small: the objective is
+quoted in part where a step needs it for orientation only, and no join reads more than eight results, so that wide maps
+get a tree of joins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, Final, TypeVar
 
@@ -23,8 +27,10 @@ from protocol.limits import MAX_STEPS
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.task import Plan, Step, TaskIR, TaskType
 from services.planner.cast import Work, cast
+from services.planner.divide import Judge, RuleJudge
 from services.planner.naming import Names, stem
 from services.planner.parts import MAX_PARTS, find_parts
+from services.planner.split import How, Option, split
 from services.planner.tests_given import given_tests, module_under_test
 
 MIN_STEP_TOKENS: Final = 64
@@ -38,6 +44,25 @@ _VIEWS: Final = (
     "the risks: what can go wrong, and what to do about it",
     "the means: people, time and material that are needed",
 )
+
+_SIDES: Final = (
+    "what it is, and the facts and figures that are known about it",
+    "what speaks for it and what speaks against it, and who says so",
+    "examples, and what follows from them",
+)
+_MAX_POINTS: Final = 8
+_WANTS_CHECKS: Final = re.compile(r"\b(?:check|verif|validat|double-check|cross-check|proofread)\w*", re.IGNORECASE)
+_WANTS_TESTS: Final = re.compile(
+    r"\b(?:unit |with |and |including |its )tests?\b|\btest(?:s|ed)? (?:it|for)\b", re.IGNORECASE
+)
+
+#: Points of an answer that divides: few and short, since each becomes a step.
+_OUTLINE_SCHEMA: Final[dict[str, Any]] = {
+    "type": "array",
+    "minItems": 3,
+    "maxItems": _MAX_POINTS,
+    "items": {"type": "string", "minLength": 4, "maxLength": 120},
+}
 
 #: What the facts of an ingested input look like. Small models give valid JSON only under a schema, and end only where
 #: it is bounded: twelve facts of this size fit the tokens of the shipped extractor.
@@ -71,6 +96,8 @@ RESULT_NAMES: Final[dict[TaskType, str]] = {
     TaskType.MANAGE: "summary",
 }
 
+_SHIPPED_JUDGE: Final = RuleJudge()
+
 T = TypeVar("T")
 
 
@@ -85,6 +112,8 @@ class RulePlan:
     """What in the task asked for this shape."""
     notes: tuple[str, ...]
     """Replaced roles."""
+    parts: tuple[str, ...] = ()
+    """What can be worked on at the same time, in words of the objective; empty where that shows only at run time."""
 
 
 def room(task: TaskIR) -> int:
@@ -110,21 +139,37 @@ def for_orientation(task: TaskIR) -> str:
     return f"\n\nThe whole objective, for orientation only:\n{quoted(task.objective)}"
 
 
-def plan_by_rules(task: TaskIR, roles: Collection[str]) -> RulePlan:
+def plan_by_rules(task: TaskIR, roles: Collection[str], judge: Judge = _SHIPPED_JUDGE) -> RulePlan:
     """Plan a task whose input names are distinct. Any `task.plan` is ignored."""
-    draft = _Draft(task, roles)
+    return plans_by_rules(task, roles, judge)[0]
+
+
+def plans_by_rules(task: TaskIR, roles: Collection[str], judge: Judge = _SHIPPED_JUDGE) -> list[RulePlan]:
+    """The rules' plan, then the other valid ones that the evidence allows, of distinct templates; one step always is
+    among them, since whether to split at all is a choice too.
+    """
+    plans: dict[str, RulePlan] = {}
+
+    def offer(build: Callable[[_Draft], tuple[str, str]], parts: tuple[str, ...] = ()) -> None:
+        draft = _Draft(task, roles)
+        shape, because = build(draft)
+        template = f"{task.task_type.value}.{shape}"
+        plans.setdefault(
+            template, RulePlan(Plan(steps=draft.steps), template, because, tuple(dict.fromkeys(draft.notes)), parts)
+        )
+
     match task.task_type:
         case TaskType.CODE:
-            shape, because = _code(draft)
+            offer(_code)
         case TaskType.INGEST:
-            shape, because = _ingest(draft)
+            offer(_ingest)
         case TaskType.MANAGE:
-            shape, because = _manage(draft)
+            offer(_manage)
         case TaskType.CHAT | TaskType.DOC:
-            shape, because = _prose(draft)
-    return RulePlan(
-        Plan(steps=draft.steps), f"{task.task_type.value}.{shape}", because, tuple(dict.fromkeys(draft.notes))
-    )
+            for option in split(task, room(task), judge).options:
+                offer(partial(_prose, option=option), option.items)
+    offer(_single)
+    return list(plans.values())
 
 
 @dataclass(slots=True)
@@ -156,6 +201,7 @@ class _Draft:
         wish: str,
         kind: ArtefactKind = ArtefactKind.TEXT,
         json_schema: dict[str, Any] | None = None,
+        map_over: str | None = None,
     ) -> str:
         """Append a step with one output; returns the name of that output."""
         casting = cast(work, self.roles)
@@ -170,21 +216,50 @@ class _Draft:
                 inputs=list(inputs),
                 outputs=[output],
                 json_schema=json_schema,
+                map_over=map_over,
             )
         )
         return output.name
 
 
-def _prose(draft: _Draft) -> tuple[str, str]:
+def _single(draft: _Draft) -> tuple[str, str]:
+    """One step that does everything."""
     task, given = draft.task, draft.given
-    found = find_parts(task.objective)
-    items = _matched_to_inputs(found.items, given) if found is not None else []
-    if len(given) > 1 and not (items and any(inputs for _, inputs in items)):
-        return _map_inputs(draft, Work.READ, None)
-    if found is None or draft.room < 3:
-        work = Work.ANSWER if task.task_type is TaskType.CHAT else Work.JOIN
-        draft.add(work, task.objective, given, result_name(task))
-        return "single/1", "one thing is asked for" if found is None else "the budget allows no fan-out"
+    match task.task_type:
+        case TaskType.CODE:
+            draft.add(Work.IMPLEMENT, task.objective, given, result_name(task), ArtefactKind.CODE)
+        case TaskType.INGEST:
+            draft.add(Work.EXTRACT, task.objective, given, result_name(task), ArtefactKind.JSON, FACTS_SCHEMA)
+        case TaskType.MANAGE:
+            draft.add(Work.BREAK_DOWN, task.objective, given, result_name(task))
+        case TaskType.CHAT | TaskType.DOC:
+            work = Work.ANSWER if task.task_type is TaskType.CHAT else Work.JOIN
+            draft.add(work, task.objective, given, result_name(task))
+    return "single/1", "one step does it"
+
+
+def _prose(draft: _Draft, option: Option) -> tuple[str, str]:
+    """The steps of one way to go about it; see `split`."""
+    match option.how:
+        case How.ONE_STEP:
+            shape, _ = _single(draft)
+        case How.INPUTS:
+            shape, _ = _map_inputs(draft, Work.READ, None)
+        case How.LOOKUPS:
+            shape = _lookups(draft, option)
+        case How.PARTS:
+            shape = _fan(draft, option)
+        case How.RESEARCH:
+            shape = _research(draft, option)
+        case How.OUTLINE:
+            shape = _outline(draft)
+    return shape, option.because
+
+
+def _fan(draft: _Draft, option: Option) -> str:
+    """One step per thing that is asked for, and a join."""
+    task, given = draft.task, draft.given
+    items = _matched_to_inputs(option.items, given)
     groups = _grouped(items, _map_width(min(len(items), MAX_PARTS), draft.room))
     made, read = [], set[str]()
     for number, group in enumerate(groups, 1):
@@ -193,8 +268,51 @@ def _prose(draft: _Draft) -> tuple[str, str]:
         read.update(own)
         made.append(draft.add(Work.READ, f"Do only this part:\n{asked}{for_orientation(task)}", own, f"part_{number}"))
     unnamed = [name for name in given if name not in read]
-    _join(draft, made, Work.JOIN, f"parts of {len(found.items)}", unnamed)
-    return f"fan-join/{len(made)}", f"the objective names {len(found.items)} things ({found.how})"
+    _join(draft, made, Work.JOIN, f"parts of {len(option.items)}", unnamed)
+    return f"fan-join/{len(made)}"
+
+
+def _lookups(draft: _Draft, option: Option) -> str:
+    """One step per thing whose facts are needed, and a step that computes."""
+    task = draft.task
+    made = []
+    for group in _grouped(option.items, _map_width(len(option.items), draft.room)):
+        action = (
+            f"Look up only what the question needs to know about: {'; '.join(group)}. Give the value with its unit, as "
+            f"it is before any change that the question supposes. Compute nothing.{for_orientation(task)}"
+        )
+        made.append(draft.add(Work.READ, action, [], f"fact_{group[0]}"))
+    _join(draft, made, Work.JOIN, "the facts that were looked up; compute from them, step by step")
+    return f"lookup-compute/{len(made)}"
+
+
+def _research(draft: _Draft, option: Option) -> str:
+    """Sides of a subject beside each other, then one who writes from all the notes."""
+    task = draft.task
+    items = option.items or _SIDES
+    made = []
+    for number, group in enumerate(_grouped(items, _map_width(len(items), draft.room)), 1):
+        asked = "\n".join(f"- {item}" for item in group)
+        action = f"Research this side only, and note what whoever writes needs:\n{asked}{for_orientation(task)}"
+        made.append(draft.add(Work.READ, action, [], f"notes_{number}"))
+    _join(draft, made, Work.JOIN, "notes of the research; write from them")
+    return f"research-write/{len(made)}"
+
+
+def _outline(draft: _Draft) -> str:
+    """The points first, each point at the same time, then the whole: how many there are shows at run time."""
+    task = draft.task
+    points = min(_MAX_POINTS, draft.room - 3)
+    schema = _OUTLINE_SCHEMA | {"maxItems": points}
+    action = (
+        f"List the points that a good answer consists of, 3 to {points}, each in a few words. The points do not need "
+        f"each other's text.\n{task.objective}"
+    )
+    outline = draft.add(Work.BREAK_DOWN, _bounded(action), [], "outline", ArtefactKind.JSON, schema)
+    action = f"Write out only the point that you are given, in two to five sentences.{for_orientation(task)}"
+    written = draft.add(Work.READ, action, [], "points", map_over=outline)
+    _join(draft, [written], Work.JOIN, "the points, in their order")
+    return f"outline-map-join/{points}"
 
 
 def _map_inputs(draft: _Draft, work: Work, json_schema: dict[str, Any] | None) -> tuple[str, str]:
@@ -203,8 +321,7 @@ def _map_inputs(draft: _Draft, work: Work, json_schema: dict[str, Any] | None) -
     kind = ArtefactKind.TEXT if json_schema is None else ArtefactKind.JSON
     what = "Note what matters for the objective" if json_schema is None else "Extract the facts the objective asks for"
     if draft.room < 3 or len(given) < 2:
-        sole = Work.JOIN if json_schema is None else work
-        draft.add(sole, task.objective, given, result_name(task), kind, json_schema)
+        _single(draft)
         return "single/1", f"{len(given)} inputs" if len(given) < 2 else "the budget allows no fan-out"
     made = []
     for group in _grouped(given, _map_width(len(given), draft.room)):
@@ -233,26 +350,58 @@ def _code(draft: _Draft) -> tuple[str, str]:
         draft.add(Work.IMPLEMENT, _bounded(action), [*made, *tests], result_name(task), ArtefactKind.CODE)
         return f"parts-join/{len(made)}", f"the objective names {len(items)} parts"
     if tests or draft.room < 3:
-        draft.add(Work.IMPLEMENT, task.objective, given, result_name(task), ArtefactKind.CODE)
+        _single(draft)
         return "single/1", "the tests judge the code" if tests else "the budget allows no review"
     code = draft.add(Work.IMPLEMENT, task.objective, given, "draft", ArtefactKind.CODE)
     action = (
         f"Review the code. Name each mistake, and each thing that was asked for and is missing.{for_orientation(task)}"
     )
-    review = draft.add(Work.REVIEW, action, [code], "review")
-    action = "Repair every mistake that the review names, where it is right, and return the complete code."
-    draft.add(Work.IMPLEMENT, action + for_orientation(task), [code, review], result_name(task), ArtefactKind.CODE)
+    wants_tests = draft.room >= 4 and _WANTS_TESTS.search(_wishes(task))
+    written: list[str] = []
+    if wants_tests:
+        # They are written from the objective alone, so that they wait for nothing and repeat no mistake of the draft.
+        ask = f"Write pytest tests for what the objective asks for, without the code itself.{for_orientation(task)}"
+        written = [draft.add(Work.IMPLEMENT, ask, given, "draft_tests", ArtefactKind.CODE)]
+    review = draft.add(Work.REVIEW, action, [code, *written], "review")
+    action = "Repair every mistake that the review names, where it is right, and return the complete code"
+    action += ", followed by the tests." if written else "."
+    inputs = [code, *written, review]
+    draft.add(Work.IMPLEMENT, action + for_orientation(task), inputs, result_name(task), ArtefactKind.CODE)
+    if written:
+        return "implement-test-review/2", "tests are asked for, so they are written beside the code"
     return "draft-review-revise/1", "no tests judge the code, so a review does"
 
 
 def _ingest(draft: _Draft) -> tuple[str, str]:
-    return _map_inputs(draft, Work.EXTRACT, FACTS_SCHEMA)
+    given = draft.given
+    if not given or not _WANTS_CHECKS.search(_wishes(draft.task)):
+        return _map_inputs(draft, Work.EXTRACT, FACTS_SCHEMA)
+    width = len(given)
+    while width > 1 and 2 * width + _joins(width) > draft.room:
+        width -= 1
+    if 2 * width + 1 > draft.room:
+        return _map_inputs(draft, Work.EXTRACT, FACTS_SCHEMA)
+    made = []
+    for group in _grouped(given, width):
+        which = f"Name the input: {', '.join(group)}.{for_orientation(draft.task)}"
+        action = f"Extract the facts the objective asks for, from the given input only. {which}"
+        facts = draft.add(Work.EXTRACT, action, group, f"facts_{stem(group[0])}", ArtefactKind.JSON, FACTS_SCHEMA)
+        action = f"Check each fact against the input: repair what differs, drop what is not there, add nothing. {which}"
+        wish = f"checked_{stem(group[0])}"
+        made.append(draft.add(Work.EXTRACT, action, [*group, facts], wish, ArtefactKind.JSON, FACTS_SCHEMA))
+    _join(draft, made, Work.EXTRACT, f"checked facts of {len(given)} inputs", (), ArtefactKind.JSON, FACTS_SCHEMA)
+    return f"extract-check-merge/{width}", f"{len(given)} inputs, and checks are asked for"
+
+
+def _wishes(task: TaskIR) -> str:
+    """Everything in which a task may say what it wants."""
+    return "\n".join([task.objective, *task.constraints, *task.definition_of_done])
 
 
 def _manage(draft: _Draft) -> tuple[str, str]:
     task, given = draft.task, draft.given
     if draft.room < 4:
-        draft.add(Work.BREAK_DOWN, task.objective, given, result_name(task))
+        _single(draft)
         return "single/1", "the budget allows no workstreams"
     found = find_parts(task.objective)
     items = list(found.items) if found is not None else list(_VIEWS)

@@ -50,6 +50,7 @@ from services.scheduler.fact_rows import DamagedTask
 from services.scheduler.facts import (
     AttemptAnswered,
     AttemptFailed,
+    AttemptLost,
     AttemptQueued,
     AttemptStarted,
     Fact,
@@ -57,11 +58,13 @@ from services.scheduler.facts import (
     StepFailed,
     TaskEnded,
     TaskPlanned,
+    TaskSetback,
 )
 from services.scheduler.housekeeping import Housekeeping, Intervals
 from services.scheduler.journal import Journal
-from services.scheduler.machine import MAX_ACTIVE_TASKS, MAX_WATCHES, Hub
+from services.scheduler.machine import MAX_ACTIVE_TASKS, Hub
 from services.scheduler.registry_reader import RegistryReader
+from services.scheduler.watchers import MAX_WATCHES
 
 HUB_STARTED = LogEvent("hub.started", "pid epoch restored unsettled damaged restore_ms registry")
 REGISTRY_NOT_KEPT = LogEvent("registry.not_kept", "reason", "warning")
@@ -129,7 +132,7 @@ class HubApp:
             while self._stop is None:
                 self.turn()
             self._hub.engine.ranking.learn()
-            self._journal.keep_durations(self._durations.state())
+            self._journal.keep_learned(self._durations.state(), self._hub.engine.effort.state())
         except sqlite3.Error as err:
             self._log.write(
                 JOURNAL_FAILED, error=f"{err}: free disk space or repair {self._home.journal}, then restart"
@@ -142,6 +145,7 @@ class HubApp:
     def start(self) -> None:
         """Take up what the journal holds. Raises sqlite3.Error, as `turn` does."""
         self._durations.restore(self._journal.durations())
+        self._hub.engine.effort.restore(self._journal.effort())
         try:
             self._reader.keep()
         except (RegistryError, OSError) as err:  # what runs needs no copy; only a later reload would miss it
@@ -216,7 +220,7 @@ class HubApp:
 
     def _keep_house(self, now: int) -> None:
         if self._housekeeping.durations_due(now):
-            self._journal.keep_durations(self._durations.state())
+            self._journal.keep_learned(self._durations.state(), self._hub.engine.effort.state())
         for event, fields in self._housekeeping.retain(now):
             self._log.write(event, **fields)
 
@@ -265,18 +269,20 @@ class HubApp:
                 self._reads[command.identity, command.header.id] = command
                 if len(self._reads) > MAX_WATCHES:  # with watchers among them that left meanwhile
                     self._reads = {
-                        who: read for who, read in self._reads.items() if self._hub.still_reads(who[0], read.header)
+                        who: read
+                        for who, read in self._reads.items()
+                        if (who[0], read.header.id) in self._hub.watchers.late
                     }
             case ReadListing(identity, header, query):
                 self._write()
                 listing = Listing(tasks=self._journal.newest(query.limit, query.states))
-                self._sends.append(self._hub.reply(identity, header, "task.listing", listing))
+                self._sends.append(self._hub.outbox.reply(identity, header, "task.listing", listing))
             case ReadStatus(identity, header):
                 self._write()
                 report = self._hub.status(self._journal.counts(), self._clock.now_ms())
                 written = {"commits": self._journal.commits, "synced_commits": self._journal.syncs}
                 report = report.model_copy(update={"counters": report.counters | written})
-                self._sends.append(self._hub.reply(identity, header, "session.report", report))
+                self._sends.append(self._hub.outbox.reply(identity, header, "session.report", report))
             case ReadRegistry():
                 self._reader.read(command)
             case ReloadUnsettled(limit):
@@ -321,6 +327,11 @@ class HubApp:
             case StepDone() | AttemptStarted():
                 pass  # by far the most frequent ones
             case AttemptFailed():
+                extra = {"code": fact.failure["code"], "category": fact.failure["category"]}
+                extra |= {"action": fact.action, "rule": fact.rule}
+            case AttemptLost():
+                extra = {"code": fact.code, "category": fact.category, "action": fact.action, "rule": fact.rule}
+            case TaskSetback():
                 extra = {"code": fact.failure["code"], "category": fact.failure["category"]}
                 extra |= {"action": fact.action, "rule": fact.rule}
             case StepFailed():

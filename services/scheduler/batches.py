@@ -12,6 +12,7 @@ restart of the hub gets from the workers what they have finished.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -30,9 +31,9 @@ from protocol.messages.reply import ErrorReply
 from services.kit.identity import work_key
 from services.kit.registry import Registry
 from services.scheduler.admission import DrainRate
-from services.scheduler.broker import Call
+from services.scheduler.calls import Call
 from services.scheduler.effects import Ask, Drop
-from services.scheduler.failures import BLAMELESS, Past, decide
+from services.scheduler.failures import Action, History, Work, kills, react
 from services.scheduler.requests import batch_item_request
 from services.scheduler.resources import inference_needs
 
@@ -66,7 +67,8 @@ class _Item:
 
     index: int
     losses: int = 0
-    past: list[Past] = field(default_factory=list)
+    repeats: Counter[Category] = field(default_factory=Counter)
+    """How often it was asked again, by category of the failure."""
     started_ms: int | None = None
     """When a worker took it; None while it waits."""
 
@@ -204,10 +206,8 @@ class Batches:
         batch = self._batches[self._owners[call.key]]
         item = batch.open[call.key]
         item.started_ms = None
-        item.losses += 1
-        past = [*item.past, Past(batch.request.role, Category.PEER)]
-        action = decide(batch.registry, past, losses=item.losses, max_level=0)
-        if action.kind == "fail":
+        lost = _failure("peer.lost", Category.PEER, f"{worker} died or fell silent with this prompt")
+        if not self._react(batch, item, lost).repeats:
             self._effects.append(Drop(call.key))
             message = f"{item.losses} workers died with this prompt; the last one was {worker}"
             self._fail(batch, call.key, _failure("item.poisoned", Category.PEER, message), at_ms)
@@ -329,17 +329,21 @@ class Batches:
 
     def _on_failure(self, batch: _Batch, call: Call, failure: Failure, at_ms: int) -> None:
         item = batch.open[call.key]
-        past = [*item.past, Past(batch.request.role, failure.category)]
-        if batch.registry.failures.rules[failure.category].action == "rerun":
-            item.losses += 0 if failure.code in BLAMELESS else 1
-        else:
-            item.past = past
-        action = decide(batch.registry, past, losses=item.losses, max_level=0)
+        action = self._react(batch, item, failure)
         again_ms = at_ms + action.delay_ms
-        if action.kind in ("rerun", "backoff") and again_ms < batch.deadline_ms:
+        if action.repeats and again_ms < batch.deadline_ms:
             self._ask_item(batch, item, at_ms, hold_until_ms=again_ms)
         else:
             self._fail(batch, call.key, failure, at_ms)
+
+    def _react(self, batch: _Batch, item: _Item, failure: Failure) -> Action:
+        """What the failure table says; the item takes note of it."""
+        repeats, losses = item.repeats[failure.category], item.losses + kills(batch.registry, failure)
+        history = History(repeats=repeats, losses=losses)
+        action = react(batch.registry, Work.BATCH, failure, batch.request.role, history)
+        item.losses = losses
+        item.repeats[failure.category] += action.repeats
+        return action
 
     def _fail(self, batch: _Batch, key: str, failure: Failure, at_ms: int) -> None:
         item = self._close(batch, key)

@@ -15,18 +15,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-import msgspec
-
 from protocol.codec import pack_body
 from protocol.header import Header
 from protocol.kinds import family
 from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState, Pong
+from services.kit.registry import FailureCaps
 from services.scheduler.admission import Admission
+from services.scheduler.calls import Attached, Call, CancelAt, Command, Ended, Lost, PeerGone, SendPing, Start
+from services.scheduler.circuits import Circuits, fault_of, policy_of
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 from services.scheduler.queues import Place, ReadyQueue
-from services.scheduler.resources import NOTHING, Needs, Tokens
+from services.scheduler.resources import Tokens
 from services.scheduler.unserved import Unserved
 
 MAX_QUEUED: Final = 10_000
@@ -41,104 +42,6 @@ _KEPT_QUEUES: Final = 64
 _DEADLINES_SLACK: Final = 1_024
 _DEADLINE_GRACE_MS: Final = 1_000
 """A worker enforces deadlines itself; the hub steps in when it has not."""
-
-
-class Call(msgspec.Struct):
-    """One request for a capability. `requester` None = the hub itself."""
-
-    key: str
-    kind: str
-    target: str
-    queued_ms: int
-    interactive: bool = True
-    client: str = ""
-    """Who it is for: clients share a capability fairly."""
-    rank_s: float = 0.0
-    """Upward rank in seconds; see `queues.Place`."""
-    needs: Needs = NOTHING
-    """Tokens of the machine that it holds while it runs."""
-    body: bytes | None = None
-    """None = composed when it starts."""
-    requester: bytes | None = None
-    corr: str | None = None
-    """Id of the requester's message, repeated in the answer."""
-    outer_ms: int | None = None
-    """Unix ms after which nobody wants the answer, however often the work is begun."""
-    timeout_ms: int | None = None
-    """Bound from the start of the work."""
-    deadline_ms: int | None = None
-    """The bound in force: `outer_ms`, and once started also `timeout_ms`."""
-    task: str | None = None
-    step: str | None = None
-    attempt: int | None = None
-    parent: str | None = None
-    trace: str | None = None
-    retry_lost: bool = False
-    """Queue again without telling when its worker is lost; else the requester gets a PEER failure."""
-    worker: bytes | None = None
-    """Identity of the peer that has it; None while queued."""
-    hold_until_ms: int = 0
-    """Not handed out before this time: its worker may bring it back."""
-
-
-# Commands
-
-
-class Start(msgspec.Struct, frozen=True):
-    """Hand this call to that peer."""
-
-    call: Call
-    peer: Peer
-    unserved_ms: tuple[int, int] | None = None
-    """The last stretch of its wait in which no worker of its target was READY; None if one always was."""
-
-
-class CancelAt(msgspec.Struct, frozen=True):
-    """Tell that peer to stop."""
-
-    call: Call
-    identity: bytes
-
-
-class Ended(msgspec.Struct, frozen=True):
-    """A call has its ending: `kind` is a final, or `error`."""
-
-    call: Call
-    kind: str
-    body: bytes
-    worker: str
-
-
-class Lost(msgspec.Struct, frozen=True):
-    """A call's worker is gone; the call is queued again."""
-
-    call: Call
-    worker: str
-
-
-class Attached(msgspec.Struct, frozen=True):
-    """A worker came back with this running call: nothing is computed again."""
-
-    call: Call
-    worker: str
-
-
-class SendPing(msgspec.Struct, frozen=True):
-    """Ping that peer."""
-
-    identity: bytes
-
-
-class PeerGone(msgspec.Struct, frozen=True):
-    """A session is over."""
-
-    peer: Peer
-    why: str
-    silent: bool = False
-    """It said nothing any more; its process may live, with all it has in memory."""
-
-
-Command = Start | CancelAt | Ended | Lost | Attached | SendPing | PeerGone
 
 
 @dataclass(slots=True)
@@ -164,6 +67,8 @@ class Broker:
     gone_ms: dict[str, int] = field(default_factory=dict)
     """Capability -> when a peer that had it was last lost, in unix ms; the newest of them."""
     admission: Admission = field(default_factory=Admission)
+    circuits: Circuits = field(default_factory=lambda: Circuits(policy_of(FailureCaps())))
+    """Which capabilities are left alone for a while."""
     closed: set[str] = field(default_factory=set)
     """Capabilities for which nothing is handed out, although a worker may be READY: their model is to be unloaded."""
     unserved: Unserved = field(default_factory=Unserved)
@@ -283,7 +188,8 @@ class Broker:
                 heapq.heappush(self._deadlines, (limit, key))
                 continue
             commands.extend(self._expire(call))
-        self._touch(self._queues)  # holds may be over
+        self.circuits.on_tick(at_ms)
+        self._touch(self._queues)  # holds may be over, and pauses of circuits
         return commands
 
     def next_due_ms(self) -> int | None:
@@ -297,8 +203,28 @@ class Broker:
 
     def slots(self, target: str) -> int:
         """Calls for this capability that its peers, busy or not, can work on at the same time."""
-        peers = [peer for peer in self.peers.values() if target in peer.capabilities]
-        return sum(max(0, peer.granted - peer.used) + len(peer.calls) for peer in peers)
+        return sum(max(0, peer.granted - peer.used) + len(peer.calls) for peer in self._having(target))
+
+    def why_unserved(self, target: str, after_ms: int, at_ms: int) -> str | None:
+        """Why nobody works on calls for this capability now and for a while; None if somebody does, or soon may."""
+        reason = self.circuits.reason(target)
+        if reason is not None:
+            return reason
+        since_ms = self.unserved.since(target)
+        if since_ms is None or at_ms - since_ms < after_ms:
+            return None
+        return f"no worker of {target} has been ready for {(at_ms - since_ms) / 1000:.1f} s"
+
+    def serves(self, target: str, at_ms: int) -> bool:
+        """Whether a worker of this capability is there, be its slots taken or not, and its circuit is closed."""
+        ready = (peer.state is PeerState.READY and peer.is_heard(at_ms) for peer in self._having(target))
+        return any(ready) and self.circuits.reason(target) is None
+
+    def waiting(self, target: str) -> list[Call]:
+        """Calls that wait for this capability."""
+        queue = self._queues.get(target)
+        keys = [] if queue is None else sorted(key for key in set(queue.waiting_keys()) if self._is_queued(key))
+        return [self.calls[key] for key in keys]
 
     # Calls
 
@@ -320,8 +246,7 @@ class Broker:
 
     def queued(self, target: str) -> int:
         """Calls that wait for this capability."""
-        queue = self._queues.get(target)
-        return 0 if queue is None else sum(1 for key in set(queue.waiting_keys()) if self._is_queued(key))
+        return len(self.waiting(target))
 
     def queue_lengths(self) -> dict[str, int]:
         """Waiting calls per capability, those with any."""
@@ -345,6 +270,7 @@ class Broker:
         self._remember(key)
         self._release(call)
         self._leave(call)
+        self.circuits.withdrawn(call.target, key)
         commands: list[Command] = []
         if call.worker is not None and call.worker in self.peers:
             self.peers[call.worker].calls.discard(key)
@@ -367,6 +293,11 @@ class Broker:
                 self.counters["duplicates"] += 1
             return []
         self.admission.drained(call.target, peer.heard_ms)
+        fault = fault_of(header.kind, body)
+        if fault is None:
+            self.circuits.ended(call.target, call.key, peer.heard_ms)
+        else:
+            self.circuits.failed(call.target, call.key, f"{peer.service}: {fault}", peer.heard_ms)
         return list(self._end(call, header.kind, body, peer.service))
 
     def has_ended(self, key: str | None) -> bool:
@@ -423,7 +354,10 @@ class Broker:
             if peer is None:
                 self.tokens.unblock(target)  # it waits for a slot, not for tokens
                 return None
-            if not self.tokens.take(key, target, self.calls[key].needs, at_ms):
+            if not self.circuits.admits(target, at_ms):
+                self.tokens.unblock(target)
+                return None
+            if not self.tokens.take(key, target, self.calls[key].needs, at_ms, self._waiting_parent(key)):
                 return None
             queue.take()
             return self._start(self.calls[key], peer, at_ms)
@@ -432,6 +366,12 @@ class Broker:
         if len(self._queues) > _KEPT_QUEUES and not len(queue):
             del self._queues[target]  # its name may be anything a client thought of
         return None
+
+    def _waiting_parent(self, key: str) -> str | None:
+        """The call during which this one was made, if it was made by the worker that has it."""
+        call = self.calls[key]
+        parent = self.calls.get(call.parent or "")
+        return None if parent is None or parent.worker is None or parent.worker != call.requester else parent.key
 
     def waits(self, target: str, at_ms: int) -> bool:
         """True if a call for this capability could go out now, were there a worker."""
@@ -501,12 +441,13 @@ class Broker:
         call = self.calls.get(key)
         return call is not None and call.worker is None
 
+    def _having(self, target: str) -> Iterator[Peer]:
+        return (peer for peer in self.peers.values() if target in peer.capabilities)
+
     def _freest(self, target: str, at_ms: int) -> Peer | None:
         best: Peer | None = None
         most = 0
-        for peer in self.peers.values():
-            if target not in peer.capabilities:
-                continue
+        for peer in self._having(target):
             free = peer.free(at_ms)
             if free > most or (best is not None and free == most and peer.identity < best.identity):
                 best, most = peer, free
@@ -514,9 +455,7 @@ class Broker:
 
     def _note_served(self, target: str, free: Peer | None, at_ms: int) -> None:
         """Calls wait for this capability: is there a READY worker at all, be its slots taken or not?"""
-        if free is None and not any(
-            peer.state is PeerState.READY and target in peer.capabilities for peer in self.peers.values()
-        ):
+        if free is None and not any(peer.state is PeerState.READY for peer in self._having(target)):
             self.unserved.begin(target, at_ms)
         else:
             self.unserved.end(target, at_ms)
@@ -529,6 +468,7 @@ class Broker:
             limit = at_ms + call.timeout_ms
             call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
             self._watch_deadline(call)
+        self.circuits.started(call.target, call.key, at_ms)
         self.counters["started"] += 1
         return Start(call, peer, self.unserved.last(call.target, call.queued_ms))
 
@@ -595,6 +535,7 @@ class Broker:
 
     def _expire(self, call: Call) -> list[Command]:
         self.counters["expired"] += 1
+        self.circuits.withdrawn(call.target, call.key)
         commands: list[Command] = []
         if call.worker is not None:
             commands.append(CancelAt(call, call.worker))
@@ -621,6 +562,10 @@ class Broker:
             call.hold_until_ms = 0
             call.deadline_ms = call.outer_ms
             self.counters["lost"] += 1
+            if blame:
+                self.circuits.failed(call.target, key, f"{peer.service} is gone ({why})", at_ms)
+            else:
+                self.circuits.withdrawn(call.target, key)
             if call.retry_lost:
                 self._push(call)
                 if blame:

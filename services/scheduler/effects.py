@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from services.scheduler import facts as f
-from services.scheduler.broker import Call
+from services.scheduler.calls import Call
 
 
 class Record(msgspec.Struct, frozen=True):

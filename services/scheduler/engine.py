@@ -8,46 +8,51 @@ follows a failure is `failures.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from protocol.codec import pack_body, pack_map, unpack_body
 from protocol.errors import BadFrame, CallFailed
 from protocol.messages.failure import Category, Failure
-from protocol.messages.gate import GateFinal, GateRequest
+from protocol.messages.gate import GateFinal
 from protocol.messages.infer import InferFinal
 from protocol.messages.memory import MemoryFinal
-from protocol.messages.plan import PlanFinal, PlanRequest
+from protocol.messages.plan import PlanFinal
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Step, TaskIR
 from protocol.plan_graph import final_artefacts
 from services.kit.identity import work_key
-from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry
+from services.scheduler import attempts as a
 from services.scheduler import facts as f
 from services.scheduler.answers import cut_outputs
-from services.scheduler.broker import REATTACH_MS, Call
+from services.scheduler.broker import REATTACH_MS
+from services.scheduler.calls import Call
+from services.scheduler.checking import step_check_parts, step_checks, task_checks
 from services.scheduler.effects import Ask, Drop, Effect, Record
+from services.scheduler.effort import EffortRecord, at_home, learn_effort
 from services.scheduler.ended import EndedTasks
-from services.scheduler.failures import BLAMELESS, Action, Past, decide
+from services.scheduler.failures import Action, Work, react, teaches
 from services.scheduler.growth import items_of, join_of, reach_of
 from services.scheduler.outcomes import UNEMBEDDABLE, outcomes_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
+from services.scheduler.planning import adopted, plan_wanted
 from services.scheduler.ranks import Ranking
 from services.scheduler.requests import infer_request
-from services.scheduler.resources import gate_needs
+from services.scheduler.setbacks import attempt_lost, is_retry, poisoned, step_history, task_history, task_setback
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
 from services.scheduler.verdicts import gate_failure
 
-PLANNER: Final = "planner"
-GATE: Final = "gate"
 MEMORY: Final = "memory"
 MAX_UNSETTLED: Final = 200
 """Ended tasks that wait for memory at once; further ones wait in the journal."""
-_PLAN_TRIES: Final = 5
-_RETRY_MS: Final = 1_000
+MAX_MOVES: Final = 2
+"""Moves of one attempt to another model: there, and back when that one is gone as well. After that it waits."""
+_WORK_OF: Final = {"infer.request": Work.INFERENCE, "gate.request": Work.GATES}
+"""Kind of a step's call -> what fails with it."""
+_WORK_OF_TASK: Final = {"plan.request": Work.PLAN, "gate.request": Work.CHECKS, "memory.request": Work.MEMORY}
 
 
 @dataclass(slots=True)
@@ -66,12 +71,13 @@ class Engine:
     """Ended tasks whose outcomes are on their way to memory."""
     deferred: bool = False
     """Some ended tasks are only in the journal and still to be told to memory."""
+    effort: EffortRecord = field(default_factory=EffortRecord)
+    """What came of larger budgets, retries and escalations."""
     watched: set[str] = field(default_factory=set)
     """Tasks somebody watches: their answers are streamed."""
     _effects: list[Effect] = field(default_factory=list)
     _calls: dict[str, set[str]] = field(default_factory=dict)
     """Task -> keys of its calls at the broker."""
-    _plan_tries: dict[str, int] = field(default_factory=dict)
 
     def take(self) -> list[Effect]:
         """Effects since the last call, in order."""
@@ -143,7 +149,7 @@ class Engine:
         for name in reach_of(task, step_id):
             for attempt in task.steps[name].attempts[-1:]:
                 self._effects.append(Drop(attempt.key))
-                self._effects.append(Drop(work_key(task.id, "gates", name, attempt.number)))
+                self._effects.append(Drop(work_key(task.id, *step_check_parts(task.steps[name]))))
             why = reason or "cancelled by a client"
             self._emit(task, f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why[:500]))
         if task.unfinished == 0:
@@ -203,17 +209,16 @@ class Engine:
             )
 
     def on_lost(self, call: Call, worker: str, at_ms: int) -> None:
-        """The worker died with the call; the broker has queued it again unless the step counts as poisoned."""
+        """The worker died with the call; the broker has queued it again, unless that is once too often."""
         task, step = self._locate(call)
-        if task is None or step is None:
+        if task is None or (step is not None and step.state.final):
             return
-        self._lose(task, step, "peer.lost", f"{worker} died or fell silent with this step", at_ms, blame=True)
-        action = self._decide(task, step, Category.PEER)
-        if action.kind == "fail":
-            self._effects.append(Drop(call.key))
-            message = f"{step.losses} workers died with this step; the last one was {worker}"
-            failure = Failure(code="step.poisoned", category=Category.PEER, origin="scheduler", message=message)
-            self._fail_attempt(task, step, failure, action, at_ms)
+        message = f"{worker} died or fell silent with it"
+        failure = Failure(code="peer.lost", category=Category.PEER, origin="scheduler", message=message)
+        if step is not None:
+            self._on_failure(task, step, _WORK_OF[call.kind], failure, at_ms, queued_again=call.key)
+        else:
+            self._on_task_failure(task, _WORK_OF_TASK[call.kind], failure, at_ms, queued_again=call.key)
 
     def on_ended(self, call: Call, kind: str, body: bytes, worker: str, at_ms: int) -> None:
         """One of the hub's own calls has its ending."""
@@ -264,51 +269,18 @@ class Engine:
     # Planning
 
     def _ask_plan(self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0) -> None:
-        tries = self._plan_tries.get(task.id, 0)
-        wanted = Wanted(
-            "plan.request", PLANNER, ("plan", tries), pack_body(PlanRequest(task=task.ir)), timeout_ms=120_000
-        )
-        self._ask(task, None, wanted, at_ms, hold_until_ms)
+        retries = sum(1 for one in task.setbacks.newest if is_retry(one.work, one.action, Work.PLAN))
+        self._ask(task, None, plan_wanted(task, retries), at_ms, hold_until_ms)
 
     def _on_planned(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
+        if failure is None:
+            try:
+                self._emit(task, adopted(task, unpack_body(PlanFinal, body), self.registry, self.ranking, at_ms))
+            except CallFailed as err:
+                failure = err.failure
         if failure is not None:
-            rule = self.registry.failures.rules[failure.category]
-            tries = self._plan_tries[task.id] = self._plan_tries.get(task.id, 0) + 1
-            if rule.action == "fail" or tries >= _PLAN_TRIES:
-                self._end(task, TaskState.FAILED, failure, at_ms, why="planning failed")
-            else:
-                self._ask_plan(task, at_ms, hold_until_ms=at_ms + _RETRY_MS * tries)
+            self._on_task_failure(task, Work.PLAN, failure, at_ms)
             return
-        final = unpack_body(PlanFinal, body)
-        problems = plan_problems(final.task, self.registry)
-        if final.task.plan is None or problems:
-            message = "; ".join(str(problem) for problem in problems[:5]) or "the planner returned no plan"
-            bad = Failure(code="plan.invalid", category=Category.PEER, origin=PLANNER, message=message)
-            self._on_planned(task, b"", bad, at_ms)
-            return
-        self._plan_tries.pop(task.id, None)
-        planned = final.task.model_copy(
-            update={"task_id": task.id, "created_at": task.ir.created_at, "idempotency_key": task.ir.idempotency_key}
-        )
-        predicted = self.ranking.predict(task, planned)
-        models = {self.registry.roles[step.actor].model for step in final.task.plan.steps}
-        self._emit(
-            task,
-            f.TaskPlanned(
-                task=task.id,
-                at_ms=at_ms,
-                ir=planned.model_dump(mode="json", exclude_none=True),
-                source=final.source,
-                reason=final.reason,
-                removed_edges=[edge.model_dump(mode="json") for edge in final.removed_edges],
-                decisions=[one.model_dump(mode="json", exclude_none=True) for one in final.decisions],
-                similar=[one.model_dump(mode="json", exclude_none=True) for one in final.similar],
-                generated_tokens=final.generated_tokens,
-                predicted_ms=predicted.length_ms,
-                predicted_steps=list(predicted.steps),
-                slots={name: self.registry.models[name].slots for name in sorted(models)},
-            ),
-        )
         for step in list(task.steps.values()):
             if not step.waiting_for:
                 self._begin(task, step, at_ms)
@@ -318,7 +290,7 @@ class Engine:
     def _begin(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
         """All inputs are there: start the step, or one sub-step per item."""
         if step.spec.map_over is None:
-            self._begin_attempt(task, step, step.spec.actor, at_ms)
+            self._begin_attempt(task, step, Action("retry", "as planned", step.spec.actor), at_ms)
             return
         try:
             items = items_of(task, step)
@@ -344,9 +316,7 @@ class Engine:
         self._emit(task, f.StepJoined(task=task.id, at_ms=at_ms, step=step.spec.id, artefact=value))
         self._finish_step(task, step, at_ms)
 
-    def _begin_attempt(
-        self, task: TaskRecord, step: StepRecord, role: str, at_ms: int, *, delay_ms: int = 0, constrained: bool = False
-    ) -> None:
+    def _begin_attempt(self, task: TaskRecord, step: StepRecord, action: Action, at_ms: int) -> None:
         if task.state.final or step.state.final:
             return
         if task.generated_tokens >= task.ir.budget.max_tokens:
@@ -354,25 +324,8 @@ class Engine:
             failure = Failure(code="budget.tokens", category=Category.POLICY, origin="scheduler", message=message)
             self._fail_step(task, step, failure, at_ms)
             return
-        number = len(step.attempts) + 1
-        inputs = [(name, task.artefacts[name].text()) for name in step.spec.inputs]
-        key = work_key(task.id, step.spec.id, number, role, step.spec.action, inputs)
-        model = self.registry.roles[role].model
-        self._emit(
-            task,
-            f.AttemptQueued(
-                task=task.id,
-                at_ms=at_ms,
-                step=step.spec.id,
-                number=number,
-                role=role,
-                model=model,
-                key=key,
-                constrained=constrained,
-                delay_ms=delay_ms or None,
-            ),
-        )
-        self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + delay_ms if delay_ms else 0)
+        self._emit(task, a.queued(task, step, self.registry, action, at_ms))
+        self._ask_inference(task, step, at_ms)
 
     def _ask_inference(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
         self._queue_call(task, inference_call(task, step, self.registry, self.ranking, at_ms, hold_until_ms))
@@ -380,108 +333,115 @@ class Engine:
     def _on_answer(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
             spent = failure.evidence.get("generated_tokens", 0)
-            self._on_failure(task, step, failure, at_ms, generated_tokens=spent if isinstance(spent, int) else 0)
+            tokens = spent if isinstance(spent, int) else 0
+            self._on_failure(task, step, Work.INFERENCE, failure, at_ms, generated_tokens=tokens)
             return
         final = unpack_body(InferFinal, body)
-        if step.attempt.started_ms is not None:
+        if step.attempt.started_ms is not None and at_home(step, self.registry):
             self.ranking.observe(task, step, (at_ms - step.attempt.started_ms) / 1000)
         try:
             made = cut_outputs(final.text, step.spec.outputs)
         except CallFailed as err:
-            self._on_failure(task, step, err.failure, at_ms, generated_tokens=final.generated_tokens)
+            tokens = final.generated_tokens
+            self._on_failure(task, step, Work.INFERENCE, err.failure, at_ms, generated_tokens=tokens)
             return
-        self._emit(
-            task,
-            f.AttemptAnswered(
-                task=task.id,
-                at_ms=at_ms,
-                step=step.spec.id,
-                number=step.attempt.number,
-                artefacts=[artefact.model_dump(mode="json", exclude_none=True) for artefact in made],
-                prompt_tokens=final.prompt_tokens,
-                cached_tokens=final.cached_tokens,
-                generated_tokens=final.generated_tokens,
-                first_token_ms=final.first_token_ms,
-                repaired=final.repaired or None,
-                draft_tokens=final.draft_tokens,
-                accepted_tokens=final.accepted_tokens,
-                generate_ms=final.generate_ms,
-            ),
-        )
+        self._emit(task, a.answered(task, step, final, made, at_ms))
         if step.spec.gates:
             self._ask_gates(task, step, at_ms)
         else:
             self._finish_step(task, step, at_ms)
 
     def _ask_gates(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
-        request = GateRequest(
-            gates=step.spec.gates or [],
-            artefacts=step.attempt.artefacts,
-            context=[task.artefacts[name] for name in step.spec.inputs],
-            json_schema=step.spec.json_schema,
-        )
-        parts = ("gates", step.spec.id, step.attempt.number)
-        needs = gate_needs(self.registry, request.gates)
-        self._ask(task, step, Wanted("gate.request", GATE, parts, pack_body(request), needs), at_ms, hold_until_ms)
+        self._ask(task, step, step_checks(task, step, self.registry), at_ms, hold_until_ms)
 
     def _on_gates(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
-        if failure is not None:
-            if failure.category is Category.PEER:
-                self._rerun_gates(task, step, failure, at_ms)
-            else:
-                self._on_failure(task, step, failure, at_ms)
-            return
-        results = unpack_body(GateFinal, body).results
-        self._emit(
-            task,
-            f.AttemptChecked(
-                task=task.id,
-                at_ms=at_ms,
-                step=step.spec.id,
-                number=step.attempt.number,
-                gates=[result.model_dump(mode="json", exclude_none=True) for result in results],
-            ),
-        )
-        verdict = gate_failure(step.spec.gates or [], results)
-        if verdict is None:
+        if failure is None:
+            results = unpack_body(GateFinal, body).results
+            values = [result.model_dump(mode="json", exclude_none=True) for result in results]
+            number = step.attempt.number
+            self._emit(
+                task, f.AttemptChecked(task=task.id, at_ms=at_ms, step=step.spec.id, number=number, gates=values)
+            )
+            failure = gate_failure(step.spec.gates or [], results)
+        if failure is None:
             self._finish_step(task, step, at_ms)
         else:
-            self._on_failure(task, step, verdict, at_ms)
+            self._on_failure(task, step, Work.GATES, failure, at_ms)
 
-    def _rerun_gates(self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int) -> None:
-        blame = failure.code not in BLAMELESS
-        self._lose(task, step, failure.code, failure.message, at_ms, blame=blame)
-        action = self._decide(task, step, Category.PEER)
-        if action.kind == "fail":
-            self._fail_attempt(task, step, failure, action, at_ms)
-        else:
-            self._ask_gates(task, step, at_ms, hold_until_ms=at_ms + max(action.delay_ms, _RETRY_MS))
+    # Failures
 
     def _on_failure(
-        self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int, generated_tokens: int = 0
+        self,
+        task: TaskRecord,
+        step: StepRecord,
+        work: Work,
+        failure: Failure,
+        at_ms: int,
+        *,
+        generated_tokens: int = 0,
+        queued_again: str | None = None,
     ) -> None:
-        action = self._decide(task, step, failure.category)
-        if action.kind == "rerun":
-            self._lose(task, step, failure.code, failure.message, at_ms, blame=failure.code not in BLAMELESS)
-            action = self._decide(task, step, failure.category)
-            if action.kind == "rerun":
-                self._ask_inference(task, step, at_ms, hold_until_ms=at_ms + action.delay_ms)
-                return
-        self._fail_attempt(task, step, failure, action, at_ms, generated_tokens)
+        """Work of a step's newest attempt has failed; `queued_again` is the key under which the broker has it still."""
+        history = step_history(task, step, work, failure, self.registry, self.effort)
+        action = react(self.registry, work, failure, step.attempt.role, history)
+        paused = action.repeats and queued_again is None
+        if action.repeats or action.blame:
+            self._emit(task, attempt_lost(task, step, work, failure, action, at_ms, paused=paused))
+        if paused:
+            ask = self._ask_gates if work is Work.GATES else self._ask_inference
+            ask(task, step, at_ms, hold_until_ms=at_ms + action.delay_ms)
+        elif not action.repeats:
+            if queued_again is not None:
+                self._effects.append(Drop(queued_again))
+            if action.blame:
+                failure = poisoned(failure, step.losses, "step")
+            self._fail_attempt(task, step, failure, action, at_ms, generated_tokens)
 
-    def _decide(self, task: TaskRecord, step: StepRecord, category: Category) -> Action:
-        past = [Past(one.role, one.failure.category) for one in step.attempts if one.failure is not None]
-        past.append(Past(step.attempt.role, category))
-        return decide(self.registry, past, losses=step.losses, max_level=task.ir.escalation.max_level)
+    def _on_task_failure(
+        self, task: TaskRecord, work: Work, failure: Failure, at_ms: int, *, queued_again: str | None = None
+    ) -> None:
+        """The task's plan, its final checks, or what memory is told of it has failed."""
+        history = task_history(task, work, failure, self.registry)
+        action = react(self.registry, work, failure, work, history)
+        paused = action.repeats and queued_again is None
+        self._emit(task, task_setback(task, work, failure, action, at_ms, paused=paused))
+        if action.repeats and not paused:
+            return
+        if queued_again is not None:
+            self._effects.append(Drop(queued_again))
+        if action.kind == "fail" and action.blame:
+            failure = poisoned(failure, history.losses, work)
+        self._after_setback(task, work, failure, action, at_ms)
 
-    def _lose(self, task: TaskRecord, step: StepRecord, code: str, message: str, at_ms: int, *, blame: bool) -> None:
-        number = step.attempt.number
-        self._emit(
-            task,
-            f.AttemptLost(
-                task=task.id, at_ms=at_ms, step=step.spec.id, number=number, code=code, message=message, blame=blame
-            ),
-        )
+    def _after_setback(self, task: TaskRecord, work: Work, failure: Failure, action: Action, at_ms: int) -> None:
+        gone, hold_ms = action.kind == "fail", at_ms + action.delay_ms
+        match work:
+            case Work.PLAN if gone:
+                self._end(task, TaskState.FAILED, failure, at_ms, why="planning failed")
+            case Work.PLAN:
+                self._ask_plan(task, at_ms, hold_until_ms=hold_ms)
+            case Work.MEMORY if gone:
+                self._settled(task, 0, f"{failure.code}: {failure.message}"[:1_000], at_ms)
+            case Work.MEMORY:
+                self._settle_outcomes(task, at_ms, hold_until_ms=hold_ms)
+            case _ if gone:
+                self._end(task, TaskState.FAILED, failure, at_ms, why="the final checks failed")
+            case _:
+                self._finish(task, at_ms, hold_until_ms=hold_ms)
+
+    def move(self, call: Call, reason: str, is_served: Callable[[str], bool], at_ms: int) -> None:
+        """The model of a waiting attempt is not served: let another one of its role do it, if that one is."""
+        task, step = self._locate(call)
+        if task is None or step is None or step.state is not StepState.READY or call.key != step.attempt.key:
+            return
+        attempt = step.attempt
+        role = self.registry.roles[attempt.role]
+        other = role.lateral if attempt.model == role.model else role.model
+        if other is None or attempt.moves >= MAX_MOVES or not is_served(other):
+            return
+        self._emit(task, a.moved(task, step, other, reason, at_ms))
+        self._effects.append(Drop(call.key))
+        self._ask_inference(task, step, at_ms)
 
     def _fail_attempt(
         self,
@@ -492,25 +452,13 @@ class Engine:
         at_ms: int,
         generated_tokens: int = 0,
     ) -> None:
-        self._emit(
-            task,
-            f.AttemptFailed(
-                task=task.id,
-                at_ms=at_ms,
-                step=step.spec.id,
-                number=step.attempt.number,
-                failure=failure.model_dump(mode="json", exclude_none=True),
-                action=action.kind,
-                rule=action.rule,
-                generated_tokens=generated_tokens,
-            ),
-        )
+        if teaches(self.registry, failure):
+            learn_effort(self.effort, task, step, self.registry, at_ms, solved=False)
+        self._emit(task, a.failed(task, step, failure, action, at_ms, generated_tokens))
         if action.kind == "fail":
             self._fail_step(task, step, failure, at_ms)
         else:
-            self._begin_attempt(
-                task, step, action.role, at_ms, delay_ms=action.delay_ms, constrained=action.constrained
-            )
+            self._begin_attempt(task, step, action, at_ms)
 
     def _fail_step(self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int) -> None:
         value = failure.model_dump(mode="json", exclude_none=True)
@@ -519,7 +467,10 @@ class Engine:
         self._end(task, TaskState.FAILED, told, at_ms, why=f"step {step.spec.id} failed")
 
     def _finish_step(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        number = step.attempt.number if step.attempts else None
+        number = None
+        if step.attempts:
+            number = step.attempt.number
+            learn_effort(self.effort, task, step, self.registry, at_ms, solved=True)
         self._emit(task, f.StepDone(task=task.id, at_ms=at_ms, step=step.spec.id, number=number))
         for other in task.dependents[step.spec.id]:
             follower = task.steps[other]
@@ -545,23 +496,18 @@ class Engine:
             self._end(task, TaskState.SUCCEEDED, None, at_ms, why="")
             return
         artefacts = [task.artefacts[name] for name in names]
-        request = GateRequest(gates=task.ir.gates, artefacts=artefacts, context=task.ir.inputs)
-        needs = gate_needs(self.registry, request.gates)
-        self._ask(task, None, Wanted("gate.request", GATE, ("gates",), pack_body(request), needs), at_ms, hold_until_ms)
+        self._ask(task, None, task_checks(task, artefacts, self.registry), at_ms, hold_until_ms)
 
     def _on_task_gates(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
-        if failure is not None:
-            if failure.category is Category.PEER:
-                self._finish(task, at_ms, hold_until_ms=at_ms + _RETRY_MS)
-            else:
-                self._end(task, TaskState.FAILED, failure, at_ms, why="the final checks could not be made")
-            return
-        results = unpack_body(GateFinal, body).results
-        values = [result.model_dump(mode="json", exclude_none=True) for result in results]
-        self._emit(task, f.TaskChecked(task=task.id, at_ms=at_ms, gates=values))
-        verdict = gate_failure(task.ir.gates, results)
-        state = TaskState.SUCCEEDED if verdict is None else TaskState.FAILED
-        self._end(task, state, verdict, at_ms, why="the final checks failed")
+        if failure is None:
+            results = unpack_body(GateFinal, body).results
+            values = [result.model_dump(mode="json", exclude_none=True) for result in results]
+            self._emit(task, f.TaskChecked(task=task.id, at_ms=at_ms, gates=values))
+            failure = gate_failure(task.ir.gates, results)
+        if failure is None:
+            self._end(task, TaskState.SUCCEEDED, None, at_ms, why="")
+        else:
+            self._on_task_failure(task, Work.CHECKS, failure, at_ms)
 
     def _end(self, task: TaskRecord, state: TaskState, failure: Failure | None, at_ms: int, *, why: str) -> None:
         for key in sorted(self._calls.pop(task.id, ())):
@@ -577,7 +523,6 @@ class Engine:
         self.active[task.client] -= 1
         if not self.active[task.client]:
             del self.active[task.client]  # clients come and go under ever new names
-        self._plan_tries.pop(task.id, None)
         self.ranking.forget(task.id)
         self._settle_outcomes(task, at_ms)
 
@@ -587,8 +532,7 @@ class Engine:
         """Tell memory what became of the decisions; the task leaves `live` when memory has them."""
         request = outcomes_of(task, self.registry, with_episode=with_episode)
         if request is None:
-            self._emit(task, f.OutcomesSettled(task=task.id, at_ms=at_ms, stored=0, reason="nothing to learn"))
-            self._retire(task)
+            self._settled(task, 0, "nothing to learn", at_ms)
             return
         if task.id not in self.unsettled and len(self.unsettled) >= MAX_UNSETTLED:
             self.deferred = True  # memory is away for long: the journal keeps it, `restore` brings it back later
@@ -599,14 +543,14 @@ class Engine:
         self._ask(task, None, Wanted("memory.request", MEMORY, parts, pack_body(request)), at_ms, hold_until_ms)
 
     def _on_settled(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
-        if failure is not None and self.registry.failures.rules[failure.category].action in ("rerun", "backoff"):
-            self._settle_outcomes(task, at_ms, hold_until_ms=at_ms + _RETRY_MS)
-            return
-        if failure is not None and failure.code == UNEMBEDDABLE and task.plan is not None and task.plan.decisions:
+        if failure is None:
+            self._settled(task, unpack_body(MemoryFinal, body).stored, "", at_ms)
+        elif failure.code == UNEMBEDDABLE and task.plan is not None and task.plan.decisions:
             self._settle_outcomes(task, at_ms, with_episode=False)  # the outcomes still teach
-            return
-        stored = 0 if failure is not None else unpack_body(MemoryFinal, body).stored
-        reason = "" if failure is None else f"{failure.code}: {failure.message}"[:1_000]
+        else:
+            self._on_task_failure(task, Work.MEMORY, failure, at_ms)
+
+    def _settled(self, task: TaskRecord, stored: int, reason: str, at_ms: int) -> None:
         self._emit(task, f.OutcomesSettled(task=task.id, at_ms=at_ms, stored=stored, reason=reason))
         self._retire(task)
 

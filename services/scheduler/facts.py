@@ -83,7 +83,11 @@ class AttemptQueued(Fact, frozen=True, kw_only=True):
     key: str
     constrained: bool = False
     delay_ms: int | None = None
-    """Pause before it may go to a worker."""
+    """Pause before it may go to a worker; only in journals of before a pause was part of the same attempt."""
+    arm: str | None = None
+    """`plain` or `harder` for the last attempt of a role before an escalation, `escalated` for the first one after."""
+    told_chars: int | None = None
+    """Room for what it is told about earlier attempts: with them, this gives the very text."""
 
 
 class AttemptStarted(Fact, frozen=True, kw_only=True):
@@ -97,12 +101,43 @@ class AttemptStarted(Fact, frozen=True, kw_only=True):
 
 
 class AttemptLost(Fact, frozen=True, kw_only=True):
-    """The worker is gone or gave it back; the same attempt runs again. `blame` counts towards poison."""
+    """A run of an attempt, or of its gates, came to nothing: the worker is gone or gave it back, or lacked something.
+
+    That says nothing about the answer, so the same attempt goes on. `blame` counts towards poison.
+    """
 
     EVENT: ClassVar[str] = "step.lost"
     code: str
     message: str
     blame: bool
+    category: str = "PEER"
+    work: str = "inference"
+    """What came to nothing: `inference` or `gates`."""
+    action: str | None = None
+    """What the failure table says, and `rule` why; absent in journals of before this was kept."""
+    rule: str | None = None
+    delay_ms: int | None = None
+    """Pause before it is done again."""
+
+
+class AttemptMoved(Fact, frozen=True, kw_only=True):
+    """Its model is not served: the attempt waits for another one, in the same role."""
+
+    EVENT: ClassVar[str] = "step.moved"
+    model: str
+    reason: str
+
+
+class TaskSetback(Fact, frozen=True, kw_only=True):
+    """The plan, the checks of the final artefacts, or what memory is told failed, and what follows."""
+
+    EVENT: ClassVar[str] = "task.retried"
+    work: str
+    failure: dict[str, Any]
+    action: str
+    rule: str
+    blame: bool
+    delay_ms: int | None = None
 
 
 class AttemptAnswered(Fact, frozen=True, kw_only=True):
@@ -202,6 +237,8 @@ TYPES: Final[dict[str, type[Fact]]] = {
         AttemptQueued,
         AttemptStarted,
         AttemptLost,
+        AttemptMoved,
+        TaskSetback,
         AttemptAnswered,
         AttemptChecked,
         AttemptFailed,

@@ -24,12 +24,14 @@ from protocol.messages.result import TaskState, TaskSummary, TaskView
 from services.scheduler import facts as f
 from services.scheduler import snapshot
 from services.scheduler.effects import Record
+from services.scheduler.effort import Effort
 from services.scheduler.fact_rows import DamagedTask, Row, fold_rows, read_rows, seal
 from services.scheduler.journal_file import open_journal
 from services.scheduler.past import Past, Unavailable
 from services.scheduler.tasks import TaskRecord
 
 _DURATIONS: Final = "durations"
+_EFFORT: Final = "effort"
 _PAGE_BYTES: Final = 4 * 1024 * 1024
 """Facts read at once for a watcher: answers may hold a megabyte each."""
 _PROMISES: Final = (f.TaskAccepted, f.TaskEnded)
@@ -54,7 +56,7 @@ class Journal:
         self._snapped: dict[str, int] = {}
         """Fact after which their newest snapshot was taken."""
         self._long: set[str] = set()
-        self._learned: bytes | None = None
+        self._learned: dict[str, bytes] = {}
 
     # Writing
 
@@ -197,19 +199,33 @@ class Journal:
 
     # What was learned
 
-    def keep_durations(self, state: Learned) -> bool:
-        """Write what was learned of durations, if it has changed; True if it was written."""
-        data: bytes = msgpack.packb(state)
-        if data == self._learned:
-            return False
-        self._sync(False)  # a power cut may cost some seconds of learning
-        self._db.execute("INSERT OR REPLACE INTO learned (name, data) VALUES (?, ?)", (_DURATIONS, data))
-        self._learned = data
-        return True
+    def keep_learned(self, durations: Learned, effort: Effort) -> bool:
+        """Write what was learned of durations and of larger budgets, if it has changed; True if it was written."""
+        written = False
+        for name, state in ((_DURATIONS, durations), (_EFFORT, effort)):
+            data: bytes = msgpack.packb(state)
+            if data != self._learned.get(name):
+                self._sync(False)  # a power cut may cost some seconds of learning
+                self._db.execute("INSERT OR REPLACE INTO learned (name, data) VALUES (?, ?)", (name, data))
+                self._learned[name] = data
+                written = True
+        return written
 
     def durations(self) -> Learned:
         """What was learned when it was last kept; empty where there is nothing, or nothing that can be read."""
         return read_learned(self._db)
+
+    def effort(self) -> Effort:
+        """The same of `EffortRecord.state`."""
+        rows = _read(self._db, _EFFORT)
+        try:
+            return [
+                ([str(part) for part in name], float(tried), float(solved), float(seconds))
+                for name, tried, solved, seconds in rows
+                if len(name) == 3
+            ]
+        except (ValueError, TypeError):
+            return []
 
     def close(self) -> None:
         """Close the file; a clean close folds the WAL back in."""
@@ -288,14 +304,21 @@ class Journal:
 
 def read_learned(database: sqlite3.Connection) -> Learned:
     """What a hub has learned of durations, from its journal; see `Journal.durations`. Raises sqlite3.Error."""
-    row = database.execute("SELECT data FROM learned WHERE name = ?", (_DURATIONS,)).fetchone()
-    if row is None:
-        return []
     try:
-        state = msgpack.unpackb(row[0], raw=False)
-        return [([str(part) for part in level], float(log_s), float(count)) for level, log_s, count in state]
-    except (ValueError, TypeError, msgpack.UnpackException):
+        return [
+            ([str(part) for part in level], float(log_s), float(count))
+            for level, log_s, count in _read(database, _DURATIONS)
+        ]
+    except (ValueError, TypeError):
         return []  # estimates only: they are learned again
+
+
+def _read(database: sqlite3.Connection, name: str) -> list[Any]:
+    row = database.execute("SELECT data FROM learned WHERE name = ?", (name,)).fetchone()
+    try:
+        return [] if row is None else list(msgpack.unpackb(row[0], raw=False))
+    except (ValueError, TypeError, msgpack.UnpackException):
+        return []
 
 
 def _row(record: Record) -> tuple[str, int, str, bytes, int]:

@@ -16,7 +16,8 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.session import MemoryBudget, ModelReport, PeerState, Reside
 from services.kit.logs import LogEvent
 from services.kit.registry import Registry
-from services.scheduler.broker import Broker, Command
+from services.scheduler.broker import Broker
+from services.scheduler.calls import Command
 from services.scheduler.events import Noted, Send
 from services.scheduler.foresight import needed_soon
 from services.scheduler.peers import Peer

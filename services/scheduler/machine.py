@@ -11,17 +11,16 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 from msgspec.structs import replace
 
-from protocol.codec import pack_body, unpack_body
+from protocol.codec import unpack_body
 from protocol.errors import BadFrame
-from protocol.header import Header, pack_header, unpack_header
-from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, UNKNOWN_PEER, family
+from protocol.header import Header, unpack_header
+from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, UNKNOWN_PEER
 from protocol.limits import MAX_BODY_BYTES, PROTOCOL_VERSION
-from protocol.messages.base import Message
-from protocol.messages.failure import Category, Failure
+from protocol.messages.failure import Category
 from protocol.messages.infer import InferPartial
 from protocol.messages.registry import Reload
 from protocol.messages.reply import ErrorReply, Refused
@@ -31,20 +30,22 @@ from protocol.messages.result import (
     Cancelled,
     CancelQuery,
     ListQuery,
-    TaskEvent,
     TaskView,
     Watch,
 )
-from protocol.messages.session import Hello, ModelQuery, Ping, Pong, Reject, StatusReport, Welcome
+from protocol.messages.session import Hello, ModelQuery, Pong, Reject, StatusReport, Welcome
 from protocol.messages.task import Accepted, Extend, Extended, TaskIR
 from services.kit.identity import work_key
 from services.kit.logs import LogEvent
 from services.kit.registry import Registry
 from services.scheduler import broker as b
+from services.scheduler import calls as c
 from services.scheduler import engine as e
 from services.scheduler import facts as f
 from services.scheduler.admission import DrainRate
 from services.scheduler.batches import Batches, Tell
+from services.scheduler.checking import GATE
+from services.scheduler.circuits import Circuits, policy_of
 from services.scheduler.clients import client_reports
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Ask, Drop, Record
@@ -56,8 +57,6 @@ from services.scheduler.events import (
     LookedUp,
     LookUp,
     MemorySeen,
-    Noted,
-    ReadEvents,
     ReadListing,
     ReadRegistry,
     ReadStatus,
@@ -65,28 +64,29 @@ from services.scheduler.events import (
     RegistryRefused,
     ReloadUnsettled,
     Restored,
-    Send,
     Tick,
     Undeliverable,
 )
 from services.scheduler.growth import checked_extension
+from services.scheduler.lateral import strandings
 from services.scheduler.loading import Loading
+from services.scheduler.outbox import Outbox
 from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
 from services.scheduler.requested import read_task, task_asked_for
 from services.scheduler.residency import TRUST_MS
-from services.scheduler.resources import Tokens, inference_needs
+from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
 from services.scheduler.tasks import TaskRecord
-from services.scheduler.unread import RETRY_AFTER_MS, Unread
-from services.scheduler.views import event, view
+from services.scheduler.unread import RETRY_AFTER_MS
+from services.scheduler.views import view
 from services.scheduler.waiting import reasons
+from services.scheduler.watchers import Watchers
 
 MAX_ACTIVE_TASKS: Final = 2_000
 """Tasks that are not final. A submit is refused, with the time after which one should have ended, as soon as its client
 has as many as there are places left: one alone gets half of them, two a third each, and a newcomer finds a place."""
-MAX_WATCHES: Final = 2_000
 MAX_SESSIONS: Final = 1_000
 """Of clients, and as many of workers, so that neither can shut the others out."""
 _DEFAULT_DEADLINE_MS: Final = 600_000
@@ -99,6 +99,8 @@ PEER_JOINED = LogEvent("peer.joined", "peer epoch capabilities in_flight reattac
 PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
 FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
 TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
+CIRCUIT_OPENED = LogEvent("circuit.opened", "capability reason", "warning")
+CIRCUIT_CLOSED = LogEvent("circuit.closed", "capability")
 REGISTRY_TAKEN = LogEvent("registry.taken", "digest previous draining kept")
 REGISTRY_REFUSED = LogEvent("registry.refused", "problems reason", "warning")
 REGISTRY_LET_GO = LogEvent("registry.let_go", "kept")
@@ -120,31 +122,24 @@ class Hub:
     """`registry` is the one in force; new tasks are held to the declared one."""
     loading: Loading = field(init=False)
     batches: Batches = field(init=False)
-    _out: list[Command] = field(default_factory=list)
-    _watches: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
-    """Task -> (identity, request id) -> request, of those who want the events."""
-    _waits: dict[str, dict[tuple[bytes, str], Header]] = field(default_factory=dict)
-    """The same, of those who want the result only."""
-    _late: set[tuple[bytes, str]] = field(default_factory=set)
-    """Watchers that are still being told what was before they came."""
-    unread: Unread = field(default_factory=Unread)
-    """What was sent to each connection and is not known to be read."""
-    _deaf: set[bytes] = field(default_factory=set)
-    """Peers that could not be told something in this turn."""
+    outbox: Outbox = field(init=False)
+    watchers: Watchers = field(init=False)
     _at_ms: int = 0
     """When the newest event happened."""
-    _sent: int = 0
     _drain: DrainRate = field(default_factory=DrainRate)
     """How fast tasks end: behind `retry_after_ms`."""
     _cleaned_ms: int = 0
 
     def __post_init__(self) -> None:
         """The engine shares the registry and what is known of durations."""
+        self.outbox = Outbox(self.epoch)
         self.registries = Registries(self.registry, self.registry)
         self.broker = b.Broker(Tokens(self.registry.hardware.cores), self._weights())
+        self.broker.circuits = Circuits(policy_of(self.registry.failures.caps))
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking)
-        self.loading = Loading(self.registry, self.broker, ranking, self.engine.live, self._unpromised)
+        self.watchers = Watchers(self.outbox, self.engine.watched, self.engine.find)
+        self.loading = Loading(self.registry, self.broker, ranking, self.engine.live, self.outbox.unpromised)
         self.loading.declare(self.registry)
         self.loading.residency.trust_ms = self.started_ms + TRUST_MS
         self.batches = Batches(lambda: self.registry, self.broker.slots)
@@ -164,10 +159,10 @@ class Hub:
                 self.loading.machine_memory(available_bytes)
                 self._settle([], at_ms)
             case EventsRead(identity, header, query, facts):
-                self._on_events_read(identity, header, query, facts)
+                self.watchers.read(identity, header, query, facts)
             case Undeliverable(identity, at_ms, full):
                 if not full:
-                    self.unread.gone(identity)
+                    self.outbox.unread.gone(identity)
                 self._settle(self.broker.on_unreachable(identity, at_ms), at_ms)
             case Restored(task, at_ms, past):
                 if self.engine.find(task.id) is None or not task.state.final:
@@ -176,17 +171,12 @@ class Hub:
                 self._on_registry_changed(happened)
             case RegistryRefused():
                 self._on_registry_refused(happened)
-        while self._deaf:
-            gone = self.broker.on_unreachable(self._deaf.pop(), self._at_ms, "does not read")
+        while self.outbox.deaf:
+            gone = self.broker.on_unreachable(self.outbox.deaf.pop(), self._at_ms, "does not read")
             self._settle(gone, self._at_ms)
-        for identity in self.unread.take_due():
-            self._ping(identity, self._at_ms, mark=True)
-        commands, self._out = self._out, []
-        return commands
-
-    def still_reads(self, identity: bytes, header: Header) -> bool:
-        """Whether this watcher, who came late, still wants to be told what was before."""
-        return (identity, header.id) in self._late
+        for identity in self.outbox.unread.take_due():
+            self.outbox.ping(identity, self._at_ms, mark=True)
+        return self.outbox.take()
 
     def status(self, task_counts: dict[str, int], at_ms: int) -> StatusReport:
         """The report of `session.status`."""
@@ -202,21 +192,12 @@ class Hub:
             memory=self.loading.budget(),
             registry=self.registries.declared.digest,
             clients=client_reports(self.broker, self.engine.active),
+            circuits=self.broker.circuits.open() or None,
         )
 
     def lacks(self, task: TaskRecord) -> dict[str, set[str]]:
         """What an unfinished task uses and the registry in force has not, by section."""
         return used_by([task]).missing(self.registry)
-
-    def _unpromised(self, identity: bytes, kind: str, body: Message) -> Send:
-        """A message of the hub's own that may go out before what led to it is written."""
-        header = Header(kind=kind, id=self._next_id(), epoch=self.epoch)
-        return Send(identity, pack_header(header), pack_body(body), promises=False)
-
-    def reply(self, identity: bytes, request: Header, kind: str, body: Message) -> Send:
-        """A message that answers `request`."""
-        header = Header(kind=kind, id=self._next_id(), corr=request.id, epoch=self.epoch, task=request.task)
-        return self._sending(identity, header, pack_body(body))
 
     # Frames
 
@@ -234,8 +215,8 @@ class Hub:
         except BadFrame as err:
             peer = self.broker.peers.get(identity)
             name = peer.service if peer else identity.hex()
-            self._note(FRAME_REFUSED, peer=name, code=err.code, reason=str(err)[:500])
-            self._error(identity, header, err.code, Category.POLICY, str(err))
+            self.outbox.note(FRAME_REFUSED, peer=name, code=err.code, reason=str(err)[:500])
+            self.outbox.error(identity, header, err.code, Category.POLICY, str(err))
 
     def _on_message(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
         if header.kind == "session.hello":
@@ -243,10 +224,10 @@ class Hub:
             return
         peer = self.broker.peers.get(identity)
         if peer is None and header.kind == "session.pong":
-            self.unread.on_pong(identity, header.corr)  # of a client whose session was forgotten meanwhile
+            self.outbox.unread.on_pong(identity, header.corr)  # of a client whose session was forgotten meanwhile
             return
         if peer is None:
-            self._error(
+            self.outbox.error(
                 identity, header, UNKNOWN_PEER, Category.PEER, "say session.hello first: this hub has not met you"
             )
             return
@@ -261,14 +242,14 @@ class Hub:
         kind = header.kind
         if kind == "session.pong":
             pong = unpack_body(Pong, body)
-            self.unread.on_pong(peer.identity, header.corr)
+            self.outbox.unread.on_pong(peer.identity, header.corr)
             if header.seq is None or header.seq == peer.last_seq:  # else a later message has overtaken it
                 self.broker.on_pong(peer, pong)
                 self.loading.ponged(peer, at_ms)
             self._settle([], at_ms)
         elif kind == "session.goodbye":
             if not peer.is_worker:
-                self._settle([b.PeerGone(peer, "said goodbye")], at_ms)
+                self._settle([c.PeerGone(peer, "said goodbye")], at_ms)
             self.broker.on_goodbye(peer)
         elif kind in HUB_REQUESTS:
             self._on_hub_request(peer.identity, header, body, at_ms)
@@ -285,7 +266,9 @@ class Hub:
             self._on_partial(peer, header, body, at_ms)
         elif kind == "error" or kind.endswith(".final"):
             if self.broker.has_ended(header.key):
-                self._note(RESULT_DUPLICATE, peer=peer.service, key=header.key, task=header.task, step=header.step)
+                self.outbox.note(
+                    RESULT_DUPLICATE, peer=peer.service, key=header.key, task=header.task, step=header.step
+                )
                 self.engine.on_duplicate(header.task or "", header.step, header.key or "", peer.service, at_ms)
             self._settle(self.broker.on_ending(peer, header, body), at_ms)
         else:
@@ -295,13 +278,13 @@ class Hub:
         if not hello.protocol_min <= PROTOCOL_VERSION <= hello.protocol_max:
             offered = f"{hello.protocol_min}-{hello.protocol_max}"
             reject = Reject(code="version", message=f"this hub speaks {PROTOCOL_VERSION}, you offer {offered}")
-            self._out.append(self.reply(identity, header, "session.reject", reject))
+            self.outbox.answer(identity, header, "session.reject", reject)
             return
         if identity not in self.broker.peers:
             alike = sum(1 for one in self.broker.peers.values() if one.is_worker is bool(hello.capabilities))
             if alike >= MAX_SESSIONS:
                 reject = Reject(code="full", message=f"{MAX_SESSIONS} sessions of this kind are open; try again later")
-                self._out.append(self.reply(identity, header, "session.reject", reject))
+                self.outbox.answer(identity, header, "session.reject", reject)
                 return
         epoch = header.epoch or identity.hex()
         known = self.broker.peers.get(identity)
@@ -319,14 +302,14 @@ class Hub:
             resend=welcoming.resend,
             registry=self.registries.declared.digest,
         )
-        self._out.append(replace(self.reply(identity, header, "session.welcome", welcome), promises=False))
-        self._note(
+        self.outbox.add(replace(self.outbox.reply(identity, header, "session.welcome", welcome), promises=False))
+        self.outbox.note(
             PEER_JOINED,
             peer=hello.service,
             epoch=epoch,
             capabilities=hello.capabilities,
             in_flight=len(hello.in_flight),
-            reattached=sum(1 for command in commands if isinstance(command, b.Attached)),
+            reattached=sum(1 for command in commands if isinstance(command, c.Attached)),
             dropped=len(welcoming.drop),
             resend=len(welcoming.resend),
         )
@@ -335,14 +318,14 @@ class Hub:
     def _on_call_request(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         if header.key is None or header.dst is None:
             raise BadFrame("call.incomplete", f"{header.kind} needs the header fields key and dst")
-        call = b.Call(
+        call = c.Call(
             key=header.key,
             kind=header.kind,
             target=header.dst,
             queued_ms=at_ms,
             interactive=header.prio != "batch",
             client=peer.service,
-            needs=inference_needs(self.registry, header.dst),
+            needs=self._needs_of(header.dst, header.cores),
             body=body,
             requester=peer.identity,
             corr=header.id,
@@ -356,60 +339,49 @@ class Hub:
         known = self.broker.calls.get(call.key)
         if known is not None and known.requester is None:
             raise BadFrame("call.key", "this key belongs to a call of the hub itself")
-        objection = self.unread.objection(peer.identity)
+        objection = self.outbox.unread.objection(peer.identity)
         if objection is not None:
-            self._refuse(peer.identity, header, objection, RETRY_AFTER_MS)
+            self.outbox.refuse(peer.identity, header, objection, RETRY_AFTER_MS)
             return
         objection = self.broker.objection(call)
         if objection is not None:
             pause_ms = self.broker.admission.retry_after_ms(call.target, at_ms)
-            self._refuse(peer.identity, header, objection, pause_ms)
+            self.outbox.refuse(peer.identity, header, objection, pause_ms)
             return
         self.broker.ask(call)
         self._settle([], at_ms)
+
+    def _needs_of(self, target: str, useful: int | None) -> Needs:
+        """Tokens of another peer's call. Its body is not read here, so a gate run counts as one that needs a core."""
+        if target == GATE:
+            return asked_cores(self.registry, 1, useful or 1)
+        return inference_needs(self.registry, target)
 
     def _on_partial(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         call = self.broker.running(peer, header.key)
         if call is None:
             return  # its call has ended or was cancelled
         if call.requester is not None:
-            if self.unread.is_deaf(call.requester):
-                self._deaf.add(call.requester)
-                return
-            forward = Header(kind=header.kind, id=self._next_id(), corr=call.corr, key=call.key, epoch=self.epoch)
-            self._out.append(self._sending(call.requester, forward, body))
+            self.outbox.forward(call, header.kind, body)
             return
         task = self.engine.live.get(call.task or "")
-        if task is None or task.id not in self._watches:
-            return
-        partial = unpack_body(InferPartial, body)
-        fields = {"generated_tokens": partial.generated_tokens, "text": partial.text}
-        told = TaskEvent(
-            task_id=task.id,
-            seq=task.seq,
-            at_ms=at_ms,
-            event="step.tokens",
-            step=call.step,
-            attempt=call.attempt,
-            fields=fields,
-        )
-        for (identity, _), request in self._watches[task.id].items():
-            self._push(identity, request, "task.event", told)
+        if task is not None and self.watchers.sees_tokens(task.id):
+            self.watchers.tell_tokens(task, call, unpack_body(InferPartial, body), at_ms)
 
     # Clients
 
     def _on_hub_request(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
-        objection = self.unread.objection(identity)
+        objection = self.outbox.unread.objection(identity)
         if objection is not None and header.kind not in _SHORT_ANSWERS:
-            self._refuse(identity, header, objection, RETRY_AFTER_MS)
+            self.outbox.refuse(identity, header, objection, RETRY_AFTER_MS)
             return
         match header.kind:
             case "session.status":
-                self._out.append(ReadStatus(identity, header))
+                self.outbox.add(ReadStatus(identity, header))
             case "registry.reload":
-                self._out.append(ReadRegistry(identity, header, unpack_body(Reload, body).digest))
+                self.outbox.add(ReadRegistry(identity, header, unpack_body(Reload, body).digest))
             case "task.list":
-                self._out.append(ReadListing(identity, header, unpack_body(ListQuery, body)))
+                self.outbox.add(ReadListing(identity, header, unpack_body(ListQuery, body)))
             case "task.submit":
                 self._on_submit(identity, header, body, at_ms)
             case "model.load" | "model.unload":
@@ -420,7 +392,7 @@ class Hub:
                 task_id = task_asked_for(header.kind, body)
                 known = self.engine.find(task_id)
                 if known is None:
-                    self._out.append(LookUp(task_id, identity, header, body))
+                    self.outbox.add(LookUp(task_id, identity, header, body))
                 else:
                     self._answer_about(identity, header, body, known, at_ms)
 
@@ -429,29 +401,28 @@ class Hub:
         refusal = self.loading.move(header.kind == "model.load", model, at_ms)
         self._settle([], at_ms)
         if refusal is not None:
-            self._out.append(self.reply(identity, header, "error", ErrorReply(failure=refusal)))
+            self.outbox.answer(identity, header, "error", ErrorReply(failure=refusal))
         else:
-            self._out.append(self.reply(identity, header, "model.report", self.loading.report(model, at_ms)))
+            self.outbox.answer(identity, header, "model.report", self.loading.report(model, at_ms))
 
     def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
         ir = read_task(body, self.registries.declared)
         peer = self.broker.peers[identity]
         if ir.idempotency_key is None:
-            task_id = f"t-{work_key('task', self.epoch, self._sent, at_ms)[:16]}"
+            task_id = f"t-{work_key('task', self.epoch, self.outbox.sent, at_ms)[:16]}"
         else:
             task_id = f"t-{work_key('task', ir.idempotency_key)[:16]}"
         if self.engine.find(task_id) is not None:
-            self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id, duplicate=True)))
+            self.outbox.answer(identity, header, "task.accepted", Accepted(task_id=task_id, duplicate=True))
         elif ir.idempotency_key is not None:
-            self._out.append(LookUp(task_id, identity, header, body))
+            self.outbox.add(LookUp(task_id, identity, header, body))
         else:
             self._accept(identity, header, ir, task_id, peer.service, at_ms)
 
     def _on_batch(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
         objection = self.batches.objection(identity, header, len(body))
         if objection is not None:
-            refused = Refused(reason=objection, retry_after_ms=self.batches.retry_after_ms(at_ms))
-            self._out.append(self.reply(identity, header, "refused", refused))
+            self.outbox.refuse(identity, header, objection, self.batches.retry_after_ms(at_ms))
             return
         self.batches.ask(identity, header, body, self.broker.peers[identity].service, at_ms)
         self._settle([], at_ms)
@@ -459,10 +430,10 @@ class Hub:
     def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
         refused = self.admit(ir, task_id, client, at_ms)
         if refused is not None:
-            self._note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
-            self._out.append(self.reply(identity, header, "refused", refused))
+            self.outbox.note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
+            self.outbox.answer(identity, header, "refused", refused)
             return
-        self._out.append(self.reply(identity, header, "task.accepted", Accepted(task_id=task_id)))
+        self.outbox.answer(identity, header, "task.accepted", Accepted(task_id=task_id))
 
     def admit(self, ir: TaskIR, task_id: str, client: str, at_ms: int) -> Refused | None:
         """Take a task that has been checked and begin with it; returns why not, if there is no place for it."""
@@ -488,23 +459,23 @@ class Hub:
                 task_id = f"t-{work_key('task', ir.idempotency_key)[:16]}"
                 if task is not None or self.engine.find(task_id) is not None:
                     accepted = Accepted(task_id=task_id, duplicate=True)
-                    self._out.append(self.reply(identity, header, "task.accepted", accepted))
+                    self.outbox.answer(identity, header, "task.accepted", accepted)
                 else:
                     self._accept(identity, header, ir, task_id, peer.service, at_ms)
             elif task is None:
                 wanted = task_asked_for(header.kind, body)
                 raise BadFrame("task.unknown", f"there is no task {wanted!r}; `tierline list` shows them")
             elif not isinstance(task, TaskRecord):
-                self._out.append(self.reply(identity, header, *answer_past(header.kind, body, task)))
+                self.outbox.answer(identity, header, *answer_past(header.kind, body, task))
             else:
                 self._answer_about(identity, header, body, task, at_ms)
         except BadFrame as err:
-            self._error(identity, header, err.code, Category.POLICY, str(err))
+            self.outbox.error(identity, header, err.code, Category.POLICY, str(err))
 
     def _answer_about(self, identity: bytes, header: Header, body: bytes, task: TaskRecord, at_ms: int) -> None:
         match header.kind:
             case "task.show":
-                self._out.append(self.reply(identity, header, "task.detail", self._view(task, at_ms)))
+                self.outbox.answer(identity, header, "task.detail", self._view(task, at_ms))
             case "task.cancel":
                 query = unpack_body(CancelQuery, body)
                 if query.step is None:
@@ -515,80 +486,43 @@ class Hub:
                     raise BadFrame("step.unknown", f"task {task.id} has no step {query.step!r}")
                 self._settle([], at_ms)
                 cancelled = Cancelled(task_id=task.id, state=task.state)
-                self._out.append(self.reply(identity, header, "task.cancelled", cancelled))
+                self.outbox.answer(identity, header, "task.cancelled", cancelled)
             case "task.extend":
                 steps = checked_extension(task, unpack_body(Extend, body).steps, self.registry)
                 self.engine.extend(task, steps, self.broker.peers[identity].service, at_ms)
                 self._settle([], at_ms)
                 extended = Extended(task_id=task.id, steps_total=len(task.steps))
-                self._out.append(self.reply(identity, header, "task.extended", extended))
+                self.outbox.answer(identity, header, "task.extended", extended)
             case "task.artefact":
                 name = unpack_body(ArtefactQuery, body).name
                 if name not in task.artefacts:
                     have = ", ".join(sorted(task.artefacts)[:50]) or "none yet"
                     raise BadFrame("artefact.unknown", f"task {task.id} has no artefact {name!r}; it has: {have}")
-                self._out.append(
-                    self.reply(identity, header, "task.content", ArtefactReply(artefact=task.artefacts[name]))
-                )
+                self.outbox.answer(identity, header, "task.content", ArtefactReply(artefact=task.artefacts[name]))
             case _:
-                self._watch(identity, header, unpack_body(Watch, body), task)
+                self.watchers.watch(identity, header, unpack_body(Watch, body), task)
 
     def _view(self, task: TaskRecord, at_ms: int) -> TaskView:
         """The task as it stands, and why what could run does not."""
         why = reasons(self.broker, self.loading, task, self.started_ms, at_ms)
         return view(task).model_copy(update={"waiting": why})
 
-    def _watch(self, identity: bytes, header: Header, query: Watch, task: TaskRecord) -> None:
-        behind = not query.quiet and query.after_seq < task.seq
-        if task.state.final and not behind:
-            self._out.append(self.reply(identity, header, "task.result", view(task)))
-            return
-        watches = sum(len(watches) for kept in (self._watches, self._waits) for watches in kept.values())
-        if watches + len(self._late) >= MAX_WATCHES:
-            refused = Refused(reason=f"{MAX_WATCHES} watches are open", retry_after_ms=1_000)
-            self._out.append(self.reply(identity, header, "refused", refused))
-            return
-        if behind:
-            # From the journal, a page at a time: neither our memory nor the watcher's pipe holds a whole history.
-            self._late.add((identity, header.id))
-            self._out.append(ReadEvents(identity, header, query))
-            return
-        kept = self._waits if query.quiet else self._watches
-        kept.setdefault(task.id, {})[identity, header.id] = header
-        if not query.quiet:
-            self.engine.watched.add(task.id)
-
-    def _on_events_read(self, identity: bytes, header: Header, query: Watch, facts: list[tuple[int, f.Fact]]) -> None:
-        if (identity, header.id) not in self._late:
-            return  # the watcher is gone
-        self._late.discard((identity, header.id))
-        for seq, fact in facts:
-            self._push(identity, header, "task.event", event(fact, seq))
-        rest = query if not facts else query.model_copy(update={"after_seq": facts[-1][0]})
-        task = self.engine.find(query.task_id)
-        if task is None and not facts:
-            self._out.append(LookUp(query.task_id, identity, header, pack_body(rest)))
-        elif task is None:
-            self._late.add((identity, header.id))
-            self._out.append(ReadEvents(identity, header, rest))
-        else:
-            # In memory but not in the journal: retention has compacted it meanwhile.
-            self._watch(identity, header, rest if facts else rest.model_copy(update={"after_seq": task.seq}), task)
-
     # The registry
 
     def _on_registry_changed(self, event: RegistryChanged) -> None:
         told = self.registries.take_up(event.registry, self.engine.live.values())
         self._use(self.registries.in_force)
-        self._note(REGISTRY_TAKEN, digest=told.digest, previous=told.previous, draining=told.draining, kept=told.kept)
-        self._out.append(self.reply(event.identity, event.header, "registry.reloaded", told))
+        self.outbox.note(
+            REGISTRY_TAKEN, digest=told.digest, previous=told.previous, draining=told.draining, kept=told.kept
+        )
+        self.outbox.answer(event.identity, event.header, "registry.reloaded", told)
         self._tell_services(event.at_ms)
         self._settle([], event.at_ms)
 
     def _on_registry_refused(self, event: RegistryRefused) -> None:
-        self._note(REGISTRY_REFUSED, problems=len(event.problems), reason=event.reason)
+        self.outbox.note(REGISTRY_REFUSED, problems=len(event.problems), reason=event.reason)
         failure = refusal(event.reason, event.problems)
-        self._out.append(self.reply(event.identity, event.header, "error", ErrorReply(failure=failure)))
+        self.outbox.answer(event.identity, event.header, "error", ErrorReply(failure=failure))
 
     def _on_restored(self, task: TaskRecord, past: Registry | None, at_ms: int) -> None:
         if past is not None:
@@ -610,14 +544,14 @@ class Hub:
         self.registry = registry
         self.broker.weight_of = self._weights()
         self.broker.tokens.resize(registry.hardware.cores)
+        self.broker.circuits.policy = policy_of(registry.failures.caps)
         self.engine.take_up(registry)
         self.loading.declare(registry)
 
     def _tell_services(self, at_ms: int) -> None:
         workers = [peer for peer in self.broker.peers.values() if peer.is_worker]
         for peer, told in self.registries.lagging(workers, at_ms):
-            header = Header(kind="registry.changed", id=self._next_id(), epoch=self.epoch)
-            self._out.append(Send(peer.identity, pack_header(header), pack_body(told), promises=False))
+            self.outbox.add(self.outbox.unpromised(peer.identity, "registry.changed", told))
 
     # Time
 
@@ -626,46 +560,50 @@ class Hub:
         self.loading.passed()
         self.batches.on_tick(at_ms)
         self._settle(self.broker.on_tick(at_ms), at_ms)
+        for call, reason in strandings(self.broker, self.registry, at_ms):
+            self.engine.move(call, reason, lambda model: self.broker.serves(f"infer.{model}", at_ms), at_ms)
+        self._settle([], at_ms)
+        for target, why in self.broker.circuits.take():
+            if why is None:
+                self.outbox.note(CIRCUIT_CLOSED, capability=target)
+            else:
+                self.outbox.note(CIRCUIT_OPENED, capability=target, reason=why)
         if self.registries.let_go(self.engine.live.values(), at_ms):
             self._use(self.registries.in_force)
-            self._note(REGISTRY_LET_GO, kept=kept_names(self.registries.declared, self.registry))
+            self.outbox.note(REGISTRY_LET_GO, kept=kept_names(self.registries.declared, self.registry))
         self._tell_services(at_ms)
         if at_ms - self._cleaned_ms >= _TICKS_BETWEEN_CLEANUPS_MS:
             self._cleaned_ms = at_ms
-            kept = (self._watches, self._waits)
-            waiting = {who for tasks in kept for watches in tasks.values() for who, _ in watches}
-            waiting |= {who for who, _ in self._late} | self.batches.requesters()
-            self.broker.forget_silent_clients(at_ms, waiting)
-            self.unread.want_marks(self.broker.peers)
+            self.broker.forget_silent_clients(at_ms, self.watchers.identities() | self.batches.requesters())
+            self.outbox.unread.want_marks(self.broker.peers)
             if self.engine.deferred and len(self.engine.unsettled) < e.MAX_UNSETTLED // 2:
                 self.engine.deferred = False
-                self._out.append(ReloadUnsettled(e.MAX_UNSETTLED // 2))
+                self.outbox.add(ReloadUnsettled(e.MAX_UNSETTLED // 2))
 
     # Joining broker and engine
 
-    def _settle(self, commands: Iterable[b.Command], at_ms: int) -> None:
+    def _settle(self, commands: Iterable[c.Command], at_ms: int) -> None:
         """Carry out the broker's commands and the engine's effects until neither has any, then hand out calls."""
         todo = deque(commands)
         looked = False
         while True:
             for effect in (*self.engine.take(), *self.batches.take()):
                 match effect:
-                    case Record(fact, seq):
-                        self._out.append(effect)
-                        self._tell_watchers(fact, seq)
+                    case Record():
+                        self._record(effect)
                     case Ask(call):
                         self.broker.ask(call)
                     case Drop(key):
                         todo.extend(self.broker.cancel(key))
                     case Tell(identity, request, kind, body):
-                        self._out.append(self.reply(identity, request, kind, body))
+                        self.outbox.answer(identity, request, kind, body)
             if todo:
                 self._carry_out(todo.popleft(), at_ms)
             elif (start := self.broker.next_start(at_ms)) is not None:
                 self._carry_out(start, at_ms)
             elif not looked and self.loading.has_guests and self.loading.wants_a_look():
                 said, refused = self.loading.look(at_ms)
-                self._out.extend(said)
+                self.outbox.extend(said)
                 todo.extend(refused)
                 looked = not refused
             else:
@@ -676,143 +614,55 @@ class Hub:
         due = [at_ms for at_ms in (self.broker.next_due_ms(), self.loading.next_due_ms()) if at_ms is not None]
         return min(due, default=None)
 
-    def _carry_out(self, command: b.Command, at_ms: int) -> None:
+    def _carry_out(self, command: c.Command, at_ms: int) -> None:
         match command:
-            case b.Start(call, peer, unserved_ms):
+            case c.Start(call, peer, unserved_ms):
                 self._start(call, peer, unserved_ms, at_ms)
-            case b.Ended(call, kind, body, worker):
+            case c.Ended(call, kind, body, worker):
                 self.loading.ended(call.target)
                 if call.requester is None:
                     self._owner(call).on_ended(call, kind, body, worker, at_ms)
-                elif self.unread.is_deaf(call.requester):
-                    self._deaf.add(call.requester)
                 else:
-                    header = Header(kind=kind, id=self._next_id(), corr=call.corr, key=call.key, epoch=self.epoch)
-                    self._out.append(self._sending(call.requester, header, body))
-            case b.Lost(call, worker):
+                    self.outbox.forward(call, kind, body)
+            case c.Lost(call, worker):
                 if call.requester is None:
                     self._owner(call).on_lost(call, worker, at_ms)
-            case b.Attached(call, worker):
+            case c.Attached(call, worker):
                 if call.requester is None:
                     self._owner(call).on_started(call, worker, at_ms, reattached=True)
-            case b.CancelAt(call, identity):
+            case c.CancelAt(call, identity):
                 self.loading.ended(call.target)
-                header = Header(kind=f"{family(call.kind)}.cancel", id=self._next_id(), key=call.key, epoch=self.epoch)
-                self._out.append(Send(identity, pack_header(header), _EMPTY, promises=False))
-            case b.SendPing(identity):
-                self._ping(identity, at_ms)
-            case b.PeerGone(peer, why, silent):
+                self.outbox.cancel(identity, call)
+            case c.SendPing(identity):
+                self.outbox.ping(identity, at_ms)
+            case c.PeerGone(peer, why, silent):
                 self.loading.gone(peer, at_ms, silent=silent)
-                self._note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)
+                self.outbox.note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)
                 if not peer.is_worker:
                     self._forget_client(peer.identity, at_ms)
 
-    def _owner(self, call: b.Call) -> e.Engine | Batches:
+    def _owner(self, call: c.Call) -> e.Engine | Batches:
         """Who asked for one of the hub's own calls."""
         return self.batches if self.batches.owns(call.key) else self.engine
 
-    def _start(self, call: b.Call, peer: Peer, unserved_ms: tuple[int, int] | None, at_ms: int) -> None:
+    def _start(self, call: c.Call, peer: Peer, unserved_ms: tuple[int, int] | None, at_ms: int) -> None:
         body = call.body if call.body is not None else self._owner(call).body_of(call, at_ms)
-        header = Header(
-            kind=call.kind,
-            id=self._next_id(),
-            epoch=self.epoch,
-            dst=call.target,
-            key=call.key,
-            attempt=call.attempt,
-            deadline=call.deadline_ms,
-            task=call.task,
-            step=call.step,
-            parent=call.parent,
-            prio="interactive" if call.interactive else "batch",
-            trace=call.trace,
-        )
         if call.requester is None:
             self._owner(call).on_started(call, peer.service, at_ms, unserved_ms=unserved_ms)
         for effect in self.engine.take():
             if isinstance(effect, Record):
-                self._out.append(effect)
-                self._tell_watchers(effect.fact, effect.seq)
-        send = Send(peer.identity, pack_header(header), body, promises=False)
-        self.unread.sent(peer.identity, len(send.header) + len(body))
-        if self.unread.is_deaf(peer.identity):
-            self._deaf.add(peer.identity)
-        else:
-            self._out.append(send)
+                self._record(effect)
+        self.outbox.work(peer.identity, call, body, cores=self.broker.tokens.held(call.key))
 
-    def _tell_watchers(self, fact: f.Fact, seq: int) -> None:
-        watches = self._watches.get(fact.task)
-        if watches:
-            told = event(fact, seq)
-            for (identity, _), request in watches.items():
-                self._push(identity, request, "task.event", told)
-        if not isinstance(fact, f.TaskEnded):
-            return
-        self._drain.ended(fact.at_ms)
-        self.engine.watched.discard(fact.task)
-        waiting = self._watches.pop(fact.task, {}) | self._waits.pop(fact.task, {})
-        task = self.engine.find(fact.task)
-        if task is None or not waiting:
-            return
-        result = view(task)
-        for (identity, _), request in waiting.items():
-            self._push(identity, request, "task.result", result)
+    def _record(self, record: Record) -> None:
+        """Have a fact written, and tell whoever follows its task."""
+        self.outbox.add(record)
+        self.watchers.tell(record.fact, record.seq)
+        if isinstance(record.fact, f.TaskEnded):
+            self._drain.ended(record.fact.at_ms)
 
     def _forget_client(self, identity: bytes, at_ms: int) -> None:
-        self._late = {late for late in self._late if late[0] != identity}
-        for kept in (self._watches, self._waits):
-            for task_id in list(kept):
-                watches = kept[task_id]
-                for key in [key for key in watches if key[0] == identity]:
-                    del watches[key]
-                if not watches:
-                    del kept[task_id]
-                if task_id not in self._watches:
-                    self.engine.watched.discard(task_id)
+        self.watchers.forget(identity)
         for command in self.broker.cancel_for(identity):
             self._carry_out(command, at_ms)
         self.batches.cancel_for(identity)
-
-    def _ping(self, identity: bytes, at_ms: int, *, mark: bool = False) -> None:
-        header = Header(kind="session.ping", id=self._next_id(), epoch=self.epoch)
-        self._out.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms)), promises=False))
-        if mark:
-            self.unread.mark(identity, header.id)
-
-    def _sending(self, identity: bytes, header: Header, body: bytes) -> Send:
-        """A message with content, which counts as unread until a later ping is answered."""
-        send = Send(identity, pack_header(header), body)
-        self.unread.sent(identity, len(send.header) + len(body))
-        return send
-
-    def _push(self, identity: bytes, request: Header, kind: str, body: Message) -> None:
-        """Tell a watcher something, unless it has not read for so long that it counts as gone."""
-        if self.unread.is_deaf(identity):
-            self._deaf.add(identity)
-        else:
-            self._out.append(self.reply(identity, request, kind, body))
-
-    def _next_id(self) -> str:
-        self._sent += 1
-        return f"{self.epoch}-{self._sent}"
-
-    def _note(self, happened: LogEvent, **fields: Any) -> None:
-        self._out.append(Noted(happened, fields))
-
-    def _refuse(self, identity: bytes, request: Header, reason: str, retry_after_ms: int) -> None:
-        if self.unread.is_deaf(identity):
-            self._deaf.add(identity)
-            return
-        refused = Refused(reason=reason, retry_after_ms=retry_after_ms)
-        self._out.append(self.reply(identity, request, "refused", refused))
-
-    def _error(self, identity: bytes, request: Header | None, code: str, category: Category, message: str) -> None:
-        failure = Failure(code=code, category=category, origin="scheduler", message=message[:8_000])
-        corr = None if request is None else request.id
-        if self.unread.is_deaf(identity):
-            return
-        header = Header(kind="error", id=self._next_id(), corr=corr, epoch=self.epoch)
-        self._out.append(self._sending(identity, header, pack_body(ErrorReply(failure=failure))))
-
-
-_EMPTY: Final = b"\x80"

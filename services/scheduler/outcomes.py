@@ -12,6 +12,7 @@ from protocol.messages.memory import Episode, MemoryRequest, Outcome, RecordOutc
 from protocol.messages.plan import RoutingDecision
 from protocol.messages.result import StepState, TaskState
 from services.kit.registry import Registry
+from services.scheduler.failures import teaches
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 UNEMBEDDABLE: Final = "memory.unembeddable"
@@ -22,7 +23,7 @@ def outcomes_of(task: TaskRecord, registry: Registry, *, with_episode: bool = Tr
     """The request that settles a finished task with memory; None where there is nothing to learn."""
     if task.plan is None or task.ended_ms is None or task.state is TaskState.CANCELLED:
         return None
-    blameless = task.failure is not None and not registry.failures.rules[task.failure.category].quality_signal
+    blameless = task.failure is not None and not teaches(registry, task.failure)
     outcomes = []
     for value in task.plan.decisions:
         decision = RoutingDecision.model_validate(value)
@@ -53,10 +54,12 @@ def _of_step(step: StepRecord, decision: RoutingDecision, registry: Registry) ->
     """Reward 1 if the role that was chosen solved the step itself; an escalation is its failure."""
     if step.ended_ms is None or step.ready_ms is None or step.state not in (StepState.DONE, StepState.FAILED):
         return None
+    if decision.subject == "role" and any(one.moves for one in step.attempts):
+        return None  # another model did it: that says nothing about the one that was chosen
     first = step.spec.actor
     if step.state is StepState.DONE:
         solved = not step.attempts or step.attempt.role == first  # a mapped step was solved by its sub-steps
-    elif step.failure is not None and not registry.failures.rules[step.failure.category].quality_signal:
+    elif step.failure is not None and not teaches(registry, step.failure):
         return None
     else:
         solved = False

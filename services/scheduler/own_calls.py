@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from protocol.messages.task import Priority
 from services.kit.identity import work_key
 from services.kit.registry import Registry
-from services.scheduler.broker import Call
+from services.scheduler.calls import Call
 from services.scheduler.ranks import Ranking
 from services.scheduler.resources import NOTHING, Needs, inference_needs
 from services.scheduler.tasks import StepRecord, TaskRecord
@@ -31,6 +31,8 @@ def inference_call(
     """The newest attempt of a step; its body is composed when it starts."""
     attempt = step.attempt
     timeout_s = step.spec.timeout_s or registry.roles[attempt.role].timeout_s
+    if attempt.arm == "harder":
+        timeout_s *= registry.failures.caps.think_harder_factor
     target = f"infer.{attempt.model}"
     return Call(
         key=attempt.key,

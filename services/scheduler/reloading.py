@@ -77,7 +77,7 @@ def with_kept(declared: Registry, past: Registry, used: Used) -> Registry:
     roles = dict(_taken(past.roles, used.roles - declared.roles.keys()))
     for name in list(roles):
         roles |= {one.name: one for one in past.escalation_chain(name) if one.name not in declared.roles}
-    wanted = {role.model for role in roles.values()} | used.models
+    wanted = {name for role in roles.values() for name in (role.model, role.lateral) if name} | used.models
     wanted |= {draft for name in wanted if name in past.models and (draft := past.models[name].speculation.draft)}
     kept: dict[str, dict[str, Any]] = {
         "roles": roles,

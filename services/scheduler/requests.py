@@ -14,9 +14,9 @@ from protocol.messages.infer import AbortLimits, ChatMessage, InferRequest, Samp
 from services.kit.identity import work_key
 from services.kit.registry import EarlyAbort, Registry, RoleEntry
 from services.scheduler.answers import schema_of_parts
-from services.scheduler.prompting import compose
+from services.scheduler.feedback import room_for, told
+from services.scheduler.prompting import CHARS_PER_TOKEN, compose
 from services.scheduler.tasks import StepRecord, TaskRecord
-from services.scheduler.verdicts import earlier_findings
 
 
 def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, stream: bool) -> dict[str, Any]:
@@ -28,7 +28,10 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
     attempt = step.attempt
     role = registry.roles[attempt.role]
     model = registry.models[attempt.model]
-    max_tokens = min(step.spec.max_tokens or role.max_tokens, max(1, model.context_tokens - 64))
+    harder = attempt.arm == "harder"
+    max_tokens = _max_tokens(
+        step, role, model.context_tokens, registry.failures.caps.think_harder_factor if harder else 1
+    )
     left = max(1, task.ir.budget.max_tokens - task.generated_tokens)
     schema = step.spec.json_schema
     if schema is None and len(step.spec.outputs) > 1:
@@ -43,8 +46,8 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
             task=task.ir,
             step=step.spec,
             inputs=[task.artefacts[name] for name in step.spec.inputs],
-            findings=earlier_findings(step),
-            attempt=attempt.number,
+            told=told(step.attempts[:-1], attempt.role, attempt.told_chars),
+            harder=harder,
             context_tokens=model.context_tokens,
             max_tokens=max_tokens,
         ),
@@ -61,6 +64,20 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
     if limits is not None:
         body["early_abort"] = limits.model_dump(exclude_none=True)
     return body
+
+
+def told_chars(step: StepRecord, role: str, model: str, registry: Registry) -> int:
+    """Room in the prompt of a further attempt for what is said about the earlier ones."""
+    context_tokens = registry.models[model].context_tokens
+    return room_for(context_tokens, _max_tokens(step, registry.roles[role], context_tokens, 1), CHARS_PER_TOKEN)
+
+
+def _max_tokens(step: StepRecord, role: RoleEntry, context_tokens: int, factor: float) -> int:
+    """Longest answer: what the step or the role says, so many times over; never more than half a context that was not
+    asked for, and always less than the context."""
+    asked = step.spec.max_tokens or role.max_tokens
+    more = asked if factor == 1 else max(asked, min(int(asked * factor), context_tokens // 2))
+    return min(more, max(1, context_tokens - 64))
 
 
 def batch_item_request(batch: BatchRequest, prompt: str, key: str, registry: Registry) -> InferRequest:

@@ -1,8 +1,9 @@
 """Tokens of the machine: cores, exclusive groups and memory, shared by inference, gates, and models that load.
 
 A call takes everything it needs at once or nothing, so nobody ever holds one token while waiting for another and no
-deadlock is possible. A model's process computes with its threads however many of its slots are busy: all its running
-calls share one holding, which is given back with the last of them.
+deadlock is possible. A call made by a worker during another call (a gate that asks a judge) may use what that one
+holds, since its worker waits for it. A model's process computes with its threads however many of its slots are busy:
+all its running calls share one holding, which is given back with the last of them.
 
 Memory is held by models, not by calls: from before they are told to load until their process has let go of it. A model
 that loads takes its memory and a core together or neither, and gives the core back when it is loaded. Which models
@@ -14,10 +15,12 @@ start, running work drains, and since every call has a deadline the tokens come 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
 from services.kit.registry import Registry
+from services.scheduler.stages import depths
 
 PATIENCE_MS: Final = 1_000
 _INFER: Final = "infer."
@@ -28,6 +31,8 @@ class Needs:
     """What a call takes while it runs."""
 
     cores: int = 0
+    more_cores: int = 0
+    """Taken as well, as far as they are free at that moment; never waited for."""
     shared_by: str | None = None
     """Calls with the same name here share one holding; None = the call holds for itself."""
     group: str | None = None
@@ -54,9 +59,24 @@ def inference_needs(registry: Registry, target: str) -> Needs:
 
 
 def gate_needs(registry: Registry, gates: list[str]) -> Needs:
-    """Needs of a gate run: the cores of its widest gate, within what the machine has."""
-    widest = max((registry.gates[name].cores for name in gates if name in registry.gates), default=0)
-    return Needs(cores=min(widest, registry.hardware.cores))
+    """Needs of a gate run: the cores of its widest gate, and more for those that can run beside it.
+
+    Gates whose cores are not counted (linters, for the most part) need nothing: they wait behind no model.
+    """
+    known = [registry.gates[name] for name in dict.fromkeys(gates) if name in registry.gates]
+    widest = max((gate.cores for gate in known), default=0)
+    waits = {gate.name: gate.depends_on for gate in known}
+    depth = depths({name: [other for other in others if other in waits] for name, others in waits.items()})
+    at_depth: Counter[int] = Counter()
+    for gate in known:
+        at_depth[depth[gate.name]] += gate.cores
+    return asked_cores(registry, widest, max(at_depth.values(), default=0))
+
+
+def asked_cores(registry: Registry, least: int, useful: int) -> Needs:
+    """Needs of a call that cannot do with fewer cores than `least` and can use `useful`, within what there is."""
+    cores = min(least, registry.hardware.cores)
+    return Needs(cores, more_cores=max(0, min(useful, registry.hardware.cores) - cores)) if cores else NOTHING
 
 
 @dataclass(slots=True)
@@ -81,7 +101,7 @@ class Tokens:
     _holdings: dict[str, _Holding] = field(default_factory=dict)
     _holder_of: dict[str, str] = field(default_factory=dict)
     _overdrawn: set[str] = field(default_factory=set)
-    """Holders that came back with running work which did not fit any more."""
+    """Holders that came back with running work which did not fit any more, or use what another one lent them."""
     _blocked: dict[str, int] = field(default_factory=dict)
     """Target -> since when (unix ms) its first call waits for tokens, oldest first."""
     _shut_out: dict[str, str] = field(default_factory=dict)
@@ -98,18 +118,30 @@ class Tokens:
         if self.free_cores < 0:
             self._overdrawn |= self._holdings.keys()
 
-    def take(self, key: str, target: str, needs: Needs, at_ms: int) -> bool:
-        """Take all that `needs` says for this call, or nothing; False = it has to wait."""
-        if needs is not NOTHING and self._door_is_closed(target, at_ms):
+    def take(self, key: str, target: str, needs: Needs, at_ms: int, parent: str | None = None) -> bool:
+        """Take all that `needs` says for this call, or nothing; False = it has to wait.
+
+        `parent` is the call whose worker waits for this one: its cores are lent, and no door is closed to it, or the
+        two would wait for each other.
+        """
+        lent = self.held(parent) if parent is not None else 0
+        if needs is not NOTHING and not lent and self._door_is_closed(target, at_ms):
             self._shut_out[target] = next(iter(self._blocked))
             return False
-        if not self._fits(key, needs):
+        if not self._fits(key, needs, lent):
             self._blocked.setdefault(target, at_ms)
             return False
         self._blocked.pop(target, None)
         if needs is not NOTHING:
             self._hold(key, needs)
+            if self.free_cores < 0:
+                self._overdrawn.add(self._holder_of[key])
         return True
+
+    def held(self, key: str) -> int:
+        """Cores that are reserved for this call, shared ones included."""
+        holder = self._holder_of.get(key)
+        return 0 if holder is None else self._holdings[holder].cores
 
     def book(self, key: str, needs: Needs) -> None:
         """A call that runs already came back with its worker: book what it holds, even where that overdraws."""
@@ -211,14 +243,15 @@ class Tokens:
 
     def _hold(self, key: str, needs: Needs) -> None:
         holder = needs.shared_by or key
-        self._holdings.setdefault(holder, _Holding(needs.cores, needs.group, set())).keys.add(key)
+        cores = needs.cores + max(0, min(needs.more_cores, self.free_cores - needs.cores))
+        self._holdings.setdefault(holder, _Holding(cores, needs.group, set())).keys.add(key)
         self._holder_of[key] = holder
 
-    def _fits(self, key: str, needs: Needs) -> bool:
+    def _fits(self, key: str, needs: Needs, lent: int = 0) -> bool:
         if needs is NOTHING or (needs.shared_by or key) in self._holdings:
             return True
         taken = {holding.group for holding in self._holdings.values()}
-        return needs.cores <= self.free_cores and (needs.group is None or needs.group not in taken)
+        return needs.cores <= max(0, self.free_cores) + lent and (needs.group is None or needs.group not in taken)
 
     def _door_is_closed(self, target: str, at_ms: int) -> bool:
         """True while another target has been waiting for too long: then only that one may start."""

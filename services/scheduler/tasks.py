@@ -24,6 +24,48 @@ class JournalError(Exception):
     """The facts contradict each other."""
 
 
+_KEPT_SETBACKS: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Setback:
+    """Work that came to nothing and was done again, or given up, without a word about the answer."""
+
+    at_ms: int
+    work: str
+    category: str
+    code: str
+    message: str
+    action: str
+    rule: str
+    delay_ms: int = 0
+
+
+@dataclass(slots=True)
+class Setbacks:
+    """The newest of them, and how often each kind of work was done again for each category."""
+
+    newest: list[Setback] = field(default_factory=list)
+    repeats: dict[str, int] = field(default_factory=dict)
+    """`<work>.<category>` -> count."""
+
+    def count(self, work: str, category: str) -> int:
+        """How often this work was done again for this category."""
+        return self.repeats.get(f"{work}.{category}", 0)
+
+    def answered(self, work: str) -> int:
+        """How often this work was done again after a worker's answer, rather than after the loss of the worker."""
+        lost = f"{work}.PEER"
+        return sum(times for key, times in self.repeats.items() if key.startswith(f"{work}.") and key != lost)
+
+    def add(self, one: Setback) -> None:
+        """Take one more."""
+        self.newest = [*self.newest, one][-_KEPT_SETBACKS:]
+        if one.action in ("rerun", "backoff"):
+            key = f"{one.work}.{one.category}"
+            self.repeats[key] = self.repeats.get(key, 0) + 1
+
+
 @dataclass(slots=True)
 class Attempt:
     """One try of a step."""
@@ -51,6 +93,12 @@ class Attempt:
     gates: list[GateResult] = field(default_factory=list)
     failure: Failure | None = None
     action: str | None = None
+    arm: str | None = None
+    told_chars: int = 0
+    """Room in its prompt for what earlier attempts got wrong."""
+    setbacks: Setbacks = field(default_factory=Setbacks)
+    moves: int = 0
+    """How often it was given to another model."""
 
 
 @dataclass(slots=True)
@@ -122,6 +170,10 @@ class TaskRecord:
     unfinished: int = 0
     """Steps not in a final state."""
     generated_tokens: int = 0
+    setbacks: Setbacks = field(default_factory=Setbacks)
+    """Of its plan, its final checks and its outcomes."""
+    losses: dict[str, int] = field(default_factory=dict)
+    """Work of the task itself -> workers that died with it."""
     settled: bool = False
     """Memory knows the outcomes."""
     seq: int = 0
@@ -158,7 +210,7 @@ def fold(history: Iterable[f.Fact]) -> TaskRecord:
 
 def apply(task: TaskRecord, fact: f.Fact) -> None:
     """Take one fact into the state. Raises JournalError where it cannot follow what was before."""
-    if task.state.final and not isinstance(fact, f.OutcomesSettled | f.DuplicateSeen):
+    if task.state.final and not isinstance(fact, f.OutcomesSettled | f.DuplicateSeen | f.TaskSetback):
         raise JournalError(f"{type(fact).__name__} after the end of task {task.id}")
     task.seq += 1
     of_step = _OF_A_STEP.get(type(fact))
@@ -179,6 +231,8 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
             task.state = TaskState(fact.state)
             task.ended_ms = fact.at_ms
             task.failure = _failure(fact.failure)
+        case f.TaskSetback():
+            _set_back(task, fact)
         case f.OutcomesSettled():
             task.settled = True
         case f.DuplicateSeen():
@@ -191,6 +245,8 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
 
 def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
     task.ir = TaskIR.model_validate(fact.ir)
+    for artefact in task.ir.inputs:  # the planner may have added some: the pieces of a long input
+        task.artefacts.setdefault(artefact.name, artefact)
     task.plan = PlanOrigin(fact.source, fact.reason, fact.removed_edges, fact.decisions, fact.similar)
     task.planned_ms = fact.at_ms
     task.predicted_ms = fact.predicted_ms
@@ -261,6 +317,8 @@ def _queue(_task: TaskRecord, step: StepRecord, fact: f.AttemptQueued) -> None:
         step.ready_ms = fact.at_ms
     attempt = Attempt(len(step.attempts) + 1, fact.role, fact.model, fact.key, fact.at_ms, fact.constrained)
     attempt.timeline.queued(fact.at_ms, fact.delay_ms or 0)
+    attempt.arm = fact.arm
+    attempt.told_chars = fact.told_chars or 0
     step.attempts.append(attempt)
 
 
@@ -283,7 +341,53 @@ def _lose(_task: TaskRecord, step: StepRecord, fact: f.AttemptLost) -> None:
     if step.state is StepState.INFERRING:
         step.state = StepState.READY
     step.losses += 1 if fact.blame else 0
-    step.attempt.timeline.lost(fact.at_ms)
+    step.attempt.timeline.lost(fact.at_ms, fact.delay_ms or 0)
+    step.attempt.setbacks.add(
+        Setback(
+            at_ms=fact.at_ms,
+            work=fact.work,
+            category=fact.category,
+            code=fact.code,
+            message=fact.message[:500],
+            action=fact.action or "rerun",
+            rule=fact.rule or "",
+            delay_ms=fact.delay_ms or 0,
+        )
+    )
+
+
+def _move(_task: TaskRecord, step: StepRecord, fact: f.AttemptMoved) -> None:
+    step.attempt.model = fact.model
+    step.attempt.moves += 1
+    step.attempt.setbacks.add(
+        Setback(
+            at_ms=fact.at_ms,
+            work="inference",
+            category="PEER",
+            code="model.unserved",
+            message=fact.reason[:500],
+            action="lateral",
+            rule=f"to {fact.model}, the lateral model of {step.attempt.role}",
+        )
+    )
+
+
+def _set_back(task: TaskRecord, fact: f.TaskSetback) -> None:
+    failure = Failure.model_validate(fact.failure)
+    if fact.blame:
+        task.losses[fact.work] = task.losses.get(fact.work, 0) + 1
+    task.setbacks.add(
+        Setback(
+            at_ms=fact.at_ms,
+            work=fact.work,
+            category=failure.category.value,
+            code=failure.code,
+            message=failure.message[:500],
+            action=fact.action,
+            rule=fact.rule,
+            delay_ms=fact.delay_ms or 0,
+        )
+    )
 
 
 def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) -> None:
@@ -347,6 +451,7 @@ _OF_A_STEP: Final[Mapping[type[f.Fact], Callable[[TaskRecord, StepRecord, Any], 
     f.AttemptQueued: _queue,
     f.AttemptStarted: _start,
     f.AttemptLost: _lose,
+    f.AttemptMoved: _move,
     f.AttemptAnswered: _take_answer,
     f.AttemptChecked: _check,
     f.AttemptFailed: _fail_attempt,

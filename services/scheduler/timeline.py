@@ -42,11 +42,13 @@ class Timeline:
                 self._enter("queueing", end)
         self._enter("inference", at_ms)
 
-    def lost(self, at_ms: int) -> None:
-        """The worker is gone with it: that run came to nothing, it waits again."""
+    def lost(self, at_ms: int, delay_ms: int) -> None:
+        """That run came to nothing: it waits again, after a pause of `delay_ms` where one is asked for."""
         if self.marks and self.marks[-1][0] in ("inference", "gates"):
             self.marks[-1] = ("retry", self.marks[-1][1])
-        self._enter("queueing", at_ms)
+        if delay_ms:
+            self._enter("backoff", at_ms)
+        self._enter("queueing", at_ms + delay_ms)
 
     def reattached(self, at_ms: int, *, same_worker: bool) -> None:
         """A worker brought it back. One that was only silent has worked on it all the time."""

@@ -20,6 +20,10 @@ class Unserved:
         """True while such a stretch goes on."""
         return target in self._since
 
+    def since(self, target: str) -> int | None:
+        """When the stretch that goes on began; None while a worker is READY or nobody waits."""
+        return self._since.get(target)
+
     def begin(self, target: str, at_ms: int) -> None:
         """A call waits, and no worker is READY; the first one counts."""
         self._since.setdefault(target, at_ms)

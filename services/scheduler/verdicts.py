@@ -1,4 +1,4 @@
-"""What gates' verdicts amount to, and what the next attempt should be told. Pure; fails closed."""
+"""What gates' verdicts amount to. Pure; fails closed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.gate import GateResult, Verdict
-from services.scheduler.tasks import StepRecord
 
 
 def gate_failure(asked: Iterable[str], results: list[GateResult]) -> Failure | None:
     """What the gates' verdicts amount to: None if every gate asked for passed or had nothing to judge.
 
-    Fails closed: a gate that could not judge, or is missing among the results, is a failure too. The first bad
-    verdict in declared order gives the category; the findings of all are kept for the next attempt.
+    Fails closed: a gate that could not judge, or is missing among the results, is a failure too; an advisory one
+    never is. The first bad verdict in declared order gives the category; the findings of all, advisory ones included,
+    are kept for the next attempt.
     """
     findings = [finding for result in results for finding in result.findings][:200]
     by_name = {result.gate: result for result in results}
@@ -22,27 +22,14 @@ def gate_failure(asked: Iterable[str], results: list[GateResult]) -> Failure | N
         if result is None:
             message = f"gate {name} gave no verdict"
             return Failure(code="gate.no_verdict", category=Category.RESOURCE, origin="gates", message=message)
-        if result.verdict is Verdict.FAIL:
+        if result.verdict is Verdict.FAIL and result.required:
             said = result.message or f"{len(result.findings)} findings"
             message = f"gate {name} failed: {said}"
             own = findings or [Finding(gate=name, category=result.category, message=said)]
             return Failure(code=f"gate.{name}", category=result.category, origin="gates", message=message, findings=own)
     for result in results:
-        if result.verdict is not Verdict.ERROR:
+        if result.verdict is not Verdict.ERROR or not result.required:
             continue
         message = f"gate {result.gate} could not judge: {result.message}"
         return Failure(code=f"gate.{result.gate}.error", category=result.category, origin="gates", message=message)
     return None
-
-
-def earlier_findings(step: StepRecord) -> list[Finding]:
-    """What earlier attempts got wrong, newest first, each point once."""
-    seen: dict[tuple[str, str, int | None, str], Finding] = {}
-    for attempt in reversed(step.attempts):
-        one = attempt.failure
-        if one is None:
-            continue
-        points = one.findings or [Finding(gate=one.origin, category=one.category, message=one.message[:500])]
-        for point in points:
-            seen.setdefault((point.gate, point.artefact or point.file or "", point.line, point.message), point)
-    return list(seen.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Final
 
 from protocol.messages.gate import GateResult
@@ -11,6 +12,7 @@ from protocol.messages.result import (
     AttemptView,
     PlanView,
     Segment,
+    Setback,
     StepState,
     StepView,
     TaskEvent,
@@ -21,7 +23,8 @@ from protocol.messages.result import (
 from protocol.plan_graph import final_artefacts
 from services.scheduler import facts as f
 from services.scheduler.critical_path import critical_path
-from services.scheduler.tasks import Attempt, PlanOrigin, StepRecord, TaskRecord
+from services.scheduler.feedback import told
+from services.scheduler.tasks import PlanOrigin, Setbacks, StepRecord, TaskRecord
 
 _MAX_INLINE_CHARS: Final = 4 * 1024 * 1024
 """Final artefacts that travel inside a view, in characters; `task.artefact` fetches the others."""
@@ -43,6 +46,7 @@ def view(task: TaskRecord) -> TaskView:
         steps=steps,
         artefacts=_final_artefacts(task),
         gates=task.gates,
+        setbacks=_setbacks(task.setbacks),
         failure=task.failure,
         usage=_usage(task),
         critical_path=critical_path(task),
@@ -90,7 +94,13 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
         case f.AttemptStarted():
             return {"worker": fact.worker, "reattached": fact.reattached}
         case f.AttemptLost():
-            return {"code": fact.code, "message": fact.message}
+            why = {"code": fact.code, "message": fact.message, "category": fact.category, "work": fact.work}
+            return why | {"action": fact.action, "rule": fact.rule}
+        case f.AttemptMoved():
+            return {"model": fact.model, "reason": fact.reason}
+        case f.TaskSetback():
+            why = {"code": fact.failure["code"], "category": fact.failure["category"], "work": fact.work}
+            return why | {"message": fact.failure["message"][:500], "action": fact.action, "rule": fact.rule}
         case f.AttemptAnswered():
             return {"generated_tokens": fact.generated_tokens, "outputs": [one["name"] for one in fact.artefacts]}
         case f.AttemptChecked() | f.TaskChecked():
@@ -139,14 +149,19 @@ def _step(step: StepRecord) -> StepView:
         ready_ms=step.ready_ms,
         ended_ms=step.ended_ms,
         losses=step.losses,
-        attempts=[_attempt(attempt, step.ended_ms) for attempt in step.attempts],
+        attempts=[_attempt(step, number) for number in range(len(step.attempts))],
         failure=step.failure,
     )
 
 
-def _attempt(attempt: Attempt, step_ended_ms: int | None) -> AttemptView:
+def _setbacks(kept: Setbacks) -> list[Setback] | None:
+    return [Setback(**asdict(one)) for one in kept.newest] or None
+
+
+def _attempt(step: StepRecord, index: int) -> AttemptView:
+    attempt = step.attempts[index]
     gates: list[GateResult] = attempt.gates
-    stretches = attempt.timeline.stretches(attempt.ended_ms or step_ended_ms, failed=attempt.failure is not None)
+    stretches = attempt.timeline.stretches(attempt.ended_ms or step.ended_ms, failed=attempt.failure is not None)
     return AttemptView(
         number=attempt.number,
         role=attempt.role,
@@ -168,6 +183,9 @@ def _attempt(attempt: Attempt, step_ended_ms: int | None) -> AttemptView:
         gates=gates,
         failure=attempt.failure,
         action=attempt.action,
+        arm=attempt.arm,
+        told=told(step.attempts[:index], attempt.role, attempt.told_chars) or None if index else None,
+        setbacks=_setbacks(attempt.setbacks),
         segments=[Segment(what=what, start_ms=begin, end_ms=end) for what, begin, end in stretches],
     )
 

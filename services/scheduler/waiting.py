@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from typing import Final
 
 from protocol.messages.session import PeerState
-from services.scheduler.broker import Broker, Call
+from services.scheduler.broker import Broker
+from services.scheduler.calls import Call
 from services.scheduler.loading import Loading
 from services.scheduler.tasks import TaskRecord
 
@@ -30,6 +31,9 @@ def _what(call: Call) -> str:
 def _why(broker: Broker, loading: Loading, call: Call, started_ms: int, at_ms: int) -> str:
     if call.hold_until_ms > at_ms:
         return f"waits {(call.hold_until_ms - at_ms) / 1000:.1f} s before it is tried again"
+    circuit = broker.circuits.reason(call.target)
+    if circuit is not None:
+        return f"waits for {call.target}: {circuit}"
     peers = [peer for peer in broker.peers.values() if call.target in peer.capabilities]
     if not peers:
         since = datetime.fromtimestamp(broker.gone_ms.get(call.target, started_ms) / 1000, UTC)

@@ -21,12 +21,18 @@ from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.infer import AbortLimits, ChatMessage, InferFinal, InferPartial, InferRequest, Sampling
 from protocol.messages.memory import (
+    Advise,
+    Advised,
+    ArmView,
     DecisionRecord,
     Episode,
     Explained,
     MemoryFinal,
     MemoryRequest,
+    Option,
     Outcome,
+    Question,
+    RecordDecisions,
     RecordOutcomes,
     Value,
 )
@@ -45,6 +51,7 @@ from protocol.messages.result import (
     PlanView,
     PredictedPath,
     Segment,
+    Setback,
     StepState,
     StepView,
     TaskEvent,
@@ -106,6 +113,7 @@ _GATE = GateResult(
     started_ms=1_700_000_000_500,
     ended_ms=1_700_000_000_900,
 )
+_ADVISORY = _GATE.model_copy(update={"gate": "markdown", "required": False, "cached": True})
 _TASK = TaskIR(
     task_id="T-1",
     created_at=1_700_000_000_000,
@@ -172,6 +180,32 @@ _DECISION = RoutingDecision(
     task_type="code",
     features={"inputs": 1.0},
 )
+_ADVISED = Advised(
+    key="persona:coder",
+    subject="persona",
+    rules_choice="terse",
+    learned_choice="careful",
+    choice="careful",
+    won="learned",
+    propensity=0.75,
+    confidence=0.875,
+    evidence=12.0,
+    cluster="coder",
+    arms=[
+        ArmView(
+            choice="careful",
+            expected_reward=0.75,
+            deviation=0.125,
+            value=0.5,
+            chance=0.75,
+            outcomes=12.0,
+            similar_outcomes=7,
+            seconds=4.5,
+        )
+    ],
+    why="learned: careful 0.75±0.12 after 12",
+)
+_ADVISED_DECISION = _DECISION.model_copy(update={"choice": "careful", "cluster": "coder", "advice": _ADVISED})
 _RECORD = DecisionRecord(
     decision_id="D-1",
     task_id="T-1",
@@ -185,6 +219,7 @@ _RECORD = DecisionRecord(
     features={"inputs": 1.0},
     registry_digest="abc123",
 )
+_VERSIONED_RECORD = _RECORD.model_copy(update={"cluster": "coder", "model": "0123abcd", "prompt": "89ef4567"})
 _OUTCOME = Outcome(decision_id="D-1", reward=1.0, seconds=4.5, attempts=2, at_ms=1_700_000_005_000)
 _EDGE = RemovedEdge(step="S2", depends_on="S1", reason="no data flows along it")
 _VIEW = TaskView(
@@ -293,6 +328,32 @@ _MENDED = _REPORTED.model_copy(
     }
 )
 
+_SETBACK = Setback(
+    at_ms=1_700_000_000_300,
+    work="gates",
+    category="RESOURCE",
+    code="gate.lint.error",
+    message="gate lint could not judge",
+    action="backoff",
+    rule="failures.yaml:35 RESOURCE: the same again after a pause, 1 of 3",
+    delay_ms=1_000,
+)
+_TOLD = _REPORTED.model_copy(
+    update={
+        "setbacks": [_SETBACK.model_copy(update={"work": "plan"})],
+        "steps": [
+            step.model_copy(
+                update={
+                    "attempts": [
+                        one.model_copy(update={"arm": "harder", "told": "This is attempt 2.", "setbacks": [_SETBACK]})
+                        for one in step.attempts
+                    ]
+                }
+            )
+            for step in _REPORTED.steps
+        ],
+    }
+)
 _GUESSED = _VIEW.model_copy(
     update={
         "steps": [
@@ -306,6 +367,12 @@ _GUESSED = _VIEW.model_copy(
             )
             for step in _VIEW.steps
         ]
+    }
+)
+
+_LEARNED = _VIEW.model_copy(
+    update={
+        "plan": PlanView(source="rules", reason="advised", removed_edges=[], decisions=[_ADVISED_DECISION], similar=[])
     }
 )
 
@@ -418,6 +485,16 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 budget_bytes=16_000_000_000, held_bytes=9_000_000_000, available_bytes=4_000_000_000, low=False
             ),
         ),
+        StatusReport(
+            hub_epoch="a1b2c3d4e5f6",
+            hub_pid=4241,
+            uptime_ms=5_000,
+            peers=[],
+            queued={"infer.worker": 3},
+            tasks={},
+            counters={},
+            circuits={"infer.worker": "circuit open: 3 failures within 60 s"},
+        ),
     ],
     "registry.reload": [Reload(digest=_DIGEST)],
     "registry.reloaded": [
@@ -445,7 +522,15 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             fields={"model": "coder", "queued_ms": 10},
         )
     ],
-    "task.result": [_VIEW, _REPORTED, _MENDED, _GUESSED],
+    "task.result": [
+        _VIEW,
+        _REPORTED,
+        _MENDED,
+        _GUESSED,
+        _GUESSED.model_copy(update={"gates": [_GATE, _ADVISORY]}),
+        _TOLD,
+        _LEARNED,
+    ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
         TaskView(
@@ -461,6 +546,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _VIEW.model_copy(update={"waiting": ["planning waits for planner: 0 workers alive"]}),
         _MENDED,
         _GUESSED,
+        _GUESSED.model_copy(update={"gates": [_ADVISORY]}),
+        _LEARNED,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -497,7 +584,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             decisions=[_DECISION],
             similar=[_EPISODE],
             generated_tokens=40,
-        )
+        ),
+        PlanFinal(task=_TASK, source="rules", reason="advised", decisions=[_ADVISED_DECISION]),
     ],
     "plan.cancel": [Empty()],
     "infer.request": [
@@ -589,11 +677,37 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             artefacts=[Artefact(name="sum.py", kind=ArtefactKind.CODE, value="sum\n")],
             context=[Artefact(name="test_sum.py", kind=ArtefactKind.CODE, value="assert True\n")],
             json_schema={"type": "object"},
-        )
+        ),
+        GateRequest(
+            gates=["integration", "definition_of_done"],
+            artefacts=[Artefact(name="sum.py", kind=ArtefactKind.CODE, value="sum\n")],
+            check_command=["bash", "check.sh", "{workspace}"],
+            objective="Write sum.py",
+            criteria=["it adds"],
+        ),
     ],
-    "gate.final": [GateFinal(results=[_GATE])],
+    "gate.final": [GateFinal(results=[_GATE]), GateFinal(results=[_GATE, _ADVISORY])],
     "gate.cancel": [Empty()],
-    "memory.request": [MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE))],
+    "memory.request": [
+        MemoryRequest(ask=RecordOutcomes(outcomes=[_OUTCOME], episode=_EPISODE)),
+        MemoryRequest(ask=RecordDecisions(decisions=[_VERSIONED_RECORD], text="Write sum.py and test it")),
+        MemoryRequest(
+            ask=Advise(
+                text="Write sum.py and test it",
+                task_type="code",
+                questions=[
+                    Question(
+                        key="persona:coder",
+                        subject="persona",
+                        cluster="coder",
+                        rules_choice="terse",
+                        options=[Option(choice="terse", prompt="89ef4567", cost=0.125), Option(choice="careful")],
+                    )
+                ],
+                seed=7,
+            )
+        ),
+    ],
     "memory.final": [
         MemoryFinal(
             stored=1,
@@ -609,7 +723,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 )
             ],
             stats={"episodes": 1},
-        )
+        ),
+        MemoryFinal(explained=[Explained(decision=_VERSIONED_RECORD)], advice=[_ADVISED]),
     ],
     "memory.cancel": [Empty()],
     "error": [ErrorReply(failure=_FAILURE)],

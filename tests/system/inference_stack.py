@@ -62,7 +62,8 @@ class InferenceStack:
     def entry(self, name: str, **fields: Any) -> None:
         """Add or replace an entry of models.yaml; without `path` it gets a tiny GGUF of its own."""
         if fields.get("engine") not in ("noop", "openai") and "path" not in fields:
-            fields["path"] = str(write_tiny_gguf(self.model_path(name)))
+            trained = max(4096, int(fields.get("context_tokens", 0)))
+            fields["path"] = str(write_tiny_gguf(self.model_path(name), context_tokens=trained))
         self._entries[name] = {"tier": "A", **fields}
         self._write()
 
@@ -72,6 +73,7 @@ class InferenceStack:
         roles = {"tester": {"description": "tests", "model": first, "prompt": "Answer.", "max_tokens": 16}}
         (self.registry / "roles.yaml").write_text(yaml.safe_dump({"roles": roles}))
         (self.registry / "personas.yaml").write_text("personas: {}\n")
+        (self.registry / "gates.yaml").write_text("gates: {}\n")
 
     def model_path(self, name: str) -> Path:
         return self.models / f"{name}.gguf"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,17 @@ class ScriptedStack:
         lines = self._record.read_text(encoding="utf-8").splitlines() if self._record.exists() else []
         return [line for line in lines if text in line]
 
+    def tierline(self, *argv: str) -> str:
+        """What the command prints; fails if it could not."""
+        command = [sys.executable, "-m", "services.ctl", *argv]
+        done = subprocess.run(command, env=self.stack.environ, capture_output=True, text=True, timeout=60)
+        assert done.returncode in (0, 1), done.stderr  # 1 = about a task that failed
+        return done.stdout
+
+    def requests_with(self, text: str) -> list[dict[str, Any]]:
+        """Bodies of the requests whose prompt held this text, in order."""
+        return [json.loads(line)["body"] for line in self.prompts_with(text)]
+
     def run(self, *steps: dict[str, Any], **fields: Any) -> TaskView:
         """Run a task of these steps; the actor is the worker and there are no gates unless a step says otherwise."""
         filled = [{"actor": "worker", "gates": []} | step for step in steps]
@@ -52,18 +65,31 @@ class ScriptedStack:
 
 
 @contextmanager
-def scripted_stack(*, worker_slots: int = 2) -> Iterator[ScriptedStack]:
-    """Up and ready; gone when the context ends."""
+def scripted_stack(
+    *,
+    worker_slots: int = 2,
+    threads: int = 1,
+    prepare: Callable[[Path], None] = lambda registry: None,
+    more: Mapping[str, dict[str, Any]] | None = None,
+) -> Iterator[ScriptedStack]:
+    """Up and ready; gone when the context ends.
+
+    `prepare` may change the registry's files before anything starts; `more` are further entries of models.yaml.
+    """
     binary = str(CHECKOUT / "tests" / "fakes" / "llama_server.py")
     with temporary_home() as folder:
         model = write_tiny_gguf(folder / "tiny.gguf")
         script = folder / "script.json"
         script.write_text("{}", encoding="utf-8")
         entry = {"path": str(model), "engine": "llama-server", "binary": binary, "slots": 2, "context_tokens": 2048}
+        entry["threads"] = threads
         models = {
             "front": entry | {"tier": "A"},
             "specialist": entry | {"tier": "B"},
             "worker": entry | {"tier": "C", "slots": worker_slots},
         }
-        with BareStack(folder, models=models, environ={"TIERLINE_FAKE_SCRIPT": str(script)}) as stack:
+        models |= {name: entry | fields for name, fields in (more or {}).items()}
+        stack = BareStack(folder, models=models, environ={"TIERLINE_FAKE_SCRIPT": str(script)})
+        prepare(stack.registry)
+        with stack:
             yield ScriptedStack(stack, folder)

@@ -52,11 +52,10 @@ def child(stack: InferenceStack, name: str) -> psutil.Process:
     return psutil.Process(stack.figures(name)["child_pid"])
 
 
-def completion(process: psutil.Process, prompt: str, **fields: Any) -> dict[str, Any]:
+def completion(command: list[str], env: dict[str, str], prompt: str, **fields: Any) -> dict[str, Any]:
     """Ask a child directly, as its service does: port from its command line, key from its environment."""
-    command = process.cmdline()
     url = f"http://127.0.0.1:{command[command.index('--port') + 1]}/completion"
-    key = {"authorization": f"Bearer {process.environ()['LLAMA_API_KEY']}"}
+    key = {"authorization": f"Bearer {env['LLAMA_API_KEY']}"}
     transport = httpx.HTTPTransport(retries=8)  # of connecting, with growing pauses: it may have just been started
     with httpx.Client(transport=transport, headers=key, timeout=60) as client:
         for _ in range(100):
@@ -85,7 +84,8 @@ def test_fewer_experts_reach_the_process_and_change_what_it_computes(stack: Infe
         stack.figures(name, fresh_s=1.5)
         final = stack.ask(name, ask_for("a b c d e", max_tokens=24, sampling=Sampling(temperature=0, seed=1)))
         assert isinstance(final, InferFinal), final
-        texts = [completion(child(stack, name), prompt, n_predict=24)["content"] for prompt in ("a b c", "x y", "k l")]
+        command, env = child(stack, name).cmdline(), child(stack, name).environ()
+        texts = [completion(command, env, prompt, n_predict=24)["content"] for prompt in ("a b c", "x y", "k l")]
         answers[name] = [final.text, *texts]
     assert answers["reduced"] == answers["trained-so"]
     assert answers["reduced"] != answers["as-trained"]
@@ -117,10 +117,11 @@ def test_a_draft_pair_and_a_lookup_really_guess(
         del stack.hub.peers[f"inference-{name}"]
         service.terminate()
         service.wait(20)
+        if "--slot-save-path" in command:  # the service took its saved slots along
+            Path(command[command.index("--slot-save-path") + 1]).mkdir(parents=True, exist_ok=True)
         with subprocess.Popen(command, env=env, cwd=CHECKOUT, stderr=subprocess.DEVNULL) as server:
             try:
-                process = psutil.Process(server.pid)
-                timings[name] = completion(process, f"{'a b c d e f g ' * 3}a b c", n_predict=60)["timings"]
+                timings[name] = completion(command, env, f"{'a b c d e f g ' * 3}a b c", n_predict=60)["timings"]
             finally:
                 server.kill()
     assert timings["pair"]["draft_n"] > 0

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,13 @@ from protocol.kinds import BODIES, ENDINGS
 from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferRequest
-from protocol.messages.memory import Episode, MemoryFinal, MemoryRequest, RecordDecisions, Retrieve
+from protocol.messages.memory import Advise, Episode, MemoryFinal, MemoryRequest, RecordDecisions, Retrieve
 from protocol.messages.plan import PlanFinal, PlanRequest
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.task import TaskIR
 from services.kit.config import CHECKOUT, load_home
 from tests.fakes.hub import ScriptedHub
+from tests.unit.planner_tasks import advice_for
 
 EPISODE = Episode(task_id="old", task_type="doc", objective="Contrast two memos", succeeded=True, seconds=3)
 GOOD = json.dumps(
@@ -53,6 +55,7 @@ class World:
         self.logs = logs
         self.front_door: Message | None = None
         self.memory = True
+        self.prefers_last = False
         self.questions: list[tuple[Header, Message]] = []
         self._seen = 0
 
@@ -87,6 +90,8 @@ class World:
             match body.ask:
                 case Retrieve():
                     reply = MemoryFinal(episodes=[EPISODE])
+                case Advise():
+                    reply = MemoryFinal(advice=advice_for(body.ask, last=self.prefers_last))
                 case RecordDecisions(decisions=decisions):
                     reply = MemoryFinal(stored=len(decisions))
         if reply is not None:
@@ -97,10 +102,21 @@ class World:
 
 @pytest.fixture
 def world() -> Iterator[World]:
+    with a_world() as running:
+        yield running
+
+
+@contextmanager
+def a_world(labelled: Sequence[tuple[str, bool]] = ()) -> Iterator[World]:
+    """A planner of its own, with requests that its operator has labelled."""
     with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp") as folder:
         env = {**os.environ, "TIERLINE_HOME": folder, "PYTHONPATH": str(CHECKOUT)}
         env.pop("TIERLINE_REGISTRY", None)
         home = load_home(env).make()
+        if labelled:
+            home.labelled_requests.parent.mkdir()
+            rows = [json.dumps({"request": text, "decomposable": divides}) for text, divides in labelled]
+            home.labelled_requests.write_text("\n".join(rows), "utf-8")
         hub = ScriptedHub(home.hub_address)
         process = subprocess.Popen([sys.executable, "-m", "services.planner"], env=env, cwd=CHECKOUT)
         try:
@@ -115,6 +131,33 @@ def world() -> Iterator[World]:
             except subprocess.TimeoutExpired:
                 process.kill()
             hub.close()
+
+
+def test_requests_that_the_operator_has_labelled_decide_what_is_split(world: World) -> None:
+    request = TaskIR(task_id="t9", objective="Sing about a green boat")
+    assert world.good_plan(request).decisions[0].choice == "chat.single/1"
+    rows = [
+        (f"Sing about a {colour} {thing}", True) for colour in ("red", "green", "blue") for thing in ("boat", "cat")
+    ]
+    rows += [
+        (f"Count the {colour} {thing}s", False) for colour in ("red", "green", "blue") for thing in ("boat", "cat")
+    ]
+    with a_world(rows) as taught:
+        final = taught.good_plan(request)
+    assert final.decisions[0].choice == "chat.outline-map-join/8"
+    assert "by the trained judge" in final.decisions[0].rule
+
+
+def test_a_file_of_labels_that_cannot_be_used_refuses_the_launch_with_file_and_line(tmp_path: Path) -> None:
+    home = load_home({"TIERLINE_HOME": str(tmp_path)}).make()
+    home.labelled_requests.parent.mkdir()
+    home.labelled_requests.write_text('{"request": "a"}', "utf-8")
+    env = {**os.environ, "TIERLINE_HOME": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "services.planner"], env=env, cwd=CHECKOUT, capture_output=True, timeout=30
+    )
+    assert done.returncode == 1
+    assert b"divides.jsonl:1: decomposable" in done.stderr
 
 
 def said(text: str, finish: str = "stop") -> InferFinal:
@@ -157,12 +200,9 @@ def test_a_good_plan_of_the_front_door_is_used_and_its_decisions_are_stored_firs
 
 def test_whatever_the_front_door_says_or_fails_to_say_the_rules_have_a_plan(world: World) -> None:
     failure = Failure(code="engine.broken", category=Category.RESOURCE, origin="inference-front", message="broken")
-    cycle = GOOD.replace('["a.md"]', '["a.md", "step2"]').replace('["b.md"]', '["b.md", "step1"]')
     cases: list[tuple[Message, str]] = [
         (said("Sure! First, we compare."), "not JSON"),
-        (said(GOOD[:-30], "length"), "token limit"),
-        (said(cycle), "wait for each other"),
-        (said(GOOD.replace("extractor", "wizard")), "no role 'wizard'"),
+        (said(GOOD[:40], "length"), "token limit"),
         (
             said(
                 json.dumps(
@@ -186,6 +226,20 @@ def test_whatever_the_front_door_says_or_fails_to_say_the_rules_have_a_plan(worl
     world.front_door = said(GOOD)
     over = world.good_plan(DOC.model_copy(update={"budget": DOC.budget.model_copy(update={"max_steps": 2})}))
     assert (over.source, len(steps_of(over))) == ("rules", 1)
+
+
+def test_mistakes_of_the_front_door_that_have_a_cure_are_repaired_and_told(world: World) -> None:
+    cycle = GOOD.replace('["a.md"]', '["a.md", "step2"]').replace('["b.md"]', '["b.md", "step1"]')
+    cases: list[tuple[Message, str]] = [
+        (said(GOOD[:-30], "length"), "a join of step1, step2 was added"),
+        (said(cycle), "closes a circle"),
+        (said(GOOD.replace("extractor", "wizard")), "for the role 'wizard'"),
+    ]
+    for reply, why in cases:
+        world.front_door = reply
+        final = world.good_plan(DOC)
+        assert final.source == "model", why
+        assert why in final.reason
 
 
 def test_a_silent_front_door_costs_a_share_of_the_deadline_only(world: World) -> None:
@@ -270,3 +324,17 @@ def test_a_registry_that_cannot_be_used_refuses_the_launch_with_file_and_line(tm
     )
     assert done.returncode == 1
     assert b"models.yaml:1" in done.stderr
+
+
+def test_memory_decides_who_works_and_the_decision_is_recorded_with_its_text(world: World) -> None:
+    world.prefers_last = True
+    final = world.good_plan(HELLO)
+    (role,) = (item for item in final.decisions if item.subject == "role")
+    assert role.advice is not None
+    assert role.choice == role.advice.choice != role.advice.rules_choice
+    assert final.task.plan is not None
+    assert final.task.plan.steps[0].actor == role.choice
+    asks = [body.ask for body in world.asked(MemoryRequest) if isinstance(body, MemoryRequest)]
+    (recorded,) = (ask for ask in asks if isinstance(ask, RecordDecisions))
+    assert recorded.text == HELLO.objective
+    assert [row.propensity for row in recorded.decisions if row.subject == "role"] == [0.9]

@@ -5,9 +5,30 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from protocol.messages.artefact import Artefact, ArtefactKind
+from protocol.messages.memory import Advise, Advised
 from protocol.messages.task import Budget, TaskIR, TaskType
 from services.kit.config import CHECKOUT
 from services.kit.registry import Registry, load_registry
+
+
+def advice_for(asked: Advise, *, last: bool) -> list[Advised]:
+    """What a memory would answer that always prefers the last option, or always the rules' choice."""
+    return [
+        Advised(
+            key=question.key,
+            subject=question.subject,
+            rules_choice=question.rules_choice,
+            learned_choice=question.options[-1].choice if last else question.rules_choice,
+            choice=question.options[-1].choice if last else question.rules_choice,
+            won="learned" if last else "rules",
+            propensity=0.9,
+            confidence=0.8,
+            evidence=12,
+            why=f"learned: {question.options[-1].choice}" if last else "rules, and outcomes agree",
+        )
+        for question in asked.questions
+    ]
+
 
 SHIPPED: Registry = load_registry(CHECKOUT / "registry", Path("models"), check_files=False)
 

@@ -41,7 +41,7 @@ class World(world.World):
         if self.hub is not None:
             self.hub.broker.check_invariants()
             self.hub.batches.check_invariants(self.hub.broker.calls)
-            self.hub.unread.check_invariants()
+            self.hub.outbox.unread.check_invariants()
             live = self.hub.engine.live.values()
             assert self.hub.engine.active == Counter(task.client for task in live if not task.state.final)
         for peer in self.peers.values():

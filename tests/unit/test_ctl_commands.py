@@ -161,6 +161,9 @@ def test_plan_shows_the_example_without_running_anything(home: Path, capsys: Out
     assert forecast["critical_s"] == pytest.approx((60 + 60 + 160) / 30)
     assert forecast["tokens"] == 600
     assert {model["name"] for model in forecast["models"]} == {"front", "worker"}
+    before, after = plan["discovery"]["before"], plan["discovery"]["after"]
+    assert (after["levels"], after["width"], after["predicted_s"]) == (3, 3, forecast["makespan_s"])
+    assert before["predicted_s"] > after["predicted_s"]
     assert not home.exists()
 
 
@@ -183,7 +186,7 @@ def test_doctor_says_for_every_check_what_to_do(capsys: Out) -> None:
     assert main(["doctor", "--json"]) == 1  # this home has no model files
     checks = json.loads(capsys.readouterr().out)["checks"]
     names = {check["name"] for check in checks}
-    assert {"python", "socket path", "disk", "memory", "sandbox", "model front", "engine front"} <= names
+    assert {"python", "socket path", "disk", "memory", "sandbox", "gate tools", "model front", "engine front"} <= names
     assert all(check["advice"] for check in checks if check["verdict"] != "ok")
     assert any(check["name"] == "model front" and check["verdict"] == "fail" for check in checks)
 

@@ -98,7 +98,7 @@ def test_a_finished_task_is_told_whole() -> None:
         "needs B, C",
         "CODE answer.bad (test)",
         "the first try",
-        "retry (CODE: further attempt 1 of 2 in the same role)",
+        "CODE: retry 1 of 2 in the same role)",
         "lint pass",
         "5 attempts",
         "inference-worker",

@@ -84,7 +84,7 @@ def a_journal(folder: Path, seconds: float) -> Path:
     for _ in range(100):
         learned.observe(Job("worker", "doc", 500, 300), seconds)
     journal = Journal(folder / "journal.sqlite")
-    journal.keep_durations(learned.state())
+    journal.keep_learned(learned.state(), [])
     journal.close()
     return folder / "journal.sqlite"
 

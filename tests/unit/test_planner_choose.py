@@ -100,7 +100,7 @@ def test_ids_of_decisions_repeat_for_the_same_choice_only() -> None:
 def test_records_carry_the_registry_in_force() -> None:
     task_ = task("Summarise", "doc", "a", "b")
     decisions = chosen(task_).decisions
-    rows = records(task_, decisions, SHIPPED.digest)
+    rows = records(task_, decisions, SHIPPED)
     assert [row.decision_id for row in rows] == [decision.decision_id for decision in decisions]
     assert {row.registry_digest for row in rows} == {SHIPPED.digest}
 

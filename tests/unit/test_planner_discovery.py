@@ -1,11 +1,15 @@
 """Only dependencies that carry nothing and guard nothing are dropped."""
 
+from random import Random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.messages.artefact import Artefact
 from protocol.messages.task import Budget, Output, Plan, Step, TaskIR
 from protocol.plan_graph import find_problems, needs
-from services.planner.discovery import data_needs, discover
+from services.planner.discovery import Discovery, data_needs, discover, with_edges
+from services.planner.naming import output_file
 
 
 def step(number: int, reads: list[str], after: list[str], *, ordered: bool = False, out: str | None = None) -> Step:
@@ -84,3 +88,74 @@ def test_thousands_of_needless_edges_are_dropped_quickly() -> None:
     found = discover(Plan(steps=steps))
     assert len(found.removed) == 4 * 5_000 - 10
     assert all(not item.depends_on for item in found.plan.steps)
+
+
+#: A store of named files: what a plan does to it in the serial order is what it must do in every other one.
+FILES = ["", "notes", "Notes.md", "notes.md", "log", "LOG.md"]
+
+
+@st.composite
+def sharing_plans(draw: st.DrawFn) -> Plan:
+    """Plans whose steps write into few files under several names, read earlier results, and wait at random."""
+    steps: list[Step] = []
+    free = draw(st.permutations(FILES[1:]))
+    for number in range(draw(st.integers(1, 8))):
+        name = free.pop() if free and draw(st.booleans()) else f"a{number}"
+        earlier = [item.outputs[0].name for item in steps]
+        some = st.lists(st.sampled_from(earlier), unique=True, max_size=2) if earlier else st.just([])
+        waits = st.lists(st.sampled_from([item.id for item in steps]), unique=True) if earlier else st.just([])
+        chain = [f"S{number - 1}"] if number and draw(st.booleans()) else []
+        steps.append(step(number, draw(some), sorted({*draw(waits), *chain}), out=name))
+    return Plan(steps=steps)
+
+
+def effects(plan: Plan, order: list[str]) -> dict[str, object]:
+    """Run the steps in this order on a store of files and of artefacts; every step writes what it has seen."""
+    by_id = {item.id: item for item in plan.steps}
+    artefacts: dict[str, object] = {}
+    files: dict[str, object] = {}
+    for ident in order:
+        item = by_id[ident]
+        seen = tuple(artefacts[name] for name in item.inputs)
+        looked = tuple(files.get(file_of(name)) for name in item.inputs)
+        name = item.outputs[0].name
+        artefacts[name] = (ident, seen, looked)
+        files[file_of(name)] = artefacts[name]
+    return {"artefacts": artefacts, "files": files}
+
+
+def file_of(name: str) -> str:
+    return output_file(Output(name=name)).casefold()
+
+
+@settings(max_examples=300, deadline=None)
+@given(sharing_plans(), st.randoms(use_true_random=False))
+def test_every_order_that_is_left_gives_what_the_serial_order_gives(plan: Plan, random: Random) -> None:
+    found = discover(plan)
+    serial = effects(plan, [item.id for item in plan.steps])
+    waits = needs(found.plan)
+    for _ in range(5):
+        order: list[str] = []
+        while len(order) < len(plan.steps):
+            order.append(random.choice([s for s in waits if s not in order and waits[s] <= set(order)]))
+        assert effects(plan, order) == serial
+    assert discover(found.plan) == Discovery(found.plan, (), ())
+    for edge in found.added:
+        assert edge.step in edge.reason
+
+
+def test_two_steps_that_write_one_file_keep_their_order_when_the_step_between_them_goes() -> None:
+    plan = Plan(
+        steps=[step(1, [], [], out="notes"), step(2, [], ["S1"]), step(3, [], ["S2"], out="notes.md")],
+    )
+    found = discover(plan)
+    assert {(edge.step, edge.depends_on) for edge in found.removed} == {("S2", "S1"), ("S3", "S2")}
+    assert [(edge.step, edge.depends_on) for edge in found.added] == [("S3", "S1")]
+    assert "notes.md" in found.added[0].reason
+    assert with_edges(found.plan, found.removed).steps[1] == plan.steps[1]
+
+
+def test_a_step_that_writes_the_file_of_an_input_waits_for_those_who_read_it() -> None:
+    plan = Plan(steps=[step(1, ["notes"], []), step(2, [], ["S1"], out="notes.md")])
+    assert discover(plan, [Artefact(name="notes", value="x")]).removed == ()
+    assert len(discover(plan).removed) == 1

@@ -16,9 +16,11 @@ from protocol.plan_graph import find_problems
 from services.planner.machine import (
     MEMORY_S,
     MODEL_S,
+    AskAdvice,
     AskMemory,
     AskModel,
     Command,
+    Event,
     Finish,
     MemoryAnswered,
     ModelAnswered,
@@ -30,7 +32,7 @@ from services.planner.machine import (
     Requested,
     Unanswered,
 )
-from tests.unit.planner_tasks import SHIPPED, task, tasks
+from tests.unit.planner_tasks import SHIPPED, advice_for, task, tasks
 
 DOC = task("Compare the two reports", "doc", "a.md", "b.md")
 GOOD = json.dumps(
@@ -62,6 +64,12 @@ def stored(command: Command) -> MemoryAnswered:
     return MemoryAnswered(9, MemoryFinal(stored=len(command.request.decisions)))
 
 
+def go(planning: Planning, event: Event) -> Command:
+    """Handle an event; a question for advice that follows is answered by a memory that knows nothing."""
+    command = planning.handle(event)
+    return planning.handle(MemoryAnswered(8, MemoryFinal())) if isinstance(command, AskAdvice) else command
+
+
 def finish(command: Command) -> PlanFinal:
     assert isinstance(command, Finish)
     return command.final
@@ -71,14 +79,14 @@ def asked(task_: TaskIR = DOC, deadline_ms: int | None = None) -> tuple[Planning
     planning = Planning(SHIPPED)
     command = planning.handle(Requested(0, task_, deadline_ms))
     assert isinstance(command, AskMemory)
-    return planning, planning.handle(MemoryAnswered(1, MemoryFinal()))
+    return planning, go(planning, MemoryAnswered(1, MemoryFinal()))
 
 
 def test_a_good_plan_of_the_model_is_used() -> None:
     planning, command = asked()
     assert isinstance(command, AskModel)
     assert command.model == SHIPPED.model_of("frontdoor").name
-    final = finish(planning.handle(stored(planning.handle(says(GOOD)))))
+    final = finish(planning.handle(stored(go(planning, says(GOOD)))))
     assert (final.source, final.generated_tokens) == ("model", 7)
     assert "valid, acyclic and within budget" in final.reason
     assert final.task.plan is not None
@@ -88,21 +96,26 @@ def test_a_good_plan_of_the_model_is_used() -> None:
     assert planning.model_outcome is ModelOutcome.USED
 
 
-@pytest.mark.parametrize(
-    "text", ["no JSON", '{"steps": []}', GOOD.replace("worker", "wizard"), GOOD.replace("a.md", "step3")]
-)
+@pytest.mark.parametrize("text", ["no JSON", '{"steps": []}', GOOD.replace('"reads"', '"needs"')])
 def test_a_bad_plan_of_the_model_is_replaced_by_the_rules_with_the_reason(text: str) -> None:
     planning, _ = asked()
-    final = finish(planning.handle(stored(planning.handle(says(text)))))
+    final = finish(planning.handle(stored(go(planning, says(text)))))
     assert (final.source, final.generated_tokens) == ("rules", 7)
     assert "its plan was refused: " in final.reason
     assert "rules: doc.map-join/2, because 2 inputs" in final.reason
     assert planning.model_outcome is ModelOutcome.REFUSED
 
 
+def test_a_plan_with_a_mistake_that_has_a_cure_is_used_and_the_reason_says_what_was_done() -> None:
+    planning, _ = asked()
+    final = finish(planning.handle(stored(planning.handle(says(GOOD.replace("worker", "wizard"))))))
+    assert final.source == "model"
+    assert "it was repaired: step2: 'worker' for the role 'wizard'" in final.reason
+
+
 def test_a_silent_model_is_replaced_by_the_rules() -> None:
     planning, _ = asked()
-    final = finish(planning.handle(stored(planning.handle(Unanswered(16_000, "deadline")))))
+    final = finish(planning.handle(stored(go(planning, Unanswered(16_000, "deadline")))))
     assert final.source == "rules"
     assert "the model gave no answer (deadline)" in final.reason
 
@@ -121,7 +134,7 @@ def test_earlier_tasks_are_handed_on_and_hinted_to_the_model() -> None:
     command = planning.handle(MemoryAnswered(1, MemoryFinal(episodes=[episode])))
     assert isinstance(command, AskModel)
     assert "Contrast two memos" in command.request.messages[1].content
-    final = finish(planning.handle(stored(planning.handle(says(GOOD)))))
+    final = finish(planning.handle(stored(go(planning, says(GOOD)))))
     assert final.similar == [episode]
 
 
@@ -227,7 +240,7 @@ def test_without_a_front_door_role_another_of_tier_a_plans_and_without_tier_a_no
     roles = {name: role for name, role in roles.items() if role.model != "front"}
     planning = Planning(replace(SHIPPED, roles=MappingProxyType(roles)))
     planning.handle(Requested(0, DOC, None))
-    command = planning.handle(MemoryAnswered(1, MemoryFinal()))
+    command = go(planning, MemoryAnswered(1, MemoryFinal()))
     final = finish(planning.handle(stored(command)))
     assert "no model of tier A" in final.reason
     assert "the registry has no role 'writer'" in final.reason
@@ -243,7 +256,7 @@ def test_an_event_out_of_turn_is_refused_and_changes_nothing() -> None:
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(tasks(), st.lists(st.sampled_from(["answer", "silence", "nonsense"]), min_size=4, max_size=4))
+@given(tasks(), st.lists(st.sampled_from(["answer", "silence", "nonsense"]), min_size=5, max_size=5))
 def test_every_course_ends_in_a_runnable_plan_and_the_same_events_in_the_same_one(
     task_: TaskIR, course: list[str]
 ) -> None:
@@ -256,6 +269,11 @@ def test_every_course_ends_in_a_runnable_plan_and_the_same_events_in_the_same_on
                     break
                 case _, "silence":
                     command = planning.handle(Unanswered(10, "deadline"))
+                case AskAdvice(request=asked_), "answer":
+                    command = planning.handle(MemoryAnswered(10, MemoryFinal(advice=advice_for(asked_, last=True))))
+                case AskAdvice(request=asked_), _:
+                    liar = [one.model_copy(update={"choice": "wizard"}) for one in advice_for(asked_, last=True)]
+                    command = planning.handle(MemoryAnswered(10, MemoryFinal(advice=liar)))
                 case AskMemory(), _:
                     command = planning.handle(MemoryAnswered(10, MemoryFinal()))
                 case AskModel(), "answer":

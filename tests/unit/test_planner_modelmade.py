@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from protocol.messages.memory import Episode
 from protocol.messages.task import TaskIR
+from protocol.plan_graph import final_artefacts
 from services.kit.plan_check import plan_problems
 from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
 from tests.unit.planner_tasks import SHIPPED, task
@@ -33,7 +34,9 @@ def refusal(text: str, task_: TaskIR = DOC, finish: str = "stop") -> str:
 
 
 def test_a_good_answer_becomes_a_plan_with_the_result_named_as_the_rules_name_it() -> None:
-    plan = read_plan(answer(*GOOD), "stop", DOC, SHIPPED.roles)
+    made = read_plan(answer(*GOOD), "stop", DOC, SHIPPED.roles)
+    plan = made.plan
+    assert made.repairs == ()
     assert plan_problems(DOC.model_copy(update={"plan": plan}), SHIPPED) == []
     assert [step.inputs for step in plan.steps] == [["a.md"], ["b.md"], ["step1", "step2"]]
     assert [step.outputs[0].name for step in plan.steps] == ["step1", "step2", "document"]
@@ -43,21 +46,14 @@ def test_a_good_answer_becomes_a_plan_with_the_result_named_as_the_rules_name_it
 def test_an_input_called_like_a_label_is_not_mistaken_for_a_result() -> None:
     odd = task("Compare the two reports", "doc", "step1", "b.md")
     steps = [{**GOOD[0], "reads": ["step1"]}, GOOD[1], {**GOOD[2], "reads": ["step_1", "step_2"]}]
-    plan = read_plan(answer(*steps), "stop", odd, SHIPPED.roles)
+    plan = read_plan(answer(*steps), "stop", odd, SHIPPED.roles).plan
     assert [step.inputs for step in plan.steps] == [["step1"], ["b.md"], ["step_1", "step_2"]]
 
 
 @pytest.mark.parametrize(
     ("steps", "says"),
     [
-        ([{**GOOD[0], "role": "wizard"}, *GOOD[1:]], "no role 'wizard'"),
-        ([{**GOOD[0], "reads": ["../etc/passwd"]}, *GOOD[1:]], "no input or result '../etc/passwd'"),
-        ([{**GOOD[0], "reads": ["a.md", "step2"]}, {**GOOD[1], "reads": ["b.md", "step1"]}, GOOD[2]], "wait for each"),
-        ([{**GOOD[0], "reads": ["a.md", "step1"]}, *GOOD[1:]], "output of this very step"),
-        ([GOOD[0], {**GOOD[2], "reads": ["step1", "step3"]}], "no input or result 'step3'"),
-        ([GOOD[0], {**GOOD[2], "reads": ["step1"]}], "'b.md' is read by no step"),
-        ([*GOOD[:2], {**GOOD[2], "reads": ["step1"]}], "2 results are left"),
-        ([GOOD[0], GOOD[0], {**GOOD[2], "reads": ["step1", "step2", "b.md"]}], "repeats an earlier step"),
+        ([GOOD[0], GOOD[0]], "a single step"),
         ([{**GOOD[2], "reads": ["a.md", "b.md"]}], "a single step"),
         ([], "at least 1"),
         ([GOOD[0]] * 9, "at most 8"),
@@ -67,8 +63,55 @@ def test_an_input_called_like_a_label_is_not_mistaken_for_a_result() -> None:
         ([{**GOOD[0], "action": "\ud800 is half a character"}, *GOOD[1:]], "unicode"),
     ],
 )
-def test_senseless_plans_are_refused_with_the_problem_named(steps: list[dict[str, Any]], says: str) -> None:
+def test_what_is_no_plan_is_refused_with_the_problem_named(steps: list[dict[str, Any]], says: str) -> None:
     assert says in refusal(answer(*steps))
+
+
+@pytest.mark.parametrize(
+    ("steps", "reads", "note"),
+    [
+        ([{**GOOD[0], "role": "wizard"}, *GOOD[1:]], [["a.md"], ["b.md"], ["step1", "step2"]], "role 'wizard'"),
+        (
+            [{**GOOD[0], "reads": ["a.md", "../etc/passwd"]}, *GOOD[1:]],
+            [["a.md"], ["b.md"], ["step1", "step2"]],
+            "cannot read '../etc/passwd'",
+        ),
+        (
+            [{**GOOD[0], "reads": ["a.md", "step2"]}, {**GOOD[1], "reads": ["b.md", "step1"]}, GOOD[2]],
+            [["a.md"], ["b.md", "step1"], ["step1", "step2"]],
+            "closes a circle",
+        ),
+        (
+            [{**GOOD[0], "reads": ["a.md", "step1"]}, *GOOD[1:]],
+            [["a.md"], ["b.md"], ["step1", "step2"]],
+            "step1 cannot read 'step1'",
+        ),
+        ([GOOD[0], {**GOOD[2], "reads": ["step1"]}], [["a.md"], ["step1", "b.md"]], "'b.md' too"),
+        (
+            [*GOOD[:2], {**GOOD[2], "reads": ["step1"]}],
+            [["a.md"], ["b.md"], ["step1", "step2"]],
+            "step2 too, which nobody read",
+        ),
+        (GOOD[:2], [["a.md"], ["b.md"], ["step1", "step2"]], "a join of step1, step2 was added"),
+        (
+            [*GOOD[:2], {**GOOD[2], "reads": []}],
+            [["a.md"], ["b.md"], ["step1", "step2"]],
+            "step3 reads step1, step2 too",
+        ),
+        (
+            [GOOD[0], GOOD[0], {**GOOD[2], "reads": ["step1", "step2", "b.md"]}],
+            [["a.md"], ["step1", "b.md"]],
+            "step2 repeats step1",
+        ),
+    ],
+)
+def test_a_mistake_with_one_sensible_cure_is_repaired_with_a_note(
+    steps: list[dict[str, Any]], reads: list[list[str]], note: str
+) -> None:
+    made = read_plan(answer(*steps), "stop", DOC, SHIPPED.roles)
+    assert [step.inputs for step in made.plan.steps] == reads
+    assert any(note in repair for repair in made.repairs), made.repairs
+    assert plan_problems(DOC.model_copy(update={"plan": made.plan}), SHIPPED) == []
 
 
 @pytest.mark.parametrize(
@@ -90,8 +133,12 @@ def test_answers_that_are_no_plan_at_all_are_refused(text: str) -> None:
     assert refusal(text)
 
 
-def test_an_answer_cut_at_its_token_limit_says_so() -> None:
-    assert "token limit" in refusal(answer(*GOOD)[:-20], finish="length")
+def test_the_complete_steps_of_an_answer_that_was_cut_are_used() -> None:
+    cut = answer(*GOOD)[:-20]
+    made = read_plan(cut, "length", DOC, SHIPPED.roles)
+    assert [step.inputs for step in made.plan.steps] == [["a.md"], ["b.md"], ["step1", "step2"]]
+    assert "not JSON" in refusal(cut, finish="stop")
+    assert "token limit" in refusal(answer(*GOOD)[:30], finish="length")
 
 
 def test_a_plan_over_the_step_budget_is_refused() -> None:
@@ -102,11 +149,10 @@ def test_a_plan_over_the_step_budget_is_refused() -> None:
 def test_the_result_of_a_code_task_is_made_by_a_role_that_writes_code() -> None:
     code = task("Write a queue", "code")
     draft = {"role": "coder", "action": "Write the queue", "reads": []}
-    assert "writes code" in refusal(answer(draft, {**GOOD[2], "reads": ["step1"]}), code)
-    plan = read_plan(
-        answer(draft, {**draft, "action": "Repair it all", "reads": ["step1"]}), "stop", code, SHIPPED.roles
-    )
-    assert [step.outputs[0].kind.value for step in plan.steps] == ["code", "code"]
+    made = read_plan(answer(draft, {**GOOD[2], "reads": ["step1"]}), "stop", code, SHIPPED.roles)
+    assert [step.actor for step in made.plan.steps] == ["coder", "coder"]
+    assert "makes the code" in made.repairs[0]
+    assert [step.outputs[0].kind.value for step in made.plan.steps] == ["code", "code"]
 
 
 @settings(max_examples=200, deadline=None)
@@ -136,10 +182,12 @@ def test_no_json_value_gets_past_the_checks(value: Any) -> None:
 )
 def test_whatever_is_accepted_can_run(steps: list[dict[str, Any]]) -> None:
     try:
-        plan = read_plan(json.dumps({"steps": steps}), "stop", DOC, SHIPPED.roles)
+        plan = read_plan(json.dumps({"steps": steps}), "stop", DOC, SHIPPED.roles).plan
     except ModelPlanRefused:
         return
     assert plan_problems(DOC.model_copy(update={"plan": plan}), SHIPPED) == []
+    assert len(final_artefacts(plan)) == 1
+    assert {"a.md", "b.md"} <= {name for step in plan.steps for name in step.inputs}
 
 
 def test_the_question_is_small_whatever_the_task_and_lists_roles_and_names_only() -> None:

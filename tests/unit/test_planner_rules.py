@@ -138,3 +138,46 @@ def test_the_table_of_roles_covers_all_work_and_names_roles_that_ship() -> None:
     assert set(ROLES_FOR) == set(Work)
     assert all(cast(work, SHIPPED.roles).note is None for work in Work)
     assert alternatives("coder", SHIPPED.roles) == ["architect", "worker"]
+
+
+def test_a_question_that_compares_looks_up_each_thing_and_computes() -> None:
+    plan = planned(task("Which is taller, the Eiffel Tower, Big Ben or the CN Tower?"))
+    assert shape(plan) == {"S1": set(), "S2": set(), "S3": set(), "S4": {"S1", "S2", "S3"}}
+    assert "Big Ben" in plan.steps[1].action
+    assert [step.outputs[0].name for step in plan.steps] == [
+        "fact_Eiffel_Tower",
+        "fact_Big_Ben",
+        "fact_CN_Tower",
+        "answer",
+    ]
+
+
+def test_research_is_done_side_by_side_before_anything_is_written() -> None:
+    plan = planned(task("Research the history of tea and write a report", "doc"))
+    assert shape(plan) == {"S1": set(), "S2": set(), "S3": set(), "S4": {"S1", "S2", "S3"}}
+    assert plan.steps[-1].actor == "writer"
+
+
+def test_an_answer_that_divides_is_outlined_then_written_point_by_point() -> None:
+    plan = planned(task("How to train a dog?", "doc"))
+    outline, points, join = plan.steps
+    assert points.map_over == outline.outputs[0].name
+    assert join.inputs == [points.outputs[0].name]
+    assert outline.json_schema is not None
+    assert outline.json_schema["maxItems"] <= 8
+
+
+def test_tests_that_are_asked_for_are_written_beside_the_code() -> None:
+    plan = planned(task("Write a stack with tests", "code"))
+    assert shape(plan) == {"S1": set(), "S2": set(), "S3": {"S1", "S2"}, "S4": {"S1", "S2", "S3"}}
+    assert [step.actor for step in plan.steps] == ["coder", "coder", "reviewer", "coder"]
+
+
+def test_facts_that_shall_be_checked_are_checked_against_their_own_input() -> None:
+    plan = planned(
+        task("Extract names and dates", "ingest", "a.txt", "b.txt", definition_of_done=["every fact is verified"])
+    )
+    assert shape(plan) == {"S1": set(), "S2": {"S1"}, "S3": set(), "S4": {"S3"}, "S5": {"S2", "S4"}}
+    assert plan.steps[1].inputs == ["a.txt", "facts_a"]
+    small = planned(task("Extract and check", "ingest", "a.txt", "b.txt", "c.txt", budget={"max_steps": 5}))
+    assert len(small.steps) <= 5

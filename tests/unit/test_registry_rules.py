@@ -209,6 +209,18 @@ BAD_EDITS = [
         "roles.yaml", "max_tokens: 512", "escalates_to: worker", 6, "roles.talker.escalates_to", "escalation-cycle",
         "talker -> worker -> talker",
     ),
+    (
+        "roles.yaml", "escalates_to:", "lateral: spare\n    escalates_to:", 12, "roles.worker.lateral", "unknown-model",
+        "front, worker",
+    ),
+    (
+        "roles.yaml", "escalates_to:", "lateral: worker\n    escalates_to:", 12, "roles.worker.lateral", "lateral-self",
+        "own model",
+    ),
+    (
+        "roles.yaml", "escalates_to:", "lateral: front\n    escalates_to:", 12, "roles.worker.lateral", "lateral-tier",
+        "what escalates_to is for",
+    ),
     ("personas.yaml", ", talker]", ", tolker]", 6, "personas.calm.fits.roles.1", "unknown-role", "tolker"),
     # gates
     ("gates.yaml", "[lint]", "[lint, lynt]", 17, "gates.unit.depends_on.1", "unknown-gate", "schema, lint, unit"),
@@ -217,9 +229,20 @@ BAD_EDITS = [
         "gates.yaml", "category: FORMAT", "depends_on: [unit]\n    category: FORMAT", 10, "gates.lint.depends_on",
         "gate-cycle", "lint -> unit -> lint",
     ),
-    ("gates.yaml", "    builtin: schema\n", "", 2, "gates.schema", "gate-command", "either argv"),
-    ("gates.yaml", "builtin: schema", "builtin: schema\n    argv: [x]", 2, "gates.schema", "gate-command", "not both"),
+    ("gates.yaml", "    builtin: schema\n", "", 2, "gates.schema", "gate-command", "one of argv"),
+    ("gates.yaml", "builtin: schema", "builtin: schema\n    argv: [x]", 2, "gates.schema", "gate-command", "not two"),
     ("gates.yaml", "{workspace}/", "{worksapce}/", 16, "gates.unit.argv", "unknown-placeholder", "{worksapce}"),
+    ("gates.yaml", "{workspace}/{artefact}", "{artefact}{test}", 16, "gates.unit.argv", "placeholder-target", "only"),
+    ("gates.yaml", "{workspace}/{artefact}", "x{artefacts}", 16, "gates.unit.argv", "placeholder-list", "of its own"),
+    ("gates.yaml", "builtin: schema", "role: nobody", 6, "gates.schema.role", "unknown-role", "talker"),
+    ("gates.yaml", "category: CODE", "category: CODE\n    pattern: '(?P<message>x)'", 16, "gates.unit.pattern",
+     "gate-pattern", "belong together"),
+    ("gates.yaml", "category: CODE", "category: CODE\n    parser: pattern\n    pattern: '('", 17, "gates.unit.pattern",
+     "gate-pattern", "no regular expression"),
+    ("gates.yaml", "category: CODE", "category: CODE\n    parser: pattern\n    pattern: 'x'", 17, "gates.unit.pattern",
+     "gate-pattern", "named group"),
+    ("gates.yaml", "category: CODE", "category: CODE\n    memory_bytes: 900000000000000", 16, "gates.unit.memory_bytes",
+     "gate-memory", "lower it"),
     ("gates.yaml", "builtin: schema", "builtin: schema\n    cores: 5", 7, "gates.schema.cores", "gate-cores", "never"),
     # failures
     ("failures.yaml", "  PEER: {action: rerun, quality_signal: false}\n", "", 1, "failures", "missing-category", ""),
@@ -235,6 +258,10 @@ BAD_EDITS = [
     (
         "failures.yaml", "POLICY: {action: fail", "POLICY: {action: fail, constrained: true", 10,
         "failures.POLICY.constrained", "failure-shape", "only retry",
+    ),
+    (
+        "failures.yaml", "  retries", "  circuit_pause_max_ms: 400\n  retries", 12, "caps.circuit_pause_max_ms",
+        "circuit-order", "raise it",
     ),
     ("failures.yaml", "same_role: 1", "same_role: 4", 5, "failures.LOGIC.same_role", "failure-over-cap", "line 12"),
     (
@@ -465,3 +492,10 @@ def test_asking_for_an_unknown_name_says_which_there_are(folder: Path) -> None:
 def test_a_gate_command_fills_placeholders_once_and_never_reads_the_values(folder: Path) -> None:
     command = load(folder).gates["unit"].command(artefact="{python}.py", workspace="/w", python="/py")
     assert command == ["/py", "-m", "pytest", "/w/{python}.py"]
+
+
+def test_a_placeholder_of_a_list_becomes_as_many_arguments_as_it_has(folder: Path) -> None:
+    edit(folder, "gates.yaml", "{workspace}/{artefact}", "{artefacts}")
+    gate = load(folder).gates["unit"]
+    assert gate.target == "artefacts"
+    assert gate.command(artefacts=["/w/a", "/w/b"], python="/py") == ["/py", "-m", "pytest", "/w/a", "/w/b"]

@@ -9,14 +9,15 @@ from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState
 from services.scheduler import admission as a
 from services.scheduler import broker as b
+from services.scheduler import calls as c
 from services.scheduler.queues import ReadyQueue
 from services.scheduler.resources import Tokens
 
 GREEDY, MODEST = b"greedy", b"modest"
 
 
-def call(key: str, requester: bytes = GREEDY, *, target: str = "infer.worker", body: bytes = b"1234") -> b.Call:
-    return b.Call(key=key, kind="infer.request", target=target, queued_ms=0, body=body, requester=requester)
+def call(key: str, requester: bytes = GREEDY, *, target: str = "infer.worker", body: bytes = b"1234") -> c.Call:
+    return c.Call(key=key, kind="infer.request", target=target, queued_ms=0, body=body, requester=requester)
 
 
 def broker() -> b.Broker:
@@ -102,7 +103,7 @@ def test_a_purge_forgets_no_call_that_waits_and_keeps_their_order() -> None:
             hub.cancel(f"k{number:03}")
     worker = join_worker(hub, 500)
     started = []
-    while isinstance(start := hub.next_start(1), b.Start):
+    while isinstance(start := hub.next_start(1), c.Start):
         started.append(start.call.key)
     assert started == [f"k{number:03}" for number in range(0, 500, 7)]
     assert hub.peers[worker].used == len(started)
@@ -155,8 +156,8 @@ def test_a_call_whose_deadline_has_passed_is_dropped_when_its_turn_comes() -> No
     commands = list(iter(lambda: hub.next_start(60), None))
     assert [type(command).__name__ for command in commands] == ["Ended", "Start"]
     ended, start = commands
-    assert isinstance(ended, b.Ended)
-    assert isinstance(start, b.Start)
+    assert isinstance(ended, c.Ended)
+    assert isinstance(start, c.Start)
     assert (ended.call.key, start.call.key) == ("late", "wanted")
     assert unpack_body(ErrorReply, ended.body).failure.code == "call.expired"
     assert hub.counters["expired"] == 1

@@ -291,12 +291,13 @@ def test_every_prompt_has_exactly_one_end_whatever_dies(
     worker = world.peers["inference-worker"]
     for at_ms in kills:
         world.later(at_ms, lambda: (worker.kill(), worker.start()))
-    final = asker.finish(asker.ask(prompts, concurrency=concurrency))
+    final = asker.finish(asker.ask(prompts, deadline_ms=15_000, concurrency=concurrency))
     assert len(final.answers) == len(prompts)
     for prompt, answer in zip(prompts, final.answers, strict=True):
         assert (answer.text is None) is not (answer.failure is None)
         if not prompt.startswith("fail") and answer.failure is not None:
-            assert answer.failure.code == "item.poisoned"
+            # a model that fails prompt after prompt is left alone for longer and longer, maybe until the deadline
+            assert answer.failure.code in ("item.poisoned", "batch.deadline", "call.expired")
     assert final.widest <= slots * (1 + len(kills))
     assert world.hub is not None
     assert not world.hub.broker.calls

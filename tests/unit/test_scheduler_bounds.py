@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.scheduler import broker as b
+from services.scheduler import calls as c
 from services.scheduler import ended
 from services.scheduler.resources import Tokens
 from tests.unit.simulation import say, stack, task_of
@@ -15,13 +16,13 @@ ONE_STEP: list[dict[str, object]] = [{"id": "S1"}]
 def test_deadlines_of_ended_calls_do_not_pile_up() -> None:
     broker = b.Broker(Tokens(cores=4))
     for index in range(20_000):
-        broker.ask(b.Call(f"k{index}", "infer.request", "infer.worker", queued_ms=0, outer_ms=600_000 + index))
+        broker.ask(c.Call(f"k{index}", "infer.request", "infer.worker", queued_ms=0, outer_ms=600_000 + index))
         if index >= 10:
             broker.cancel(f"k{index - 10}")
     assert len(broker.calls) == 10
     assert len(broker._deadlines) < 2_000
     assert {key for _, key in broker._deadlines} >= set(broker.calls), "no deadline that still matters is lost"
-    assert [command for command in broker.on_tick(700_000) if isinstance(command, b.Ended)]
+    assert [command for command in broker.on_tick(700_000) if isinstance(command, c.Ended)]
 
 
 def test_ended_tasks_in_memory_are_bounded_by_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +56,7 @@ def test_a_watcher_that_leaves_while_it_is_told_the_past_is_forgotten() -> None:
     world.page = 2
     world.watch(task)
     assert world.hub is not None
-    assert world.hub._late == set()
+    assert world.hub.watchers.late == set()
     events = [body for header, body in world.client_inbox if header.kind == "task.event"]
     assert [getattr(event, "seq", 0) for event in events] == list(range(1, len(events) + 1))
     world.run_for(6_000)

@@ -205,7 +205,7 @@ def check_facts(world: Storm, task_id: str) -> None:
     assert [seq for task, seq, _, _ in world.journal if task == task_id] == list(range(1, len(facts) + 1))
     ends = [index for index, fact in enumerate(facts) if isinstance(fact, f.TaskEnded)]
     assert len(ends) == 1
-    assert all(isinstance(fact, f.OutcomesSettled | f.DuplicateSeen) for fact in facts[ends[0] + 1 :])
+    assert all(isinstance(fact, f.OutcomesSettled | f.DuplicateSeen | f.TaskSetback) for fact in facts[ends[0] + 1 :])
     answered = [(fact.step, fact.number) for fact in facts if isinstance(fact, f.AttemptAnswered)]
     assert len(answered) == len(set(answered))
 

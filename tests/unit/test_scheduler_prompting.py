@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from protocol.messages.artefact import Artefact
-from protocol.messages.failure import Category, Finding
 from protocol.messages.task import Step, TaskIR
 from services.scheduler.prompting import compose
 from tests.unit.simulation import shipped_registry
@@ -20,7 +19,7 @@ TASK = TaskIR.model_validate(
 )
 
 
-def prompt(inputs: list[Artefact], *, findings: list[Finding] | None = None, context_tokens: int = 2048) -> str:
+def prompt(inputs: list[Artefact], *, told: str = "", harder: bool = False, context_tokens: int = 2048) -> str:
     step = Step.model_validate({"id": "S1", "actor": "worker", "action": "Sum it up.", "outputs": [{"name": "o"}]})
     messages = compose(
         role=REGISTRY.roles["worker"],
@@ -28,8 +27,8 @@ def prompt(inputs: list[Artefact], *, findings: list[Finding] | None = None, con
         task=TASK,
         step=step,
         inputs=inputs,
-        findings=findings or [],
-        attempt=2 if findings else 1,
+        told=told,
+        harder=harder,
         context_tokens=context_tokens,
         max_tokens=128,
     )
@@ -53,10 +52,17 @@ def test_long_inputs_are_shortened_fairly_and_visibly() -> None:
     assert len(text) < 2048 * 3
 
 
-def test_findings_of_earlier_attempts_are_listed_one_a_line() -> None:
-    finding = Finding(gate="lint", category=Category.CODE, message="undefined\nname", file="a.py", line=3, rule="F821")
-    assert "- lint [F821] a.py:3: undefined name" in prompt([], findings=[finding])
-    assert prompt([], findings=[finding]) == prompt([], findings=[finding])
+def test_what_earlier_attempts_got_wrong_comes_last_and_takes_its_room_from_the_inputs() -> None:
+    long = [Artefact(name="long", value="l" * 50_000)]
+    plain, told = prompt(long), prompt(long, told="This is attempt 2.\n<findings>\n- lint a.py:3: x\n</findings>")
+    assert told.endswith("</findings>")
+    assert told.count("l" * 50) < plain.count("l" * 50)
+    assert len(told) <= len(plain) + 5
+
+
+def test_a_harder_attempt_is_asked_to_think_first() -> None:
+    assert "step by step" in prompt([], told="x", harder=True)
+    assert "step by step" not in prompt([], told="x")
 
 
 def test_what_most_steps_read_comes_first_however_a_step_orders_it() -> None:
@@ -82,8 +88,8 @@ def test_what_most_steps_read_comes_first_however_a_step_orders_it() -> None:
             task=task,
             step=step,
             inputs=[texts[name] for name in names],
-            findings=[],
-            attempt=1,
+            told="",
+            harder=False,
             context_tokens=2048,
             max_tokens=64,
         )[1].content

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +12,9 @@ from protocol.codec import unpack_body
 from protocol.header import Header
 from protocol.messages.infer import InferRequest
 from protocol.messages.result import TaskState
-from services.scheduler.resources import NOTHING, PATIENCE_MS, Needs, Tokens
+from services.kit.config import CHECKOUT
+from services.kit.registry import load_registry
+from services.scheduler.resources import NOTHING, PATIENCE_MS, Needs, Tokens, gate_needs
 from tests.unit.simulation import Answer, final_of, stack, task_of
 
 KINDS = {
@@ -53,6 +58,43 @@ def test_every_call_runs_whatever_the_others_do(arrivals: list[tuple[str, int]])
         assert now < 10 * len(arrivals) + 1_000 * len(arrivals) + 10_000, "somebody starves"
     assert done == len(arrivals)
     assert tokens.free_cores == 2
+
+
+def test_a_run_takes_what_it_can_use_as_far_as_it_is_free_and_waits_for_no_more_than_it_needs() -> None:
+    tokens = Tokens(cores=4)
+    assert tokens.take("a", "infer.a", KINDS["infer.a"], 0)
+    assert tokens.take("g", "gate", Needs(cores=1, more_cores=5), 0)
+    assert (tokens.held("g"), tokens.free_cores) == (3, 0)
+    assert tokens.give_back("a")
+    assert tokens.take("h", "gate", Needs(cores=1, more_cores=5), 0)
+    assert tokens.held("h") == 1
+    tokens.check_invariants()
+
+
+def test_a_call_made_during_another_one_may_use_its_cores_and_finds_no_door_closed() -> None:
+    tokens = Tokens(cores=2)
+    assert tokens.take("run", "gate", Needs(cores=1), 0)
+    assert not tokens.take("b0", "infer.b", KINDS["infer.b"], 0)
+    judge = Needs(cores=2, shared_by="infer.d")
+    assert not tokens.take("d0", "infer.d", judge, PATIENCE_MS), "for a stranger the door is closed"
+    assert tokens.take("d0", "infer.d", judge, PATIENCE_MS, parent="run")
+    tokens.check_invariants()
+    assert not tokens.take("b0", "infer.b", KINDS["infer.b"], PATIENCE_MS)
+    assert tokens.give_back("d0")
+    assert tokens.give_back("run")
+    assert tokens.take("b0", "infer.b", KINDS["infer.b"], PATIENCE_MS)
+    tokens.check_invariants()
+
+
+def test_gates_need_the_widest_of_them_may_use_what_runs_beside_it_and_linters_need_nothing() -> None:
+    registry = load_registry(CHECKOUT / "registry", Path("/nowhere"), check_files=False)
+    registry = replace(registry, hardware=replace(registry.hardware, cores=8))
+    assert gate_needs(registry, ["lint", "format", "schema"]) is NOTHING
+    assert gate_needs(registry, ["lint", "unit"]) == Needs(cores=1)
+    assert gate_needs(registry, ["lint", "unit", "typecheck", "unit", "nosuch"]) == Needs(cores=1, more_cores=1)
+    assert gate_needs(registry, ["unit", "definition_of_done"]) == Needs(cores=1)
+    one = replace(registry, hardware=replace(registry.hardware, cores=1))
+    assert gate_needs(one, ["unit", "typecheck"]) == Needs(cores=1)
 
 
 @settings(max_examples=200, deadline=None)

@@ -140,8 +140,8 @@ def test_learned_durations_are_kept_when_they_have_changed(tmp_path: Path) -> No
     journal = Journal(tmp_path / "j.sqlite")
     assert journal.durations() == []
     state = [(["worker"], 1.5, 3.0), (["worker", "chat"], 0.5, 1.0)]
-    assert journal.keep_durations(state)
-    assert not journal.keep_durations(state)
+    assert journal.keep_learned(state, [])
+    assert not journal.keep_learned(state, [])
     journal.close()
     reopened = Journal(tmp_path / "j.sqlite")
     assert reopened.durations() == state

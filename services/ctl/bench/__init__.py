@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from services.ctl.bench import barrier, inference, lookup, makespan, overhead, prefix, soak, warm_load
+from services.ctl.bench import (
+    barrier,
+    gates,
+    inference,
+    lookup,
+    makespan,
+    overhead,
+    planning,
+    prefix,
+    routing,
+    soak,
+    warm_load,
+)
 from services.ctl.commands import Commands
 
 #: Adds one benchmark's command to the group.
@@ -22,6 +34,9 @@ BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (
     lookup.add,
     warm_load.add,
     inference.add,
+    planning.add,
+    gates.add,
+    routing.add,
 )
 
 

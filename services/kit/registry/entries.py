@@ -6,7 +6,7 @@ named entry is its key in the file, so it is written once.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
@@ -38,8 +38,16 @@ CLIENT_PATTERN: Final = r"^[A-Za-z0-9_.*?-]{1,64}$"
 
 ClientPattern: TypeAlias = Annotated[str, StringConstraints(pattern=CLIENT_PATTERN)]
 
-PLACEHOLDERS: Final = frozenset({"artefact", "workspace", "python"})
+PLACEHOLDERS: Final = ("artefact", "artefacts", "test", "workspace", "python", "checks", "report", "command")
+LISTS: Final = ("artefacts", "command")
+"""Placeholders that stand for several arguments, and so for a whole one each."""
+TARGETS: Final = ("artefact", "artefacts", "test", "command")
+"""Placeholders that say how often a gate runs; a command has one of them, or none and runs once."""
 _PLACEHOLDER: Final = re.compile(r"\{(\w*)\}")
+
+Parser: TypeAlias = Literal[
+    "lines", "pattern", "diff", "ruff", "sarif", "junit", "mypy", "shellcheck", "rumdl", "tests"
+]
 
 
 class RemoteLimits(Entry):
@@ -209,6 +217,8 @@ class RoleEntry(Entry):
     """Seconds one attempt may take when the step sets none."""
     early_abort: EarlyAbort = EarlyAbort()
     """When an answer is stopped while it is decoded."""
+    lateral: Name | None = None
+    """Model of the same tier that serves this role while its own has no live worker; absent = the role waits."""
     escalates_to: Name | None = None
     """Role that takes over when this one fails in a way that asks for a stronger one; absent = none, the step fails."""
 
@@ -235,8 +245,11 @@ class PersonaEntry(Entry):
     """Where it may be chosen."""
 
 
+Argument: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+
+
 class GateEntry(Entry):
-    """A deterministic check of one artefact: a command in the sandbox, or one that the gates service has built in."""
+    """A check of artefacts: a command in the sandbox, one the gates service has built in, or the verdict of a role."""
 
     name: Name
     """Key of the entry; steps and tasks name it in their `gates`."""
@@ -245,29 +258,63 @@ class GateEntry(Entry):
     kinds: tuple[ArtefactKind, ...] = Field(min_length=1)
     """Kinds of artefact it can check."""
     languages: tuple[Name, ...] = ()
-    """Languages of code it can check; empty = any."""
+    """Languages it can check, by content type or suffix; empty = any."""
     category: Literal[Category.FORMAT, Category.SCHEMA, Category.CODE, Category.LOGIC]
     """Category of its findings: decides through failures.yaml what happens to the step."""
-    argv: tuple[Annotated[str, StringConstraints(min_length=1, max_length=4096)], ...] = ()
-    """Command and arguments, run in the sandbox without a shell. May use {artefact}, {workspace} and {python}."""
-    builtin: Literal["schema"] | None = None
-    """Check done inside the gates service instead of a command: `schema` = the step's JSON Schema."""
-    cores: int = Field(default=1, ge=1, le=1024)
-    """Cores it takes from the budget while it runs."""
+    required: bool = True
+    """False = advisory: its findings are shown and go into the prompt of a retry, but fail nothing."""
+    argv: tuple[Argument, ...] = ()
+    """Command and arguments, run in the sandbox without a shell; the placeholders are in gates.yaml."""
+    builtin: Literal["schema", "taskir"] | None = None
+    """Check of data without a tool: `schema` = the step's JSON Schema, `taskir` = a task that could be submitted."""
+    role: Name | None = None
+    """Role whose model judges the task's definition_of_done, criterion by criterion."""
+    parser: Parser = "lines"
+    """How the command's findings are read: the format of its output, or of the file {report}."""
+    pattern: Annotated[str, StringConstraints(max_length=1_000)] | None = None
+    """For parser `pattern`: regular expression of one line with the group `message`, and file, line, column, rule."""
+    executes: bool = False
+    """The command runs code of the artefact: then hanging or eating memory is the artefact's fault, not the tool's."""
+    version_argv: tuple[Argument, ...] = ()
+    """Command that prints the tool's version, part of the key of cached results; absent = the command's file is."""
+    cores: int = Field(default=1, ge=0, le=1024)
+    """Cores it takes from the machine's tokens while it runs; 0 = so short that it is not counted."""
+    memory_bytes: int = Field(default=2 * 1024**3, ge=64 * 1024**2)
+    """Memory it may use: address space of each of its processes, and resident memory of all of them."""
     timeout_s: float = Field(default=60.0, gt=0, le=86_400)
     """Seconds after which it is killed from outside the sandbox."""
     depends_on: tuple[Name, ...] = ()
-    """Gates that must have passed on the same artefact first; without these, gates run at the same time."""
+    """Gates that must not have failed on the same artefacts before; without these, gates run at the same time."""
 
-    def command(self, *, artefact: str, workspace: str, python: str) -> list[str]:
+    @property
+    def target(self) -> str | None:
+        """The one of `TARGETS` that its command has, None without one: then it runs once."""
+        return next((word for word in self.placeholders() if word in TARGETS), None)
+
+    def command(self, **values: str | Sequence[str]) -> list[str]:
         """Return argv with the placeholders filled in, once: a path that itself holds `{python}` stays as it is."""
-        values = {"artefact": artefact, "workspace": workspace, "python": python}
-        return [_PLACEHOLDER.sub(lambda match: values[match[1]], argument) for argument in self.argv]
+        filled: list[str] = []
+        for argument in self.argv:
+            whole = _PLACEHOLDER.fullmatch(argument)
+            if whole is not None and whole[1] in LISTS:
+                filled += values[whole[1]]
+            else:
+                filled.append(_PLACEHOLDER.sub(lambda match: str(values[match[1]]), argument))
+        return filled
 
-    def unknown_placeholders(self) -> list[str]:
-        """Return every `{word}` in argv that `command` could not fill in."""
-        found = {word for argument in self.argv for word in _PLACEHOLDER.findall(argument)}
-        return sorted(found - PLACEHOLDERS)
+    def placeholders(self) -> list[str]:
+        """Return every `{word}` in argv, each once, in order."""
+        return list(dict.fromkeys(word for argument in self.argv for word in _PLACEHOLDER.findall(argument)))
+
+
+class GatePolicy(Entry):
+    """How the gates of one request are run."""
+
+    stop_after_failure: bool = True
+    """When a required gate has failed, stop the others that cost cores: the attempt has failed anyway. False = let them
+    end, for the sake of all their findings."""
+    cache_bytes: int = Field(default=64 * 1024**2, ge=0)
+    """Disk space for results of artefacts that were checked before, below the home; 0 = nothing is kept."""
 
 
 class ClientEntry(Entry):
@@ -284,9 +331,10 @@ class FailureRule(Entry):
 
     action: Literal["retry", "escalate", "rerun", "backoff", "fail"]
     """retry = same role with the findings; escalate = the role it escalates to, at once; rerun = the same attempt on
-    another process or after a restart; backoff = the same attempt after a pause; fail = the step fails."""
+    another process or after a restart; backoff = the same attempt after a pause; fail = the step fails. What is run
+    again by rerun and backoff is the work that failed: of an attempt whose gates could not run, the gates alone."""
     same_role: int = Field(default=0, ge=0, le=100)
-    """For retry and backoff: further attempts in the same role before `then`."""
+    """For retry: further attempts in the same role before `then`. For backoff: pauses before `then`."""
     then: Literal["escalate", "fail"] = "fail"
     """For retry and backoff: what follows when `same_role` is used up."""
     constrained: bool = False
@@ -299,7 +347,7 @@ class FailureCaps(Entry):
     """Bounds over all categories, and the pauses between attempts."""
 
     retries_per_step: int = Field(default=3, ge=0, le=100)
-    """Further attempts of one step, retries and escalations together."""
+    """Further attempts of one step, retries and escalations together; reruns and pauses are no attempts."""
     worker_deaths: int = Field(default=3, ge=1, le=100)
     """Processes that may die while they run one step; then it counts as poisoned and fails with that reason."""
     peer_backoff_ms: int = Field(default=200, ge=0, le=600_000)
@@ -308,6 +356,22 @@ class FailureCaps(Entry):
     """Pause before the first attempt after a lack of resources, in milliseconds; doubles each time."""
     backoff_max_ms: int = Field(default=30_000, ge=0, le=3_600_000)
     """Longest pause, in milliseconds."""
+    circuit_failures: int = Field(default=3, ge=1, le=100)
+    """So many failures of a model's processes within circuit_window_ms, with different calls, open its circuit: calls
+    wait, or go to the role's lateral model, until a probe has gone well."""
+    circuit_window_ms: int = Field(default=60_000, ge=1_000, le=3_600_000)
+    """How long a failure counts towards opening the circuit, in milliseconds."""
+    circuit_pause_ms: int = Field(default=5_000, ge=100, le=3_600_000)
+    """From the opening of a circuit to the probe, in milliseconds; doubles each time the probe fails."""
+    circuit_pause_max_ms: int = Field(default=60_000, ge=100, le=3_600_000)
+    """Longest of these pauses, in milliseconds."""
+    lateral_after_ms: int = Field(default=5_000, ge=0, le=3_600_000)
+    """How long a model must have no live worker before waiting steps go to their role's lateral model."""
+    think_harder: Literal["off", "measured", "always"] = "measured"
+    """Whether the last retry before an escalation gets a larger budget: measured = where outcomes so far say that this
+    saves more time than it costs."""
+    think_harder_factor: float = Field(default=2.0, ge=1.1, le=16)
+    """How many times as many tokens, and as much time, such an attempt gets."""
 
 
 class NodeEntry(Entry):
@@ -330,6 +394,13 @@ class HardwareEntry(Entry):
     """NUMA nodes; absent = detected. A core belongs to one node, and `cores` may not exceed all of them together."""
 
 
+class LearningEntry(Entry):
+    """Whether what outcomes have taught may change what is chosen. Outcomes are recorded either way."""
+
+    enabled: bool = True
+    """False: the rules choose alone, nothing is tried out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """HardwareEntry after detection: what the scheduler and the rules count with."""
@@ -345,3 +416,9 @@ class FailureTable:
 
     rules: Mapping[Category, FailureRule]
     caps: FailureCaps
+    lines: Mapping[str, int]
+    """Line in failures.yaml of each category and each field of the caps; a default has that of the section."""
+
+    def source(self, name: str) -> str:
+        """Where a rule stands, for people: `failures.yaml:<line>`."""
+        return f"failures.yaml:{self.lines[name]}"

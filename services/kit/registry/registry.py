@@ -21,8 +21,10 @@ from services.kit.registry.entries import (
     FailureRule,
     FailureTable,
     GateEntry,
+    GatePolicy,
     Hardware,
     HardwareEntry,
+    LearningEntry,
     ModelEntry,
     PersonaEntry,
     RoleEntry,
@@ -44,7 +46,9 @@ class Registry:
         roles: entries by name; every `model` and `escalates_to` exists.
         personas: entries by name.
         gates: entries by name; `depends_on` is acyclic.
+        gate_policy: how the gates of one request are run.
         clients: what share each gets, in the order of the file; `weight_of` applies them.
+        learning: whether learned choices may replace the rules'.
         failures: a rule for every `Category`, and the caps.
         hardware: what may be spent, detected where the file is silent.
         digest: sha256 in hex over the content of the files; comments, order and detected values do not change it.
@@ -56,7 +60,9 @@ class Registry:
     roles: Mapping[str, RoleEntry]
     personas: Mapping[str, PersonaEntry]
     gates: Mapping[str, GateEntry]
+    gate_policy: GatePolicy
     clients: tuple[ClientEntry, ...]
+    learning: LearningEntry
     failures: FailureTable
     hardware: Hardware
     digest: str
@@ -144,7 +150,9 @@ def load_registry(
         roles=MappingProxyType(scene.roles),
         personas=MappingProxyType(draft.valid("personas", PersonaEntry)),
         gates=MappingProxyType(scene.gates),
+        gate_policy=draft.single("policy", GatePolicy),
         clients=tuple(draft.valid("clients", ClientEntry).values()),
+        learning=draft.single("learning", LearningEntry),
         failures=_failure_table(draft),
         hardware=hardware,
         digest=_digest(draft),
@@ -169,7 +177,9 @@ def _at_home(model: ModelEntry, models_folder: Path) -> ModelEntry:
 
 def _failure_table(draft: Draft) -> FailureTable:
     rules = {Category(key): rule for key, rule in draft.valid("failures", FailureRule).items()}
-    return FailureTable(MappingProxyType(rules), draft.single("caps", FailureCaps))
+    lines = {category.value: draft.line_of("failures", category.value) for category in rules}
+    lines |= {name: draft.line_of("caps", name) for name in FailureCaps.model_fields}
+    return FailureTable(MappingProxyType(rules), draft.single("caps", FailureCaps), MappingProxyType(lines))
 
 
 def _digest(draft: Draft) -> str:

@@ -6,6 +6,7 @@ faster, and what the metadata of its file says to that, is checked by `launch_ru
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -17,6 +18,9 @@ from services.kit.gguf_header import MAGIC, parts_of
 from services.kit.hardware import parse_cores
 from services.kit.model_facts import ModelFacts
 from services.kit.registry.entries import (
+    LISTS,
+    PLACEHOLDERS,
+    TARGETS,
     FailureCaps,
     FailureRule,
     GateEntry,
@@ -248,18 +252,80 @@ def _role_references(scene: Scene) -> Iterator[Problem]:
                 yield scene.draft.problem(("personas", name, "fits", "roles", index), "unknown-role", message)
 
 
+def _lateral_models(scene: Scene) -> Iterator[Problem]:
+    """A lateral model stands in for an equal one: another one of the same tier, with room for the role's answers."""
+    for name, role in scene.roles.items():
+        if role.lateral is None:
+            continue
+        at = ("roles", name, "lateral")
+        if not scene.draft.declares("models", role.lateral):
+            message = f"models.yaml has no {role.lateral!r}; it has: {_names(scene.models)}"
+            yield scene.draft.problem(at, "unknown-model", message)
+        own, other = scene.models.get(role.model), scene.models.get(role.lateral)
+        if own is None or other is None:
+            continue
+        if role.lateral == role.model:
+            yield scene.draft.problem(at, "lateral-self", "is the role's own model: name another one, or remove it")
+        elif other.tier != own.tier:
+            message = (
+                f"{role.lateral!r} is of tier {other.tier} and {role.model!r} of tier {own.tier}: another tier is what "
+                "escalates_to is for; name a model of the same tier"
+            )
+            yield scene.draft.problem(at, "lateral-tier", message)
+        elif role.max_tokens >= other.context_tokens:
+            message = f"max_tokens {role.max_tokens} leave no room for a prompt in its {other.context_tokens} tokens"
+            yield scene.draft.problem(at, "answer-over-context", message)
+
+
 def _gate_commands(scene: Scene) -> Iterator[Problem]:
     for name, gate in scene.gates.items():
         at = ("gates", name)
-        if bool(gate.argv) == (gate.builtin is not None):
-            message = "needs either argv (a command) or builtin (schema), and not both"
+        if (bool(gate.argv), gate.builtin is not None, gate.role is not None).count(True) != 1:
+            message = "needs one of argv (a command), builtin (schema, taskir) and role (a judge), and not two of them"
             yield scene.draft.problem(at, "gate-command", message)
-        for word in gate.unknown_placeholders():
-            message = f"{{{word}}} is no placeholder; there are {{artefact}}, {{workspace}} and {{python}}"
-            yield scene.draft.problem((*at, "argv"), "unknown-placeholder", message)
+        yield from _placeholders(scene, name, gate)
+        yield from _pattern(scene, name, gate)
+        if gate.role is not None and not scene.draft.declares("roles", gate.role):
+            message = f"roles.yaml has no {gate.role!r}; it has: {_names(scene.roles)}"
+            yield scene.draft.problem((*at, "role"), "unknown-role", message)
         if gate.cores > scene.hardware.cores:
             message = f"{gate.cores} cores on a machine of {scene.hardware.cores}: the gate could never start"
             yield scene.draft.problem((*at, "cores"), "gate-cores", message)
+        if gate.memory_bytes > scene.hardware.memory_bytes and "memory_bytes" in gate.model_fields_set:
+            message = f"{gate.memory_bytes:,} bytes on a machine with {scene.hardware.memory_bytes:,}; lower it"
+            yield scene.draft.problem((*at, "memory_bytes"), "gate-memory", message)
+
+
+def _placeholders(scene: Scene, name: str, gate: GateEntry) -> Iterator[Problem]:
+    at = ("gates", name, "argv")
+    words = gate.placeholders()
+    for word in words:
+        if word not in PLACEHOLDERS:
+            there = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
+            yield scene.draft.problem(at, "unknown-placeholder", f"{{{word}}} is no placeholder; there are {there}")
+        elif word in LISTS and f"{{{word}}}" not in gate.argv:
+            message = f"{{{word}}} stands for several arguments: it must be an argument of its own"
+            yield scene.draft.problem(at, "placeholder-list", message)
+    if sum(word in TARGETS for word in words) > 1:
+        some = ", ".join(f"{{{word}}}" for word in TARGETS)
+        yield scene.draft.problem(at, "placeholder-target", f"only one of {some}: it says how often the command runs")
+
+
+def _pattern(scene: Scene, name: str, gate: GateEntry) -> Iterator[Problem]:
+    at = ("gates", name, "pattern" if gate.pattern is not None else "parser")
+    if (gate.parser == "pattern") != (gate.pattern is not None):
+        yield scene.draft.problem(at, "gate-pattern", "parser: pattern and the field pattern belong together")
+    if gate.pattern is None:
+        return
+    try:
+        groups = set(re.compile(gate.pattern).groupindex)
+    except re.error as error:
+        yield scene.draft.problem(at, "gate-pattern", f"no regular expression: {error}")
+        return
+    unknown = groups - {"message", "file", "line", "column", "rule"}
+    if "message" not in groups or unknown:
+        message = "needs the named group (?P<message>…), and may have file, line, column and rule"
+        yield scene.draft.problem(at, "gate-pattern", message)
 
 
 def _gate_order(scene: Scene) -> Iterator[Problem]:
@@ -289,7 +355,7 @@ def _failure_rules(scene: Scene) -> Iterator[Problem]:
             yield problem((*at, "same_role" if rule.same_role else "then"), "failure-shape", message)
         if rule.constrained and rule.action != "retry":
             yield problem((*at, "constrained"), "failure-shape", f"only retry can be constrained, not {rule.action}")
-        if rule.same_role > caps.retries_per_step:
+        if rule.action == "retry" and rule.same_role > caps.retries_per_step:
             line = scene.draft.line_of("caps", "retries_per_step")
             message = f"more than caps.retries_per_step ({caps.retries_per_step}, line {line}) can never be used"
             yield problem((*at, "same_role"), "failure-over-cap", message)
@@ -303,6 +369,9 @@ def _failure_rules(scene: Scene) -> Iterator[Problem]:
     if caps.backoff_max_ms < max(caps.peer_backoff_ms, caps.resource_backoff_ms):
         message = "is less than the first pause (peer_backoff_ms or resource_backoff_ms); raise it"
         yield problem(("caps", "backoff_max_ms"), "backoff-order", message)
+    if caps.circuit_pause_max_ms < caps.circuit_pause_ms:
+        message = f"is less than circuit_pause_ms ({caps.circuit_pause_ms}), the first pause; raise it"
+        yield problem(("caps", "circuit_pause_max_ms"), "circuit-order", message)
 
 
 def _cores_are_shared(scene: Scene) -> Iterator[Problem]:
@@ -334,7 +403,7 @@ def _threads_fit_a_node(scene: Scene) -> Iterator[Problem]:
 
 
 def _every_model_is_used(scene: Scene) -> Iterator[Problem]:
-    used = {role.model for role in scene.roles.values()}
+    used = {role.model for role in scene.roles.values()} | {role.lateral for role in scene.roles.values()}
     for name, model in scene.models.items():
         if name not in used and model.tier != "D":
             message = "no role uses this model, so its process would only take memory"
@@ -352,6 +421,7 @@ ERRORS: Final[tuple[Rule, ...]] = (
     _memory,
     _role_models,
     _role_references,
+    _lateral_models,
     _gate_commands,
     _gate_order,
     _failure_rules,

@@ -1,4 +1,4 @@
-"""Turns the six registry files into checked entries, each complaint with its file, line and dotted field.
+"""Turns the registry files into checked entries, each complaint with its file, line and dotted field.
 
 Every entry is validated by itself, so one bad entry hides neither the others nor their problems. What entries must
 agree on between each other is left to `rules`.
@@ -20,7 +20,9 @@ from services.kit.registry.entries import (
     FailureCaps,
     FailureRule,
     GateEntry,
+    GatePolicy,
     HardwareEntry,
+    LearningEntry,
     ModelEntry,
     PersonaEntry,
     RoleEntry,
@@ -49,15 +51,19 @@ FILES: Final[Mapping[str, tuple[Section, ...]]] = {
     "models.yaml": (Section("models", ModelEntry, "name"),),
     "roles.yaml": (Section("roles", RoleEntry, "name"),),
     "personas.yaml": (Section("personas", PersonaEntry, "name", may_be_empty=True),),
-    "gates.yaml": (Section("gates", GateEntry, "name", may_be_empty=True),),
+    "gates.yaml": (
+        Section("gates", GateEntry, "name", may_be_empty=True),
+        Section("policy", GatePolicy, "field", may_be_empty=True),
+    ),
     "failures.yaml": (
         Section("failures", FailureRule, "category"),
         Section("caps", FailureCaps, "field", may_be_empty=True),
     ),
     "hardware.yaml": (Section("hardware", HardwareEntry, "field", may_be_empty=True),),
+    "learning.yaml": (Section("learning", LearningEntry, "field", may_be_empty=True),),
     "clients.yaml": (Section("clients", ClientEntry, "client", may_be_empty=True),),
 }
-OPTIONAL: Final = frozenset({"clients.yaml"})
+OPTIONAL: Final = frozenset({"clients.yaml", "learning.yaml"})
 """Files that a registry may do without."""
 
 FILE_OF: Final[Mapping[str, str]] = {section.key: file for file, sections in FILES.items() for section in sections}

@@ -28,7 +28,7 @@ from protocol.messages.session import Hello, PeerState, Pong, Reside
 from protocol.messages.task import TaskIR
 from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry
-from services.scheduler import broker as b
+from services.scheduler import calls as c
 from services.scheduler import events as ev
 from services.scheduler import facts as f
 from services.scheduler.durations import Durations
@@ -56,27 +56,28 @@ class _CalmHub(Hub):
 
     def __init__(self, registry: Registry, durations: Durations) -> None:
         super().__init__(epoch="simulated", registry=registry, durations=durations)
-        self.handed: list[b.Call] = []
+        self.handed: list[c.Call] = []
         """Calls that have gone to their workers since the last look."""
-        self.stopped: list[tuple[b.Call, bytes]] = []
+        self.stopped: list[tuple[c.Call, bytes]] = []
         """Calls that their workers were told to stop, and these."""
         self.told: list[tuple[bytes, Reside]] = []
         """Workers that were told to load their model, or to unload it."""
+        self.loading.message = self._tell_service
 
-    def _carry_out(self, command: b.Command, at_ms: int) -> None:
+    def _carry_out(self, command: c.Command, at_ms: int) -> None:
         match command:
-            case b.Start(call, peer, unserved_ms):
+            case c.Start(call, peer, unserved_ms):
                 self.engine.on_started(call, peer.service, at_ms, unserved_ms=unserved_ms)
                 self.handed.append(call)
-            case b.CancelAt(call, identity):
+            case c.CancelAt(call, identity):
                 self.stopped.append((call, identity))
             case _:
                 super()._carry_out(command, at_ms)
 
-    def _unpromised(self, identity: bytes, kind: str, body: Message) -> ev.Send:
+    def _tell_service(self, identity: bytes, kind: str, body: Message) -> ev.Send:
         if isinstance(body, Reside):
             self.told.append((identity, body))
-        return super()._unpromised(identity, kind, body)
+        return self.outbox.unpromised(identity, kind, body)
 
     def submitted(self, task: TaskIR, task_id: str, at_ms: int) -> None:
         """A client submits a task. Raises RefusedError."""
@@ -100,7 +101,7 @@ class _CalmHub(Hub):
         self.loading.ponged(peer, at_ms)
         self._settle([], at_ms)
 
-    def answered(self, peer: Peer, call: b.Call, kind: str, body: bytes, at_ms: int) -> None:
+    def answered(self, peer: Peer, call: c.Call, kind: str, body: bytes, at_ms: int) -> None:
         """The worker that has the call ends it, and its slot is free again."""
         self.broker.on_heard(peer, peer.granted + 1, at_ms)
         ending = Header(kind=kind, id="", key=call.key)
@@ -113,15 +114,14 @@ class _CalmHub(Hub):
 
     def take(self) -> list[ev.Command]:
         """What the hub would have done to the outside since the last look."""
-        commands, self._out = self._out, []
-        return commands
+        return self.outbox.take()
 
 
 @dataclass(frozen=True, slots=True)
 class _Due:
     """Work that ends, if it is still the current one of its call by then."""
 
-    call: b.Call
+    call: c.Call
     worker: bytes
     kind: str
     body: bytes
@@ -144,7 +144,7 @@ class CalmWorld:
         self.ended: dict[str, TaskRecord] = {}
         """Tasks that have ended, in that order."""
         self._hub = _CalmHub(registry, durations)
-        self._answers: dict[str, Callable[[b.Call], Answer]] = {}
+        self._answers: dict[str, Callable[[c.Call], Answer]] = {}
         """Capability -> what its workers answer."""
         self._working: dict[str, _Due] = {}
         """Key -> the work that is under way for it."""
@@ -172,7 +172,7 @@ class CalmWorld:
         """Start the workers of these tiers; `seconds` says how long each step takes them."""
         finals: dict[tuple[tuple[str, ArtefactKind], ...], Unpacked] = {}
 
-        def infer(call: b.Call) -> Answer:
+        def infer(call: c.Call) -> Answer:
             task = self.task(call.task or "")
             step = task.steps[call.step or ""]
             shape = tuple((output.name, output.kind) for output in step.spec.outputs)
@@ -287,7 +287,7 @@ class CalmWorld:
             due = self.now + self._load_ms[worker]
             heapq.heappush(self._heap, (due, next(self._order), _Loaded(worker, word.order)))
 
-    def _begin(self, call: b.Call) -> None:
+    def _begin(self, call: c.Call) -> None:
         if call.worker is None:
             return  # cancelled in the very turn in which it was handed out; its worker is told to stop
         took_ms, body = self._answers[call.target](call)
@@ -309,11 +309,11 @@ class CalmWorld:
 
     # Answers
 
-    def _plan(self, call: b.Call) -> Answer:
+    def _plan(self, call: c.Call) -> Answer:
         task = self.task(call.task or "").ir
         return 0, Unpacked(PlanFinal(task=planned(task), source="client", reason="as given"))
 
-    def _check(self, call: b.Call) -> Answer:
+    def _check(self, call: c.Call) -> Answer:
         task = self.task(call.task or "")
         gates = task.ir.gates if call.step is None else task.steps[call.step].spec.gates or []
         return 0, Unpacked(GateFinal(results=all_pass(gates)))

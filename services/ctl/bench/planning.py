@@ -1,0 +1,279 @@
+"""`tierline bench planning`: how wide plans are, whether requests are split that divide, what discovery recovers.
+
+Three parts, each by itself: `--width FILE` plans every question of a file and compares the width of the plan with the
+gold width; `--decompose FILE` judges whether the answer of a request divides, trained on `--train FILE` or, without
+one, in five folds of the file itself, beside the rules that ship; without a file the discovery of parallelism gets
+graphs that were made serial at random. `planning_graphs` has the graphs.
+
+Both planners are the planner's own machine. `rules` leaves its questions unanswered; for `model` a stack with the demo
+model answers the one to the front door, under the grammar, and what is no plan for the question counts as not exact.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from protocol.errors import CallError
+from protocol.messages.infer import InferFinal, InferRequest
+from protocol.messages.plan import PlanFinal
+from protocol.messages.task import Plan, TaskIR
+from protocol.plan_graph import needs
+from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.demo_models import IDLE, decoding_threads, demo_entry
+from services.ctl.bench.graph_file import read_graphs
+from services.ctl.bench.planning_graphs import from_graph, measure_discovery, random_plans
+from services.ctl.commands import Commands, Context
+from services.ctl.outcomes import BadInput, ExitCode
+from services.ctl.screen import Screen
+from services.kit.config import CHECKOUT
+from services.kit.plan_check import plan_problems
+from services.kit.registry import Registry, load_registry
+from services.planner.divide import Judge, RuleJudge
+from services.planner.labelled import BadRow, Labelled, read_labelled, trained_on
+from services.planner.machine import AskModel, Finish, ModelAnswered, ModelOutcome, Planning, Requested, Unanswered
+
+_FOLDS: Final = 5
+_ANSWER_S: Final = 120.0
+_MAX_ROWS: Final = 100_000
+
+Ask = Callable[[str, InferRequest], InferFinal | None]
+
+
+def add(commands: Commands) -> None:
+    """Add `bench planning`."""
+    parser = commands.add("planning", _run, "measure plans: width, whether to split, parallelism that is discovered")
+    parser.add_argument("--width", type=Path, metavar="FILE", help="questions as JSON lines: question, branch")
+    parser.add_argument("--planner", choices=("rules", "model", "both"), default="rules", help="default rules")
+    parser.add_argument("--rows", type=int, metavar="N", help="with --width: only the first N questions")
+    parser.add_argument("--engine", choices=("auto", "llama-server", "embedded"), default="auto")
+    parser.add_argument("--decompose", type=Path, metavar="FILE", help="requests as JSON lines: request, decomposable")
+    parser.add_argument("--train", type=Path, metavar="FILE", help="learn from these rows (default: five folds)")
+    parser.add_argument("--graphs", type=Path, metavar="FILE", help="also graphs of this file, as for makespan")
+    parser.add_argument("--dags", type=int, default=200, metavar="N", help="random graphs to discover (default 200)")
+    parser.add_argument("--seed", type=int, default=1, help="of graphs and folds (default 1)")
+
+
+def _run(arguments: Namespace, context: Context) -> ExitCode:
+    if arguments.train is not None and arguments.decompose is None:
+        raise BadInput("--train FILE is for --decompose FILE: give both")
+    if not 1 <= arguments.dags <= 10_000:
+        raise BadInput(f"--dags {arguments.dags}: expected 1 to 10000")
+    parts: dict[str, dict[str, Any]] = {}
+    if arguments.width is not None:
+        questions = read_questions(arguments.width)[: arguments.rows]
+        parts["width"] = _widths(questions, arguments.planner, arguments.engine)
+    if arguments.decompose is not None:
+        try:
+            rows = read_labelled(arguments.decompose)
+            training = read_labelled(arguments.train) if arguments.train is not None else None
+            parts["decompose"] = measure_split(rows, training, arguments.seed)
+        except ValueError as err:  # BadRow is one, and so is what a judge says that cannot learn from the rows
+            raise BadInput(str(err)) from err
+    if arguments.graphs is not None or not parts:
+        known = random_plans(arguments.dags, arguments.seed)
+        if arguments.graphs is not None:
+            known += [from_graph(graph, arguments.seed) for graph in read_graphs(arguments.graphs)]
+        parts["discovery"] = measure_discovery(known)
+    if context.screen.json:
+        context.screen.document(next(iter(parts.values())) if len(parts) == 1 else parts)
+    else:
+        for name, figures in parts.items():
+            _print(context.screen, name, figures)
+    return ExitCode.OK
+
+
+def read_questions(path: Path) -> list[tuple[str, int]]:
+    """Questions with their gold widths. Raises BadInput with file, line and field."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as err:
+        raise BadInput(f"{path}: {err}; give a file of questions, one JSON object a line") from err
+    questions = []
+    for number, line in enumerate(lines[:_MAX_ROWS], 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as err:
+            raise BadInput(f"{path}:{number}: not JSON: {err}") from err
+        question, branch = (row.get("question"), row.get("branch")) if isinstance(row, dict) else (None, None)
+        if not isinstance(question, str) or not question.strip():
+            raise BadInput(f"{path}:{number}: question: expected a text")
+        if not isinstance(branch, int) or isinstance(branch, bool) or branch < 1:
+            raise BadInput(f"{path}:{number}: branch: expected a whole number of at least 1, got {branch!r}")
+        questions.append((question, branch))
+    if not questions:
+        raise BadInput(f"{path}: no question in it")
+    return questions
+
+
+def _widths(questions: Sequence[tuple[str, int]], planner: str, engine: str) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    if planner in ("rules", "both"):
+        registry = load_registry(CHECKOUT / "registry", CHECKOUT, check_files=False)
+        figures["rules"] = measure_width(questions, registry, None)
+    if planner in ("model", "both"):
+        front = demo_entry(engine, slots=1, context_tokens=3072, threads=decoding_threads(), load_deadline_s=120)
+        models = {"front": {"tier": "A", **front}, "specialist": {"tier": "B", **IDLE}, "worker": {"tier": "C", **IDLE}}
+        with (
+            tempfile.TemporaryDirectory(prefix="tl-") as folder,
+            BareStack(Path(folder), models=models, core=("scheduler",)) as stack,
+        ):
+
+            def ask(model: str, request: InferRequest) -> InferFinal | None:
+                try:
+                    return stack.client.infer(model, request, _ANSWER_S)
+                except CallError:
+                    return None  # counted: without an answer the machine uses the rules, which is not the model's plan
+
+            registry = load_registry(stack.registry, stack.home.models, check_files=False)
+            figures["model"] = measure_width(questions, registry, ask)
+    return figures
+
+
+def measure_width(questions: Sequence[tuple[str, int]], registry: Registry, ask: Ask | None) -> dict[str, Any]:
+    """Plan every question; a plan is valid if it can run, exact if as many steps as the gold width are on one level.
+
+    With `ask` only plans that the model made can be exact; those of the rules that stand in for it are counted apart.
+    """
+    valid = exact = used = with_rules = repaired = 0
+    confusion: Counter[tuple[int, int]] = Counter()
+    milliseconds = []
+    for question, gold in questions:
+        started = time.perf_counter()
+        final, outcome = _planned(TaskIR(objective=question), registry, ask)
+        milliseconds.append((time.perf_counter() - started) * 1000)
+        plan = final.task.plan
+        width = 0
+        if plan is not None and not plan_problems(final.task, registry):
+            valid += 1
+            width = width_of(plan)
+        by_model = outcome is ModelOutcome.USED
+        used += by_model
+        repaired += by_model and "repaired" in final.reason
+        with_rules += width == gold
+        exact += width == gold and (ask is None or by_model)
+        confusion[gold, width] += 1
+    rows = len(questions)
+    figures: dict[str, Any] = {
+        "rows": rows,
+        "valid": round(valid / rows, 4),
+        "width_exact": round(exact / rows, 4),
+        "confusion": {
+            str(gold): {str(width): confusion[gold, width] for width in sorted({w for g, w in confusion if g == gold})}
+            for gold in sorted({gold for gold, _ in confusion})
+        },
+        "ms_p50": round(statistics.median(milliseconds), 2),
+    }
+    if ask is not None:
+        figures |= {
+            "plans_of_the_model": used,
+            "of_these_repaired": repaired,
+            "width_exact_with_the_rules_plans": round(with_rules / rows, 4),
+        }
+    return figures
+
+
+def width_of(plan: Plan) -> int:
+    """Most steps on one level of a plan without problems."""
+    waits = needs(plan)
+    level: dict[str, int] = {}
+    todo = list(waits)
+    while todo:
+        step = todo.pop()
+        missing = [other for other in waits[step] if other not in level]
+        if missing:
+            todo += [step, *missing]
+        else:
+            level[step] = max((level[other] + 1 for other in waits[step]), default=0)
+    return max(Counter(level.values()).values())
+
+
+def _planned(task: TaskIR, registry: Registry, ask: Ask | None) -> tuple[PlanFinal, ModelOutcome]:
+    planning = Planning(registry)
+    command = planning.handle(Requested(0, task, None))
+    while not isinstance(command, Finish):
+        answer = ask(command.model, command.request) if ask is not None and isinstance(command, AskModel) else None
+        command = planning.handle(Unanswered(0, "not asked") if answer is None else ModelAnswered(0, answer))
+    return command.final, planning.model_outcome
+
+
+def measure_split(rows: Sequence[Labelled], training: Sequence[Labelled] | None, seed: int) -> dict[str, Any]:
+    """Balanced accuracy of the trained judge, with precision, recall and time; and of the rules that ship."""
+    chances = np.zeros(len(rows))
+    labels = np.array([row.divides for row in rows])
+    if not 0 < labels.sum() < len(labels):
+        raise BadRow("decomposable: all rows have one label, so there is no accuracy to balance")
+    milliseconds: list[float] = []
+    if training is not None:
+        _judge(trained_on(list(training)), rows, range(len(rows)), chances, milliseconds)
+    else:
+        fold = _folds(labels, seed)
+        for number in range(_FOLDS):
+            judge = trained_on([row for row, own in zip(rows, fold, strict=True) if own != number])
+            _judge(judge, rows, np.flatnonzero(fold == number).tolist(), chances, milliseconds)
+    by_rules = np.zeros(len(rows))
+    _judge(RuleJudge(), rows, range(len(rows)), by_rules, [])
+    said = chances >= 0.5
+    right = int((said & labels).sum())
+    return {
+        "rows": len(rows),
+        "balanced_accuracy": round(_balanced(said, labels), 4),
+        "ms_p50": round(statistics.median(milliseconds), 3),
+        "ms_max": round(max(milliseconds), 3),
+        "precision": round(right / max(1, int(said.sum())), 4),
+        "recall": round(right / int(labels.sum()), 4),
+        "trained_on": len(training) if training is not None else f"{_FOLDS} folds",
+        "rules_balanced_accuracy": round(_balanced(by_rules >= 0.5, labels), 4),
+    }
+
+
+def _judge(
+    judge: Judge, rows: Sequence[Labelled], numbers: Sequence[int], chances: np.ndarray[Any, Any], ms: list[float]
+) -> None:
+    for number in numbers:
+        started = time.perf_counter()
+        chances[number] = judge.judge(rows[number].request).probability
+        ms.append((time.perf_counter() - started) * 1000)
+
+
+def _folds(labels: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
+    """The fold of every row; each label is spread evenly."""
+    random = np.random.default_rng(seed)
+    fold = np.zeros(len(labels), dtype=int)
+    for label in (False, True):
+        own = np.flatnonzero(labels == label)
+        random.shuffle(own)
+        fold[own] = np.arange(len(own)) % _FOLDS
+    return fold
+
+
+def _balanced(said: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
+    return float(((said & labels).sum() / labels.sum() + (~said & ~labels).sum() / (~labels).sum()) / 2)
+
+
+def _print(screen: Screen, name: str, figures: dict[str, Any]) -> None:
+    if name != "width":
+        screen.heading(name)
+        screen.table(("figure", "value"), [(key, str(value)) for key, value in figures.items()])
+        return
+    for planner, measured in figures.items():
+        screen.heading(f"width of plans by the {planner}")
+        screen.table(("figure", "value"), [(key, str(value)) for key, value in measured.items() if key != "confusion"])
+        confusion = measured["confusion"]
+        widths = sorted({int(width) for row in confusion.values() for width in row})
+        screen.line("rows: gold width, columns: width of the plan")
+        screen.table(
+            ("gold", *map(str, widths)),
+            [(gold, *(str(row.get(str(width), "")) for width in widths)) for gold, row in confusion.items()],
+        )

@@ -1,0 +1,125 @@
+"""What memory is asked about a plan, in one request, and what its answers mean (pure).
+
+Three kinds of questions: how wide the plan is, which role does each kind of its steps, which persona goes with each
+role that could be taken. Steps that the rules give to one role are one question, so a map of forty is not forty draws.
+A client's plan is not asked about: it runs as it was sent. The answers are weighed in memory; `choose` applies them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from protocol.messages.artefact import ArtefactKind
+from protocol.messages.memory import Advise, Advised, Option, Question
+from protocol.messages.task import Plan, Step, TaskIR
+from services.kit.identity import work_key
+from services.kit.registry import PersonaEntry, Registry
+from services.planner.cast import ROLES_FOR, Work, alternatives
+
+NO_PERSONA: Final = "none"
+WIDTH_KEY: Final = "width"
+MAX_QUESTIONS: Final = 64
+_MAX_OPTIONS: Final = 16
+
+
+def role_key(step: Step) -> str:
+    """The question about roles that a step belongs to: whom the rules gave it to, and whether it makes code."""
+    return f"role:{step.actor}{':code' if _makes_code(step) else ''}"
+
+
+def role_options(step: Step, registry: Registry) -> list[str]:
+    """Roles that could do a step, the rules' first; code is only made by roles that write code."""
+    others = alternatives(step.actor, registry.roles)
+    if _makes_code(step):
+        others = [role for role in others if role in ROLES_FOR[Work.IMPLEMENT]]
+    return [step.actor, *others][:_MAX_OPTIONS]
+
+
+def persona_key(role: str) -> str:
+    """The question about personas of a role."""
+    return f"persona:{role}"
+
+
+def fitting(role: str, task: TaskIR, personas: Iterable[PersonaEntry]) -> list[PersonaEntry]:
+    """Personas whose `fits` allows this role and type of task, the most specific first, ties as in the file.
+
+    Specific is what fits few combinations of role and type; an empty list means anywhere and is least specific.
+    """
+    fit = [
+        persona
+        for persona in personas
+        if (not persona.fits.roles or role in persona.fits.roles)
+        and (not persona.fits.task_types or task.task_type in persona.fits.task_types)
+    ]
+    return sorted(fit, key=lambda persona: (len(persona.fits.roles) or 100) * (len(persona.fits.task_types) or 100))
+
+
+def shape_of(template: str) -> str:
+    """`doc.map-join/3` -> `doc.map-join`: what is learned of a shape holds for all its widths."""
+    return template.partition("/")[0]
+
+
+def request(task: TaskIR, plans: Mapping[str, Plan], registry: Registry, text: str) -> Advise | None:
+    """All that is open in these plans (template -> plan, the rules' choice first); None if nothing is."""
+    shapes = list(dict.fromkeys(map(shape_of, plans)))
+    questions: list[Question] = []
+    if len(shapes) > 1:
+        options = [Option(choice=shape) for shape in shapes]
+        questions.append(Question(key=WIDTH_KEY, subject="decomposition", rules_choice=shapes[0], options=options))
+    steps = [step for plan in plans.values() for step in plan.steps]
+    roles = dict.fromkeys(step.actor for step in steps if step.persona is None)
+    for key, step in {role_key(step): step for step in steps}.items():
+        names = role_options(step, registry)
+        roles |= dict.fromkeys(names)
+        if len(names) > 1:
+            questions.append(_question(key, "role", cluster_of(step), names, registry))
+    for role in roles:
+        fit = [entry.name for entry in fitting(role, task, registry.personas.values())][: _MAX_OPTIONS - 1]
+        if fit:
+            questions.append(_question(persona_key(role), "persona", role, [*fit, NO_PERSONA], registry))
+    if not questions:
+        return None
+    seed = int(work_key("advice", task.task_id or task.objective)[:15], 16)
+    return Advise(text=text, task_type=task.task_type.value, questions=questions[:MAX_QUESTIONS], seed=seed)
+
+
+def answers(advice: Sequence[Advised], asked: Advise) -> dict[str, Advised]:
+    """Answers by key; one that names no option of its question is left out, as if it had not come."""
+    options = {question.key: {option.choice for option in question.options} for question in asked.questions}
+    return {one.key: one for one in advice if one.choice in options.get(one.key, ())}
+
+
+def cluster_of(step: Step) -> str:
+    """Kind of work of a step: whom the rules gave it to. Outcomes of one kind speak for each other."""
+    return step.actor
+
+
+def versions(subject: str, choice: str, registry: Registry) -> tuple[str, str]:
+    """Digests of the model and of the prompt behind a choice; empty where there is none."""
+    if subject == "role" and choice in registry.roles:
+        role, model = registry.roles[choice], registry.model_of(choice)
+        return (
+            _digest(model.model_dump(mode="json", include={"engine", "path", "experts", "speculation"})),
+            _digest(role.model_dump(mode="json", include={"prompt", "sampling"})),
+        )
+    if subject == "persona" and choice in registry.personas:
+        return "", _digest(registry.personas[choice].prompt)
+    return "", ""
+
+
+def _question(key: str, subject: str, cluster: str, choices: Sequence[str], registry: Registry) -> Question:
+    options = []
+    for choice in choices:
+        model, prompt = versions(subject, choice, registry)
+        options.append(Option(choice=choice, model=model, prompt=prompt))
+    return Question(key=key, subject=subject, cluster=cluster, rules_choice=choices[0], options=options)
+
+
+def _makes_code(step: Step) -> bool:
+    return any(output.kind is ArtefactKind.CODE for output in step.outputs)
+
+
+def _digest(content: object) -> str:
+    return work_key(json.dumps(content, sort_keys=True))[:16]

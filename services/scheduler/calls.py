@@ -1,0 +1,106 @@
+"""One request for a capability, and what the broker wants done about requests and peers."""
+
+from __future__ import annotations
+
+import msgspec
+
+from services.scheduler.peers import Peer
+from services.scheduler.resources import NOTHING, Needs
+
+
+class Call(msgspec.Struct):
+    """One request for a capability. `requester` None = the hub itself."""
+
+    key: str
+    kind: str
+    target: str
+    queued_ms: int
+    interactive: bool = True
+    client: str = ""
+    """Who it is for: clients share a capability fairly."""
+    rank_s: float = 0.0
+    """Upward rank in seconds; see `queues.Place`."""
+    needs: Needs = NOTHING
+    """Tokens of the machine that it holds while it runs."""
+    body: bytes | None = None
+    """None = composed when it starts."""
+    requester: bytes | None = None
+    corr: str | None = None
+    """Id of the requester's message, repeated in the answer."""
+    outer_ms: int | None = None
+    """Unix ms after which nobody wants the answer, however often the work is begun."""
+    timeout_ms: int | None = None
+    """Bound from the start of the work."""
+    deadline_ms: int | None = None
+    """The bound in force: `outer_ms`, and once started also `timeout_ms`."""
+    task: str | None = None
+    step: str | None = None
+    attempt: int | None = None
+    parent: str | None = None
+    trace: str | None = None
+    retry_lost: bool = False
+    """Queue again without telling when its worker is lost; else the requester gets a PEER failure."""
+    worker: bytes | None = None
+    """Identity of the peer that has it; None while queued."""
+    hold_until_ms: int = 0
+    """Not handed out before this time: its worker may bring it back."""
+
+
+# Commands
+
+
+class Start(msgspec.Struct, frozen=True):
+    """Hand this call to that peer."""
+
+    call: Call
+    peer: Peer
+    unserved_ms: tuple[int, int] | None = None
+    """The last stretch of its wait in which no worker of its target was READY; None if one always was."""
+
+
+class CancelAt(msgspec.Struct, frozen=True):
+    """Tell that peer to stop."""
+
+    call: Call
+    identity: bytes
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """A call has its ending: `kind` is a final, or `error`."""
+
+    call: Call
+    kind: str
+    body: bytes
+    worker: str
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """A call's worker is gone; the call is queued again."""
+
+    call: Call
+    worker: str
+
+
+class Attached(msgspec.Struct, frozen=True):
+    """A worker came back with this running call: nothing is computed again."""
+
+    call: Call
+    worker: str
+
+
+class SendPing(msgspec.Struct, frozen=True):
+    """Ping that peer."""
+
+    identity: bytes
+
+
+class PeerGone(msgspec.Struct, frozen=True):
+    """A session is over."""
+
+    peer: Peer
+    why: str
+    silent: bool = False
+    """It said nothing any more; its process may live, with all it has in memory."""
+
+
+Command = Start | CancelAt | Ended | Lost | Attached | SendPing | PeerGone

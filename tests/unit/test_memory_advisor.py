@@ -1,0 +1,156 @@
+"""Routing as a projection of the log: advice is the same from a grown state, a snapshot, and a rebuild."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from protocol.messages.memory import (
+    Advise,
+    Advised,
+    DecisionRecord,
+    Option,
+    Outcome,
+    Question,
+    RecordDecisions,
+    RecordOutcomes,
+)
+from services.memory.advisor import Advisor
+from services.memory.embedding import Embedder
+from services.memory.log import Entry, MemoryLog
+from services.memory.machine import Recovery
+
+TEXTS = ("Parse the dates of this log file", "Translate the menu of the harbour restaurant", "??")
+ASK = Advise(
+    text="Parse the dates in these lines",
+    task_type="code",
+    questions=[
+        Question(
+            key="q",
+            subject="role",
+            rules_choice="worker",
+            options=[Option(choice="worker"), Option(choice="coder")],
+        )
+    ],
+    seed=7,
+)
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    return Embedder()
+
+
+@pytest.fixture
+def log(tmp_path: Path, embedder: Embedder) -> Iterator[MemoryLog]:
+    opened = MemoryLog(tmp_path)
+    opened.adopt_embedder(embedder.name, embedder.embed)
+    yield opened
+    opened.close()
+
+
+def store(log: MemoryLog, embedder: Embedder, numbers: range) -> None:
+    for number in numbers:
+        text, choice = TEXTS[number % 3], ("worker", "coder")[number % 2]
+        decision = DecisionRecord(
+            decision_id=f"d{number}",
+            task_id=f"t{number}",
+            subject="role",
+            choice=choice,
+            propensity=0.5,
+            task_type="code",
+        )
+        outcome = Outcome(
+            decision_id=f"d{number}", reward=float(choice == "coder"), seconds=1, attempts=1, at_ms=number
+        )
+        vector = None if text == "??" else embedder.embed(text)
+        answers = log.commit(
+            [
+                Entry(RecordDecisions(decisions=[decision], text=text), vector),
+                Entry(RecordOutcomes(outcomes=[outcome])),
+            ]
+        )
+        assert [answer.stored for answer in answers] == [1, 1]  # type: ignore[union-attr]  # a failure would fail here
+
+
+def advice(folder: Path, embedder: Embedder) -> tuple[list[Advised], Advisor]:
+    advisor = Advisor(folder, embedder)
+    answer = advisor.advise(ASK)
+    return answer, advisor
+
+
+def test_every_acknowledged_outcome_counts_in_the_next_advice(
+    log: MemoryLog, embedder: Embedder, tmp_path: Path
+) -> None:
+    (before,), advisor = advice(tmp_path, embedder)
+    assert (before.learned_choice, before.evidence) == ("worker", 0)
+    store(log, embedder, range(40))
+    (after,) = advisor.advise(ASK)
+    assert (after.learned_choice, after.evidence) == ("coder", 20)
+    assert advisor.stats() == {"routing_seq": log.seq, "routing_arms": 2, "routing_alarms": 0}
+    advisor.close()
+
+
+def test_a_snapshot_and_a_rebuild_give_the_advice_of_the_state_that_grew(
+    log: MemoryLog, embedder: Embedder, tmp_path: Path
+) -> None:
+    _, grown = advice(tmp_path, embedder)
+    store(log, embedder, range(30))
+    grown.advance()
+    grown.snapshot()
+    store(log, embedder, range(30, 40))
+    expected = grown.advise(ASK)
+    from_snapshot, advisor = advice(tmp_path, embedder)
+    assert (advisor.verdict, from_snapshot) == (Recovery.CATCH_UP, expected)
+    for file in tmp_path.glob("routing*"):
+        file.unlink()
+    rebuilt, advisor = advice(tmp_path, embedder)
+    assert (advisor.verdict, rebuilt) == (Recovery.REBUILD, expected)
+
+
+def test_a_flipped_byte_in_the_snapshot_costs_a_rebuild_and_no_answer(
+    log: MemoryLog, embedder: Embedder, tmp_path: Path
+) -> None:
+    store(log, embedder, range(20))
+    expected, advisor = advice(tmp_path, embedder)
+    advisor.close()
+    (snapshot,) = tmp_path.glob("routing-*")
+    data = bytearray(snapshot.read_bytes())
+    data[len(data) // 2] ^= 1
+    snapshot.write_bytes(data)
+    answer, advisor = advice(tmp_path, embedder)
+    assert (advisor.verdict, answer) == (Recovery.REBUILD, expected)
+    assert "altered" in advisor.reason
+
+
+def test_vectors_of_another_embedding_are_made_anew_and_the_state_with_them(
+    log: MemoryLog, embedder: Embedder, tmp_path: Path
+) -> None:
+    store(log, embedder, range(20))
+    expected, advisor = advice(tmp_path, embedder)
+    advisor.close()
+    log.adopt_embedder("another", lambda text: embedder.embed(text[::-1] + " turned"))
+    answer, advisor = advice(tmp_path, embedder)
+    assert advisor.verdict is Recovery.REBUILD
+    assert "another log" in advisor.reason
+    assert answer != expected
+
+
+def test_what_is_learned_of_a_shape_holds_for_all_its_widths(
+    log: MemoryLog, embedder: Embedder, tmp_path: Path
+) -> None:
+    for width in (2, 3, 5):
+        decision = DecisionRecord(
+            decision_id=f"w{width}",
+            task_id=f"t{width}",
+            subject="decomposition",
+            choice=f"doc.map-join/{width}",
+            propensity=1,
+            task_type="doc",
+        )
+        outcome = Outcome(decision_id=f"w{width}", reward=1, seconds=1, attempts=1, at_ms=1)
+        log.commit([Entry(RecordDecisions(decisions=[decision])), Entry(RecordOutcomes(outcomes=[outcome]))])
+    _, advisor = advice(tmp_path, embedder)
+    assert {name: arm.count for name, arm in advisor.bandit("decomposition", "doc").arms.items()} == {"doc.map-join": 3}

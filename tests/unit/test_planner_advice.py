@@ -1,0 +1,131 @@
+"""What memory is asked about a plan, and that its answers decide: who works, under which persona, how wide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from protocol.messages.memory import MemoryFinal
+from protocol.messages.plan import PlanFinal
+from protocol.messages.task import TaskIR
+from protocol.plan_graph import find_problems
+from services.kit.registry.entries import LearningEntry
+from services.planner.advice import NO_PERSONA, WIDTH_KEY, versions
+from services.planner.machine import (
+    AskAdvice,
+    Command,
+    Finish,
+    MemoryAnswered,
+    Planning,
+    Record,
+    Requested,
+    Unanswered,
+)
+from tests.unit.planner_tasks import SHIPPED, advice_for, task
+
+DOC = task("Compare the two reports", "doc", "a.md", "b.md")
+CODE = task("Write a function that parses dates", "code")
+
+
+def asked_for_advice(ir: TaskIR) -> tuple[Planning, AskAdvice]:
+    planning = Planning(SHIPPED)
+    planning.handle(Requested(0, ir, None))
+    command: Command = planning.handle(MemoryAnswered(1, MemoryFinal()))
+    if not isinstance(command, AskAdvice):
+        command = planning.handle(Unanswered(2, "deadline"))  # the model
+    assert isinstance(command, AskAdvice)
+    return planning, command
+
+
+def finished(planning: Planning, command: Command) -> tuple[PlanFinal, Record]:
+    assert isinstance(command, Record)
+    done = planning.handle(MemoryAnswered(9, MemoryFinal(stored=len(command.request.decisions))))
+    assert isinstance(done, Finish)
+    return done.final, command
+
+
+def test_one_request_asks_for_width_roles_and_personas_with_the_rules_choice_first() -> None:
+    _, command = asked_for_advice(DOC)
+    questions = {question.key: question for question in command.request.questions}
+    assert [option.choice for option in questions[WIDTH_KEY].options] == ["doc.map-join", "doc.single"]
+    reading = questions["role:worker"]
+    assert (reading.rules_choice, reading.cluster) == ("worker", "worker")
+    assert {"extractor", "writer"} < {option.choice for option in reading.options}
+    assert all(option.model and option.prompt for option in reading.options)
+    personas = [key for key in questions if key.startswith("persona:")]
+    assert len(personas) > 2
+    assert questions[personas[0]].options[-1].choice == NO_PERSONA
+
+
+def test_advice_decides_and_is_recorded_with_its_propensity_and_reason() -> None:
+    planning, command = asked_for_advice(DOC)
+    final, record = finished(
+        planning, planning.handle(MemoryAnswered(5, MemoryFinal(advice=advice_for(command.request, last=True))))
+    )
+    assert final.task.plan is not None
+    assert len(final.task.plan.steps) == 1, "the narrow plan was advised"
+    assert find_problems(final.task) == []
+    width, role, persona = final.decisions
+    assert (width.choice, width.alternatives, width.propensity) == ("doc.single/1", ["doc.map-join/2"], 0.9)
+    assert role.choice == final.task.plan.steps[0].actor
+    assert role.choice != "writer"
+    assert role.advice is not None
+    assert "writer" in role.alternatives
+    assert (role.advice.rules_choice, role.rule) == ("writer", f"learned: {role.choice}")
+    assert (persona.choice, final.task.plan.steps[0].persona) == (NO_PERSONA, None)
+    rows = {row.subject: row for row in record.request.decisions}
+    assert (rows["role"].model, rows["role"].prompt) == versions("role", role.choice, SHIPPED)
+    assert rows["role"].cluster == "writer"
+    assert record.request.text == DOC.objective
+
+
+def test_steps_of_one_kind_share_one_answer_and_carry_it_once() -> None:
+    planning, command = asked_for_advice(DOC)
+    advice = [one for one in advice_for(command.request, last=True) if one.key == "role:worker"]
+    final, _ = finished(planning, planning.handle(MemoryAnswered(5, MemoryFinal(advice=advice))))
+    assert final.task.plan is not None
+    first, second = (item for item in final.decisions if item.subject == "role" and item.cluster == "worker")
+    assert first.choice == second.choice == advice[0].choice
+    assert first.advice == advice[0]
+    assert (second.advice, second.rule) == (None, f"as {first.step}")
+
+
+def test_code_is_only_given_to_roles_that_write_code() -> None:
+    _, command = asked_for_advice(CODE)
+    (writing,) = (question for question in command.request.questions if question.key == "role:coder:code")
+    assert {option.choice for option in writing.options} == {"coder", "architect", "worker"}
+
+
+def test_without_an_answer_the_rules_choose_and_the_reason_says_so() -> None:
+    planning, _ = asked_for_advice(DOC)
+    final, _ = finished(planning, planning.handle(Unanswered(900, "deadline")))
+    assert "memory gave no advice (deadline), so the rules choose" in final.reason
+    assert {item.propensity for item in final.decisions} == {1.0}
+    assert all(item.advice is None for item in final.decisions)
+
+
+def test_a_memory_that_did_not_answer_once_is_not_waited_for_again() -> None:
+    planning = Planning(SHIPPED)
+    planning.handle(Requested(0, task("Say hello"), None))
+    assert isinstance(planning.handle(Unanswered(1_000, "deadline")), Record)
+
+
+def test_with_learning_off_nobody_is_asked() -> None:
+    planning = Planning(replace(SHIPPED, learning=LearningEntry(enabled=False)))
+    planning.handle(Requested(0, task("Say hello"), None))
+    assert isinstance(planning.handle(MemoryAnswered(1, MemoryFinal())), Record)
+
+
+@pytest.mark.parametrize("field", ["prompt", "model"])
+def test_a_changed_role_has_other_versions(field: str) -> None:
+    roles, models = dict(SHIPPED.roles), dict(SHIPPED.models)
+    if field == "prompt":
+        roles["coder"] = roles["coder"].model_copy(update={"prompt": "You are a poet."})
+    else:
+        models["specialist"] = models["specialist"].model_copy(update={"path": Path("/models/other.gguf")})
+    other = replace(SHIPPED, roles=MappingProxyType(roles), models=MappingProxyType(models))
+    before, after = versions("role", "coder", SHIPPED), versions("role", "coder", other)
+    assert [old != new for old, new in zip(before, after, strict=True)] == [field == "model", field == "prompt"]
