@@ -117,7 +117,7 @@ def search(start: Point, axes: Sequence[Axis], budget_s: float) -> Generator[Poi
 def _better_of(progress: _Progress, incumbent: Point, axis: Axis) -> Generator[Point, Outcome, Point]:
     """The incumbent, or the option of the axis that beats it."""
     challengers = [point for point in _options(incumbent, axis) if point not in progress.unusable]
-    reserve = 2 * CONFIRMING_PAIRS
+    reserve = 2 * (CONFIRMING_PAIRS - 1)
     own: list[float] = []
     scores: dict[Point, list[float]] = {point: [] for point in challengers}
     while challengers:
