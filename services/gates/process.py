@@ -84,7 +84,7 @@ async def run_bounded(
     started.
     """
     try:
-        child = await _started(argv, env, pass_fds, _die_with_us if dies_with_us else None)
+        child, cancelled = await _started(argv, env, pass_fds, _die_with_us if dies_with_us else None)
     except BaseException:
         for descriptor in report_fds or ():
             os.close(descriptor)
@@ -104,6 +104,8 @@ async def run_bounded(
     watch = asyncio.ensure_future(_watch(child.pid, bounds.memory_bytes))
     how: How | None = None
     try:
+        if cancelled:
+            raise asyncio.CancelledError
         async with asyncio.timeout(bounds.timeout_s):
             await _first_failure(jobs, watch)
         how = How.EXITED
@@ -125,17 +127,31 @@ async def run_bounded(
 
 async def _started(
     argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int], before: Callable[[], None] | None
-) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=dict(env),
-        pass_fds=tuple(pass_fds),
-        start_new_session=True,
-        preexec_fn=before,
+) -> tuple[asyncio.subprocess.Process, bool]:
+    """The child, and whether this was cancelled meanwhile: the caller kills all of it then.
+
+    asyncio itself would kill the first process only and wait for the end of pipes that its children hold open: a run
+    that was cancelled while its sandbox was being set up would never end.
+    """
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=dict(env),
+            pass_fds=tuple(pass_fds),
+            start_new_session=True,
+            preexec_fn=before,
+        )
     )
+    cancelled = False
+    while not starting.done():
+        try:
+            await asyncio.wait({starting})
+        except asyncio.CancelledError:
+            cancelled = True
+    return starting.result(), cancelled
 
 
 async def _report_stream(descriptor: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:

@@ -58,6 +58,13 @@ class ScriptedStack:
         task = {"objective": "test the routing of failures", "plan": {"steps": filled}} | fields
         return self.stack.client.run(task, timeout_s=100)
 
+    def switch_learning(self, *, on: bool) -> None:
+        """Whether memory's advice may replace the rules'; off where a test needs the rules' choice every time."""
+        text = f"learning: {{enabled: {str(on).lower()}}}\n"
+        (self.stack.registry / "learning.yaml").write_text(text, encoding="utf-8")
+        self.stack.restart("planner")
+        self.stack.wait_ready(["planner"])
+
     def figures(self, model: str) -> dict[str, Any]:
         """What the service of this entry last told the hub about itself."""
         peers = self.stack.client.status().peers

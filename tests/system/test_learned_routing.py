@@ -87,20 +87,13 @@ def tierline(stack: ScriptedStack, *words: str) -> dict[str, Any]:
     return answer
 
 
-def switch(stack: ScriptedStack, *, learning: bool) -> None:
-    text = f"learning: {{enabled: {str(learning).lower()}}}\n"
-    (stack.stack.registry / "learning.yaml").write_text(text, encoding="utf-8")
-    stack.stack.restart("planner")
-    stack.stack.wait_ready(["planner"])
-
-
 def test_after_sixty_tasks_the_right_roles_are_taken_and_explain_says_why(stack: ScriptedStack) -> None:
-    switch(stack, learning=False)
+    stack.switch_learning(on=False)
     ruled = [run(stack, number) for number in range(8)]
     assert sum(role_of(view) == RIGHT[kind] for kind, view in ruled) == 4, "the rules are right in half of the tasks"
     assert all(item.advice is None for _, view in ruled for item in view.plan.decisions)  # type: ignore[union-attr]  # role_of saw the plan
 
-    switch(stack, learning=True)
+    stack.switch_learning(on=True)
     seen = [run(stack, number) for number in range(TASKS)]
     right = [role_of(view) == RIGHT[kind] for kind, view in seen]
     assert sum(right[-LAST:]) / LAST > 0.85, [role_of(view) for _, view in seen]
@@ -133,6 +126,6 @@ def test_after_sixty_tasks_the_right_roles_are_taken_and_explain_says_why(stack:
     assert after["decisions"] == before["decisions"], "explaining an objective records nothing"
     assert after["routing_seq"] > 0
 
-    switch(stack, learning=False)
+    stack.switch_learning(on=False)
     again = [run(stack, number) for number in range(4)]
     assert [role_of(view) for _, view in again] == ["coder", "extractor", "coder", "extractor"]

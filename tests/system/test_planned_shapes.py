@@ -14,6 +14,7 @@ from tests.system.scripted_stack import ScriptedStack, scripted_stack
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[ScriptedStack]:
     with scripted_stack() as running:
+        running.switch_learning(on=False)
         yield running
 
 

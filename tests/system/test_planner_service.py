@@ -145,7 +145,7 @@ def test_requests_that_the_operator_has_labelled_decide_what_is_split(world: Wor
     with a_world(rows) as taught:
         final = taught.good_plan(request)
     assert final.decisions[0].choice == "chat.outline-map-join/8"
-    assert "by the trained judge" in final.decisions[0].rule
+    assert "by the trained judge" in final.reason
 
 
 def test_a_file_of_labels_that_cannot_be_used_refuses_the_launch_with_file_and_line(tmp_path: Path) -> None:

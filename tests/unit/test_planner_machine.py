@@ -108,7 +108,7 @@ def test_a_bad_plan_of_the_model_is_replaced_by_the_rules_with_the_reason(text: 
 
 def test_a_plan_with_a_mistake_that_has_a_cure_is_used_and_the_reason_says_what_was_done() -> None:
     planning, _ = asked()
-    final = finish(planning.handle(stored(planning.handle(says(GOOD.replace("worker", "wizard"))))))
+    final = finish(planning.handle(stored(go(planning, says(GOOD.replace("worker", "wizard"))))))
     assert final.source == "model"
     assert "it was repaired: step2: 'worker' for the role 'wizard'" in final.reason
 

@@ -23,10 +23,11 @@ def source(tmp_path: Path) -> Path:
 
 
 def rename_role(source: Path, new: str) -> None:
+    """Call the reviewer something else, wherever it is named."""
     text = (source / "roles.yaml").read_text()
     (source / "roles.yaml").write_text(text.replace("\n  reviewer:", f"\n  {new}:"))
-    personas = (source / "personas.yaml").read_text()
-    (source / "personas.yaml").write_text(personas.replace("reviewer", new))
+    for file in ("personas.yaml", "gates.yaml"):
+        (source / file).write_text((source / file).read_text().replace("reviewer", new))
 
 
 def keep(source: Path, copies: Path) -> str:
@@ -72,7 +73,7 @@ def test_old_copies_go_but_never_the_current_one(source: Path, tmp_path: Path) -
     make_current(copies, first)
     names = ["reviewer", *(f"critic{number}" for number in range(25))]
     for old, new in pairwise(names):
-        for file in ("roles.yaml", "personas.yaml"):
+        for file in ("roles.yaml", "personas.yaml", "gates.yaml"):
             text = (source / file).read_text()
             (source / file).write_text(text.replace(old, new))
         keep(source, copies)

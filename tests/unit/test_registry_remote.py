@@ -65,7 +65,7 @@ def test_a_remote_entry_needs_no_file_and_takes_no_core_here(folder: Path) -> No
 
 def test_a_remote_entry_of_an_exclusive_group_takes_that_and_no_core(folder: Path) -> None:
     edit(folder, "slots: 8", "slots: 8\n    exclusive: heavy")
-    assert inference_needs(load(folder), "infer.front") == Needs(0, "infer.front", "heavy")
+    assert inference_needs(load(folder), "infer.front") == Needs(shared_by="infer.front", group="heavy")
 
 
 @pytest.mark.parametrize(
