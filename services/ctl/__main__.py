@@ -25,6 +25,7 @@ from services.ctl import (
     status,
     tail,
     tasks,
+    tune,
 )
 from services.ctl.commands import Commands, Context, home_of
 from services.ctl.outcomes import CommandError, ExitCode
@@ -59,6 +60,7 @@ def build_parser() -> ArgumentParser:
         journal,
         memory,
         registry,
+        tune,
         bench,
     ):
         group.add(commands)

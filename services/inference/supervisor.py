@@ -46,6 +46,9 @@ _SERVING_POLL_S: Final = 1.0
 _KILL_GRACE_S: Final = 2.0
 _SLOT_FREE_S: Final = 2.0
 """A slot that says it is busy so long after its connection was closed stays busy."""
+_SLOT_POLL_S: Final = 0.005
+_SLOT_POLL_MAX_S: Final = 0.05
+"""A slot is usually free after one more token; one that takes longer is asked about less and less often."""
 _SLOT_ANSWER_S: Final = 30.0
 """A child that says nothing about its slots for so long is replaced; one batch of a large model takes seconds."""
 _MEASURE_S: Final = 10.0
@@ -147,6 +150,7 @@ class EngineSupervisor:
         launch = self._life.launch
         loop = asyncio.get_running_loop()
         began_s = loop.time()
+        pause_s = _SLOT_POLL_S
         while server is self._server:
             try:
                 busy = await server.busy_slots()
@@ -159,7 +163,8 @@ class EngineSupervisor:
             if loop.time() - began_s > limit_s:
                 self._feed(m.SlotStuck(self._clock.now_ms(), launch))
                 return
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _SLOT_POLL_MAX_S)
 
     def figures(self) -> dict[str, Any]:
         """What the hub is told with every pong; polled in the background, so asking costs nothing. Totals go on

@@ -75,8 +75,8 @@ def test_what_a_task_lacks_is_found_in_the_newest_registry_that_has_all_of_it(ho
     assert reader.past_with({"roles": {"nobody"}}) is None
     roles = home.registry / "roles.yaml"
     roles.write_text(roles.read_text().replace("\n  reviewer:", "\n  critic:"))
-    personas = home.registry / "personas.yaml"
-    personas.write_text(personas.read_text().replace("reviewer", "critic"))
+    for file in (home.registry / "personas.yaml", home.registry / "gates.yaml"):
+        file.write_text(file.read_text().replace("reviewer", "critic"))
     reader.keep()
     past = reader.past_with({"roles": {"reviewer", "worker"}})
     assert past is not None

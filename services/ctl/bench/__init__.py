@@ -12,6 +12,7 @@ from typing import Final
 from services.ctl.bench import (
     barrier,
     gates,
+    inference,
     lookup,
     makespan,
     memory,
@@ -33,6 +34,7 @@ BENCHMARKS: Final[tuple[Callable[[Commands], None], ...]] = (
     prefix.add,
     lookup.add,
     warm_load.add,
+    inference.add,
     planning.add,
     gates.add,
     memory.add,

@@ -21,14 +21,14 @@ from services.ctl.bench.demo_models import IDLE, decoding_threads, demo_entry
 from services.ctl.commands import Commands, Context
 from services.ctl.outcomes import CommandError, ExitCode
 
-SPECULATION: Final = {"type": "ngram-simple", "ngram_n": 4, "ngram_m": 24}
+SPECULATION: Final = {"type": "ngram-map-k", "ngram_n": 8, "ngram_m": 48}
 _ANSWER_TOKENS: Final = 240
 _PROSE_TOKENS: Final = 96
 _CALL_S: Final = 300.0
 _DECIDED_S: Final = 120.0
 """The policy stays in a mode for ten launches at least, and a launch of the demo model takes about a second."""
 
-_CODE: Final = """def normalize(values):
+CODE: Final = """def normalize(values):
     total = sum(values)
     if total == 0:
         return [0.0 for _ in values]
@@ -61,18 +61,22 @@ def median(values):
         return ordered[middle]
     return (ordered[middle - 1] + ordered[middle]) / 2
 """
-_COPY: Final = (
-    ChatMessage(role="user", content="Write the module."),
-    ChatMessage(role="assistant", content=f"```python\n{_CODE}```"),
-    ChatMessage(role="user", content="Write the module again, without any change."),
-)
-_PROSE: Final = (
+PROSE: Final = (
     "Tell a story about a lighthouse keeper who finds a letter.",
     "Describe how a river shapes a valley.",
     "Write about the first snow in a small town.",
     "Explain why people like to travel by train.",
     "Describe a market in the morning.",
 )
+
+
+def copy_task(code: str) -> tuple[ChatMessage, ...]:
+    """A conversation in which the model has written a module and is asked for it again."""
+    return (
+        ChatMessage(role="user", content="Write the module."),
+        ChatMessage(role="assistant", content=f"```python\n{code}```"),
+        ChatMessage(role="user", content="Write the module again, without any change."),
+    )
 
 
 def add(commands: Commands) -> None:
@@ -91,21 +95,27 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     return ExitCode.OK
 
 
-def measure(pairs: int, engine: str = "auto") -> dict[str, Any]:
-    """Ratios of decoding speeds, guessing entry over plain entry, each the ratio of the medians of its pairs."""
+def measure(pairs: int, engine: str = "auto", *, decide: bool = True) -> dict[str, Any]:
+    """Ratios of decoding speeds, guessing entry over plain entry, each the ratio of the medians of its pairs.
+
+    Without `decide` nobody waits for the policy before prose is measured.
+    """
     fields = {"slots": 1, "context_tokens": 2048, "threads": decoding_threads(), "load_deadline_s": 120}
     models = {
         "front": {"tier": "A", **IDLE},
         "specialist": {"tier": "B", **demo_entry(engine, **fields)},
         "worker": {"tier": "C", **demo_entry(engine, **fields), "speculation": SPECULATION},
     }
-    with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=models) as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="tl-") as folder,
+        BareStack(Path(folder), models=models, core=("scheduler",)) as stack,
+    ):
         for model in ("specialist", "worker"):
-            _ask(stack, model, _COPY, 16)
-        copies = [_pair(stack, number, _COPY, _ANSWER_TOKENS) for number in range(pairs)]
+            _ask(stack, model, copy_task(CODE), 16)
+        copies = [_pair(stack, number, copy_task(CODE), _ANSWER_TOKENS) for number in range(pairs)]
         copy_mode = _figures(stack)["mode"]
         before: list[tuple[InferFinal, InferFinal]] = []
-        end = time.monotonic() + _DECIDED_S
+        end = time.monotonic() + (_DECIDED_S if decide else 0)
         while _figures(stack)["mode"] == copy_mode and time.monotonic() < end:
             before.append(_pair(stack, len(before), _prose(len(before)), _PROSE_TOKENS))
             time.sleep(1.5)  # a change of mode waits for an idle moment, and figures come with the next ping
@@ -132,7 +142,7 @@ def measure(pairs: int, engine: str = "auto") -> dict[str, Any]:
 
 
 def _prose(number: int) -> tuple[ChatMessage, ...]:
-    return (ChatMessage(role="user", content=_PROSE[number % len(_PROSE)]),)
+    return (ChatMessage(role="user", content=PROSE[number % len(PROSE)]),)
 
 
 def _pair(

@@ -55,7 +55,7 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
 
 def measure(runs: int, tokens: int = 700, engine: str = "auto") -> dict[str, Any]:
     """Medians over `runs`; `prefix_speedup` compares throughputs of the two fan-outs, in prompts per second."""
-    entry = demo_entry(engine, tier="C", slots=SLOTS, context_tokens=tokens * 2 + 512, load_deadline_s=120)
+    entry = demo_entry(engine, tier="C", slots=SLOTS, context_tokens=max(1_024, tokens * 2 + 512), load_deadline_s=120)
     models = {"front": {"tier": "A", **IDLE}, "specialist": {"tier": "B", **IDLE}, "worker": entry}
     shared: list[float] = []
     apart: list[float] = []

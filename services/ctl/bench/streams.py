@@ -1,0 +1,244 @@
+"""What the bus costs an answer: the same prompts through the hub and straight to the engine's HTTP port, in turn.
+
+Both reach the same llama.cpp process, whose port and key are those of the running child. The direct side is a lean
+HTTP client with no bus, no service, no partials. Each round sends as many prompts at once as there are streams, first
+one way and then the other, and every second round the other way round, so that what else the machine does meets both;
+a ratio is made within a round, and the median is over rounds. Prompts differ in a number only: equally long, and new
+each time.
+
+The service replaces an engine whose slots work for nobody it knows, for five seconds on end, and the direct side is
+nobody it knows. So answers are as long as fits into half of that, and after them the service gets to see free slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+from protocol.client import AsyncClient
+from protocol.messages.infer import ChatMessage, InferPartial, InferRequest, Sampling
+from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.overhead import BenchmarkFailedError
+from services.inference.embedded import API_KEY_VARIABLE
+from services.inference.generation import payload_of
+
+_CALL_S: Final = 300.0
+_CANCEL_S: Final = 10.0
+_CANCELLED_TOKENS: Final = 400
+_DIRECT_S: Final = 2.5
+_SEEN_FREE_S: Final = 1.3
+"""The service looks at the slots once a second."""
+_LEAST_TOKENS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAddress:
+    """Where the engine of a stack's model listens, for a client that goes around the bus."""
+
+    base_url: str
+    key: str
+
+    @classmethod
+    def of(cls, stack: BareStack, model: str) -> EngineAddress:
+        """Read from the running child; only its own user can."""
+        process = Path(f"/proc/{metrics_of(stack, model)['child_pid']}")
+        command = process.joinpath("cmdline").read_bytes().decode().split("\0")
+        pairs = (pair.partition("=") for pair in process.joinpath("environ").read_bytes().decode().split("\0"))
+        key = next(value for name, _, value in pairs if name == API_KEY_VARIABLE)
+        return cls(f"http://127.0.0.1:{command[command.index('--port') + 1]}", key)
+
+    def client(self) -> httpx.AsyncClient:
+        """A client with its key and without proxies."""
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return httpx.AsyncClient(base_url=self.base_url, headers=headers, timeout=_CALL_S, trust_env=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One answer as its client saw it."""
+
+    first_s: float
+    """From sending to the first text."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Some answers that were asked for at once."""
+
+    tokens_per_s: float
+    first_ms: float
+    """Median time to the first text."""
+
+
+def metrics_of(stack: BareStack, model: str) -> dict[str, Any]:
+    """The figures of a model's service, as its last pong brought them."""
+    return next(peer.metrics for peer in stack.client.status().peers if peer.service == f"inference-{model}")
+
+
+def measure_streams(
+    stack: BareStack, model: str, streams: tuple[int, ...], rounds: int, answer_tokens: int
+) -> dict[str, dict[str, float]]:
+    """Figures by number of streams: `tokens_ratio` (bus over direct), `ttft_added_ms_p50`, and both speeds."""
+    return asyncio.run(_measure(stack, model, streams, rounds, answer_tokens))
+
+
+async def _measure(
+    stack: BareStack, model: str, streams: tuple[int, ...], rounds: int, answer_tokens: int
+) -> dict[str, dict[str, float]]:
+    figures: dict[str, dict[str, float]] = {
+        "tokens_ratio": {},
+        "ttft_added_ms_p50": {},
+        "bus_tokens_per_s": {},
+        "direct_tokens_per_s": {},
+        "answer_tokens": {},
+    }
+    async with (
+        EngineAddress.of(stack, model).client() as http,
+        AsyncClient(stack.home.hub_address, name="bench") as bus,
+    ):
+        numbers = itertools.count()
+
+        async def ask(side: str, count: int, tokens: int) -> Round:
+            prompts = [_request(next(numbers), tokens) for _ in range(count)]
+            began_s = time.perf_counter()
+            ways = [_over_bus(bus, model, one) if side == "bus" else _directly(http, one) for one in prompts]
+            found = _round(await asyncio.gather(*ways), time.perf_counter() - began_s)
+            if side == "direct":
+                await asyncio.sleep(_SEEN_FREE_S)
+            return found
+
+        for count in streams:
+            await ask("bus", count, _LEAST_TOKENS)  # from here on every slot holds how a prompt begins
+            rehearsed = await ask("bus", count, 2 * _LEAST_TOKENS)
+            tokens = max(_LEAST_TOKENS, min(answer_tokens, int(rehearsed.tokens_per_s * _DIRECT_S / count)))
+            taken: dict[str, list[Round]] = {"bus": [], "direct": []}
+            for turn in range(rounds):
+                for side in ("bus", "direct") if turn % 2 else ("direct", "bus"):
+                    taken[side].append(await ask(side, count, tokens))
+            pairs = list(zip(taken["bus"], taken["direct"], strict=True))
+            ratio = statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
+            added = statistics.median(one.first_ms - other.first_ms for one, other in pairs)
+            figures["tokens_ratio"][str(count)] = round(ratio, 3)
+            figures["ttft_added_ms_p50"][str(count)] = round(added, 2)
+            figures["answer_tokens"][str(count)] = tokens
+            for side, rows in taken.items():
+                speed = statistics.median(one.tokens_per_s for one in rows)
+                figures[f"{side}_tokens_per_s"][str(count)] = round(speed, 1)
+    return figures
+
+
+def measure_cancel(stack: BareStack, model: str, count: int) -> dict[str, float]:
+    """Milliseconds from a client's cancel until the hub may give the slot to somebody else: `p50`, `p95`, `slowest`.
+
+    The engine is then asked itself: BenchmarkFailedError where it still decodes although the slot was given back.
+    """
+    return asyncio.run(_measure_cancel(stack, model, count))
+
+
+async def _measure_cancel(stack: BareStack, model: str, count: int) -> dict[str, float]:
+    took_ms: list[float] = []
+    async with (
+        EngineAddress.of(stack, model).client() as http,
+        AsyncClient(stack.home.hub_address, name="bench") as bus,
+    ):
+        all_free = await _free_slots(bus, model)
+        for number in range(count):
+            began = asyncio.Event()
+            request = _request(900_000 + number, _CANCELLED_TOKENS)
+
+            def heard(_piece: InferPartial, at: asyncio.Event = began) -> None:
+                at.set()
+
+            call = asyncio.create_task(bus.infer(model, request, _CALL_S, on_partial=heard))
+            await asyncio.wait_for(began.wait(), _CALL_S)
+            await asyncio.sleep(0.007 * (number % 10))  # at any moment between two tokens
+            if call.done():
+                raise BenchmarkFailedError("an answer ended before it could be cancelled")
+            asked_s = time.perf_counter()
+            call.cancel()
+            await asyncio.wait([call])
+            while await _free_slots(bus, model) < all_free:
+                if time.perf_counter() - asked_s > _CANCEL_S:
+                    raise BenchmarkFailedError(f"no slot was free {_CANCEL_S:g} s after a cancel")
+            took_ms.append((time.perf_counter() - asked_s) * 1000)
+            slots = (await http.get("/slots")).raise_for_status().json()
+            if any(slot.get("is_processing") for slot in slots):
+                raise BenchmarkFailedError("the engine still decodes for a call whose slot was given back")
+    took_ms.sort()
+    p95 = took_ms[min(len(took_ms) - 1, int(0.95 * len(took_ms)))]
+    return {
+        name: round(ms, 1) for name, ms in (("p50", statistics.median(took_ms)), ("p95", p95), ("slowest", took_ms[-1]))
+    }
+
+
+async def _free_slots(bus: AsyncClient, model: str) -> int:
+    """Slots that the hub may still give away."""
+    status = await bus.status()
+    return next(peer.granted - peer.used for peer in status.peers if peer.service == f"inference-{model}")
+
+
+def _request(number: int, max_tokens: int) -> InferRequest:
+    text = f"{number:06d}. Tell a long story."
+    sampling = Sampling(temperature=0, top_k=1, seed=1)
+    messages = [ChatMessage(role="user", content=text)]
+    return InferRequest(role="bench", messages=messages, max_tokens=max_tokens, sampling=sampling, stream=True)
+
+
+async def _over_bus(bus: AsyncClient, model: str, request: InferRequest) -> Answered:
+    first: list[float] = []
+
+    def piece(_partial: InferPartial) -> None:
+        if not first:
+            first.append(time.perf_counter())
+
+    began = time.perf_counter()
+    final = await bus.infer(model, request, _CALL_S, on_partial=piece)
+    if not first:
+        raise BenchmarkFailedError(f"no piece of an answer came before its end: {final.text[:100]!r}")
+    return Answered(first[0] - began, final.generated_tokens)
+
+
+async def _directly(http: httpx.AsyncClient, request: InferRequest) -> Answered:
+    # What only our service asks for, the count of tokens in each event, is left out: it would slow this side down.
+    payload = payload_of(request.model_copy(update={"stream": False}))
+    first_s, tokens = None, 0
+    began = time.perf_counter()
+    try:
+        async with http.stream("POST", "/v1/chat/completions", json=payload) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if first_s is None and _has_text(event):
+                    first_s = time.perf_counter() - began
+                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    except httpx.HTTPError as err:
+        took_s = time.perf_counter() - began
+        raise BenchmarkFailedError(
+            f"the engine broke off a direct answer after {took_s:.1f} s ({type(err).__name__}); after about five its "
+            "service replaces it, which takes it for stuck: the machine is too busy for figures"
+        ) from err
+    if first_s is None or not tokens:
+        raise BenchmarkFailedError("the engine gave no answer over HTTP")
+    return Answered(first_s, tokens)
+
+
+def _has_text(event: Mapping[str, Any]) -> bool:
+    choices = event.get("choices")
+    return bool(choices and choices[0].get("delta", {}).get("content"))
+
+
+def _round(answers: list[Answered], took_s: float) -> Round:
+    first_ms = statistics.median(one.first_s for one in answers) * 1000
+    return Round(sum(one.tokens for one in answers) / took_s, first_ms)

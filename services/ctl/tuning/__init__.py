@@ -1,0 +1,1 @@
+"""What `tierline tune` is made of: what may be tried (`space`), in which order (`search`), how fast (`measure`)."""

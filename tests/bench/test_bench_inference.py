@@ -1,0 +1,28 @@
+"""`tierline bench inference` prints every figure that is promised of it, in its short form."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from services.ctl.__main__ import main
+
+
+@pytest.mark.timeout(600)
+def test_streams_cancel_prefix_lookup_and_loading_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "inference", "--quick", "--runs", "1", "--engines", "embedded", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    engine = figures["engines"]["embedded"]
+    for name in ("tokens_ratio", "ttft_added_ms_p50", "bus_tokens_per_s", "direct_tokens_per_s"):
+        assert list(engine[name]) == ["1", "2", "4", "8"]
+    assert all(ratio > 0 for ratio in engine["tokens_ratio"].values())
+    for name in ("prefix_speedup", "lookup_copy_speedup", "lookup_prose_ratio", "cancel_ms_p95", "warm_load_s"):
+        assert figures[name] == engine[name] > 0
+    assert engine["cancel_ms_p50"] <= engine["cancel_ms_p95"] < 10_000
+    assert 0 < engine["lookup_copy_acceptance"] <= 1, "the copy was not guessed at all"
+
+
+def test_an_engine_that_does_not_exist_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "inference", "--engines", "vllm"]) == 2
+    assert "llama-server, embedded" in capsys.readouterr().err
