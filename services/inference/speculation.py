@@ -34,7 +34,7 @@ TRIAL_TOKENS: Final = 160
 """Tokens of answers with guesses before a trial is judged."""
 BASELINE_TOKENS: Final = 96
 """Tokens of plain answers that make a measure of the plain speed."""
-BASELINE_AFTER_TOKENS: Final = 2_000
+BASELINE_AFTER_TOKENS: Final = 600
 """Tokens with guesses after which the plain speed is measured, though nothing speaks against guessing."""
 ACCEPTED_SHARE: Final = 0.4
 """Least accepted share of guesses. Checking a guess costs half of a step on cores that are busy anyway, so that below
