@@ -18,9 +18,7 @@ from services.kit.config import CHECKOUT
 def test_a_chain_beside_a_long_step_is_not_held_back_by_it() -> None:
     figures = barrier.measure(3)
     assert figures["ideal_s"] == 0.4
-    assert 0.4 <= figures["wall_s"] < 0.65, (
-        "how close it comes, the benchmark says; waves take 0.7"
-    )
+    assert 0.4 <= figures["wall_s"] < 0.65, "how close it comes, the benchmark says; waves take 0.7"
     assert figures["wall_s"] <= figures["client_wall_s"]
 
 
