@@ -25,6 +25,7 @@ from services.kit.hardware import available_memory
 from services.kit.identity import boot_id
 from services.kit.logs import Log, LogEvent
 from services.kit.registry import Registry, RegistryError
+from services.scheduler.client_requests import MAX_ACTIVE_TASKS
 from services.scheduler.durations import LearnedDurations
 from services.scheduler.effects import Record
 from services.scheduler.events import (
@@ -62,7 +63,7 @@ from services.scheduler.facts import (
 )
 from services.scheduler.housekeeping import Housekeeping, Intervals
 from services.scheduler.journal import Journal
-from services.scheduler.machine import MAX_ACTIVE_TASKS, Hub
+from services.scheduler.machine import Hub
 from services.scheduler.registry_reader import RegistryReader
 from services.scheduler.watchers import MAX_WATCHES
 

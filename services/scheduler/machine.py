@@ -22,20 +22,8 @@ from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, UNKNOWN_PEER
 from protocol.limits import MAX_BODY_BYTES, PROTOCOL_VERSION
 from protocol.messages.failure import Category
 from protocol.messages.infer import InferPartial
-from protocol.messages.registry import Reload
-from protocol.messages.reply import ErrorReply, Refused
-from protocol.messages.result import (
-    ArtefactQuery,
-    ArtefactReply,
-    Cancelled,
-    CancelQuery,
-    ListQuery,
-    TaskView,
-    Watch,
-)
-from protocol.messages.session import Hello, ModelQuery, Pong, Reject, StatusReport, Welcome
-from protocol.messages.task import Accepted, Extend, Extended, TaskIR
-from services.kit.identity import work_key
+from protocol.messages.reply import ErrorReply
+from protocol.messages.session import Hello, Pong, Reject, StatusReport, Welcome
 from services.kit.logs import LogEvent
 from services.kit.registry import Registry
 from services.scheduler import broker as b
@@ -46,6 +34,7 @@ from services.scheduler.admission import DrainRate
 from services.scheduler.batches import Batches, Tell
 from services.scheduler.checking import GATE
 from services.scheduler.circuits import Circuits, policy_of
+from services.scheduler.client_requests import ClientRequests
 from services.scheduler.clients import client_reports
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Ask, Drop, Record
@@ -55,11 +44,7 @@ from services.scheduler.events import (
     EventsRead,
     FrameIn,
     LookedUp,
-    LookUp,
     MemorySeen,
-    ReadListing,
-    ReadRegistry,
-    ReadStatus,
     RegistryChanged,
     RegistryRefused,
     ReloadUnsettled,
@@ -67,38 +52,27 @@ from services.scheduler.events import (
     Tick,
     Undeliverable,
 )
-from services.scheduler.growth import checked_extension
 from services.scheduler.lateral import strandings
 from services.scheduler.loading import Loading
 from services.scheduler.outbox import Outbox
-from services.scheduler.past import Past, answer_past
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
-from services.scheduler.requested import read_task, task_asked_for
 from services.scheduler.residency import TRUST_MS
 from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.unread import RETRY_AFTER_MS
-from services.scheduler.views import view
-from services.scheduler.waiting import reasons
 from services.scheduler.watchers import Watchers
 
-MAX_ACTIVE_TASKS: Final = 2_000
-"""Tasks that are not final. A submit is refused, with the time after which one should have ended, as soon as its client
-has as many as there are places left: one alone gets half of them, two a third each, and a newcomer finds a place."""
 MAX_SESSIONS: Final = 1_000
 """Of clients, and as many of workers, so that neither can shut the others out."""
 _DEFAULT_DEADLINE_MS: Final = 600_000
 _KEPT_WEIGHTS: Final = 1_024
-_SHORT_ANSWERS: Final = frozenset({"task.submit", "task.cancel", "task.extend"})
-"""Requests whose answers are a few bytes: taken from a peer that is behind with reading, too."""
 _TICKS_BETWEEN_CLEANUPS_MS: Final = 5_000
 
 PEER_JOINED = LogEvent("peer.joined", "peer epoch capabilities in_flight reattached dropped resend")
 PEER_GONE = LogEvent("peer.gone", "peer epoch reason")
 FRAME_REFUSED = LogEvent("frame.refused", "peer code reason", "warning")
-TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
 CIRCUIT_OPENED = LogEvent("circuit.opened", "capability reason", "warning")
 CIRCUIT_CLOSED = LogEvent("circuit.closed", "capability")
 REGISTRY_TAKEN = LogEvent("registry.taken", "digest previous draining kept")
@@ -124,6 +98,7 @@ class Hub:
     batches: Batches = field(init=False)
     outbox: Outbox = field(init=False)
     watchers: Watchers = field(init=False)
+    requests: ClientRequests = field(init=False)
     _at_ms: int = 0
     """When the newest event happened."""
     _drain: DrainRate = field(default_factory=DrainRate)
@@ -143,6 +118,18 @@ class Hub:
         self.loading.declare(self.registry)
         self.loading.residency.trust_ms = self.started_ms + TRUST_MS
         self.batches = Batches(lambda: self.registry, self.broker.slots)
+        self.requests = ClientRequests(
+            self.started_ms,
+            self.outbox,
+            self.watchers,
+            self.broker,
+            self.engine,
+            self.loading,
+            self.batches,
+            self.registries,
+            self._drain,
+            lambda at_ms: self._settle([], at_ms),
+        )
 
     def handle(self, happened: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
@@ -152,7 +139,7 @@ class Hub:
             case FrameIn(identity, frames, at_ms):
                 self._on_frame(identity, frames, at_ms)
             case LookedUp(identity, header, body, task, at_ms):
-                self._on_looked_up(identity, header, body, task, at_ms)
+                self.requests.on_looked_up(identity, header, body, task, at_ms)
             case Tick(at_ms):
                 self._on_tick(at_ms)
             case MemorySeen(available_bytes, at_ms):
@@ -252,7 +239,7 @@ class Hub:
                 self._settle([c.PeerGone(peer, "said goodbye")], at_ms)
             self.broker.on_goodbye(peer)
         elif kind in HUB_REQUESTS:
-            self._on_hub_request(peer.identity, header, body, at_ms)
+            self.requests.on_request(peer.identity, header, body, at_ms)
         elif kind in CALL_REQUESTS:
             self._on_call_request(peer, header, body, at_ms)
         elif kind == "batch.cancel":
@@ -367,145 +354,6 @@ class Hub:
         task = self.engine.live.get(call.task or "")
         if task is not None and self.watchers.sees_tokens(task.id):
             self.watchers.tell_tokens(task, call, unpack_body(InferPartial, body), at_ms)
-
-    # Clients
-
-    def _on_hub_request(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
-        objection = self.outbox.unread.objection(identity)
-        if objection is not None and header.kind not in _SHORT_ANSWERS:
-            self.outbox.refuse(identity, header, objection, RETRY_AFTER_MS)
-            return
-        match header.kind:
-            case "session.status":
-                self.outbox.add(ReadStatus(identity, header))
-            case "registry.reload":
-                self.outbox.add(ReadRegistry(identity, header, unpack_body(Reload, body).digest))
-            case "task.list":
-                self.outbox.add(ReadListing(identity, header, unpack_body(ListQuery, body)))
-            case "task.submit":
-                self._on_submit(identity, header, body, at_ms)
-            case "model.load" | "model.unload":
-                self._on_model(identity, header, unpack_body(ModelQuery, body).model, at_ms)
-            case "batch.request":
-                self._on_batch(identity, header, body, at_ms)
-            case _:
-                task_id = task_asked_for(header.kind, body)
-                known = self.engine.find(task_id)
-                if known is None:
-                    self.outbox.add(LookUp(task_id, identity, header, body))
-                else:
-                    self._answer_about(identity, header, body, known, at_ms)
-
-    def _on_model(self, identity: bytes, header: Header, model: str, at_ms: int) -> None:
-        """Somebody wants a model in memory, or out of it."""
-        refusal = self.loading.move(header.kind == "model.load", model, at_ms)
-        self._settle([], at_ms)
-        if refusal is not None:
-            self.outbox.answer(identity, header, "error", ErrorReply(failure=refusal))
-        else:
-            self.outbox.answer(identity, header, "model.report", self.loading.report(model, at_ms))
-
-    def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
-        ir = read_task(body, self.registries.declared)
-        peer = self.broker.peers[identity]
-        if ir.idempotency_key is None:
-            task_id = f"t-{work_key('task', self.epoch, self.outbox.sent, at_ms)[:16]}"
-        else:
-            task_id = f"t-{work_key('task', ir.idempotency_key)[:16]}"
-        if self.engine.find(task_id) is not None:
-            self.outbox.answer(identity, header, "task.accepted", Accepted(task_id=task_id, duplicate=True))
-        elif ir.idempotency_key is not None:
-            self.outbox.add(LookUp(task_id, identity, header, body))
-        else:
-            self._accept(identity, header, ir, task_id, peer.service, at_ms)
-
-    def _on_batch(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
-        objection = self.batches.objection(identity, header, len(body))
-        if objection is not None:
-            self.outbox.refuse(identity, header, objection, self.batches.retry_after_ms(at_ms))
-            return
-        self.batches.ask(identity, header, body, self.broker.peers[identity].service, at_ms)
-        self._settle([], at_ms)
-
-    def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
-        refused = self.admit(ir, task_id, client, at_ms)
-        if refused is not None:
-            self.outbox.note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
-            self.outbox.answer(identity, header, "refused", refused)
-            return
-        self.outbox.answer(identity, header, "task.accepted", Accepted(task_id=task_id))
-
-    def admit(self, ir: TaskIR, task_id: str, client: str, at_ms: int) -> Refused | None:
-        """Take a task that has been checked and begin with it; returns why not, if there is no place for it."""
-        # Nobody may have more than are left for the others, so that a greedy client never takes the last place.
-        own, active = self.engine.active[client], self.engine.active.total()
-        if own >= MAX_ACTIVE_TASKS - active:
-            reason = f"{active} tasks are active, {own} of them yours"
-            return Refused(reason=reason, retry_after_ms=self._drain.retry_after_ms(at_ms))
-        accepted = ir.model_copy(update={"task_id": task_id, "created_at": at_ms})
-        self.engine.submit(task_id, accepted, client, at_ms)
-        self._settle([], at_ms)
-        return None
-
-    def _on_looked_up(
-        self, identity: bytes, header: Header, body: bytes, task: TaskRecord | Past | None, at_ms: int
-    ) -> None:
-        peer = self.broker.peers.get(identity)
-        if peer is None:
-            return
-        try:
-            if header.kind == "task.submit":
-                ir = read_task(body, self.registries.declared)
-                task_id = f"t-{work_key('task', ir.idempotency_key)[:16]}"
-                if task is not None or self.engine.find(task_id) is not None:
-                    accepted = Accepted(task_id=task_id, duplicate=True)
-                    self.outbox.answer(identity, header, "task.accepted", accepted)
-                else:
-                    self._accept(identity, header, ir, task_id, peer.service, at_ms)
-            elif task is None:
-                wanted = task_asked_for(header.kind, body)
-                raise BadFrame("task.unknown", f"there is no task {wanted!r}; `tierline list` shows them")
-            elif not isinstance(task, TaskRecord):
-                self.outbox.answer(identity, header, *answer_past(header.kind, body, task))
-            else:
-                self._answer_about(identity, header, body, task, at_ms)
-        except BadFrame as err:
-            self.outbox.error(identity, header, err.code, Category.POLICY, str(err))
-
-    def _answer_about(self, identity: bytes, header: Header, body: bytes, task: TaskRecord, at_ms: int) -> None:
-        match header.kind:
-            case "task.show":
-                self.outbox.answer(identity, header, "task.detail", self._view(task, at_ms))
-            case "task.cancel":
-                query = unpack_body(CancelQuery, body)
-                if query.step is None:
-                    self.engine.cancel(task.id, query.reason, at_ms)
-                elif query.step in task.steps:
-                    self.engine.cancel_step(task.id, query.step, query.reason, at_ms)
-                else:
-                    raise BadFrame("step.unknown", f"task {task.id} has no step {query.step!r}")
-                self._settle([], at_ms)
-                cancelled = Cancelled(task_id=task.id, state=task.state)
-                self.outbox.answer(identity, header, "task.cancelled", cancelled)
-            case "task.extend":
-                steps = checked_extension(task, unpack_body(Extend, body).steps, self.registry)
-                self.engine.extend(task, steps, self.broker.peers[identity].service, at_ms)
-                self._settle([], at_ms)
-                extended = Extended(task_id=task.id, steps_total=len(task.steps))
-                self.outbox.answer(identity, header, "task.extended", extended)
-            case "task.artefact":
-                name = unpack_body(ArtefactQuery, body).name
-                if name not in task.artefacts:
-                    have = ", ".join(sorted(task.artefacts)[:50]) or "none yet"
-                    raise BadFrame("artefact.unknown", f"task {task.id} has no artefact {name!r}; it has: {have}")
-                self.outbox.answer(identity, header, "task.content", ArtefactReply(artefact=task.artefacts[name]))
-            case _:
-                self.watchers.watch(identity, header, unpack_body(Watch, body), task)
-
-    def _view(self, task: TaskRecord, at_ms: int) -> TaskView:
-        """The task as it stands, and why what could run does not."""
-        why = reasons(self.broker, self.loading, task, self.started_ms, at_ms)
-        return view(task).model_copy(update={"waiting": why})
 
     # The registry
 

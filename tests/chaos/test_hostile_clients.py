@@ -25,7 +25,7 @@ from protocol.messages.result import ArtefactQuery, TaskQuery, TaskState, Watch
 from protocol.messages.session import Hello
 from services.ctl.bench.bare_stack import BareStack
 from services.scheduler.admission import MAX_CALLS_PER_PEER
-from services.scheduler.machine import MAX_ACTIVE_TASKS
+from services.scheduler.client_requests import MAX_ACTIVE_TASKS
 from services.scheduler.unread import MAX_UNREAD_PER_PEER
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(200)]

@@ -16,7 +16,7 @@ from protocol.messages.plan import PlanFinal, RoutingDecision
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import CancelQuery, StepState, TaskState
 from protocol.messages.task import Submit
-from services.scheduler import machine
+from services.scheduler import client_requests
 from tests.unit.simulation import Answer, World, final_of, plan_as_given, say, stack, task_of
 
 
@@ -258,7 +258,7 @@ def test_the_same_idempotency_key_is_one_task_even_after_a_restart() -> None:
 
 
 def test_a_submit_beyond_the_bound_is_refused_with_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "MAX_ACTIVE_TASKS", 6)  # one client alone gets half
+    monkeypatch.setattr(client_requests, "MAX_ACTIVE_TASKS", 6)  # one client alone gets half
     world = stack(say("fine", took_ms=60_000))
     for _ in range(3):
         world.submit(task_of([{"id": "S1"}]))
