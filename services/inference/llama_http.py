@@ -121,13 +121,13 @@ class LlamaServer:
         return pinned
 
     async def close(self) -> None:
-        """Close all connections; running answers end with EngineGone."""
+        """Close all connections; running answers end with EngineGone, and so does whatever is asked afterwards."""
         await self._http.aclose()
 
     async def ready(self, slots: int) -> bool:
         """True once the model is loaded and it is our server: it takes our key and has the slots we asked for."""
         try:
-            health = await self._http.get("/health")
+            health = await self._open.get("/health")
         except httpx.HTTPError as err:
             raise EngineGone(f"no answer to /health: {type(err).__name__}") from err
         return health.status_code == 200 and len(await self._slots()) == slots
@@ -135,8 +135,8 @@ class LlamaServer:
     async def alive(self) -> bool:
         """True if the server answers at all that it is well; costs it nothing."""
         try:
-            return (await self._http.get("/health")).status_code == 200
-        except httpx.HTTPError:
+            return (await self._open.get("/health")).status_code == 200
+        except (httpx.HTTPError, EngineGone):
             return False
 
     async def busy_slots(self) -> int:
@@ -151,7 +151,7 @@ class LlamaServer:
     async def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
         """Stream one answer; closing the iterator closes the connection, which cancels the generation."""
         try:
-            async with self._http.stream(
+            async with self._open.stream(
                 "POST", "/v1/chat/completions", json=self._pinned(payload), timeout=_PATIENT
             ) as response:
                 if response.status_code != 200:
@@ -183,12 +183,19 @@ class LlamaServer:
         """Replace what a free slot has read by a saved file; returns the tokens it holds then."""
         return _count((await self._post(f"/slots/{slot}?action=restore", {"filename": name})).get("n_restored"))
 
+    @property
+    def _open(self) -> httpx.AsyncClient:
+        """The connections. Raises EngineGone once they are closed: a call may have waited for its slot meanwhile."""
+        if self._http.is_closed:
+            raise EngineGone("the engine is being replaced")
+        return self._http
+
     def _pinned(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         return dict(payload) if self._slot is None else {**payload, "id_slot": self._slot}
 
     async def _post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            response = await self._http.post(path, json=payload, timeout=_PATIENT)
+            response = await self._open.post(path, json=payload, timeout=_PATIENT)
         except httpx.HTTPError as err:
             raise EngineGone(f"the connection to the engine broke: {type(err).__name__}") from err
         if response.status_code != 200:
@@ -207,7 +214,7 @@ class LlamaServer:
 
     async def _get(self, path: str) -> httpx.Response:
         try:
-            response = await self._http.get(path)
+            response = await self._open.get(path)
         except httpx.HTTPError as err:
             raise EngineGone(f"no answer to {path}: {type(err).__name__}") from err
         if response.status_code != 200:

@@ -38,6 +38,8 @@ class Installation:
         for role in roles["roles"].values():
             role["model"] = "front" if role["model"] == "front" else "worker"
         (registry / "roles.yaml").write_text(yaml.safe_dump(roles))
+        # Models that answer anything at once cannot follow each shape that is tried for the sake of learning.
+        (registry / "learning.yaml").write_text("learning: {enabled: false}\n")
         self.write_models(slots=4)
         self.environment = {
             **os.environ,
