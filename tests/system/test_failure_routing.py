@@ -382,4 +382,4 @@ def test_what_cured_a_failure_is_told_in_the_prompts_of_a_similar_task(scripted:
     assert lesson.times >= 1, "other tests of this file may have taught it too"
     prompt = scripted.prompts_with("quince")[-1]
     assert "What went wrong in similar jobs" in prompt
-    assert "gate.lint: Undefined name `y`; cured 1x by retry with worker" in prompt
+    assert f"gate.lint: Undefined name `y`; cured {lesson.times}x by retry with worker" in prompt
