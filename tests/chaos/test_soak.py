@@ -9,7 +9,7 @@ from services.ctl.bench import soak
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(200)]
 
 
-def test_under_load_and_random_kills_nothing_is_lost_or_repeated_and_service_is_back() -> None:
+def test_under_load_and_random_kills_nothing_is_lost_or_repeated_and_service_is_back_within_seconds() -> None:
     figures = soak.measure(seconds=12, clients=3, kill_every_s=2, seed=7)
     assert figures["lost"] == 0, figures["details"]
     assert figures["duplicate_effects"] == 0, figures["details"]
@@ -18,7 +18,7 @@ def test_under_load_and_random_kills_nothing_is_lost_or_repeated_and_service_is_
     assert figures["steps"] == 4 * figures["finished"]
     assert sum(figures["kills"].values()) == 5
     assert figures["unrecovered"] == 0
-    assert figures["recovery_p95_s"] > 0, "how fast it is back is for the benchmark to say"
+    assert 0 < figures["recovery_p95_s"] <= 3.0
     growth = figures["rss_growth_by_process_mb"]
     assert growth["scheduler"] < 30
     assert figures["rss_growth_mb"] < 150, "memory maps and caches of the memory service included"
