@@ -14,8 +14,9 @@ from protocol.messages.artefact import Artefact
 from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult
 from protocol.messages.memory import Lesson
+from protocol.messages.persona import Persona
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Plan, Step, TaskIR
+from protocol.messages.task import Step, TaskIR
 from protocol.plan_graph import needs
 from services.scheduler import facts as f
 from services.scheduler.timeline import Timeline
@@ -168,6 +169,8 @@ class TaskRecord:
     """Step id -> steps that need it."""
     artefacts: dict[str, Artefact] = field(default_factory=dict)
     """Inputs, and the outputs of steps that are done."""
+    personas: dict[str, Persona] = field(default_factory=dict)
+    """Its own, by name: they come before the registry's."""
     gates: list[GateResult] = field(default_factory=list)
     failure: Failure | None = None
     unfinished: int = 0
@@ -226,6 +229,8 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
     match fact:
         case f.TaskPlanned():
             _adopt_plan(task, fact)
+        case f.PersonasMade():
+            task.personas |= {one.name: one for one in map(Persona.model_validate, fact.personas)}
         case f.StepsAdded():
             _add_steps(task, [Step.model_validate(value) for value in fact.steps])
         case f.TaskChecked():
@@ -274,7 +279,7 @@ def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
 def _add_steps(task: TaskRecord, added: list[Step]) -> None:
     if task.ir.plan is None:
         raise JournalError(f"steps were added to {task.id} before it was planned")
-    plan = Plan(steps=[*task.ir.plan.steps, *added])
+    plan = task.ir.plan.model_copy(update={"steps": [*task.ir.plan.steps, *added]})
     task.ir = task.ir.model_copy(update={"plan": plan})
     waits = needs(plan)
     for spec in added:
