@@ -23,6 +23,7 @@ from services.memory.machine import Found, Recovery, recovery
 from services.memory.manifest import Manifest, ProjectionDoubt, replace_file, sha256_of
 from services.memory.posterior import Array
 from services.memory.routing import Bandit, Observation
+from services.memory.threads import one_thread_each
 
 _MANIFEST: Final = "routing.manifest.json"
 _SNAPSHOT: Final = "routing-"
@@ -38,6 +39,7 @@ class Advisor:
 
     def __init__(self, folder: Path, embedder: Embedder) -> None:
         """Opens the snapshot if it can be trusted and catches up with the log; `verdict` says what was found."""
+        one_thread_each()
         self._folder = folder
         self._embedder = embedder
         self._reader = LogReader(folder)
