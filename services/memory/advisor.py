@@ -81,7 +81,8 @@ class Advisor:
         return self._bandits.get((subject, task_type), Bandit())
 
     def stats(self) -> dict[str, int]:
-        """Size of what is known, and alarms raised by arms that changed."""
+        """Size of what is known from all acknowledged outcomes, and alarms raised by arms that changed."""
+        self.advance()
         arms = [arm for bandit in self._bandits.values() for arm in bandit.arms.values()]
         return {
             "routing_seq": self.applied_seq,

@@ -11,8 +11,8 @@ Kalman filter form of the update (Rasmussen & Williams, Gaussian Processes, 2.1)
 m ← m + g (r - x·m) / s and P ← P - g gᵀ / s. Forgetting is one step of an Ornstein-Uhlenbeck process towards the prior.
 
 P has a few megabytes, and going through it for every outcome would cost more than all the rest. So the last rows
-g / √s are kept beside it and subtracted `PENDING` at a time: P = base - Σ gᵢ gᵢᵀ / sᵢ. Which rows are pending is part of
-the state, so that one read back from a snapshot rounds as the one that went on.
+g / √s are kept beside it and subtracted `PENDING` at a time: P = base - Σ gᵢ gᵢᵀ / sᵢ. Which rows are pending is part
+of the state, so that one read back from a snapshot rounds as the one that went on.
 """
 
 from __future__ import annotations

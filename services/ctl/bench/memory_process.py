@@ -15,6 +15,7 @@ from pathlib import Path
 from protocol.messages.failure import Failure
 from protocol.messages.memory import DecisionRecord, RecordDecisions
 from services.kit.logs import LogEvent
+from services.memory.advisor import Advisor
 from services.memory.embedding import Embedder
 from services.memory.graph import files, vouched
 from services.memory.graph_check import Checked, check_in_child
@@ -25,7 +26,7 @@ from services.memory.projector import Projector
 
 
 class OpenedMemory:
-    """Log, embedder and projections of one folder, in this thread."""
+    """Log, embedder, projections and routing of one folder, in this thread."""
 
     def __init__(self, folder: Path) -> None:
         """Open everything; what cannot be trusted is rebuilt."""
@@ -34,6 +35,7 @@ class OpenedMemory:
         self._log.adopt_embedder(self.embedder.name, self.embedder.embed)
         self.projector = Projector(folder, self.embedder, _tell_nobody)
         self.projector.start(*_judged(folder))
+        self.advisor = Advisor(folder, self.embedder)
 
     def commit(self, entries: Sequence[Entry]) -> None:
         """Store a group of entries; raises RuntimeError unless all are taken."""
@@ -41,8 +43,14 @@ class OpenedMemory:
             if isinstance(answer, Failure):
                 raise RuntimeError(answer.message)
 
+    def follow(self) -> None:
+        """Let everything that is derived catch up with the log."""
+        self.projector.advance()
+        self.advisor.advance()
+
     def close(self) -> None:
         """A clean stop."""
+        self.advisor.close()
         self.projector.close()
         self._log.close()
 
@@ -74,7 +82,7 @@ def main() -> None:
             decision_id="unclean", task_id="unclean", subject="role", choice="worker", propensity=1.0, task_type="doc"
         )
         memory.commit([Entry(RecordDecisions(decisions=[decision]))])
-        memory.projector.advance()
+        memory.follow()
     sys.stdout.write("open\n")
     sys.stdout.flush()
     signal.sigwait({signal.SIGTERM})
