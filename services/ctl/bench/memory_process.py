@@ -14,15 +14,16 @@ from pathlib import Path
 
 from protocol.messages.failure import Failure
 from protocol.messages.memory import DecisionRecord, RecordDecisions
-from services.kit.logs import LogEvent
 from services.memory.advisor import Advisor
 from services.memory.embedding import Embedder
 from services.memory.graph import files, vouched
 from services.memory.graph_check import Checked, check_in_child
-from services.memory.log import Entry, MemoryLog
+from services.memory.log import Entry
+from services.memory.log_restore import open_log
 from services.memory.machine import Found
 from services.memory.manifest import ProjectionDoubt
 from services.memory.projector import Projector
+from services.memory.telling import tell_nobody
 
 
 class OpenedMemory:
@@ -31,9 +32,9 @@ class OpenedMemory:
     def __init__(self, folder: Path) -> None:
         """Open everything; what cannot be trusted is rebuilt."""
         self.embedder = Embedder()
-        self._log = MemoryLog(folder)
+        self._log = open_log(folder, self.embedder, tell_nobody)
         self._log.adopt_embedder(self.embedder.name, self.embedder.embed)
-        self.projector = Projector(folder, self.embedder, _tell_nobody)
+        self.projector = Projector(folder, self.embedder, tell_nobody)
         self.projector.start(*_judged(folder))
         self.advisor = Advisor(folder, self.embedder)
 
@@ -67,10 +68,6 @@ def _judged(folder: Path) -> tuple[Found | None, Checked | None, str | None]:
         return None, asyncio.run(check_in_child(folder)), None
     except ProjectionDoubt as err:
         return None, None, str(err)
-
-
-def _tell_nobody(event: LogEvent, **fields: object) -> None:
-    """A benchmark prints figures, not the service's log."""
 
 
 def main() -> None:
