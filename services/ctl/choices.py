@@ -1,7 +1,8 @@
 """`personas`, `roles`: which there are, and what each has turned out to be worth, by the outcomes that memory has.
 
 The hub says which personas exist and what has become of those that were made at run time; memory says what every
-choice has earned in each kind of work. Without memory the lists come without values, and a note says so.
+choice has earned in each kind of work. Without memory the lists come without values, and a note says so. Roles are
+listed without a stack, too.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from protocol.client import AsyncClient
 from protocol.errors import BusError
 from protocol.messages.memory import Arms, ArmValue, MemoryRequest
 from protocol.messages.persona import NO_PERSONA, PersonaView
+from protocol.messages.session import StatusReport
 from services.ctl.commands import Commands, Context
-from services.ctl.hub import connect
+from services.ctl.hub import connect, try_status
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import Screen, one_line
 from services.ctl.stack_files import checked_registry
@@ -37,8 +39,7 @@ def add(commands: Commands) -> None:
         ),
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="this one only, with its prompt and every kind of work")
-    parser = commands.add("roles", _roles, "list roles, their models, and what they are worth in each kind of work")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="this one only")
+    commands.add("roles", _roles, "list the roles with model, state, and what each has turned out to be worth")
 
 
 def _personas(args: Namespace, context: Context) -> ExitCode:
@@ -63,33 +64,44 @@ def _personas(args: Namespace, context: Context) -> ExitCode:
     return ExitCode.OK
 
 
-def _roles(args: Namespace, context: Context) -> ExitCode:
+def _roles(_args: Namespace, context: Context) -> ExitCode:
     screen, registry = context.screen, checked_registry(context.home, check_files=False)
-    arms, why_not = asyncio.run(_ask_memory(context, "role"))
-    names = [name for name in registry.roles if args.name in (None, name)]
-    if not names:
-        raise BadInput(f"the registry has no role {args.name!r}; it has: {', '.join(registry.roles)}")
+    report, arms, why_not = asyncio.run(_ask_roles(context))
+    peers = {} if report is None else {peer.service: peer.state for peer in report.peers}
+    states = {name: peers.get(f"inference-{name}", "not running") for name in registry.models}
+    chains = {name: [above.name for above in registry.escalation_chain(name)] for name in registry.roles}
     if screen.json:
         screen.document(
-            [
-                {
-                    "name": name,
-                    "model": registry.roles[name].model,
-                    "description": registry.roles[name].description,
-                    "escalates_to": registry.roles[name].escalates_to,
-                    "values": _values_of(name, arms),
-                }
-                for name in names
-            ]
+            {
+                "digest": registry.digest,
+                "roles": [
+                    {
+                        **role.model_dump(mode="json"),
+                        "state": states[role.model],
+                        "escalation": chains[role.name],
+                        "values": _values_of(role.name, arms),
+                    }
+                    for role in registry.roles.values()
+                ],
+            }
         )
     else:
-        rows = []
-        for name in names:
-            role = registry.roles[name]
-            places = [arm for arm in arms if arm.choice == name]
-            rows.append((name, role.model, "", *_worth(name, arms)[:2], one_line(role.description, 80)))
-            rows += [("", "", _place(arm), *_figures(_of(arm)), f"{arm.mean_seconds:.1f} s") for arm in places]
-        screen.table(("role", "model", "kind of work", "outcomes", "reward", ""), rows)
+        screen.table(
+            ("role", "model", "state", "outcomes", "reward", "best in", "max tokens", "timeout", "escalates to", "for"),
+            [
+                (
+                    role.name,
+                    role.model,
+                    states[role.model],
+                    *_worth(role.name, arms),
+                    str(role.max_tokens),
+                    f"{role.timeout_s:g} s",
+                    " -> ".join(chains[role.name]),
+                    one_line(role.description, 80),
+                )
+                for role in registry.roles.values()
+            ],
+        )
     _note(screen, why_not)
     return ExitCode.OK
 
@@ -135,9 +147,13 @@ async def _ask_personas(context: Context) -> tuple[list[PersonaView], list[ArmVa
         return views, *await _arms(client, "persona")
 
 
-async def _ask_memory(context: Context, subject: str) -> tuple[list[ArmValue], str | None]:
+async def _ask_roles(context: Context) -> tuple[StatusReport | None, list[ArmValue], str | None]:
+    """The hub's report and what memory knows; neither is needed to list roles."""
+    report = await try_status(context.home, timeout_s=3.0)
+    if report is None:
+        return None, [], None
     async with connect(context.home) as client:
-        return await _arms(client, subject)
+        return report, *await _arms(client, "role")
 
 
 async def _arms(client: AsyncClient, subject: str) -> tuple[list[ArmValue], str | None]:
