@@ -25,6 +25,7 @@ from typing import Any, Final
 import numpy as np
 
 from protocol.messages.memory import Advised, ArmValue, ArmView, Option, Question
+from services.kit.expectation import expected
 from services.memory.embedding import DIMENSION, Vector
 from services.memory.posterior import NOISE, STATE_ARRAYS, Array, Place, Posterior, Prior
 
@@ -242,7 +243,6 @@ class Bandit:
         found = []
         for choice, arm in self.arms.items():
             for cluster, (count, rewards) in arm.in_cluster.items():
-                mean = (rewards + 1) / (count + 2)
                 found.append(
                     ArmValue(
                         task_type=task_type,
@@ -251,7 +251,7 @@ class Bandit:
                         prompt=arm.prompt,
                         outcomes=int(count),
                         mean_reward=min(1.0, max(0.0, rewards / count)),
-                        deviation=math.sqrt(mean * (1 - mean) / (count + 3)),
+                        deviation=expected(int(count), rewards).deviation,
                         mean_seconds=max(0.0, arm.seconds),
                     )
                 )
