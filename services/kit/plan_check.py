@@ -30,6 +30,7 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
         found += _unknown(step.id, "actor", [step.actor], registry.roles)
         found += _unknown(step.id, "gates", step.gates or [], registry.gates)
         found += _unknown(step.id, "persona", [step.persona] if step.persona else [], registry.personas)
+        found += _unknown(step.id, "spawns.roles", step.spawns.roles if step.spawns else [], registry.roles)
     found += _unknown(None, "gates", task.gates, registry.gates)
     found += _without_command(task, registry)
     found += _beyond_gates(task)
