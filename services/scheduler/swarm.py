@@ -80,6 +80,11 @@ def calls_left(task: TaskRecord, parent: StepRecord) -> int:
     return max(0, task.ir.budget.max_tool_calls - _made(task))
 
 
+def agents_left(task: TaskRecord) -> int:
+    """Sub-agents that may still be made."""
+    return max(0, task.ir.budget.max_subagents - sum(len(swarm.agents) for swarm in task.swarms.values()))
+
+
 def opened(task: TaskRecord, step: StepRecord, at_ms: int) -> f.SwarmTurned:
     """The first turn of a spawning step. Raises CallFailed (POLICY) where the budget has no step left for it."""
     if len(task.steps) >= task.ir.budget.max_steps:

@@ -15,7 +15,7 @@ from protocol.messages.task import Output, Step
 from services.kit.registry import Registry, RoleEntry
 from services.scheduler.feedback import harmless
 from services.scheduler.prompting import CHARS_PER_TOKEN, fair_share, tail_of
-from services.scheduler.swarm import agent_of, calls_left, parent_of, roles_of
+from services.scheduler.swarm import agent_of, agents_left, calls_left, parent_of, roles_of
 from services.scheduler.swarm_state import Swarm, ToolCall
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.toolcalls import turn_schema
@@ -43,7 +43,8 @@ def schema_of_turn(task: TaskRecord, step: StepRecord, max_tokens: int) -> dict[
     """The JSON Schema under which a turn is decoded: tools only while calls are left, texts that fit into the turn."""
     parent = parent_of(task, step)
     chars = max(_LEAST_RESULT_CHARS, min(_MOST_TEXT_CHARS, int(max_tokens * CHARS_PER_TOKEN / 4)))
-    return turn_schema(step.spec, roles_of(parent), calls_left(task, parent), chars)
+    left = calls_left(task, parent)
+    return turn_schema(step.spec, roles_of(parent), left, chars, may_create=agents_left(task) > 0)
 
 
 def turn_spec(task: TaskRecord, step: StepRecord, registry: Registry, *, room_chars: int) -> Step:
@@ -51,14 +52,13 @@ def turn_spec(task: TaskRecord, step: StepRecord, registry: Registry, *, room_ch
     parent = parent_of(task, step)
     swarm = task.swarms[parent.spec.id]
     left = calls_left(task, parent)
-    made = sum(len(one.agents) for one in task.swarms.values())
     roles = roles_of(parent)
     described = "".join(f"\n- {name}: {registry.roles[name].description}" for name in roles) if len(roles) > 1 else ""
     how = _MUST_ANSWER
     if left:
         how = _MAY_CALL.format(
             left=left,
-            agents=max(0, task.ir.budget.max_subagents - made),
+            agents=agents_left(task),
             roles=f' A sub-agent may be given a "role", {roles[0]} if none:{described}' if described else "",
         )
     history = _history(task, swarm, int(room_chars * _RESULTS_SHARE))

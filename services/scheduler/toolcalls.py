@@ -79,8 +79,13 @@ class Answered:
     text: str
 
 
-def turn_schema(spec: Step, roles: Sequence[str], most_calls: int, text_chars: int) -> dict[str, Any]:
-    """JSON Schema of a turn: at most so many calls, none = it must answer; texts of at most so many characters."""
+def turn_schema(
+    spec: Step, roles: Sequence[str], most_calls: int, text_chars: int, *, may_create: bool = True
+) -> dict[str, Any]:
+    """JSON Schema of a turn: at most so many calls, none = it must answer; texts of at most so many characters.
+
+    Without `may_create` no further sub-agent can be made, only those there are be given work.
+    """
     answer: dict[str, Any] = {"type": "string", "minLength": 1}
     if spec.outputs[0].kind is ArtefactKind.JSON:
         answer = spec.json_schema or {"type": "object"}
@@ -100,7 +105,7 @@ def turn_schema(spec: Step, roles: Sequence[str], most_calls: int, text_chars: i
         "type": "array",
         "minItems": 1,
         "maxItems": min(most_calls, _CALLS_IN_GRAMMAR),
-        "items": {"anyOf": tools},
+        "items": {"anyOf": tools if may_create else tools[1:]},
     }
     return {"anyOf": [_object({"calls": calls}), answered]}
 

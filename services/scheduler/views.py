@@ -95,7 +95,7 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
             return {
                 "turn": fact.turn,
                 "agents": [call["agent"] for call in kept if "step" not in call],
-                "assigned": [{"id": call["step"], "agent": call["agent"]} for call in kept if "step" in call],
+                "assigned": [call["step"] for call in kept if "step" in call],
                 "refused": refused,
             }
         case f.StepsAdded():
