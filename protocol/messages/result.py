@@ -161,8 +161,9 @@ class SubAgentView(Message):
     role: str
     system_prompt: str
     """As the planning model wrote it, its first 500 characters."""
-    persona: str | None = None
-    """Where the prompt is not the model's own: the persona of this name that it was taken from."""
+    persona: str
+    """What its prompt is kept as: steps of this and of later tasks may name it. Another name than its own where that
+    had another prompt already."""
     turn: int = Field(ge=1)
     """Turn of the spawning step in which it was made."""
     steps: list[str] = Field(default_factory=list)

@@ -74,7 +74,8 @@ class Step(Strict):
     """Command of the gates that run one, such as `integration`, started in the workspace without a shell. May use
     {workspace} and {python}; absent = the task's."""
     persona: Name | None = None
-    """Prompt overlay from `registry/personas.yaml`; absent = the planner chooses."""
+    """Prompt overlay: of the registry, or made at run time; `none` = without one; absent = the plan's, else the planner
+    chooses."""
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
     """Wall clock of one attempt, from dispatch; absent = the role's."""
     max_tokens: int | None = Field(default=None, ge=1, le=131_072)
@@ -100,6 +101,8 @@ class Plan(Strict):
     """The steps of a task; their order in the list means nothing."""
 
     steps: Annotated[list[Step], Field(min_length=1, max_length=MAX_STEPS)]
+    persona: Name | None = None
+    """Of every step that names none itself; absent = the planner chooses for each."""
 
 
 class Escalation(Strict):

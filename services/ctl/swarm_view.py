@@ -25,7 +25,7 @@ def print_swarms(screen: Screen, view: TaskView, *, told: bool) -> None:
             f"{swarm.tool_calls} tool calls, {swarm.generated_tokens} tokens"
         )
         shown = _notable(swarm.agents)
-        last = "system prompt" if told else "last result"
+        last = "persona" if told else "last result"
         screen.table(
             ("agent", "role", "made in", "work", "done", "failed", "tokens", last),
             [_row(swarm, agent, told=told) for agent in shown],
@@ -44,7 +44,6 @@ def _notable(agents: list[SubAgentView]) -> list[SubAgentView]:
 
 
 def _row(swarm: SwarmView, agent: SubAgentView, *, told: bool) -> tuple[str, ...]:
-    prompt = f"persona {agent.persona}: {agent.system_prompt}" if agent.persona else agent.system_prompt
     return (
         agent.name,
         agent.role,
@@ -53,5 +52,5 @@ def _row(swarm: SwarmView, agent: SubAgentView, *, told: bool) -> tuple[str, ...
         str(agent.done),
         str(agent.failed),
         str(agent.generated_tokens),
-        one_line(prompt if told else agent.result, 60),
+        one_line(f"{agent.persona}: {agent.system_prompt}" if told else agent.result, 60),
     )

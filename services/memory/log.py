@@ -263,6 +263,7 @@ class MemoryLog:
         return MemoryFinal(stored=len(new), duplicates=len(decisions) - len(new))
 
     def _store_outcomes(self, request: RecordOutcomes, vector: Vector | None) -> MemoryFinal:
+        taken = self._store_decisions(RecordDecisions(decisions=request.decisions), None)
         ids = [outcome.decision_id for outcome in request.outcomes]
         self._refuse_unknown(ids)
         new = [request.outcomes[position] for position in first_of_each(ids, self._known("outcomes", ids))]
@@ -272,7 +273,7 @@ class MemoryLog:
                 (outcome.decision_id, self._next(), outcome.failure_code, outcome.model_dump_json()),
             )
             self._learn(outcome)
-        stored, duplicates = len(new), len(ids) - len(new)
+        stored, duplicates = len(new) + taken.stored, len(ids) - len(new) + taken.duplicates
         if request.episode is not None and vector is not None:
             added = self._store_episode(request.episode, vector)
             stored, duplicates = stored + added, duplicates + (1 - added)

@@ -8,7 +8,7 @@ follows a failure is `failures.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,10 +18,11 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal
 from protocol.messages.infer import InferFinal
 from protocol.messages.memory import MemoryFinal
+from protocol.messages.persona import Persona, PersonaMade
 from protocol.messages.plan import PlanFinal
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Step, TaskIR
+from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import final_artefacts
 from services.kit.identity import work_key
 from services.kit.registry import Registry
@@ -38,13 +39,15 @@ from services.scheduler.failures import Action, Work, react, teaches
 from services.scheduler.growth import items_of, join_of, reach_of
 from services.scheduler.outcomes import UNEMBEDDABLE, outcomes_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
-from services.scheduler.planning import adopted, plan_wanted
+from services.scheduler.personas import Personas
+from services.scheduler.planning import PLANNER, adopted, plan_wanted, with_names
 from services.scheduler.ranks import Ranking
 from services.scheduler.requests import infer_request
 from services.scheduler.setbacks import attempt_lost, is_retry, poisoned, step_history, task_history, task_setback
 from services.scheduler.swarm import opened, said_in, turned
 from services.scheduler.swarm_state import turn_id
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
+from services.scheduler.toolcalls import Calls
 from services.scheduler.verdicts import gate_failure
 
 MEMORY: Final = "memory"
@@ -63,6 +66,8 @@ class Engine:
 
     registry: Registry
     ranking: Ranking
+    personas: Personas
+    """Made at run time; those that its steps use a task has for itself."""
     live: dict[str, TaskRecord] = field(default_factory=dict)
     """Tasks that are not final, or whose outcomes memory does not have yet."""
     active: Counter[str] = field(default_factory=Counter)
@@ -159,8 +164,38 @@ class Engine:
         elif task.unfinished == 0:
             self._finish(task, at_ms)
 
+    def make_persona(
+        self, persona: Persona, *, made_by: str, at_ms: int, task: TaskRecord | None = None, rename: bool = False
+    ) -> PersonaMade:
+        """Have a persona, for everybody or also for a task that is not final; steps name it as the answer says.
+
+        Raises BadFrame, see `Personas.make`.
+        """
+        own = {} if task is None else task.personas
+        named, made = self.personas.make(
+            persona, made_by=made_by, at_ms=at_ms, task=None if task is None else task.id, own=own, rename=rename
+        )
+        if task is not None:
+            self._give_personas(task, [named], at_ms)
+        return made
+
+    def _give_personas(self, task: TaskRecord, personas: Iterable[Persona], at_ms: int) -> None:
+        """They are the task's own from now on."""
+        new = [one for one in personas if task.personas.get(one.name) != one]
+        if new:
+            values = [one.model_dump(mode="json") for one in new]
+            self._emit(task, f.PersonasMade(task=task.id, at_ms=at_ms, personas=values))
+            self.personas.used([one.name for one in new], at_ms)
+
+    def _take_up_trials(self, task: TaskRecord, plan: Plan, at_ms: int) -> None:
+        """What these steps name and is on trial the task keeps, whatever becomes of the trial."""
+        names = {plan.persona, *(step.persona for step in plan.steps)} - task.personas.keys()
+        if names & self.registry.on_trial:
+            self._give_personas(task, [one for one in self.personas.on_trial() if one.name in names], at_ms)
+
     def extend(self, task: TaskRecord, steps: Sequence[Step], client: str, at_ms: int) -> None:
         """Add steps that `growth.checked_extension` has let through."""
+        self._take_up_trials(task, Plan(steps=list(steps)), at_ms)
         values = [step.model_dump(mode="json", exclude_none=True) for step in steps]
         self._emit(task, f.StepsAdded(task=task.id, at_ms=at_ms, steps=values, client=client))
         self.ranking.forget(task.id)
@@ -279,7 +314,8 @@ class Engine:
     def _on_planned(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is None:
             try:
-                self._emit(task, adopted(task, unpack_body(PlanFinal, body), self.registry, self.ranking, at_ms))
+                final = self._with_personas(task, unpack_body(PlanFinal, body), at_ms)
+                self._emit(task, adopted(task, final, self.registry, self.ranking, at_ms))
             except CallFailed as err:
                 failure = err.failure
         if failure is not None:
@@ -288,6 +324,21 @@ class Engine:
         for step in list(task.steps.values()):
             if not step.waiting_for:
                 self._begin(task, step, at_ms)
+
+    def _with_personas(self, task: TaskRecord, final: PlanFinal, at_ms: int) -> PlanFinal:
+        """Make the personas that come with a plan; the plan with the names they got. Raises CallFailed (SCHEMA)."""
+        try:
+            made = {
+                one.name: self.make_persona(one, made_by=PLANNER, at_ms=at_ms, task=task, rename=True).name
+                for one in final.personas
+            }
+        except BadFrame as err:
+            failure = Failure(code="plan.invalid", category=Category.SCHEMA, origin=PLANNER, message=str(err)[:8_000])
+            raise CallFailed(failure) from err
+        final = with_names(final, made)
+        if final.task.plan is not None:
+            self._take_up_trials(task, final.task.plan, at_ms)
+        return final
 
     # Steps
 
@@ -364,13 +415,22 @@ class Engine:
             return
         self._emit(task, a.answered(task, step, final, made, at_ms))
         if said.calls is not None:
-            self._emit(task, turned(task, step, said.calls, self.registry, at_ms))
+            self._take_turn(task, step, said.calls, at_ms)
             self.ranking.forget(task.id)
             self._finish_step(task, step, at_ms)
         elif step.spec.gates:
             self._ask_gates(task, step, at_ms)
         else:
             self._finish_step(task, step, at_ms)
+
+    def _take_turn(self, task: TaskRecord, step: StepRecord, calls: Calls, at_ms: int) -> None:
+        """A turn of a planning model: what it calls is carried out or refused, and recorded in one fact."""
+
+        def make(persona: Persona) -> str:
+            made = self.make_persona(persona, made_by=step.attempt.role, at_ms=at_ms, task=task, rename=True)
+            return made.name
+
+        self._emit(task, turned(task, step, calls, self.registry, make, at_ms))
 
     def _ask_gates(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
         self._ask(task, step, step_checks(task, step, self.registry), at_ms, hold_until_ms)
@@ -580,6 +640,8 @@ class Engine:
 
     def _settled(self, task: TaskRecord, stored: int, reason: str, at_ms: int) -> None:
         self._emit(task, f.OutcomesSettled(task=task.id, at_ms=at_ms, stored=stored, reason=reason))
+        if task.personas and stored:
+            self.personas.settled()
         self._retire(task)
 
     def _retire(self, task: TaskRecord) -> None:

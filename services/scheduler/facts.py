@@ -53,6 +53,13 @@ class TaskPlanned(Fact, frozen=True, kw_only=True):
     """Slots of the models that the steps are planned for."""
 
 
+class PersonasMade(Fact, frozen=True, kw_only=True):
+    """The task has these of its own from now on: made for it, or on trial when its steps took them up."""
+
+    EVENT: ClassVar[str] = "task.personas"
+    personas: list[dict[str, Any]]
+
+
 class StepsAdded(Fact, frozen=True, kw_only=True):
     """The graph has grown while the task ran."""
 
@@ -245,6 +252,7 @@ TYPES: Final[dict[str, type[Fact]]] = {
     for cls in (
         TaskAccepted,
         TaskPlanned,
+        PersonasMade,
         StepsAdded,
         StepExpanded,
         SwarmTurned,

@@ -17,9 +17,9 @@ from protocol.limits import MAX_ARTEFACT_CHARS
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.failure import Category, Failure
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Plan, Step
+from protocol.messages.task import Step
 from services.kit.plan_check import plan_problems
-from services.kit.registry import Registry
+from services.kit.registry import Registry, with_own
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 MAX_ITEMS: Final = 1_000
@@ -90,8 +90,9 @@ def checked_extension(task: TaskRecord, steps: Sequence[dict[str, Any]], registr
     taken = [step.id for step in added if step.id in task.steps]
     if taken:
         raise BadFrame("task.invalid", f"plan.steps[{taken[0]}].id: the task has such a step already")
-    plan = Plan(steps=[*task.ir.plan.steps, *added])
-    problems = [str(problem) for problem in plan_problems(task.ir.model_copy(update={"plan": plan}), registry)]
+    plan = task.ir.plan.model_copy(update={"steps": [*task.ir.plan.steps, *added]})
+    grown, known = task.ir.model_copy(update={"plan": plan}), with_own(registry, task.personas.values())
+    problems = [str(problem) for problem in plan_problems(grown, known)]
     lost = {StepState.FAILED, StepState.CANCELLED, StepState.SKIPPED}
     gone = {name for name, record in task.steps.items() if record.state in lost}
     made = {output.name: step.id for step in task.ir.plan.steps for output in step.outputs}

@@ -12,7 +12,7 @@ from protocol.messages.artefact import ArtefactKind
 from protocol.messages.batch import BatchRequest
 from protocol.messages.infer import AbortLimits, ChatMessage, InferRequest, Sampling
 from services.kit.identity import work_key
-from services.kit.registry import EarlyAbort, Registry, RoleEntry
+from services.kit.registry import EarlyAbort, PersonaEntry, Registry, RoleEntry, persona_entry
 from services.scheduler.answers import schema_of_parts
 from services.scheduler.feedback import room_for, told
 from services.scheduler.prompting import CHARS_PER_TOKEN, compose
@@ -78,7 +78,7 @@ def _messages(
         spec = turn_spec(task, step, registry, room_chars=int((context_tokens - max_tokens) * CHARS_PER_TOKEN))
     return compose(
         role=role,
-        persona=registry.personas.get(spec.persona or ""),
+        persona=_persona(task, step, registry),
         task=task.ir,
         lessons=task.plan.lessons if task.plan is not None else (),
         step=spec,
@@ -94,6 +94,15 @@ def told_chars(step: StepRecord, role: str, model: str, registry: Registry) -> i
     """Room in the prompt of a further attempt for what is said about the earlier ones."""
     context_tokens = registry.models[model].context_tokens
     return room_for(context_tokens, _max_tokens(step, registry.roles[role], context_tokens, 1), CHARS_PER_TOKEN)
+
+
+def _persona(task: TaskRecord, step: StepRecord, registry: Registry) -> PersonaEntry | None:
+    """The task's own before the registry's; of a step that was added without one, the plan's."""
+    name = step.spec.persona or (task.ir.plan.persona if task.ir.plan is not None else None)
+    if name is None:
+        return None
+    own = task.personas.get(name)
+    return registry.personas.get(name) if own is None else persona_entry(own)
 
 
 def _max_tokens(step: StepRecord, role: RoleEntry, context_tokens: int, factor: float) -> int:

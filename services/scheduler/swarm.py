@@ -13,13 +13,17 @@ a row in which nothing was carried out the model may only answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from protocol.errors import CallFailed
+from pydantic import ValidationError
+
+from protocol.codec import describe
+from protocol.errors import BadFrame, CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal
+from protocol.messages.persona import Persona
 from protocol.messages.task import Budget
 from services.kit.registry import Registry
 from services.scheduler import facts as f
@@ -39,6 +43,7 @@ from services.scheduler.toolcalls import (
 
 _MOST_FRUITLESS: Final = 3
 _SHOWN_NAMES: Final = 20
+_SHOWN_CHARS: Final = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +98,15 @@ def opened(task: TaskRecord, step: StepRecord, at_ms: int) -> f.SwarmTurned:
     return f.SwarmTurned(task=task.id, at_ms=at_ms, step=step.spec.id, turn=0, calls=[])
 
 
-def turned(task: TaskRecord, turn: StepRecord, calls: Calls, registry: Registry, at_ms: int) -> f.SwarmTurned:
-    """A turn with calls: each one carried out or refused, in their order."""
+def turned(
+    task: TaskRecord, turn: StepRecord, calls: Calls, registry: Registry, make: Callable[[Persona], str], at_ms: int
+) -> f.SwarmTurned:
+    """A turn with calls: each one carried out or refused, in their order.
+
+    `make` has a persona for a sub-agent and returns the name it has from then on.
+    """
     parent = parent_of(task, turn)
-    judge = _Judge.of(task, parent, registry)
+    judge = _Judge.of(task, parent, registry, make)
     made = [judge.judged(call) for call in calls.asked]
     number = task.swarms[parent.spec.id].turns
     return f.SwarmTurned(task=task.id, at_ms=at_ms, step=parent.spec.id, turn=number, calls=made, unread=calls.unread)
@@ -106,8 +116,10 @@ def turned(task: TaskRecord, turn: StepRecord, calls: Calls, registry: Registry,
 class _Judge:
     """The limits as they are while the calls of one turn are gone through."""
 
+    task: TaskRecord
     parent: StepRecord
     registry: Registry
+    make: Callable[[Persona], str]
     agents: dict[str, tuple[str, int]]
     """Name -> role, and assignments so far."""
     budget: Budget
@@ -122,7 +134,7 @@ class _Judge:
     roles: Sequence[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, task: TaskRecord, parent: StepRecord, registry: Registry) -> _Judge:
+    def of(cls, task: TaskRecord, parent: StepRecord, registry: Registry, make: Callable[[Persona], str]) -> _Judge:
         swarm = task.swarms[parent.spec.id]
         spawns = parent.spec.spawns
         open_steps = [one for one in task.steps.values() if one.swarm is not None and not one.state.final]
@@ -131,8 +143,10 @@ class _Judge:
             _may_write(registry, one.spec.max_tokens, one.role) for one in open_steps if one.agent is not None
         )
         return cls(
+            task=task,
             parent=parent,
             registry=registry,
+            make=make,
             agents={name: (agent.role, len(agent.steps)) for name, agent in swarm.agents.items()},
             budget=task.ir.budget,
             calls=_made(task),
@@ -160,10 +174,6 @@ class _Judge:
 
     def _create(self, call: Create) -> dict[str, Any]:
         role = call.role or self.roles[0]
-        known = self.registry.personas.get(call.agent)
-        prompt, persona = call.system_prompt, None
-        if prompt is None and known is not None:
-            prompt, persona = known.prompt, known.name
         if call.agent in self.agents:
             return _refused(CREATE, call.agent, "agent.exists", f"there is a sub-agent {call.agent!r} already: use it")
         if self.made >= self.budget.max_subagents:
@@ -172,13 +182,36 @@ class _Judge:
         if role not in self.roles:
             why = f"a sub-agent cannot be {role[:40]!r}; it can be {', '.join(self.roles)}"
             return _refused(CREATE, call.agent, "agent.role", why)
-        if prompt is None:
-            why = f"system_prompt is missing, and there is no persona {call.agent!r} to take it from"
-            return _refused(CREATE, call.agent, "agent.prompt", why)
+        try:
+            wanted = self._persona(call, role)
+            name = self.make(wanted)
+        except ValidationError as err:
+            return _refused(CREATE, call.agent, "agent.prompt", describe(err)[:_SHOWN_CHARS])
+        except BadFrame as err:
+            return _refused(CREATE, call.agent, "agent.prompt", str(err)[:_SHOWN_CHARS])
         self.made += 1
         self.agents[call.agent] = (role, 0)
-        told = {"tool": CREATE, "agent": call.agent, "role": role, "system_prompt": prompt}
-        return told if persona is None else told | {"persona": persona}
+        told = {"tool": CREATE, "agent": call.agent, "role": role}
+        return told | {"system_prompt": wanted.prompt, "persona": name}
+
+    def _persona(self, call: Create, role: str) -> Persona:
+        """What the sub-agent is told it is, as a persona. Raises ValidationError or BadFrame for what cannot be one."""
+        if call.system_prompt is not None:
+            work = "".join(char if char.isprintable() else " " for char in self.task.ir.objective[:_SHOWN_CHARS])
+            return Persona(
+                name=call.agent,
+                description=f"Made by {self.parent.spec.actor} for work like: {work}"[:200],
+                prompt=call.system_prompt,
+                roles=[role],
+                task_types=[self.task.ir.task_type],
+            )
+        if call.agent in self.task.personas:
+            return self.task.personas[call.agent]
+        known = self.registry.personas.get(call.agent)
+        if known is None:
+            why = f"system_prompt is missing, and there is no persona {call.agent!r} to take it from"
+            raise BadFrame("agent.prompt", why)
+        return Persona(name=call.agent, description=known.description, prompt=known.prompt)
 
     def _assign(self, call: Assign) -> dict[str, Any]:
         known = self.agents.get(call.agent)

@@ -17,8 +17,8 @@ class Agent:
     system_prompt: str
     turn: int
     """Turn of the spawning step in which it was made."""
-    persona: str | None = None
-    """The persona that its prompt was taken from; None = the planning model wrote it."""
+    persona: str
+    """The persona that its prompt is kept as: another name where its own had another prompt already."""
     steps: list[str] = field(default_factory=list)
     """Its assignments, in order."""
 

@@ -14,8 +14,9 @@ from protocol.messages.artefact import Artefact
 from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult
 from protocol.messages.memory import Lesson
+from protocol.messages.persona import Persona
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Output, Plan, Step, TaskIR
+from protocol.messages.task import Output, Step, TaskIR
 from protocol.plan_graph import needs
 from services.scheduler import facts as f
 from services.scheduler.swarm_state import Agent, Swarm, ToolCall, turn_id
@@ -180,6 +181,8 @@ class TaskRecord:
     """Step id -> steps that need it."""
     artefacts: dict[str, Artefact] = field(default_factory=dict)
     """Inputs, and the outputs of steps that are done."""
+    personas: dict[str, Persona] = field(default_factory=dict)
+    """Its own, by name: they come before the registry's."""
     gates: list[GateResult] = field(default_factory=list)
     failure: Failure | None = None
     unfinished: int = 0
@@ -238,6 +241,8 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
     match fact:
         case f.TaskPlanned():
             _adopt_plan(task, fact)
+        case f.PersonasMade():
+            task.personas |= {one.name: one for one in map(Persona.model_validate, fact.personas)}
         case f.StepsAdded():
             _add_steps(task, [Step.model_validate(value) for value in fact.steps])
         case f.TaskChecked():
@@ -286,7 +291,7 @@ def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
 def _add_steps(task: TaskRecord, added: list[Step]) -> None:
     if task.ir.plan is None:
         raise JournalError(f"steps were added to {task.id} before it was planned")
-    plan = Plan(steps=[*task.ir.plan.steps, *added])
+    plan = task.ir.plan.model_copy(update={"steps": [*task.ir.plan.steps, *added]})
     task.ir = task.ir.model_copy(update={"plan": plan})
     waits = needs(plan)
     for spec in added:
@@ -342,7 +347,7 @@ def _take_turn(task: TaskRecord, step: StepRecord, fact: f.SwarmTurned) -> None:
         )
         swarm.calls.append(told)
         if told.code is None and told.step is None:
-            made = Agent(told.agent, call["role"], call["system_prompt"], fact.turn, call.get("persona"))
+            made = Agent(told.agent, call["role"], call["system_prompt"], fact.turn, call["persona"])
             swarm.agents[told.agent] = made
         elif told.code is None and told.step is not None:
             agent = swarm.agents[told.agent]
@@ -352,6 +357,7 @@ def _take_turn(task: TaskRecord, step: StepRecord, fact: f.SwarmTurned) -> None:
                 actor=agent.role,
                 action=call["prompt"],
                 outputs=[Output(name=told.step)],
+                persona=agent.persona,
                 gates=[],
                 max_tokens=step.spec.spawns.max_tokens if step.spec.spawns is not None else None,
             )

@@ -23,6 +23,8 @@ from protocol.messages.infer import AbortLimits, ChatMessage, InferFinal, InferP
 from protocol.messages.memory import (
     Advise,
     Advised,
+    Arms,
+    ArmValue,
     ArmView,
     Cure,
     DecisionRecord,
@@ -41,6 +43,15 @@ from protocol.messages.memory import (
     RecordOutcomes,
     Row,
     Value,
+)
+from protocol.messages.persona import (
+    MakePersona,
+    Persona,
+    PersonaListing,
+    PersonaMade,
+    PersonaQuery,
+    PersonasOnTrial,
+    PersonaView,
 )
 from protocol.messages.plan import PlanFinal, PlanRequest, RemovedEdge, RoutingDecision
 from protocol.messages.registry import EntryChange, RegistryChanged, Reload, Reloaded
@@ -338,6 +349,14 @@ _REPORTED = _VIEW.model_copy(
     }
 )
 
+_PERSONA: Final = Persona(
+    name="fact-checker",
+    description="For claims.",
+    prompt="Check every claim.\nName its source.",
+    roles=["reviewer"],
+    task_types=[TaskType.DOC],
+)
+
 _MODEL: Final = ModelReport(
     model="architect",
     residency="warm",
@@ -574,6 +593,29 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         )
     ],
     "registry.changed": [RegistryChanged(digest=_DIGEST, needed=False)],
+    "persona.make": [MakePersona(persona=_PERSONA, task_id="T-1", rename=True)],
+    "persona.made": [PersonaMade(name="fact-checker-3f2a", state="trial", duplicate=True, why="as asked for")],
+    "persona.list": [PersonaQuery()],
+    "persona.listing": [
+        PersonaListing(
+            personas=[
+                PersonaView(
+                    name="fact-checker",
+                    description="For claims.",
+                    prompt="Check every claim.",
+                    roles=["reviewer"],
+                    task_types=["doc"],
+                    state="adopted",
+                    why="0.91 of 24",
+                    made_by="client-1",
+                    task_id="T-1",
+                    made_ms=1_700_000_000_000,
+                    changed_ms=1_700_000_060_000,
+                )
+            ]
+        )
+    ],
+    "persona.trials": [PersonasOnTrial(personas=[_PERSONA])],
     "task.submit": [Submit(task={"objective": "Say hello", "idempotency_key": "order-42", "context": None})],
     "task.accepted": [Accepted(task_id="T-1", duplicate=True)],
     "task.watch": [Watch(task_id="T-1", after_seq=3), Watch(task_id="T-1", quiet=True)],
@@ -644,7 +686,11 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             ]
         )
     ],
-    "plan.request": [PlanRequest(task=_TASK), PlanRequest(task=_SPAWNING)],
+    "plan.request": [
+        PlanRequest(task=_TASK),
+        PlanRequest(task=_TASK, personas=[_PERSONA]),
+        PlanRequest(task=_SPAWNING),
+    ],
     "plan.final": [
         PlanFinal(
             task=_TASK,
@@ -657,6 +703,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         ),
         PlanFinal(task=_TASK, source="rules", reason="advised", decisions=[_ADVISED_DECISION]),
         PlanFinal(task=_TASK, source="rules", reason="taught", similar=[_EPISODE], lessons=[_LESSON]),
+        PlanFinal(task=_TASK, source="model", reason="with a persona of its own", personas=[_PERSONA]),
         PlanFinal(task=_SPAWNING, source="client", reason="as given"),
     ],
     "plan.cancel": [Empty()],
@@ -788,6 +835,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         ),
         MemoryRequest(ask=Forget(task_ids=["T-1"], before_ms=5, choice="worker", subject="role")),
         MemoryRequest(ask=Import(rows=[Row(seq=4, outcome=_CURED), Row(seq=5, episode=_EPISODE)])),
+        MemoryRequest(ask=Arms(subject="persona")),
+        MemoryRequest(ask=RecordOutcomes(decisions=[_VERSIONED_RECORD], outcomes=[_OUTCOME])),
     ],
     "memory.final": [
         MemoryFinal(
@@ -812,6 +861,20 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             rows=[Row(seq=4, outcome=_CURED)],
             differences=[Difference(part="graph", what="lacks cluster T-1 doc")],
             forgotten=3,
+        ),
+        MemoryFinal(
+            arms=[
+                ArmValue(
+                    task_type="code",
+                    cluster="coder",
+                    choice="terse",
+                    prompt="89ef4567",
+                    outcomes=3,
+                    mean_reward=0.5,
+                    deviation=0.25,
+                    mean_seconds=4.5,
+                )
+            ]
         ),
     ],
     "memory.cancel": [Empty()],

@@ -14,10 +14,13 @@ from protocol.codec import unpack_body
 from protocol.header import Header
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferRequest
+from protocol.messages.memory import MemoryRequest, RecordOutcomes
+from protocol.messages.plan import RoutingDecision
 from protocol.messages.result import CancelQuery, StepState, TaskState, TaskView
 from services.scheduler import snapshot
 from services.scheduler.audit import problems_of
-from tests.unit.simulation import Answer, World, final_of, stack, task_of
+from services.scheduler.simulation import tiers
+from tests.unit.simulation import Answer, World, final_of, plan_as_given, stack, task_of
 
 LEADER = {"id": "L", "actor": "architect", "action": "lead", "spawns": {"roles": ["worker", "coder"]}}
 AFTER = {"id": "E", "inputs": ["L.out"], "action": "use it"}
@@ -140,6 +143,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no agent": ({"tool": "assign_task", "prompt": "x"}, "call.field_missing"),
     "the same name": (create("ann"), "agent.exists"),
     "a role beyond its own": (create("eve", role="architect"), "agent.role"),
+    "a prompt that turns its text around": (create("eve", "be\u202e nice"), "agent.prompt"),
     "no system prompt": (create("eve", None), "agent.prompt"),
 }
 
@@ -326,3 +330,53 @@ def test_whatever_dies_each_assignment_counts_once_and_no_limit_is_passed(
     else:
         assert result.failure is not None
         assert result.failure.code.startswith(("budget.", "turn.", "step.poisoned"))
+
+
+def test_sub_agents_become_personas_that_are_rated_and_can_be_named_again() -> None:
+    script = Script({"calls": [create("ann", "you are Ann"), assign("ann")]}, {"answer": "fine"})
+    world = stack(script)
+    told: list[RecordOutcomes] = []
+
+    def memory(header: Header, body: bytes) -> Answer:
+        ask = unpack_body(MemoryRequest, body).ask
+        if isinstance(ask, RecordOutcomes):
+            told.append(ask)
+        return tiers.memory_takes(header, body)
+
+    world.peers["memory"].answer = memory
+    decision = {"decision_id": "d", "subject": "decomposition", "choice": "client", "rule": "as given"}
+
+    def planned(header: Header, body: bytes) -> Answer:
+        took_ms, final = plan_as_given(header, body)
+        one = RoutingDecision.model_validate(decision | {"propensity": 1, "task_type": "chat"})
+        return took_ms, final.model_copy(update={"decisions": [one]})
+
+    world.peers["planner"].answer = planned
+    task = world.submit(task_of([LEADER, AFTER]))
+    result = finished(world, task)
+    assert result.swarms is not None
+    assert result.swarms[0].agents[0].persona == "ann"
+    world.run(lambda: bool(told))
+    rated = [one for one in told[0].decisions if one.subject == "persona"]
+    assert [(one.step, one.choice, one.cluster) for one in rated] == [("L.ann.1", "ann", "worker")]
+    scored = {one.decision_id: one.reward for one in told[0].outcomes}
+    assert scored[rated[0].decision_id] == 1.0
+    later = Script({"calls": [create("ann", None), create("bob", "x"), assign("ann")]}, {"answer": "fine"})
+    for model in world.registry.models:
+        world.peers[f"inference-{model}"].answer = later
+    again = finished(world, world.submit(task_of([LEADER])))
+    assert again.swarms is not None
+    assert [one.name for one in again.swarms[0].agents] == ["ann", "bob"]
+    assert "you are Ann" in later.prompt("L.ann.1")
+
+
+def test_a_sub_agent_with_the_name_of_another_persona_is_kept_under_another_name() -> None:
+    name = next(iter(stack().registry.personas))
+    script = Script({"calls": [create(name, "someone else"), assign(name)]}, {"answer": "fine"})
+    result = ran(script)
+    assert result.swarms is not None
+    agent = result.swarms[0].agents[0]
+    assert agent.name == name
+    assert agent.persona.startswith(f"{name[:20]}")
+    assert agent.persona != name
+    assert "someone else" in script.prompt(f"L.{name}.1")
