@@ -87,7 +87,7 @@ _EXPORT_BYTES: Final = MAX_BODY_BYTES // 2
 """Rows of one export together; the rest is asked for next."""
 
 Write = RecordDecisions | RecordOutcomes | Import
-Ask = Write | Retrieve | Explain | Stats | Advise | Values | Export | Verify | Rebuild | Forget
+Ask = Write | Retrieve | Explain | Stats | Advise | Arms | Values | Export | Verify | Rebuild | Forget
 Answer = MemoryFinal | Failure
 
 
