@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from protocol.messages.batch import BatchPartial
 from protocol.messages.failure import Category
 from protocol.messages.gate import Verdict
 from protocol.messages.result import TaskState, TaskView
@@ -281,6 +282,25 @@ def test_a_model_without_worker_is_stood_in_for_by_its_lateral_one(scripted: Scr
     scripted.say({"match": "tamarind", "answers": ["made it"]})
     home = scripted.run({"id": "S1", "action": "tamarind: x", "outputs": [{"name": "a"}]})
     assert home.steps[0].attempts[0].model == "worker", "its own model is back"
+
+
+def test_what_a_batch_still_waits_for_goes_to_the_lateral_model_when_its_own_is_lost(scripted: ScriptedStack) -> None:
+    words = [f"pomelo-{number}" for number in range(8)]
+    scripted.say(*({"match": word, "answers": [{"text": f"saw {word}", "token_s": 0.15}]} for word in words))
+
+    def kill_once(progress: BatchPartial) -> None:
+        if progress.done >= 2 and scripted.stack.processes["inference-worker"].returncode is None:
+            scripted.stack.kill("inference-worker")
+
+    try:
+        final = scripted.stack.client.llm_batch("worker", words, timeout_s=60, on_progress=kill_once)
+    finally:
+        scripted.stack.restart("inference-worker")
+    assert [answer.text for answer in final.answers] == [f"saw {word}" for word in words]
+    assert final.answers[0].model == "worker"
+    assert final.answers[-1].model == "spare"
+    assert sum(answer.losses for answer in final.answers) >= 1, "what ran on the lost worker ran again"
+    scripted.stack.wait_ready()
 
 
 def test_bad_format_never_escalates(scripted: ScriptedStack) -> None:
