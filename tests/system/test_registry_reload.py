@@ -282,6 +282,40 @@ def test_kill_9_of_the_hub_in_the_middle_of_a_reload_converges_with_the_next(sta
     assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30).state is TaskState.SUCCEEDED
 
 
+def test_kill_9_of_supervisord_in_the_middle_of_a_reload_converges_with_up_and_the_next(stack: Stack) -> None:
+    stack.models["late"] = stack.scripted(stack.root, "late", slots=1)
+    stack.models["worker"]["slots"] = 3
+    stack.write()
+    stack.role("late-clerk", model="late")
+    task_id = stack.submit("SLOW please", "worker")
+    stack.await_running(task_id)
+    supervisord = next(p for p in stray_processes(stack.home) if "supervisor.supervisord" in p.cmdline())
+    reloading = subprocess.Popen(
+        [sys.executable, "-m", "services.ctl", "registry", "reload"],
+        env=stack.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # The hub has been told, the file of the new program is there, and supervisord is about to be asked to run it.
+    stack.until((stack.home.conf_d / "inference-late.conf").exists, look_every_s=0.002)
+    supervisord.kill()
+    supervisord.wait(10)
+    _, said = reloading.communicate(timeout=120)
+    assert reloading.returncode != 0, "nobody was there to start the new program, and that is said"
+    assert "supervisord" in said
+    done = stack.tierline("up")
+    assert done.returncode == 0, done.stderr
+    told = stack.reload()
+    assert told["waiting"] == []
+    assert {digest for service, digest in stack.digests().items() if service != "memory"} == {told["digest"]}
+    view = stack.client.result(task_id, timeout_s=60)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert stack.client.result(stack.submit("Say it.", "late-clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+    slots = {peer.service: peer.granted - peer.used for peer in stack.client.status().peers}
+    assert slots["inference-worker"] == 3, "the changed entry is in force"
+
+
 def test_kill_9_of_supervisord_after_a_reload_and_up_brings_the_same_registry_back(stack: Stack) -> None:
     stack.role("scribe", model="front")
     digest = stack.reload()["digest"]
