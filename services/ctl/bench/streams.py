@@ -1,9 +1,9 @@
 """What the bus costs an answer: the same prompts through the hub and straight to the engine's HTTP port, in turn.
 
-Both reach the same llama.cpp process, whose port and key are those of the running child. The direct side has no bus, no
-service, no partials: a loop over the events, with the HTTP library that the service streams with. Each round sends as many prompts at once as there are streams, first
-one way and then the other, and every second round the other way round, so that what else the machine does meets both;
-a ratio is made within a round, and the median is over rounds.
+Both reach the same llama.cpp process, whose port and key are those of the running child. The direct side has no bus,
+no service, no partials: a loop over the events, with the HTTP library that the service streams with. Each round sends
+as many prompts at once as there are streams, first one way and then the other, and every second round the other way
+round, so that what else the machine does meets both; a ratio is made within a round, and the median is over rounds.
 
 Both sides do the same work. Prompts are equally long and differ from their first character on, so that all there is in
 a cache is what the chat template puts before them; and every slot has read that before anything is measured, since
