@@ -14,6 +14,7 @@ from typing import Final
 from protocol.client import AsyncClient
 from protocol.errors import BusError
 from protocol.messages.memory import Explain, Explained, MemoryRequest
+from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal
 from protocol.messages.result import PlanView, TaskView
 from protocol.messages.task import TaskIR, TaskType
@@ -24,8 +25,9 @@ from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.ctl.result_view import print_plan_choices
 from services.ctl.screen import STYLES, Screen, one_line, seconds
 from services.ctl.stack_files import checked_registry
+from services.ctl.swarm_view import print_swarms
 from services.ctl.task_inputs import task_from
-from services.kit.registry import Registry
+from services.kit.registry import Registry, with_trials
 from services.planner.machine import (
     AskAdvice,
     AskMemory,
@@ -71,6 +73,7 @@ def _explain(args: Namespace, context: Context) -> ExitCode:
                 "attempts": {
                     step.id: [attempt.model_dump(mode="json") for attempt in step.attempts] for step in view.steps
                 },
+                "swarms": view.swarms or [],
                 "setbacks": view.setbacks or [],
                 "failure": view.failure,
                 "memory": explained,
@@ -101,8 +104,10 @@ def _explain_objective(args: Namespace, context: Context) -> ExitCode:
 
 async def _planned(task: TaskIR, registry: Registry, context: Context) -> PlanFinal:
     """The plan by rules and by memory's advice; the front door is not asked. Raises BadInput."""
-    planning = Planning(registry)
     async with connect(context.home) as client:
+        trials = [one for one in await client.personas() if one.state == "trial"]
+        fields = set(Persona.model_fields)
+        planning = Planning(with_trials(registry, [Persona(**one.model_dump(include=fields)) for one in trials]))
         command = planning.handle(Requested(0, task.model_copy(update={"task_id": None}), None))
         while not isinstance(command, Finish):
             match command:
@@ -161,6 +166,7 @@ def _print(screen: Screen, view: TaskView, explained: list[Explained], why_not: 
                 for episode in plan.similar
             ],
         )
+    print_swarms(screen, view, told=True)
     troubled = [step for step in view.steps if is_troubled(step)]
     if troubled or view.setbacks:
         screen.heading("failures, and what followed")

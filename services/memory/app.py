@@ -26,6 +26,7 @@ from protocol.limits import MAX_BODY_BYTES
 from protocol.messages.failure import Category, Failure
 from protocol.messages.memory import (
     Advise,
+    Arms,
     Explain,
     Export,
     Forget,
@@ -86,7 +87,7 @@ _EXPORT_BYTES: Final = MAX_BODY_BYTES // 2
 """Rows of one export together; the rest is asked for next."""
 
 Write = RecordDecisions | RecordOutcomes | Import
-Ask = Write | Retrieve | Explain | Stats | Advise | Values | Export | Verify | Rebuild | Forget
+Ask = Write | Retrieve | Explain | Stats | Advise | Arms | Values | Export | Verify | Rebuild | Forget
 Answer = MemoryFinal | Failure
 
 
@@ -159,6 +160,8 @@ class MemoryService:
                 return final.model_copy(update={"stats": final.stats | routing.stats})
             case Advise():
                 return await self._ask_advisor(partial(self._advise, ask))
+            case Arms():
+                return await self._ask_advisor(partial(self._arms, ask))
             case Values():
                 return await self._ask_projector(partial(self._values, ask))
             case Export():
@@ -295,6 +298,12 @@ class MemoryService:
     def _advise(self, ask: Advise) -> MemoryFinal:
         try:
             return MemoryFinal(advice=self._counsellor().advise(ask))
+        except PROJECTION_TROUBLE as err:
+            raise CallFailed(_trouble(f"the routing in {self._folder} cannot follow the log: {err}")) from err
+
+    def _arms(self, ask: Arms) -> MemoryFinal:
+        try:
+            return MemoryFinal(arms=self._counsellor().arms(ask.subject))
         except PROJECTION_TROUBLE as err:
             raise CallFailed(_trouble(f"the routing in {self._folder} cannot follow the log: {err}")) from err
 

@@ -321,6 +321,7 @@ class MemoryLog:
         return MemoryFinal(stored=len(new), duplicates=len(decisions) - len(new))
 
     def _store_outcomes(self, request: RecordOutcomes, vector: Vector | None) -> MemoryFinal:
+        taken = self._store_decisions(RecordDecisions(decisions=request.decisions), None)
         ids = [outcome.decision_id for outcome in request.outcomes]
         self._refuse_unknown(ids)
         new = [request.outcomes[position] for position in first_of_each(ids, self._known("outcomes", ids))]
@@ -328,7 +329,7 @@ class MemoryLog:
             fields = (outcome.decision_id, self._next(), outcome.failure_code, outcome.model_dump_json())
             put(self._db, "outcomes", *fields)
             self._learn(outcome)
-        stored, duplicates = len(new), len(ids) - len(new)
+        stored, duplicates = len(new) + taken.stored, len(ids) - len(new) + taken.duplicates
         if request.episode is not None and vector is not None:
             added = self._store_episode(request.episode, vector)
             stored, duplicates = stored + added, duplicates + (1 - added)

@@ -24,7 +24,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from protocol.messages.memory import Advised, ArmView, Option, Question
+from protocol.messages.memory import Advised, ArmValue, ArmView, Option, Question
+from services.kit.expectation import expected
 from services.memory.embedding import DIMENSION, Vector
 from services.memory.posterior import NOISE, STATE_ARRAYS, Array, Place, Posterior, Prior
 
@@ -236,6 +237,25 @@ class Bandit:
         """How much the plain and the local posterior count, summing to 1."""
         raw = np.exp(self._log_weights - self._log_weights.max())
         return np.asarray(raw / raw.sum(), dtype=np.float64)
+
+    def values(self, task_type: str) -> list[ArmValue]:
+        """Outcomes of each arm by cluster, since the arm last changed."""
+        found = []
+        for choice, arm in self.arms.items():
+            for cluster, (count, rewards) in arm.in_cluster.items():
+                found.append(
+                    ArmValue(
+                        task_type=task_type,
+                        cluster=cluster,
+                        choice=choice,
+                        prompt=arm.prompt,
+                        outcomes=int(count),
+                        mean_reward=min(1.0, max(0.0, rewards / count)),
+                        deviation=expected(int(count), rewards).deviation,
+                        mean_seconds=max(0.0, arm.seconds),
+                    )
+                )
+        return found
 
     def state(self) -> tuple[dict[str, Any], dict[str, Array]]:
         """Everything learned: what JSON can hold, and the arrays."""

@@ -1,6 +1,6 @@
 """The course of one planning call: what to ask next, how long to wait, what to do without an answer.
 
-    Requested -> [AskMemory] -> [AskModel] -> [AskAdvice] -> Record -> Finish    a client's plan skips the first two
+    Requested -> AskMemory -> [AskModel] -> [AskAdvice] -> Record -> Finish    a client's plan needs no model
               -> Refuse                                       a plan or a registry reference that cannot run
 
 Pure: time comes in with the events, questions go out as commands, and exactly one command answers each event. Every
@@ -44,6 +44,8 @@ from services.planner.rules import RulePlan, plans_by_rules
 
 MEMORY_S: Final = 1.0
 """Longest wait for memory, for each of its questions, in seconds."""
+CLIENT_MEMORY_S: Final = 0.5
+"""The same for the first question about a client's plan, which can begin without what earlier tasks taught."""
 MODEL_S: Final = 15.0
 """Longest wait for the front door, in seconds: longer than this is better spent on working than on planning."""
 MIN_MODEL_S: Final = 1.0
@@ -206,11 +208,11 @@ class Planning:
                 return self._on_requested(event)
             case Phase.REMEMBERING, MemoryAnswered(answer=answer):
                 self._similar, self._lessons = answer.episodes[:16], answer.lessons
-                return self._model_or_rules(event.at_ms)
+                return self._remembered(event.at_ms)
             case Phase.REMEMBERING, Unanswered():
                 self._memory_away = True
                 self._reasons.append(f"memory did not answer ({event.why}), so no earlier task informed the plan")
-                return self._model_or_rules(event.at_ms)
+                return self._remembered(event.at_ms)
             case Phase.MODELLING, ModelAnswered():
                 return self._on_model_answered(event)
             case Phase.MODELLING, Unanswered():
@@ -238,16 +240,26 @@ class Planning:
             if problems:
                 return self._refuse(problems)
             self._reasons.append("the task brought its plan")
-            choice = Decomposition(f"client/{len(task.plan.steps)}", (), "the client's plan")
-            return self._settle(event.at_ms, OpenPlan("client", {choice.choice: task.plan}, choice))
+            return self._remember(min(CLIENT_MEMORY_S, self._memory_s(event.at_ms)))
         self._by_rules = plans_by_rules(task, self._registry.roles, self._judge)
         self._rules = self._by_rules[0]
         problems = plan_problems(task.model_copy(update={"plan": self._rules.plan}), self._registry)
         if problems:  # what templates cannot mend: inputs named twice, gates of the task that do not exist
             return self._refuse(problems)
+        return self._remember(self._memory_s(event.at_ms))
+
+    def _remember(self, timeout_s: float) -> Command:
         self.phase = Phase.REMEMBERING
-        text = task.objective[:_MAX_OBJECTIVE_CHARS]
-        return AskMemory(Retrieve(text=text, task_type=task.task_type.value), self._memory_s(event.at_ms))
+        text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
+        return AskMemory(Retrieve(text=text, task_type=self._task.task_type.value), timeout_s)
+
+    def _remembered(self, at_ms: int) -> Command:
+        """What similar tasks have taught is there, or will not come."""
+        plan = self._task.plan
+        if plan is None:
+            return self._model_or_rules(at_ms)
+        choice = Decomposition(f"client/{len(plan.steps)}", (), "the client's plan")
+        return self._settle(at_ms, OpenPlan("client", {choice.choice: plan}, choice))
 
     def _model_or_rules(self, at_ms: int) -> Command:
         worth = worth_asking(self._task, len(self._rules.plan.steps))
@@ -296,9 +308,10 @@ class Planning:
     def _settle(self, at_ms: int, open_plan: OpenPlan) -> Command:
         """There is a plan, or several to choose from: ask memory about what is open."""
         self._open = open_plan
-        if open_plan.source != "client" and self._registry.learning.enabled and not self._memory_away:
+        if self._registry.learning.enabled and not self._memory_away:
             text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
-            asked = request(self._task, open_plan.plans, self._registry, text)
+            roles_open = open_plan.source != "client"
+            asked = request(self._task, open_plan.plans, self._registry, text, roles_open=roles_open)
             if asked is not None:
                 self._asked = asked
                 self.phase = Phase.ADVISING

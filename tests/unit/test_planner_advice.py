@@ -9,11 +9,13 @@ from types import MappingProxyType
 import pytest
 
 from protocol.messages.memory import MemoryFinal
+from protocol.messages.persona import NO_PERSONA
 from protocol.messages.plan import PlanFinal
 from protocol.messages.task import TaskIR
 from protocol.plan_graph import find_problems
 from services.kit.registry.entries import LearningEntry
-from services.planner.advice import NO_PERSONA, WIDTH_KEY, versions
+from services.kit.registry.versions import versions
+from services.planner.advice import WIDTH_KEY
 from services.planner.machine import (
     AskAdvice,
     Command,
