@@ -6,7 +6,7 @@ of what was acknowledged. Against these books every answer is held, never agains
 * kills: N times kill -9 at a random moment while six writers write; what was acknowledged must be there, once, and
   right. What was under way is told again, as the hub does.
 * flips: a bit at a random place of every file of the store in turn, after a clean stop and after kill -9.
-* deletions: every file of the store in turn, then all projections together.
+* deletions: every file of the store in turn after kill -9, then all projections together.
 * full disk: the store on a tmpfs of its own (or, where nothing may be mounted, under a limit on the size of files)
   until writes are refused, then room again, then kill -9.
 
@@ -100,8 +100,9 @@ async def _measure(kills: int, chance: random.Random) -> dict[str, Any]:
         for _ in range(kills):
             caught += await _write_until_killed(stack, client, books, chance)
             await _hold_against_books(stack, client, books)
-        flips = await _harm_every_file(stack, client, books, lambda path: _flip(path, chance))
-        deletions = await _harm_every_file(stack, client, books, Path.unlink)
+        flips = await _harm_every_file(stack, client, books, signal.SIGTERM, lambda path: _flip(path, chance))
+        flips += await _harm_every_file(stack, client, books, signal.SIGKILL, lambda path: _flip(path, chance))
+        deletions = await _harm_every_file(stack, client, books, signal.SIGKILL, Path.unlink)
         deletions += await _delete_projections(stack, client, books)
         events += _events(stack)
     disk, full = await _fill_disk(chance)
@@ -264,19 +265,19 @@ async def _answers(stack: BareStack, client: AsyncClient) -> list[str]:
 # Harm.
 
 
-async def _harm_every_file(stack: BareStack, client: AsyncClient, books: Books, harm: Callable[[Path], None]) -> int:
+async def _harm_every_file(
+    stack: BareStack, client: AsyncClient, books: Books, number: signal.Signals, harm: Callable[[Path], None]
+) -> int:
     """Stop, harm one file, start, compare; for every file that is there after this kind of stop."""
     done = 0
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        names = await _names_after(stack, client, books, number)
-        for name in names:
-            expected = await _touched(stack, client, books)
-            await _stop(stack, number)
-            for path in stack.home.memory.glob(name):
-                if path.stat().st_size:
-                    harm(path)
-                    done += 1
-            await _compare(stack, client, books, expected, f"{name} after {number.name}")
+    for name in await _names_after(stack, client, books, number):
+        expected = await _touched(stack, client, books)
+        await _stop(stack, number)
+        for path in stack.home.memory.glob(name):
+            if path.stat().st_size:
+                harm(path)
+                done += 1
+        await _compare(stack, client, books, expected, f"{name} after {number.name}")
     return done
 
 
