@@ -110,6 +110,34 @@ def test_a_snapshot_and_a_rebuild_give_the_advice_of_the_state_that_grew(
     assert (advisor.verdict, rebuilt) == (Recovery.REBUILD, expected)
 
 
+def test_what_is_longest_unused_makes_room_and_a_rebuild_forgets_the_same(
+    log: MemoryLog, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ("chat", "doc", "code", "ingest")
+    for number in range(40):
+        kind, ident = kinds[number // 10], f"r{number}"
+        decision = DecisionRecord(
+            decision_id=ident,
+            task_id=ident,
+            subject="role",
+            choice=("worker", "coder")[number % 2],
+            propensity=0.5,
+            task_type=kind,
+        )
+        outcome = Outcome(decision_id=ident, reward=1.0, seconds=1, attempts=1, at_ms=number)
+        entries = [Entry(RecordDecisions(decisions=[decision])), Entry(RecordOutcomes(outcomes=[outcome]))]
+        log.commit(entries)
+    whole = Advisor(tmp_path, embedder)
+    sizes = [whole.bandit("role", kind).nbytes for kind in kinds]
+    assert min(sizes) > 0
+    monkeypatch.setattr("services.memory.advisor.MAX_BYTES", sum(sizes) * 5 // 8)
+    bounded = Advisor(tmp_path, embedder)
+    kept = [kind for kind in kinds if bounded.bandit("role", kind).nbytes]
+    assert kept == ["code", "ingest"]
+    bounded.snapshot()
+    assert [kind for kind in kinds if Advisor(tmp_path, embedder).bandit("role", kind).nbytes] == kept
+
+
 def test_a_flipped_byte_in_the_snapshot_costs_a_rebuild_and_no_answer(
     log: MemoryLog, embedder: Embedder, tmp_path: Path
 ) -> None:
