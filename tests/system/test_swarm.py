@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,3 +173,21 @@ def test_leader_and_sub_agents_share_a_single_slot(stack: ScriptedStack) -> None
     assert result.state is TaskState.SUCCEEDED, result.failure
     models = {attempt.model for one in result.steps for attempt in one.attempts}
     assert models == {"specialist"}
+
+
+def test_run_with_swarm_lets_one_model_lead_and_a_dry_run_knows_such_a_step(
+    stack: ScriptedStack, tmp_path: Path
+) -> None:
+    stack.say(
+        *turns("lead the nets", {"calls": [create("ann"), assign("ann", "count net ann")]}, {"answer": "one net"}),
+        {"match": "count net", "answers": ["a net"]},
+    )
+    result = json.loads(stack.tierline("run", "lead the nets", "--swarm", "--json"))
+    assert result["state"] == "succeeded"
+    assert [one["value"] for one in result["artefacts"]] == ["one net"]
+    assert [agent["result"] for agent in result["swarms"][0]["agents"]] == ["a net"]
+    file = tmp_path / "led.json"
+    file.write_text(json.dumps({"objective": "nets", "plan": {"steps": [leading("lead the nets")]}}), "utf-8")
+    planned = stack.tierline("plan", "--file", str(file))
+    assert "L.turn1" in planned
+    assert "routing decisions" in planned

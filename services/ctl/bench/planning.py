@@ -65,7 +65,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--swarm", action="store_true", help="sub-agents on the demo model, killed and resumed")
     parser.add_argument("--agents", type=int, default=100, metavar="N", help="with --swarm: sub-agents (default 100)")
     parser.add_argument(
-        "--baseline", type=int, default=24, metavar="N", help="with --swarm: of them in stages and serial (default 24)"
+        "--baseline", type=int, default=24, metavar="N", help="with --swarm: in each run that is compared (default 24)"
     )
 
 
