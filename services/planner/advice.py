@@ -44,10 +44,10 @@ def persona_key(role: str) -> str:
 
 
 def fitting(role: str, task: TaskIR, registry: Registry) -> list[PersonaEntry]:
-    """Personas whose `fits` allows this role and type of task: the declared ones, then those on trial.
+    """Personas whose `fits` allows this role and type of task: those that rules may choose, then the others.
 
     The most specific comes first, ties as in the file. Specific is what fits few combinations of role and type; an
-    empty list means anywhere and is least specific. Those on trial keep their order.
+    empty list means anywhere and is least specific. The others keep their order.
     """
     fit = [
         persona
@@ -56,12 +56,12 @@ def fitting(role: str, task: TaskIR, registry: Registry) -> list[PersonaEntry]:
         and (not persona.fits.task_types or task.task_type in persona.fits.task_types)
     ]
     combinations = {one.name: (len(one.fits.roles) or 100) * (len(one.fits.task_types) or 100) for one in fit}
-    return sorted(fit, key=lambda one: (True, 0) if one.name in registry.on_trial else (False, combinations[one.name]))
+    return sorted(fit, key=lambda one: (not one.by_rule, combinations[one.name] if one.by_rule else 0))
 
 
-def by_rule(fit: Sequence[PersonaEntry], registry: Registry) -> str:
-    """What the rules choose of those that fit: the first declared one, none if there is none."""
-    return next((one.name for one in fit if one.name not in registry.on_trial), NO_PERSONA)
+def first_by_rule(fit: Sequence[PersonaEntry]) -> str:
+    """What the rules choose of those that fit."""
+    return next((one.name for one in fit if one.by_rule), NO_PERSONA)
 
 
 def shape_of(template: str) -> str:
@@ -93,7 +93,7 @@ def request(
     for role in roles:
         fit = fitting(role, task, registry)
         if fit:
-            first = by_rule(fit, registry)
+            first = first_by_rule(fit)
             names = [one.name for one in fit if one.name != first]
             choices = list(dict.fromkeys((first, *names[: _MAX_OPTIONS - 2], NO_PERSONA)))
             questions.append(_question(persona_key(role), "persona", role, choices, registry))

@@ -25,8 +25,8 @@ from services.kit.identity import work_key
 from services.kit.registry import GateEntry, PersonaEntry, Registry
 from services.kit.registry.versions import versions
 from services.planner.advice import (
-    by_rule,
     cluster_of,
+    first_by_rule,
     fitting,
     persona_key,
     role_key,
@@ -126,7 +126,7 @@ def choose(
             by_role[step.actor] = fitting(step.actor, task, registry)
         named = step.persona or plan.persona
         persona_advice = None if named is not None else advice.get(persona_key(step.actor))
-        persona, persona_rule = _persona(step, plan, by_role[step.actor], persona_advice, registry)
+        persona, persona_rule = _persona(step, plan, by_role[step.actor], persona_advice)
         changes: dict[str, object] = {}
         if step.gates is None:
             changes["gates"] = gates_for(step, tests, module, registry.gates)
@@ -245,9 +245,7 @@ def _once(told: dict[str, str], step: str, advice: Advised | None) -> Advised | 
     return advice
 
 
-def _persona(
-    step: Step, plan: Plan, fit: Sequence[PersonaEntry], advice: Advised | None, registry: Registry
-) -> tuple[str | None, str]:
+def _persona(step: Step, plan: Plan, fit: Sequence[PersonaEntry], advice: Advised | None) -> tuple[str | None, str]:
     """Step before plan before what was learned, which begins with the rules; None = nobody chose any."""
     if step.persona is not None:
         return step.persona, "the step names it"
@@ -255,7 +253,7 @@ def _persona(
         return plan.persona, "the plan names it for all its steps"
     if advice is not None:
         return None if advice.choice == NO_PERSONA else advice.choice, advice.why
-    first = by_rule(fit, registry)
+    first = first_by_rule(fit)
     if first == NO_PERSONA:
         return None, "none fits"
     return first, "the most specific persona that fits role and type of task"

@@ -166,6 +166,9 @@ def _sections(old: Registry, new: Registry) -> Iterator[tuple[str, Mapping[str, 
     yield "clients", next(clients), next(clients)
     yield "caps", {"caps": old.failures.caps}, {"caps": new.failures.caps}
     yield "hardware", {"hardware": old.hardware}, {"hardware": new.hardware}
+    yield "policy", {"policy": old.gate_policy}, {"policy": new.gate_policy}
+    yield "learning", {"learning": old.learning}, {"learning": new.learning}
+    yield "trials", {"trials": old.trials}, {"trials": new.trials}
 
 
 def _over(base: Registry, more: Mapping[str, Mapping[str, Any]]) -> Registry:

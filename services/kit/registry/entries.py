@@ -243,6 +243,8 @@ class PersonaEntry(Entry):
     """Text that is added to the role's system prompt."""
     fits: PersonaFit = PersonaFit()
     """Where it may be chosen."""
+    by_rule: bool = True
+    """Whether the rules may choose it while outcomes do not speak yet; False = only a step, a plan or outcomes do."""
 
 
 Argument: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]

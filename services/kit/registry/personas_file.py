@@ -60,6 +60,8 @@ def _fields(entry: PersonaEntry) -> CommentedMap:
     if fits:
         fits.fa.set_flow_style()
         fields["fits"] = fits
+    if not entry.by_rule:
+        fields["by_rule"] = False
     return fields
 
 

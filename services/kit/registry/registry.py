@@ -56,7 +56,7 @@ class Registry:
         notes: what is worth knowing but refuses no launch.
         document: models.yaml as it was read, for the lines of its fields.
         trials: how personas that were made at run time earn their place.
-        on_trial: names of those among `personas`; rules never choose one, outcomes may.
+        on_trial: names of those among `personas`.
     """
 
     models: Mapping[str, ModelEntry]

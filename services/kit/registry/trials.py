@@ -1,8 +1,8 @@
 """Personas that were made at run time, laid over the registry as if they stood in its files.
 
 Whoever holds such a registry needs to know nothing more: a step may name them, prompts are composed with them, advice
-is asked about them. Only rules never choose one by themselves (`Registry.on_trial`). Which ones there are the hub
-decides (`services/scheduler/personas.py`).
+is asked about them. Only rules never choose one by themselves (`by_rule`). Which ones there are the hub decides
+(`services/scheduler/personas.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from services.kit.registry.registry import Registry
 
 
 def persona_entry(persona: Persona) -> PersonaEntry:
-    """As it would stand in personas.yaml."""
+    """As it would stand in personas.yaml: good where it was wanted, which says nothing of all the rest."""
     return PersonaEntry(
         name=persona.name,
         description=persona.description,
         prompt=persona.prompt,
         fits=PersonaFit(roles=tuple(persona.roles), task_types=tuple(persona.task_types)),
+        by_rule=False,
     )
 
 

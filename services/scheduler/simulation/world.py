@@ -121,6 +121,7 @@ class World:
         self.hub = Hub(
             epoch=f"hub{next(self._order)}", registry=self.registry, started_ms=self.now, durations=LearnedDurations()
         )
+        self.hub.restore_personas(self.personas.values())
         for task in self.recorded_tasks().values():
             if not (task.state.final and task.settled):
                 self.feed(ev.Restored(task, self.now, self.past if self.hub.lacks(task) else None))
