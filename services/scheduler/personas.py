@@ -36,6 +36,8 @@ _LOOK_EVERY_MS: Final = 2_000
 _AGAIN_MS: Final = 60_000
 """Until the files of a registry that could not be written are tried again."""
 _TIMEOUT_MS: Final = 30_000
+_TASKS_SHARE: Final = 4
+"""One task has at most the fourth part of the places on trial."""
 _KEPT: Final = 256
 """Rows of what was adopted or dropped; the oldest go."""
 _MAX_NAME: Final = 32
@@ -140,7 +142,7 @@ class Personas:
             return named, PersonaMade(name=named.name, state=known.state, duplicate=True)
         if named.name in self._declared():
             return named, PersonaMade(name=named.name, state="registered", duplicate=True)
-        no_room = self._make_room(at_ms)
+        no_room = self._has_its_share(task) or self._make_room(at_ms)
         if no_room and task is None:
             raise BadFrame("persona.full", f"{no_room}; make it for a task, or ask again when one of them was decided")
         if no_room:
@@ -337,6 +339,14 @@ class Personas:
             return entry.prompt
         trial = self.trials.get(name)
         return None if trial is None or trial.state == "dropped" else trial.made.prompt
+
+    def _has_its_share(self, task: str | None) -> str:
+        """Why a task gets no further place; empty if it does. A swarm of a hundred leaves places for others."""
+        if task is None:
+            return ""
+        share = self.registry().trials.at_once // _TASKS_SHARE
+        running = sum(1 for trial in self.trials.values() if trial.state == "trial" and trial.task == task)
+        return f"{share} personas of this task are on trial already" if running >= max(1, share) else ""
 
     def _make_room(self, at_ms: int) -> str:
         """Why there is no place for one more; empty if there is, perhaps since one that was idle has gone."""
