@@ -48,6 +48,7 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
             step=step.spec,
             inputs=[task.artefacts[name] for name in step.spec.inputs],
             told=told(step.attempts[:-1], attempt.role, attempt.told_chars),
+            failed={one.failure.code for one in step.attempts[:-1] if one.failure is not None},
             harder=harder,
             context_tokens=model.context_tokens,
             max_tokens=max_tokens,
