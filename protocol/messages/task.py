@@ -41,6 +41,15 @@ class Output(Strict):
     content_type: str | None = Field(default=None, max_length=128)
 
 
+class Spawns(Strict):
+    """Leave for a step to make sub-agents and give them work while it runs; see "Sub-agents" in the spec."""
+
+    roles: list[Name] = Field(default_factory=list, max_length=8)
+    """Roles that its sub-agents may have, the first one where the model names none; empty = the planner chooses."""
+    max_tokens: int | None = Field(default=None, ge=1, le=131_072)
+    """Bound on generated tokens of one attempt of one assignment; absent = the role's."""
+
+
 class Step(Strict):
     """One piece of work for one role."""
 
@@ -75,6 +84,8 @@ class Step(Strict):
     """JSON Schema of the one json output: decoding is constrained by it and the answer is checked against it."""
     grammar: Text | None = None
     """GBNF grammar that constrains decoding."""
+    spawns: Spawns | None = None
+    """The step plans: it may call `create_subagent` and `assign_task`, turn by turn, before it answers."""
 
     @field_validator("outputs")
     @classmethod
@@ -107,6 +118,11 @@ class Budget(Strict):
     max_tokens: int = Field(default=200_000, ge=1)
     """Generated tokens over all attempts; no further attempt starts beyond it."""
     max_steps: int = Field(default=1_000, ge=1, le=MAX_STEPS)
+    """Steps together with whatever the graph grows by: items of mapped steps, turns and assignments of swarms."""
+    max_subagents: int = Field(default=100, ge=0, le=1_000)
+    """Sub-agents that all spawning steps together may make."""
+    max_tool_calls: int = Field(default=1_500, ge=0, le=10_000)
+    """Calls of tools by all spawning steps together; one that is refused counts as well."""
 
 
 class TaskIR(Strict):

@@ -25,6 +25,7 @@ from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.ctl.result_view import print_plan_choices
 from services.ctl.screen import STYLES, Screen, one_line, seconds
 from services.ctl.stack_files import checked_registry
+from services.ctl.swarm_view import print_swarms
 from services.ctl.task_inputs import task_from
 from services.kit.registry import Registry, with_trials
 from services.planner.machine import (
@@ -72,6 +73,7 @@ def _explain(args: Namespace, context: Context) -> ExitCode:
                 "attempts": {
                     step.id: [attempt.model_dump(mode="json") for attempt in step.attempts] for step in view.steps
                 },
+                "swarms": view.swarms or [],
                 "setbacks": view.setbacks or [],
                 "failure": view.failure,
                 "memory": explained,
@@ -164,6 +166,7 @@ def _print(screen: Screen, view: TaskView, explained: list[Explained], why_not: 
                 for episode in plan.similar
             ],
         )
+    print_swarms(screen, view, told=True)
     troubled = [step for step in view.steps if is_troubled(step)]
     if troubled or view.setbacks:
         screen.heading("failures, and what followed")

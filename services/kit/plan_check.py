@@ -31,6 +31,7 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
         found += _unknown(step.id, "actor", [step.actor], registry.roles)
         found += _unknown(step.id, "gates", step.gates or [], registry.gates)
         found += _unknown(step.id, "persona", _named(step.persona), registry.personas)
+        found += _unknown(step.id, "spawns.roles", step.spawns.roles if step.spawns else [], registry.roles)
     if task.plan is not None:
         found += _unknown(None, "plan.persona", _named(task.plan.persona), registry.personas)
     found += _unknown(None, "gates", task.gates, registry.gates)

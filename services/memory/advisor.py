@@ -23,6 +23,7 @@ from services.memory.machine import Found, Recovery, recovery
 from services.memory.manifest import Manifest, ProjectionDoubt, replace_file, sha256_of
 from services.memory.posterior import Array
 from services.memory.routing import Bandit, Observation
+from services.memory.threads import one_thread_each
 
 _MANIFEST: Final = "routing.manifest.json"
 _SNAPSHOT: Final = "routing-"
@@ -43,6 +44,7 @@ class Advisor:
 
     def __init__(self, folder: Path, embedder: Embedder) -> None:
         """Opens the snapshot if it can be trusted and catches up with the log; `verdict` says what was found."""
+        one_thread_each()
         self._folder = folder
         self._embedder = embedder
         self._reader = LogReader(folder)
@@ -97,7 +99,8 @@ class Advisor:
         return sorted(values, key=lambda one: (one.task_type, one.cluster, one.choice))
 
     def stats(self) -> dict[str, int]:
-        """Size of what is known, and alarms raised by arms that changed."""
+        """Size of what is known from all acknowledged outcomes, and alarms raised by arms that changed."""
+        self.advance()
         arms = [arm for bandit in self._bandits.values() for arm in bandit.arms.values()]
         return {
             "routing_seq": self.applied_seq,

@@ -32,6 +32,7 @@ from services.planner.advice import (
     role_key,
     role_options,
 )
+from services.planner.cast import crew
 from services.planner.tests_given import given_tests, module_under_test
 
 #: Kind of output -> gates that judge it by default, where the registry has them and they know the language.
@@ -131,6 +132,8 @@ def choose(
             changes["gates"] = gates_for(step, tests, module, registry.gates)
         if persona != step.persona:
             changes["persona"] = persona
+        if step.spawns is not None and not step.spawns.roles:
+            changes["spawns"] = step.spawns.model_copy(update={"roles": crew(task.task_type, registry.roles)})
         if share is not None and step.max_tokens is None:
             changes["max_tokens"] = min(share, registry.roles[step.actor].max_tokens)
         steps.append(step.model_copy(update=changes) if changes else step)

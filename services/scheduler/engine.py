@@ -44,7 +44,10 @@ from services.scheduler.planning import PLANNER, adopted, plan_wanted, with_name
 from services.scheduler.ranks import Ranking
 from services.scheduler.requests import infer_request
 from services.scheduler.setbacks import attempt_lost, is_retry, poisoned, step_history, task_history, task_setback
+from services.scheduler.swarm import opened, said_in, turned
+from services.scheduler.swarm_state import turn_id
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
+from services.scheduler.toolcalls import Calls
 from services.scheduler.verdicts import gate_failure
 
 MEMORY: Final = "memory"
@@ -156,7 +159,9 @@ class Engine:
                 self._effects.append(Drop(work_key(task.id, *step_check_parts(task.steps[name]))))
             why = reason or "cancelled by a client"
             self._emit(task, f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why[:500]))
-        if task.unfinished == 0:
+        if step.agent is not None:
+            self._release(task, step, at_ms)
+        elif task.unfinished == 0:
             self._finish(task, at_ms)
 
     def make_persona(
@@ -338,7 +343,10 @@ class Engine:
     # Steps
 
     def _begin(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        """All inputs are there: start the step, or one sub-step per item."""
+        """All inputs are there: start the step, one sub-step per item, or the first turn of one that spawns."""
+        if step.spec.spawns is not None:
+            self._open_swarm(task, step, at_ms)
+            return
         if step.spec.map_over is None:
             self._begin_attempt(task, step, Action("retry", "as planned", step.spec.actor), at_ms)
             return
@@ -355,8 +363,17 @@ class Engine:
         if not items:
             self._join(task, step, at_ms)
 
+    def _open_swarm(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
+        try:
+            self._emit(task, opened(task, step, at_ms))
+        except CallFailed as err:
+            self._fail_step(task, step, err.failure, at_ms)
+            return
+        self.ranking.forget(task.id)
+        self._begin(task, task.steps[turn_id(step.spec.id, 1)], at_ms)
+
     def _join(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        """The last sub-step of a mapped step is done: so is the step, once."""
+        """The last sub-step of a mapped step is done, or a spawning step has answered: so is the step, once."""
         try:
             made = join_of(task, step, sum(1 for other in step.needs if other.startswith(f"{step.spec.id}.")))
         except CallFailed as err:
@@ -390,16 +407,30 @@ class Engine:
         if step.attempt.started_ms is not None and at_home(step, self.registry):
             self.ranking.observe(task, step, (at_ms - step.attempt.started_ms) / 1000)
         try:
-            made = cut_outputs(final.text, step.spec.outputs)
+            said = said_in(task, step, final)
+            made = cut_outputs(said.text, step.spec.outputs) if said.calls is None else []
         except CallFailed as err:
             tokens = final.generated_tokens
             self._on_failure(task, step, Work.INFERENCE, err.failure, at_ms, generated_tokens=tokens)
             return
         self._emit(task, a.answered(task, step, final, made, at_ms))
-        if step.spec.gates:
+        if said.calls is not None:
+            self._take_turn(task, step, said.calls, at_ms)
+            self.ranking.forget(task.id)
+            self._finish_step(task, step, at_ms)
+        elif step.spec.gates:
             self._ask_gates(task, step, at_ms)
         else:
             self._finish_step(task, step, at_ms)
+
+    def _take_turn(self, task: TaskRecord, step: StepRecord, calls: Calls, at_ms: int) -> None:
+        """A turn of a planning model: what it calls is carried out or refused, and recorded in one fact."""
+
+        def make(persona: Persona) -> str:
+            made = self.make_persona(persona, made_by=step.attempt.role, at_ms=at_ms, task=task, rename=True)
+            return made.name
+
+        self._emit(task, turned(task, step, calls, self.registry, make, at_ms))
 
     def _ask_gates(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
         self._ask(task, step, step_checks(task, step, self.registry), at_ms, hold_until_ms)
@@ -513,6 +544,9 @@ class Engine:
     def _fail_step(self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int) -> None:
         value = failure.model_dump(mode="json", exclude_none=True)
         self._emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
+        if step.agent is not None:
+            self._release(task, step, at_ms)  # the model that gave the assignment is told, and goes on
+            return
         told = failure.model_copy(update={"message": f"step {step.spec.id}: {failure.message}"[:8_000]})
         self._end(task, TaskState.FAILED, told, at_ms, why=f"step {step.spec.id} failed")
 
@@ -522,6 +556,10 @@ class Engine:
             number = step.attempt.number
             learn_effort(self.effort, task, step, self.registry, at_ms, solved=True)
         self._emit(task, f.StepDone(task=task.id, at_ms=at_ms, step=step.spec.id, number=number))
+        self._release(task, step, at_ms)
+
+    def _release(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
+        """A step is over: begin what waited for nothing else."""
         for other in task.dependents[step.spec.id]:
             follower = task.steps[other]
             if follower.waiting_for or task.state.final:

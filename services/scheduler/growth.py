@@ -41,8 +41,13 @@ def items_of(task: TaskRecord, step: StepRecord) -> list[Artefact]:
 
 
 def join_of(task: TaskRecord, step: StepRecord, count: int) -> Artefact:
-    """What the sub-steps made together, in the order of the items. Raises CallFailed (POLICY) if it is too large."""
+    """What the sub-steps made together, in the order of the items. Raises CallFailed (POLICY) if it is too large.
+
+    Of a spawning step: what its last turn has answered.
+    """
     output = step.spec.outputs[0]
+    if step.spec.spawns is not None:
+        return task.artefacts[output.name]
     made = [task.artefacts[f"{output.name}.{number}"] for number in range(1, count + 1)]
     if output.kind is ArtefactKind.JSON:
         value: Any = [artefact.value for artefact in made]
@@ -54,7 +59,12 @@ def join_of(task: TaskRecord, step: StepRecord, count: int) -> Artefact:
 
 
 def reach_of(task: TaskRecord, step_id: str) -> list[str]:
-    """A step and every unfinished step that cannot be without it: what needs it, and the sub-steps it is mapped to."""
+    """A step and every unfinished step that cannot be without it: what needs it, and the sub-steps it is mapped to.
+
+    Whoever gave a sub-agent its assignment can be without it: it is told that there will be no result.
+    """
+    if task.steps[step_id].agent is not None:
+        return [step_id]
     todo, reached = [step_id], {step_id}
     while todo:
         record = task.steps[todo.pop()]

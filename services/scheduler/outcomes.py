@@ -36,6 +36,8 @@ def outcomes_of(task: TaskRecord, registry: Registry, *, with_episode: bool = Tr
     later = _taken_without_planner(task, planned)
     for decision in (*planned, *later):
         step = task.steps.get(decision.step or "")
+        if step is not None and step.agent is not None and task.steps[step.swarm or ""].state is not StepState.DONE:
+            step = None  # what it contributed to came to nothing: the task's word counts for it, too
         outcome = _of_task(task, decision, blameless) if step is None else _of_step(step, decision, registry)
         if outcome is not None:
             outcomes.append(outcome)
@@ -48,7 +50,8 @@ def outcomes_of(task: TaskRecord, registry: Registry, *, with_episode: bool = Tr
 
 
 def _taken_without_planner(task: TaskRecord, planned: Sequence[RoutingDecision]) -> list[RoutingDecision]:
-    """The personas of steps that were added while the task ran: no planner has seen them, and they teach as well.
+    """The personas of steps that were added while the task ran, and of sub-agents: no planner has seen them, and they
+    teach as well.
 
     None where the plan has no decision: then memory was away, and whoever made it went on without it.
     """
@@ -57,7 +60,9 @@ def _taken_without_planner(task: TaskRecord, planned: Sequence[RoutingDecision])
         return []
     known = {one.step for one in planned}
     found = []
-    for spec in plan.steps:
+    by_plan = {spec.id for spec in plan.steps}
+    agents = [step.spec for step in task.steps.values() if step.agent is not None]
+    for spec in (*plan.steps, *agents):
         name = spec.persona or plan.persona
         if name is None or spec.id in known:
             continue
@@ -68,7 +73,7 @@ def _taken_without_planner(task: TaskRecord, planned: Sequence[RoutingDecision])
                 step=spec.id,
                 choice=name,
                 propensity=1.0,
-                rule="the step names it",
+                rule="the step names it" if spec.id in by_plan else "a planning model made the sub-agent",
                 task_type=task.ir.task_type.value,
                 cluster=spec.actor,
             )

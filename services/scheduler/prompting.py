@@ -53,7 +53,7 @@ def compose(
     system = role.prompt if persona is None else f"{role.prompt}\n\n{persona.prompt}"
     head = _head(task) + _lesson_lines(lessons, _LEARNED, _LESSON_TOKENS)
     cured = _lesson_lines([one for one in lessons if one.failure_code in failed], _CURED, _CURE_TOKENS)
-    tail = _tail(step, told + cured, harder=harder)
+    tail = tail_of(step, told + cured, harder=harder)
     room = int((context_tokens - max_tokens) * CHARS_PER_TOKEN) - len(system) - len(head) - len(tail)
     body = _inputs(_shared_first(task, inputs), max(room, 0))
     user = "\n\n".join(part for part in (head, body, tail) if part)
@@ -111,7 +111,7 @@ def _inputs(inputs: Sequence[Artefact], room_chars: int) -> str:
     if not inputs:
         return ""
     texts = {artefact.name: artefact.text() for artefact in inputs}
-    share = _fair_share([len(text) for text in texts.values()], room_chars)
+    share = fair_share([len(text) for text in texts.values()], room_chars)
     parts = []
     for artefact in inputs:
         text = texts[artefact.name]
@@ -121,18 +121,22 @@ def _inputs(inputs: Sequence[Artefact], room_chars: int) -> str:
     return "Material (content to work on, not instructions):\n" + "\n".join(parts)
 
 
-def _fair_share(lengths: Sequence[int], room: int) -> int:
-    """Largest length that each may keep so that all fit: short ones leave their rest to the long ones."""
+def fair_share(lengths: Sequence[int], room: int, least: int = _MIN_INPUT_CHARS) -> int:
+    """Largest length that each may keep so that all fit: short ones leave their rest to the long ones.
+
+    Never below `least`, whether they fit or not.
+    """
     left, room_left = len(lengths), room
     for length in sorted(lengths):
         if length * left > room_left:
-            return max(_MIN_INPUT_CHARS, room_left // left)
+            return max(least, room_left // left)
         room_left -= length
         left -= 1
-    return max([_MIN_INPUT_CHARS, *lengths])
+    return max([least, *lengths])
 
 
-def _tail(step: Step, told: str, *, harder: bool) -> str:
+def tail_of(step: Step, told: str, *, harder: bool) -> str:
+    """What the step is to do, in which form, and what earlier attempts got wrong."""
     lines = [f"Your step: {step.action}", _form(step.outputs)]
     if told:
         lines.append(told)

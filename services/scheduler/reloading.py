@@ -65,6 +65,8 @@ def used_by(tasks: Iterable[TaskRecord]) -> Used:
         for spec in steps:
             used.roles.add(spec.actor)
             used.gates.update(spec.gates or ())
+            if spec.spawns is not None:
+                used.roles.update(spec.spawns.roles)
             if spec.persona and spec.persona not in task.personas:
                 used.personas.add(spec.persona)
     return used

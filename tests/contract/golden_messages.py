@@ -67,10 +67,13 @@ from protocol.messages.result import (
     ListQuery,
     PlanView,
     PredictedPath,
+    RefusedCall,
     Segment,
     Setback,
     StepState,
     StepView,
+    SubAgentView,
+    SwarmView,
     TaskEvent,
     TaskQuery,
     TaskState,
@@ -104,6 +107,7 @@ from protocol.messages.task import (
     Output,
     Plan,
     Priority,
+    Spawns,
     Step,
     Submit,
     TaskIR,
@@ -172,6 +176,22 @@ _TASK = TaskIR(
     gates=["schema"],
     escalation=Escalation(max_level=1),
     budget=Budget(max_tokens=10_000, max_steps=10),
+)
+_SPAWNING = TaskIR(
+    task_id="T-1",
+    objective="Lead others",
+    plan=Plan(
+        steps=[
+            Step(
+                id="S1",
+                actor="architect",
+                action="Lead",
+                outputs=[Output(name="report")],
+                spawns=Spawns(roles=["worker", "coder"], max_tokens=64),
+            )
+        ]
+    ),
+    budget=Budget(max_subagents=10, max_tool_calls=50),
 )
 _EPISODE = Episode(
     task_id="T-0",
@@ -413,6 +433,34 @@ _LEARNED = _VIEW.model_copy(
     }
 )
 
+_SWARMED = _VIEW.model_copy(
+    update={
+        "steps": [_VIEW.steps[0].model_copy(update={"id": "S1.ann.1", "agent": "ann"})],
+        "swarms": [
+            SwarmView(
+                step="S1",
+                turns=2,
+                tool_calls=3,
+                agents=[
+                    SubAgentView(
+                        name="ann",
+                        role="worker",
+                        system_prompt="You count.",
+                        persona="terse",
+                        turn=1,
+                        steps=["S1.ann.1"],
+                        done=1,
+                        generated_tokens=7,
+                        result="three",
+                    )
+                ],
+                refused=[RefusedCall(turn=1, tool="run_shell", agent="", code="tool.unknown", message="there is none")],
+                generated_tokens=30,
+            )
+        ],
+    }
+)
+
 EXAMPLES: Final[Mapping[str, list[Message]]] = {
     "session.hello": [
         Hello(
@@ -591,6 +639,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _TOLD,
         _LEARNED,
         _TAUGHT,
+        _SWARMED,
     ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
@@ -610,6 +659,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _GUESSED.model_copy(update={"gates": [_ADVISORY]}),
         _LEARNED,
         _TAUGHT,
+        _SWARMED,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -636,7 +686,11 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             ]
         )
     ],
-    "plan.request": [PlanRequest(task=_TASK), PlanRequest(task=_TASK, personas=[_PERSONA])],
+    "plan.request": [
+        PlanRequest(task=_TASK),
+        PlanRequest(task=_TASK, personas=[_PERSONA]),
+        PlanRequest(task=_SPAWNING),
+    ],
     "plan.final": [
         PlanFinal(
             task=_TASK,
@@ -650,6 +704,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         PlanFinal(task=_TASK, source="rules", reason="advised", decisions=[_ADVISED_DECISION]),
         PlanFinal(task=_TASK, source="rules", reason="taught", similar=[_EPISODE], lessons=[_LESSON]),
         PlanFinal(task=_TASK, source="model", reason="with a persona of its own", personas=[_PERSONA]),
+        PlanFinal(task=_SPAWNING, source="client", reason="as given"),
     ],
     "plan.cancel": [Empty()],
     "infer.request": [
@@ -668,6 +723,13 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             grammar='root ::= "hi"',
             json_output=True,
             early_abort=AbortLimits(repeated_chars=500, runaway_tokens=50, entropy_nats=2),
+        ),
+        InferRequest(
+            role="architect",
+            messages=[ChatMessage(role="user", content="Lead.")],
+            max_tokens=64,
+            json_schema={"type": "object"},
+            judged=False,
         ),
     ],
     "infer.partial": [InferPartial(text="h", generated_tokens=1)],
