@@ -121,6 +121,13 @@ def test_one_made_by_a_client_is_tried_credited_adopted_and_then_chosen_by_what_
     assert "quay-clerk" in {arm.choice for arm in advice.arms}, "the learned policy may try it"
     assert advice.rules_choice == "source-keeper", "rules never choose one on trial"
 
+    plan = stack.stack.home.root / "task.yaml"
+    step = {"id": "S1", "actor": "worker", "action": "x", "persona": "quay-clerk", "outputs": [{"name": "one"}]}
+    plan.write_text(yaml.safe_dump({"objective": "test", "plan": {"steps": [step]}}), encoding="utf-8")
+    assert "quay-clerk" in stack.tierline("plan", "--file", str(plan)), (
+        "offline commands know it while the hub is there"
+    )
+
     for number in range(6):
         bad = run(stack, f"keep the ledger of day {number}", NO_PERSONA, step=LEDGER)
         assert bad.state is TaskState.FAILED
