@@ -46,13 +46,14 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
         "messages": _messages(task, step, registry, role, max_tokens),
         "max_tokens": min(max_tokens, left),
         "sampling": _seeded(role, attempt.key),
-        "json_output": len(step.spec.outputs) == 1 and step.spec.outputs[0].kind is ArtefactKind.JSON,
+        "json_output": not step.is_turn
+        and len(step.spec.outputs) == 1
+        and step.spec.outputs[0].kind is ArtefactKind.JSON,
+        "judged": not step.is_turn,  # a turn is judged call by call, in `toolcalls.py`
         "stream": stream,
     }
     if schema is not None:
         body["json_schema"] = schema
-    if step.is_turn:
-        body |= {"judged": False, "json_output": False}  # call by call, in `toolcalls.py`
     if step.spec.grammar is not None:
         body["grammar"] = step.spec.grammar
     limits = _limits(role.early_abort)
