@@ -403,3 +403,14 @@ def test_what_cured_a_failure_is_told_in_the_prompts_of_a_similar_task(scripted:
     prompt = scripted.prompts_with("quince")[-1]
     assert "What went wrong in similar jobs" in prompt
     assert f"gate.lint: Undefined name `y`; cured {lesson.times}x by retry with worker" in prompt
+
+    scripted.say({"match": "medlar", "answers": [UNDEFINED, GOOD]})
+    step = code_step("write double for the medlar", ["lint"])
+    again = scripted.run(step, objective=f"Friendly, {words}", **with_tests())
+    assert again.state is TaskState.SUCCEEDED, again.failure
+    first, second = (body["messages"][1]["content"] for body in scripted.requests_with("medlar"))
+    cure = f"gate.lint: Undefined name `y`; cured {lesson.times}x by retry with worker"
+    assert cure in first, "a plan that a client brought is told as well"
+    assert "What cured such a failure" not in first
+    assert second.count(cure) == 2, "and so is the attempt after the failure, right beside it"
+    assert cure in second.partition("What cured such a failure in similar jobs")[2]

@@ -20,9 +20,12 @@ import yaml
 
 from protocol.client import Client
 from protocol.errors import CallFailed
+from protocol.messages.memory import DecisionRecord, Import, MemoryRequest, Outcome, Row
+from protocol.messages.persona import Persona
 from protocol.messages.result import TaskState
 from protocol.messages.task import TaskIR
 from services.ctl.stack import stray_processes
+from services.kit.registry.versions import prompt_digest
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY
 from tests.system.test_ctl_stack import Installation
@@ -157,6 +160,43 @@ def test_a_new_gate_and_persona_are_known_to_planner_and_gates_service(stack: St
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert [(gate.gate, gate.verdict.value) for gate in view.steps[0].attempts[-1].gates] == [("shape", "pass")]
     assert stack.pids() == before
+
+
+def remembered(choice: str, reward: float, prompt: str = "") -> list[Row]:
+    """Thirty outcomes of a persona of the worker, as an export of memory has them."""
+    rows: list[Row] = []
+    for number in range(30):
+        ident = f"{choice}-{number}"
+        decision = DecisionRecord(
+            decision_id=ident, task_id=ident, subject="persona", choice=choice, propensity=1, task_type="chat",
+            cluster="worker", prompt=prompt,
+        )  # fmt: skip
+        outcome = Outcome(decision_id=ident, reward=reward, seconds=1, attempts=1, at_ms=1)
+        rows += [Row(decision=decision), Row(outcome=outcome)]
+    return rows
+
+
+def test_an_adopted_persona_stands_in_the_operators_file_and_nothing_is_restarted(stack: Stack) -> None:
+    before = stack.pids()
+    stoker = Persona(name="stoker", description="Below deck.", prompt="You keep the fire.", roles=["worker"])
+    assert stack.client.make_persona(stoker).state == "trial"
+    rows = [*remembered("none", 0.0), *remembered("stoker", 1.0, prompt_digest(stoker.prompt))]
+    stack.client.memory(MemoryRequest(ask=Import(rows=rows)))
+    step = {"id": "S1", "actor": "worker", "action": "Say it.", "persona": "stoker", "outputs": [{"name": "one"}]}
+    view = stack.client.run({"objective": "test", "plan": {"steps": [step | {"gates": []}]}}, timeout_s=30)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    stack.until(lambda: _state_of(stack, "stoker") == "adopted")
+    text = (stack.root / "registry" / "personas.yaml").read_text()
+    assert yaml.safe_load(text)["personas"]["stoker"]["prompt"].strip() == stoker.prompt
+    stack.until(lambda: len({digest for name, digest in stack.digests().items() if name != "memory"}) == 1)
+    assert "not taken up" not in stack.tierline("status").stdout
+    assert stack.tierline("up").returncode == 0
+    assert stack.pids() == before, "`up` finds the registry that the services have"
+    assert stack.reload()["unchanged"] > 0
+
+
+def _state_of(stack: Stack, name: str) -> str:
+    return next(one.state for one in stack.client.personas() if one.name == name)
 
 
 def test_a_changed_model_finishes_its_running_step_and_begins_anew(stack: Stack) -> None:
