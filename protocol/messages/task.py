@@ -42,7 +42,7 @@ class Output(Strict):
 
 
 class Spawns(Strict):
-    """Leave for a step to make sub-agents and give them work while it runs; see "Sub-agents" in the spec."""
+    """Leave for a step to make sub-agents and give them work while it runs; see "Sub-agents" above."""
 
     roles: list[Name] = Field(default_factory=list, max_length=8)
     """Roles that its sub-agents may have, the first one where the model names none; empty = the planner chooses."""

@@ -9,7 +9,6 @@ dropped. Every change is a row of the journal before anybody is told.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -23,7 +22,7 @@ from protocol.messages.memory import Arms, ArmValue, MemoryFinal, MemoryRequest
 from protocol.messages.persona import NO_PERSONA, Persona, PersonaMade, PersonaState, PersonaView
 from protocol.messages.reply import ErrorReply
 from services.kit.identity import work_key
-from services.kit.registry import Registry
+from services.kit.registry import Registry, free_name
 from services.scheduler.calls import Call
 from services.scheduler.effects import Ask, Drop
 from services.scheduler.persona_verdicts import standing_of, verdict
@@ -36,10 +35,10 @@ _LOOK_EVERY_MS: Final = 2_000
 _AGAIN_MS: Final = 60_000
 """Until the files of a registry that could not be written are tried again."""
 _TIMEOUT_MS: Final = 30_000
+_TASKS_SHARE: Final = 4
+"""One task has at most the fourth part of the places on trial."""
 _KEPT: Final = 256
 """Rows of what was adopted or dropped; the oldest go."""
-_MAX_NAME: Final = 32
-_SUFFIX: Final = 5  # "-" and four hexadecimal digits
 
 
 class KeepPersona(msgspec.Struct, frozen=True):
@@ -140,7 +139,7 @@ class Personas:
             return named, PersonaMade(name=named.name, state=known.state, duplicate=True)
         if named.name in self._declared():
             return named, PersonaMade(name=named.name, state="registered", duplicate=True)
-        no_room = self._make_room(at_ms)
+        no_room = self._has_its_share(task) or self._make_room(at_ms)
         if no_room and task is None:
             raise BadFrame("persona.full", f"{no_room}; make it for a task, or ask again when one of them was decided")
         if no_room:
@@ -314,20 +313,13 @@ class Personas:
 
     def _named(self, persona: Persona, own: Mapping[str, Persona], *, rename: bool) -> Persona:
         """Under a name that no other prompt has."""
-        taken = self._prompt_of(persona.name, own)
-        if taken in (None, persona.prompt):
-            return persona
-        if not rename:
+        named = free_name(persona, lambda name: self._prompt_of(name, own))
+        if named is None or (named.name != persona.name and not rename):
             raise BadFrame(
                 "persona.taken",
                 f"persona.name: {persona.name!r} has another prompt already; take another name, or set `rename`",
             )
-        digest = hashlib.sha256(persona.prompt.encode()).hexdigest()
-        for start in range(0, len(digest), 4):
-            name = f"{persona.name[: _MAX_NAME - _SUFFIX]}-{digest[start : start + 4]}"
-            if self._prompt_of(name, own) in (None, persona.prompt):
-                return persona.model_copy(update={"name": name})
-        raise BadFrame("persona.taken", f"persona.name: {persona.name!r} and all names like it have other prompts")
+        return named
 
     def _prompt_of(self, name: str, own: Mapping[str, Persona]) -> str | None:
         if name in own:
@@ -337,6 +329,14 @@ class Personas:
             return entry.prompt
         trial = self.trials.get(name)
         return None if trial is None or trial.state == "dropped" else trial.made.prompt
+
+    def _has_its_share(self, task: str | None) -> str:
+        """Why a task gets no further place; empty if it does. A swarm of a hundred leaves places for others."""
+        if task is None:
+            return ""
+        share = self.registry().trials.at_once // _TASKS_SHARE
+        running = sum(1 for trial in self.trials.values() if trial.state == "trial" and trial.task == task)
+        return f"{share} personas of this task are on trial already" if running >= max(1, share) else ""
 
     def _make_room(self, at_ms: int) -> str:
         """Why there is no place for one more; empty if there is, perhaps since one that was idle has gone."""

@@ -15,6 +15,7 @@ from protocol.header import Header
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferRequest
 from protocol.messages.memory import MemoryRequest, RecordOutcomes
+from protocol.messages.persona import PersonaListing, PersonaQuery
 from protocol.messages.plan import RoutingDecision
 from protocol.messages.result import CancelQuery, StepState, TaskState, TaskView
 from services.scheduler import snapshot
@@ -72,6 +73,9 @@ def finished(world: World, task: str, limit_ms: int = 600_000) -> TaskView:
     kept = snapshot.unpack(snapshot.pack(record))
     assert kept is not None
     assert snapshot.plain(kept) == snapshot.plain(record)
+    path = result.critical_path
+    assert path is not None
+    assert sum(one.end_ms - one.start_ms for one in path.path) == path.wall_ms
     return result
 
 
@@ -368,6 +372,18 @@ def test_sub_agents_become_personas_that_are_rated_and_can_be_named_again() -> N
     assert again.swarms is not None
     assert [one.name for one in again.swarms[0].agents] == ["ann", "bob"]
     assert "you are Ann" in later.prompt("L.ann.1")
+
+
+def test_a_swarm_leaves_places_on_trial_for_others() -> None:
+    script = Script({"calls": pairs(100)}, {"answer": "fine"})
+    world = stack(script)
+    result = finished(world, world.submit(task_of([LEADER])))
+    assert result.swarms is not None
+    assert len({agent.persona for agent in result.swarms[0].agents}) == 100
+    _, listing = world.client("persona.list", PersonaQuery())
+    assert isinstance(listing, PersonaListing)
+    on_trial = [one.name for one in listing.personas if one.state == "trial"]
+    assert on_trial == [f"a{number}" for number in range(world.registry.trials.at_once // 4)]
 
 
 def test_a_sub_agent_with_the_name_of_another_persona_is_kept_under_another_name() -> None:
