@@ -350,7 +350,8 @@ class MemoryService:
         return answer
 
     def _stats(self) -> MemoryFinal:
-        return MemoryFinal(stats=self._opened().stats())
+        projector = self._opened()
+        return MemoryFinal(stats=projector.stats(), width=projector.reader.width_report())
 
     # Opening and closing.
 

@@ -33,6 +33,7 @@ from services.kit.identity import boot_id
 from services.memory.embedding import Vector, to_bytes
 from services.memory.log_upkeep import delete, put_value, replay_values
 from services.memory.machine import first_of_each, scored, unseen
+from services.memory.staged import STAGING
 
 LOG_FILE: Final = "log.sqlite"
 
@@ -53,6 +54,7 @@ CREATE TABLE IF NOT EXISTS choice_values (
     subject TEXT, task_type TEXT, choice TEXT, q REAL NOT NULL, count INTEGER NOT NULL, mean_seconds REAL NOT NULL,
     PRIMARY KEY (subject, task_type, choice)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS contexts (task_id TEXT PRIMARY KEY, text TEXT NOT NULL, vector BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS stages (task_type TEXT PRIMARY KEY, credited INTEGER NOT NULL) WITHOUT ROWID;
 """
 _LAYOUT: Final = 1
 _IDS_AT_ONCE: Final = 500  # SQLite's bound on variables of one statement is 999 in old builds
@@ -262,11 +264,14 @@ class MemoryLog:
             )
         return MemoryFinal(stored=len(new), duplicates=len(decisions) - len(new))
 
-    def _store_outcomes(self, request: RecordOutcomes, vector: Vector | None) -> MemoryFinal:
+    def _store_outcomes(
+        self, request: RecordOutcomes, vector: Vector | None, *, imported: bool = False
+    ) -> MemoryFinal:
         ids = [outcome.decision_id for outcome in request.outcomes]
         self._refuse_unknown(ids)
         new = [request.outcomes[position] for position in first_of_each(ids, self._known("outcomes", ids))]
-        for outcome in new:
+        for sent in new:
+            outcome = self._credited(sent, imported=imported)
             self._db.execute(
                 "INSERT INTO outcomes VALUES (?, ?, ?, ?)",
                 (outcome.decision_id, self._next(), outcome.failure_code, outcome.model_dump_json()),
@@ -284,7 +289,7 @@ class MemoryLog:
             if row.decision is not None:
                 answer = self._store_decisions(RecordDecisions(decisions=[row.decision], text=row.text), vector)
             elif row.outcome is not None:
-                answer = self._store_outcomes(RecordOutcomes(outcomes=[row.outcome]), None)
+                answer = self._store_outcomes(RecordOutcomes(outcomes=[row.outcome]), None, imported=True)
             else:
                 answer = self._store_outcomes(RecordOutcomes(episode=row.episode), vector)
             stored, duplicates = stored + answer.stored, duplicates + answer.duplicates
@@ -305,6 +310,25 @@ class MemoryLog:
                     evidence={"decision_ids": unknown[:100]},
                 )
             )
+
+    def _credited(self, outcome: Outcome, *, imported: bool) -> Outcome:
+        """With its staged reward where it says how its steps were spread; that counts one stage of the type of task.
+
+        An imported one keeps the reward that it was once given, and this log is as far as that afterwards.
+        """
+        if outcome.spread is None:
+            return outcome if outcome.staged is None else outcome.model_copy(update={"staged": None})
+        (task_type,) = self._db.execute(
+            "SELECT task_type FROM decisions WHERE decision_id = ?", (outcome.decision_id,)
+        ).fetchone()
+        row = self._db.execute("SELECT credited FROM stages WHERE task_type = ?", (task_type,)).fetchone()
+        stage = 0 if row is None else int(row[0])
+        staged = outcome.staged
+        if staged is None or not imported:
+            staged = STAGING.credit(outcome.reward, outcome.spread, stage)
+        credited = max(stage, staged.stage) + 1
+        self._db.execute("INSERT OR REPLACE INTO stages VALUES (?, ?)", (task_type, credited))
+        return outcome.model_copy(update={"staged": staged})
 
     def _learn(self, outcome: Outcome) -> None:
         key = self._db.execute(

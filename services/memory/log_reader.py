@@ -11,17 +11,19 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from protocol.messages.memory import DecisionRecord, Episode, Explained, Outcome, Row, Value
+from protocol.messages.memory import DecisionRecord, Episode, Explained, Outcome, Row, Spread, Value, WidthReport
 from services.memory.embedding import Vector, from_bytes
 from services.memory.log import LOG_FILE
 from services.memory.log_upkeep import stored_values, wrong_values
 from services.memory.machine import episode_value
 from services.memory.routing import Observation
+from services.memory.staged import STAGING
+from services.memory.width_report import HISTORY, Decided, report
 
 _ROWS_AT_ONCE: Final = 2_000
 
@@ -100,6 +102,14 @@ _OBSERVATIONS: Final = (
     "WHERE o.seq > ? AND o.seq <= ? ORDER BY o.seq"
 )
 
+
+_DECOMPOSITIONS: Final = (
+    "SELECT d.record, o.record FROM outcomes o JOIN decisions d USING (decision_id) "
+    "WHERE d.subject = 'decomposition' AND json_extract(o.record, '$.staged') IS NOT NULL AND o.seq > ? "
+    "ORDER BY o.seq DESC LIMIT ?"
+)
+_DECOMPOSITIONS_WITHIN: Final = 200_000
+"""Rows of the log in which decompositions are looked for, so that a report does not take longer with every year."""
 
 _EXPORTED: Final = (
     "SELECT * FROM (SELECT seq, 'decision', record, text FROM decisions LEFT JOIN contexts USING (task_id) "
@@ -239,6 +249,14 @@ class LogReader:
         found = [value for value in stored_values(self._db) if value.subject == subject]
         return sorted(found, key=lambda value: (value.task_type, -value.q, value.choice))
 
+    def width_report(self) -> WidthReport:
+        """How the last decisions whether to split came out; see `width_report.py`."""
+        rows = self._db.execute(_DECOMPOSITIONS, (self.seq - _DECOMPOSITIONS_WITHIN, HISTORY)).fetchall()
+        decided = [_decided(json.loads(decision), json.loads(outcome)) for decision, outcome in reversed(rows)]
+        stages = dict(self._db.execute("SELECT task_type, credited FROM stages").fetchall())
+        now = stages.get(decided[-1].task_type, 0) if decided else 0
+        return report(decided, max(stages.values(), default=0), STAGING.weight(now))
+
     def rows(self, after: int, limit: int) -> list[Row]:
         """Up to `limit` rows after row `after`, in order, as they are exported."""
         rows = self._db.execute(_EXPORTED, (after, limit)).fetchall()
@@ -298,10 +316,25 @@ class LogReader:
         return value
 
 
+def _decided(decision: dict[str, Any], outcome: dict[str, Any]) -> Decided:
+    features = decision.get("features", {})
+    return Decided(
+        task_type=decision["task_type"],
+        cluster=decision.get("cluster", ""),
+        reward=outcome["reward"],
+        shaped=outcome["staged"]["shaped"],
+        seconds=outcome["seconds"],
+        spread=Spread.model_validate(outcome["spread"]),
+        rules_width=features.get("rules_width", 1.0),
+        widest=features.get("widest", 1.0),
+    )
+
+
 def _observation(row: tuple[int, int, str, str, str, str, str, bytes | None]) -> Observation:
     seq, decision_seq, subject, task_type, choice, decision_text, outcome_text, vector = row
     # Plain JSON: both were validated before they were stored, and an old row lacks the newer fields.
     decision, outcome = json.loads(decision_text), json.loads(outcome_text)
+    staged = outcome.get("staged")
     return Observation(
         seq=seq,
         decision_seq=decision_seq,
@@ -315,4 +348,6 @@ def _observation(row: tuple[int, int, str, str, str, str, str, bytes | None]) ->
         seconds=outcome["seconds"],
         model=decision.get("model", ""),
         prompt=decision.get("prompt", ""),
+        finish=None if staged is None else staged["finish"],
+        stage=0 if staged is None else staged["stage"],
     )

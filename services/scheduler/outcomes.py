@@ -1,6 +1,7 @@
 """What a finished task teaches: one outcome per decision, and the episode itself.
 
-A decision about a step is scored by what became of that step, a decision about the task by the task. Faults of
+A decision about a step is scored by what became of that step, a decision about the task by the task; one about its
+decomposition says beside it how the steps were spread, for the staged reward. Faults of
 processes and resources teach nothing (`quality_signal` in the failure table), and a cancelled task teaches nothing.
 """
 
@@ -14,6 +15,7 @@ from protocol.messages.plan import RoutingDecision
 from protocol.messages.result import StepState, TaskState
 from services.kit.registry import Registry
 from services.scheduler.failures import teaches
+from services.scheduler.spread import spread_of
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 _MAX_CURES: Final = 8  # bound of Outcome.cures
@@ -48,6 +50,7 @@ def _of_task(task: TaskRecord, decision: RoutingDecision, blameless: bool) -> Ou
         seconds=(task.ended_ms - task.created_ms) / 1000,
         attempts=1,
         failure_code=None if task.failure is None else task.failure.code,
+        spread=spread_of(task) if decision.subject == "decomposition" and decision.alternatives else None,
         at_ms=task.ended_ms,
     )
 

@@ -26,8 +26,7 @@ import numpy as np
 from protocol.errors import CallError
 from protocol.messages.infer import InferFinal, InferRequest
 from protocol.messages.plan import PlanFinal
-from protocol.messages.task import Plan, TaskIR
-from protocol.plan_graph import needs
+from protocol.messages.task import TaskIR
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.demo_models import IDLE, decoding_threads, demo_entry
 from services.ctl.bench.graph_file import read_graphs
@@ -41,6 +40,7 @@ from services.kit.registry import Registry, load_registry
 from services.planner.divide import Judge, RuleJudge
 from services.planner.labelled import BadRow, Labelled, read_labelled, trained_on
 from services.planner.machine import AskModel, Finish, ModelAnswered, ModelOutcome, Planning, Requested, Unanswered
+from services.planner.width import width_of
 
 _FOLDS: Final = 5
 _ANSWER_S: Final = 120.0
@@ -182,21 +182,6 @@ def measure_width(questions: Sequence[tuple[str, int]], registry: Registry, ask:
             "width_exact_with_the_rules_plans": round(with_rules / rows, 4),
         }
     return figures
-
-
-def width_of(plan: Plan) -> int:
-    """Most steps on one level of a plan without problems."""
-    waits = needs(plan)
-    level: dict[str, int] = {}
-    todo = list(waits)
-    while todo:
-        step = todo.pop()
-        missing = [other for other in waits[step] if other not in level]
-        if missing:
-            todo += [step, *missing]
-        else:
-            level[step] = max((level[other] + 1 for other in waits[step]), default=0)
-    return max(Counter(level.values()).values())
 
 
 def _planned(task: TaskIR, registry: Registry, ask: Ask | None) -> tuple[PlanFinal, ModelOutcome]:
