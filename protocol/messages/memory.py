@@ -114,7 +114,7 @@ class Outcome(Message):
     spread: Spread | None = None
     """Only with a decision about the decomposition that had an alternative."""
     staged: Staged | None = None
-    """Written by memory when it takes an outcome with `spread`; what a sender puts here is replaced, but for imports."""
+    """Written by memory when it takes an outcome with `spread`. What a sender says is replaced, unless imported."""
     at_ms: Millis
 
 

@@ -48,7 +48,9 @@ _DAY_S: Final = 86_400.0
 def add(commands: Commands) -> None:
     """Add the commands of this file."""
     group = commands.group("memory", "look after what this stack has learned")
-    group.add("stats", _stats, "how much is remembered, how far the projections are, serial collapse and spurious parallelism")
+    group.add(
+        "stats", _stats, "how much is remembered, how far the projections are, serial collapse and spurious parallelism"
+    )
     parser = group.add("values", _values, "what every choice about a subject has turned out to be worth")
     parser.add_argument("subject", metavar="SUBJECT", help="role, persona or decomposition")
     group.add("verify", _verify, "compare values, vectors and graph with the log; exit 1 where they differ")

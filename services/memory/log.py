@@ -264,9 +264,7 @@ class MemoryLog:
             )
         return MemoryFinal(stored=len(new), duplicates=len(decisions) - len(new))
 
-    def _store_outcomes(
-        self, request: RecordOutcomes, vector: Vector | None, *, imported: bool = False
-    ) -> MemoryFinal:
+    def _store_outcomes(self, request: RecordOutcomes, vector: Vector | None, *, imported: bool = False) -> MemoryFinal:
         ids = [outcome.decision_id for outcome in request.outcomes]
         self._refuse_unknown(ids)
         new = [request.outcomes[position] for position in first_of_each(ids, self._known("outcomes", ids))]

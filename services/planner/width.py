@@ -38,17 +38,17 @@ def width_of(plan: Plan) -> int:
 
 
 def answer_of(plan: Plan) -> Shape:
-    """Direct: nothing runs beside anything. Independent: parts that wait for nothing, and at most their joins. Else
-    staged: what runs side by side builds on something, or several wide levels follow each other.
+    """Direct: one step. Independent: most steps wait for nothing, and what they make is joined, each result once.
+    Staged: steps build on others, or what runs side by side does.
     """
     if width_of(plan) == 1:
         return Shape.DIRECT if len(plan.steps) == 1 else Shape.STAGED
-    level = levels_of(plan)
-    sizes = Counter(level.values())
-    roots_widest = sizes[0] == max(sizes.values())
-    joins_only = all(level[step.id] == 0 or _joins(step.inputs, plan) for step in plan.steps)
+    sizes = Counter(levels_of(plan).values())
+    read = Counter(name for step in plan.steps for name in step.inputs)
+    joined_once = all(read[output.name] <= 1 for step in plan.steps for output in step.outputs)
     mapped = any(step.map_over is not None for step in plan.steps)
-    return Shape.INDEPENDENT if roots_widest and joins_only and not mapped else Shape.STAGED
+    independent = sizes[0] == max(sizes.values()) and joined_once and not mapped
+    return Shape.INDEPENDENT if independent else Shape.STAGED
 
 
 def told(plan: Plan) -> str:
@@ -62,9 +62,3 @@ def told(plan: Plan) -> str:
         case Shape.STAGED:
             beside = f"up to {width} steps side by side" if width > 1 else "one step after the other"
             return f"done in stages, {beside}"
-
-
-def _joins(inputs: list[str], plan: Plan) -> bool:
-    """Whether a step puts together what several others have made, or all that one of them has."""
-    made = {output.name for step in plan.steps for output in step.outputs}
-    return len(made.intersection(inputs)) > 1
