@@ -1,8 +1,8 @@
 """What a finished task teaches: one outcome per decision, and the episode itself.
 
 A decision about a step is scored by what became of that step, a decision about the task by the task; one about its
-decomposition says beside it how the steps were spread, for the staged reward. Faults of
-processes and resources teach nothing (`quality_signal` in the failure table), and a cancelled task teaches nothing.
+decomposition says beside it how the steps were spread, for the staged reward. Faults of processes and resources teach
+nothing (`quality_signal` in the failure table), and a cancelled task teaches nothing.
 """
 
 from __future__ import annotations

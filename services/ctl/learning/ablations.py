@@ -21,6 +21,8 @@ from services.memory.staged import STAGING
 TASKS: Final = 800
 """Tasks of one course: twice the decompositions over which the terms are annealed."""
 LEAST_TASKS: Final = 10
+_WORTH_A_POOL: Final = 4_000
+"""Tasks in all from which more processes save more time than they take to start."""
 COURSES: Final = 5
 """Of each family and variant, with seeds of their own."""
 
@@ -88,11 +90,15 @@ def run_ablations(families: Sequence[Family], registry: Registry, tasks: int, se
     """Run every variant on every family with every seed, on all cores. Raises BadInput for a family that cannot be."""
     grounds = tuple(ground_of(family, registry) for family in families)
     wanted = [(variant, ground, seed) for variant in VARIANTS for ground in grounds for seed in seeds]
+    ran: Sequence[Course]
+    if tasks * len(wanted) < _WORTH_A_POOL:
+        ran = [_run(one, tasks) for one in wanted]
+    else:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            ran = list(pool.map(_run, wanted, [tasks] * len(wanted)))
     courses: dict[tuple[str, str], list[Course]] = {}
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        ran = pool.map(_run, wanted, [tasks] * len(wanted), chunksize=max(1, len(seeds)))
-        for (variant, ground, _), course in zip(wanted, ran, strict=True):
-            courses.setdefault((variant, ground.family.name), []).append(course)
+    for (variant, ground, _), course in zip(wanted, ran, strict=True):
+        courses.setdefault((variant, ground.family.name), []).append(course)
     return Ablations(grounds, tasks, tuple(seeds), courses)
 
 
