@@ -18,6 +18,8 @@ from protocol.messages.plan import RoutingDecision
 from protocol.messages.result import TaskState, TaskView
 from tests.system.scripted_stack import ScriptedStack, scripted_stack
 
+RULED_TASKS = 12
+"""Enough to judge by, see `width_report.py`."""
 TASKS = 70
 LAST = 20
 PLACES = ("Kiel", "Lima", "Oslo", "Rome", "Bonn", "Graz")
@@ -65,7 +67,7 @@ def tierline(stack: ScriptedStack, *words: str) -> dict[str, Any]:
 
 def test_width_follows_outcomes_and_is_the_rules_without_learning(stack: ScriptedStack) -> None:
     stack.switch_learning(on=False)
-    ruled = [run(stack, number) for number in range(6)]
+    ruled = [run(stack, number) for number in range(RULED_TASKS)]
     assert [shape_of(view) for _, view in ruled] == [RULED[kind] for kind, _ in ruled]
     assert all(view.state is TaskState.FAILED for _, view in ruled)
 

@@ -80,13 +80,9 @@ def ground_of(family: Family, registry: Registry) -> Ground:
     task = TaskIR(task_type=TaskType.DOC, objective=f"Put these {family.name} together", inputs=given)
     plans = {one.template: one.plan for one in plans_by_rules(task, registry.roles)}
     widths = {template: width_of(plan) for template, plan in plans.items()}
-    unknown = sorted(set(widths.values()) ^ set(family.quality))
-    if unknown:
+    if set(widths.values()) != set(family.quality):
         offered = ", ".join(map(str, sorted(set(widths.values()))))
-        raise BadInput(
-            f"family {family.name}: quality: width {unknown[0]} does not fit, {family.inputs} inputs can be divided "
-            f"into {offered}"
-        )
+        raise BadInput(f"family {family.name}: quality: {family.inputs} inputs need a value for each of {offered}")
     ruled = {template: plans[template] for template in sorted(plans, key=lambda name: widths[name] != family.rules)}
     asked = request(task, ruled, registry, task.objective)
     if asked is None:
