@@ -25,6 +25,7 @@ from services.ctl.plan import dry_run
 from services.ctl.screen import Screen, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.task_file import checked_task, read_task_fields
+from services.ctl.trials import with_live_trials
 from services.kit.registry import Registry
 from services.scheduler.simulation.outcome import Outcome
 from services.scheduler.simulation.peers import SimulationError
@@ -79,7 +80,7 @@ def _simulate(args: Namespace, context: Context) -> ExitCode:
     if args.families is not None or args.courses is not None or args.png is not None:
         raise BadInput("--families, --courses and --png belong to --learning")
     durations = known_durations(args, context.home)
-    registry = checked_registry(context.home, check_files=False)
+    registry = with_live_trials(context.home, checked_registry(context.home, check_files=False))
     workers, slots = _numbers("workers", args.workers, registry), _numbers("slots", args.slots, registry)
     tasks = _tasks(args, registry)
     base, pace = _timed(tasks, registry, tiers_of(registry), durations)

@@ -6,11 +6,13 @@ them. Opening, transactions and everyday writes are `log.py`.
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from protocol.messages.memory import Forget, Outcome, Value
+from services.memory.log_rows import RowDamaged, fetched, find, parts, put, selected
 from services.memory.machine import scored, unseen
 
 _OLD_TASKS: Final = (
@@ -18,6 +20,11 @@ _OLD_TASKS: Final = (
     "SELECT d.task_id, json_extract(o.record, '$.at_ms') FROM outcomes o JOIN decisions d USING (decision_id)) "
     "GROUP BY task_id HAVING max(at_ms) < ?"
 )
+_SCORED: Final = (
+    f"SELECT {selected('decisions', 'd')}, {selected('outcomes', 'o')} FROM outcomes o "  # noqa: S608  literals
+    "JOIN decisions d USING (decision_id) ORDER BY o.seq"
+)
+_STAGE: Final = "stage:"
 _OF_TASKS: Final = "SELECT decision_id FROM decisions WHERE task_id IN (SELECT task_id FROM forgotten)"
 _OF_CHOICE: Final = "SELECT decision_id FROM decisions WHERE choice = ?1 AND (?2 IS NULL OR subject = ?2)"
 
@@ -43,22 +50,25 @@ def delete(db: sqlite3.Connection, ask: Forget) -> int:
 def replayed_values(db: sqlite3.Connection) -> Iterator[Value]:
     """The values that all outcomes, in their order, amount to."""
     values: dict[tuple[str, str, str], Value] = {}
-    for *key, record in db.execute(
-        "SELECT d.subject, d.task_type, d.choice, o.record FROM outcomes o JOIN decisions d USING (decision_id) "
-        "ORDER BY o.seq"
-    ):
-        outcome = Outcome.model_validate_json(record)
-        name = (str(key[0]), str(key[1]), str(key[2]))
+    for row in fetched(db, _SCORED):
+        decision, told = parts(row, "decisions", "outcomes")
+        if decision is None or told is None:
+            raise RowDamaged("an outcome without its decision")
+        name = decision[3:6]
+        outcome = Outcome.model_validate_json(told[-1])
         values[name] = scored(values.get(name) or unseen(*name), outcome.reward, outcome.seconds)
     yield from values.values()
 
 
 def stored_values(db: sqlite3.Connection) -> Iterator[Value]:
     """The values as they stand."""
-    for subject, task_type, choice, q, count, mean_seconds in db.execute(
-        "SELECT subject, task_type, choice, q, count, mean_seconds FROM choice_values"
-    ):
-        yield Value(subject=subject, task_type=task_type, choice=choice, q=q, count=count, mean_seconds=mean_seconds)
+    yield from map(_as_value, find(db, "choice_values"))
+
+
+def stored_value(db: sqlite3.Connection, subject: str, task_type: str, choice: str) -> Value | None:
+    """The value of one choice; None where it was never scored."""
+    rows = find(db, "choice_values", "WHERE subject = ? AND task_type = ? AND choice = ?", subject, task_type, choice)
+    return next(map(_as_value, rows), None)
 
 
 def wrong_values(db: sqlite3.Connection) -> list[tuple[Value | None, Value | None]]:
@@ -83,12 +93,38 @@ def replay_values(db: sqlite3.Connection) -> int:
     return len(wrong)
 
 
+def stage_key(task_type: str) -> str:
+    """Key in `meta` under which it stands how many decompositions of a type of task were credited."""
+    return f"{_STAGE}{task_type}"
+
+
+def stored_stages(db: sqlite3.Connection) -> dict[str, int]:
+    """Type of task -> decompositions whose staged reward was credited, those that were forgotten since included."""
+    return {key.removeprefix(_STAGE): int(value) for key, value in find(db, "meta") if key.startswith(_STAGE)}
+
+
+def restore_stages(db: sqlite3.Connection, known: Mapping[str, Any]) -> None:
+    """Put the stages into a log that is made anew: the ones that are known, and at least what its outcomes say."""
+    stages = {key: int(value) for key, value in known.items() if key.startswith(_STAGE)}
+    for row in fetched(db, _SCORED):
+        decision, told = parts(row, "decisions", "outcomes")
+        staged = json.loads(told[-1]).get("staged") if told is not None else None
+        if decision is not None and staged is not None:
+            key = stage_key(decision[4])
+            stages[key] = max(stages.get(key, 0), int(staged["stage"]) + 1)
+    for key, stage in stages.items():
+        put(db, "meta", key, stage, verb="INSERT OR REPLACE")
+
+
 def put_value(db: sqlite3.Connection, value: Value) -> None:
     """Store the value of one choice."""
-    db.execute(
-        "INSERT OR REPLACE INTO choice_values VALUES (?, ?, ?, ?, ?, ?)",
-        (value.subject, value.task_type, value.choice, value.q, value.count, value.mean_seconds),
-    )
+    fields = (value.subject, value.task_type, value.choice, float(value.q), value.count, float(value.mean_seconds))
+    put(db, "choice_values", *fields, verb="INSERT OR REPLACE")
+
+
+def _as_value(row: tuple[Any, ...]) -> Value:
+    subject, task_type, choice, q, count, mean_seconds = row
+    return Value(subject=subject, task_type=task_type, choice=choice, q=q, count=count, mean_seconds=mean_seconds)
 
 
 def _key(value: Value) -> tuple[str, str, str]:

@@ -1,6 +1,6 @@
 """The course of one planning call: what to ask next, how long to wait, what to do without an answer.
 
-    Requested -> [AskMemory] -> [AskModel] -> [AskAdvice] -> Record -> Finish    a client's plan skips the first two
+    Requested -> AskMemory -> [AskModel] -> [AskAdvice] -> Record -> Finish    a client's plan needs no model
               -> Refuse                                       a plan or a registry reference that cannot run
 
 Pure: time comes in with the events, questions go out as commands, and exactly one command answers each event. Every
@@ -11,7 +11,7 @@ is the rules' plan. The deadline of the call is shared out here; the app only ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, TypeAlias
@@ -28,11 +28,12 @@ from protocol.messages.memory import (
     RecordDecisions,
     Retrieve,
 )
+from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanSource, RoutingDecision
 from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import PlanProblem
 from services.kit.plan_check import plan_problems
-from services.kit.registry import Registry, RoleEntry
+from services.kit.registry import Registry, RoleEntry, with_own
 from services.planner.advice import WIDTH_KEY, answers, request, shape_of, split_cluster
 from services.planner.cast import ROLES_FOR, Work
 from services.planner.choose import Decomposition, choose, records
@@ -45,6 +46,8 @@ from services.planner.width import told, width_of
 
 MEMORY_S: Final = 1.0
 """Longest wait for memory, for each of its questions, in seconds."""
+CLIENT_MEMORY_S: Final = 0.5
+"""The same for the first question about a client's plan, which can begin without what earlier tasks taught."""
 MODEL_S: Final = 15.0
 """Longest wait for the front door, in seconds: longer than this is better spent on working than on planning."""
 MIN_MODEL_S: Final = 1.0
@@ -197,6 +200,7 @@ class Planning:
         self._memory_away = False
         self._open: OpenPlan
         self._asked: Advise
+        self._personas: Sequence[Persona] = ()
         self._draft: PlanFinal
         self._decisions: list[RoutingDecision] = []
 
@@ -207,11 +211,11 @@ class Planning:
                 return self._on_requested(event)
             case Phase.REMEMBERING, MemoryAnswered(answer=answer):
                 self._similar, self._lessons = answer.episodes[:16], answer.lessons
-                return self._model_or_rules(event.at_ms)
+                return self._remembered(event.at_ms)
             case Phase.REMEMBERING, Unanswered():
                 self._memory_away = True
                 self._reasons.append(f"memory did not answer ({event.why}), so no earlier task informed the plan")
-                return self._model_or_rules(event.at_ms)
+                return self._remembered(event.at_ms)
             case Phase.MODELLING, ModelAnswered():
                 return self._on_model_answered(event)
             case Phase.MODELLING, Unanswered():
@@ -239,16 +243,26 @@ class Planning:
             if problems:
                 return self._refuse(problems)
             self._reasons.append("the task brought its plan")
-            choice = Decomposition(f"client/{len(task.plan.steps)}", (), "the client's plan")
-            return self._settle(event.at_ms, OpenPlan("client", {choice.choice: task.plan}, choice))
+            return self._remember(min(CLIENT_MEMORY_S, self._memory_s(event.at_ms)))
         self._by_rules = plans_by_rules(task, self._registry.roles, self._judge)
         self._rules = self._by_rules[0]
         problems = plan_problems(task.model_copy(update={"plan": self._rules.plan}), self._registry)
         if problems:  # what templates cannot mend: inputs named twice, gates of the task that do not exist
             return self._refuse(problems)
+        return self._remember(self._memory_s(event.at_ms))
+
+    def _remember(self, timeout_s: float) -> Command:
         self.phase = Phase.REMEMBERING
-        text = task.objective[:_MAX_OBJECTIVE_CHARS]
-        return AskMemory(Retrieve(text=text, task_type=task.task_type.value), self._memory_s(event.at_ms))
+        text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
+        return AskMemory(Retrieve(text=text, task_type=self._task.task_type.value), timeout_s)
+
+    def _remembered(self, at_ms: int) -> Command:
+        """What similar tasks have taught is there, or will not come."""
+        plan = self._task.plan
+        if plan is None:
+            return self._model_or_rules(at_ms)
+        choice = Decomposition(f"client/{len(plan.steps)}", (), "the client's plan")
+        return self._settle(at_ms, OpenPlan("client", {choice.choice: plan}, choice))
 
     def _model_or_rules(self, at_ms: int) -> Command:
         worth = worth_asking(self._task, len(self._rules.plan.steps))
@@ -272,7 +286,8 @@ class Planning:
         answer = event.answer
         self._generated_tokens = answer.generated_tokens
         try:
-            made = read_plan(answer.text, answer.finish_reason, self._task, self._registry.roles)
+            registry = self._registry
+            made = read_plan(answer.text, answer.finish_reason, self._task, registry.roles, registry.personas)
         except ModelPlanRefused as err:
             self.model_outcome = ModelOutcome.REFUSED
             self._reasons.append(f"its plan was refused: {err}")
@@ -285,6 +300,7 @@ class Planning:
         )
         if made.repairs:
             self._reasons.append(f"it was repaired: {'; '.join(made.repairs[:_MAX_REPAIRS])}")
+        self._personas, self._registry = made.personas, with_own(self._registry, made.personas)
         return self._settle(event.at_ms, OpenPlan("model", {choice.choice: plan}, choice))
 
     def _use_rules(self, at_ms: int) -> Command:
@@ -297,9 +313,10 @@ class Planning:
     def _settle(self, at_ms: int, open_plan: OpenPlan) -> Command:
         """There is a plan, or several to choose from: ask memory about what is open."""
         self._open = open_plan
-        if open_plan.source != "client" and self._registry.learning.enabled and not self._memory_away:
+        if self._registry.learning.enabled and not self._memory_away:
             text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
-            asked = request(self._task, open_plan.plans, self._registry, text)
+            roles_open = open_plan.source != "client"
+            asked = request(self._task, open_plan.plans, self._registry, text, roles_open=roles_open)
             if asked is not None:
                 self._asked = asked
                 self.phase = Phase.ADVISING
@@ -336,6 +353,7 @@ class Planning:
             removed_edges=list(found.removed),
             similar=self._similar,
             lessons=self._lessons,
+            personas=_named_in(chosen.plan, self._personas),
             generated_tokens=self._generated_tokens,
         )
         if self._task.task_id is None:
@@ -395,3 +413,9 @@ class Planning:
         if self._task.deadline_s is not None:
             bounds.append(self._task.deadline_s * _TASK_SHARE)
         return min(bounds)
+
+
+def _named_in(plan: Plan, personas: Sequence[Persona]) -> list[Persona]:
+    """Those that the plan's steps name."""
+    names = {step.persona for step in plan.steps}
+    return [one for one in personas if one.name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from protocol.messages.memory import (
     DecisionRecord,
+    Forget,
     Import,
     MemoryFinal,
     Option,
@@ -20,10 +22,13 @@ from protocol.messages.memory import (
     Spread,
     Staged,
 )
-from services.memory.log import Entry, MemoryLog
+from services.memory.embedding import Embedder
+from services.memory.log import LOG_FILE, Entry, MemoryLog
 from services.memory.log_reader import LogReader
+from services.memory.log_restore import open_log
 from services.memory.routing import Bandit, Observation
 from services.memory.staged import STAGING, Staging, finish_term, parallel_term
+from services.memory.telling import tell_nobody
 
 WIDE = Spread(width=4, assigned=4, finished=3, useful=3)
 SERIAL = Spread(width=1, assigned=0, finished=0, useful=0)
@@ -110,17 +115,38 @@ def test_the_log_credits_each_decomposition_once_and_counts_stages_per_type_of_t
     log.close()
 
 
-def test_the_stage_survives_a_log_that_was_never_closed(tmp_path: Path) -> None:
-    killed = MemoryLog(tmp_path)
+def test_the_stage_survives_a_kill_and_a_log_that_is_made_anew(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    first.mkdir()
+    log = MemoryLog(first)
     for number in range(5):
-        decided(killed, f"d{number}")
-        ended(killed, outcome(f"d{number}"))
-    restarted = MemoryLog(tmp_path)  # the first one holds its connection still: nothing was folded or flushed for it
-    decided(restarted, "next")
-    ended(restarted, outcome("next"))
-    assert staged_of(tmp_path, "next").stage == 5
-    for log in (restarted, killed):
-        log.close()
+        decided(log, f"d{number}")
+        ended(log, outcome(f"d{number}"))
+    killed = tmp_path / "killed"
+    shutil.copytree(first, killed)  # as kill -9 leaves it: nothing was folded or closed
+    without = tmp_path / "without"
+    shutil.copytree(first, without)
+    (without / LOG_FILE).unlink()
+    log.close()
+    embedder = Embedder()
+    for folder in (killed, without):
+        restarted = open_log(folder, embedder, tell_nobody)
+        decided(restarted, "next")
+        ended(restarted, outcome("next"))
+        restarted.close()
+        assert staged_of(folder, "next").stage == 5
+
+
+def test_forgetting_rewinds_no_stage(tmp_path: Path) -> None:
+    log = MemoryLog(tmp_path)
+    for number in range(3):
+        decided(log, f"d{number}")
+        ended(log, outcome(f"d{number}"))
+    log.forget(Forget(task_ids=["task-d0", "task-d1", "task-d2"]))
+    decided(log, "next")
+    ended(log, outcome("next"))
+    assert staged_of(tmp_path, "next").stage == 3
+    log.close()
 
 
 def test_values_are_of_raw_rewards_and_the_staged_one_is_kept_apart(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 Four parts, each by itself: `--width FILE` plans every question of a file and compares the width of the plan with the
 gold width; `--decompose FILE` judges whether the answer of a request divides, trained on `--train FILE` or, without
 one, in five folds of the file itself, beside the rules that ship; the discovery of parallelism gets graphs that were
-made serial at random (`planning_graphs` has them); `--learning` is `tierline simulate --learning`. Without any option
-it is the last two, which need no file.
+made serial at random (`planning_graphs` has them); `--learning` is `tierline simulate --learning`; `--swarm` runs
+sub-agents (`swarm.py`). Without any option it is discovery and learning, which need neither file nor model.
 
 Both planners are the planner's own machine. `rules` leaves its questions unanswered; for `model` a stack with the demo
 model answers the one to the front door, under the grammar, and what is no plan for the question counts as not exact.
@@ -32,6 +32,7 @@ from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.demo_models import IDLE, decoding_threads, demo_entry
 from services.ctl.bench.graph_file import read_graphs
 from services.ctl.bench.planning_graphs import from_graph, measure_discovery, random_plans
+from services.ctl.bench.swarm import measure_swarm
 from services.ctl.commands import Commands, Context
 from services.ctl.learning.ablations import COURSES, TASKS, print_ablations, run_ablations
 from services.ctl.learning.families import SHIPPED
@@ -68,6 +69,11 @@ def add(commands: Commands) -> None:
     parser.add_argument("--dags", type=int, metavar="N", help=f"random graphs to discover (default {_DAGS})")
     parser.add_argument("--learning", action="store_true", help="the staged reward with each of its parts left out")
     parser.add_argument("--seed", type=int, default=1, help="of graphs, folds and courses (default 1)")
+    parser.add_argument("--swarm", action="store_true", help="sub-agents on the demo model, killed and resumed")
+    parser.add_argument("--agents", type=int, default=100, metavar="N", help="with --swarm: sub-agents (default 100)")
+    parser.add_argument(
+        "--baseline", type=int, default=24, metavar="N", help="with --swarm: in each run that is compared (default 24)"
+    )
 
 
 def _run(arguments: Namespace, context: Context) -> ExitCode:
@@ -91,6 +97,10 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
             parts["decompose"] = measure_split(rows, training, arguments.seed)
         except ValueError as err:  # BadRow is one, and so is what a judge says that cannot learn from the rows
             raise BadInput(str(err)) from err
+    if arguments.swarm:
+        if not 2 <= arguments.baseline <= arguments.agents <= 100:
+            raise BadInput("--agents N and --baseline M: expected 2 <= M <= N <= 100")
+        parts["swarm"] = measure_swarm(arguments.agents, arguments.baseline, arguments.engine)
     if arguments.graphs is not None or arguments.dags is not None or everything:
         known = random_plans(dags, arguments.seed)
         if arguments.graphs is not None:
@@ -101,7 +111,8 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
         seeds = range(arguments.seed, arguments.seed + COURSES)
         parts["learning"] = run_ablations(SHIPPED, registry, TASKS, seeds).document()
     if context.screen.json:
-        context.screen.document(next(iter(parts.values())) if len(parts) == 1 else parts)
+        alone = len(parts) == 1 and "swarm" not in parts
+        context.screen.document(next(iter(parts.values())) if alone else parts)
     else:
         for name, figures in parts.items():
             _print(context.screen, name, figures)
