@@ -399,8 +399,9 @@ class MemoryService:
         return answer
 
     def _stats(self) -> MemoryFinal:
+        projector = self._opened()
         try:
-            return MemoryFinal(stats=self._opened().stats())
+            return MemoryFinal(stats=projector.stats(), width=projector.reader.width_report())
         except PROJECTION_TROUBLE as err:
             raise CallFailed(self._unbuilt(str(err))) from err
 

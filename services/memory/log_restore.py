@@ -20,7 +20,7 @@ from services.memory.embedding import Unembeddable, Vector, to_bytes
 from services.memory.log import LOG_FILE, MemoryLog, fresh_meta
 from services.memory.log_copy import Copied, as_row, read_copy
 from services.memory.log_rows import COLUMNS, SCHEMA, LogDamaged, opened, put, selected
-from services.memory.log_upkeep import replay_values
+from services.memory.log_upkeep import replay_values, restore_stages
 from services.memory.manifest import sync_file, sync_folder
 from services.memory.telling import Tell
 
@@ -114,6 +114,7 @@ def _write(path: Path, rows: dict[int, str], salvaged: Salvaged, vectors: _Vecto
         _put_row(db, seq, json.loads(rows[seq]), salvaged.texts, vectors)
     db.execute("DELETE FROM outcomes WHERE decision_id NOT IN (SELECT decision_id FROM decisions)")
     replay_values(db)
+    restore_stages(db, salvaged.meta)
     db.execute("COMMIT")
     db.close()
     sync_file(path)
