@@ -14,7 +14,6 @@ from typing import Final
 from protocol.client import AsyncClient
 from protocol.errors import BusError
 from protocol.messages.memory import Explain, Explained, MemoryRequest
-from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal
 from protocol.messages.result import PlanView, TaskView
 from protocol.messages.task import TaskIR, TaskType
@@ -27,7 +26,8 @@ from services.ctl.screen import STYLES, Screen, one_line, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.swarm_view import print_swarms
 from services.ctl.task_inputs import task_from
-from services.kit.registry import Registry, with_trials
+from services.ctl.trials import with_trials_of
+from services.kit.registry import Registry
 from services.planner.machine import (
     AskAdvice,
     AskMemory,
@@ -105,9 +105,7 @@ def _explain_objective(args: Namespace, context: Context) -> ExitCode:
 async def _planned(task: TaskIR, registry: Registry, context: Context) -> PlanFinal:
     """The plan by rules and by memory's advice; the front door is not asked. Raises BadInput."""
     async with connect(context.home) as client:
-        trials = [one for one in await client.personas() if one.state == "trial"]
-        fields = set(Persona.model_fields)
-        planning = Planning(with_trials(registry, [Persona(**one.model_dump(include=fields)) for one in trials]))
+        planning = Planning(await with_trials_of(client, registry))
         command = planning.handle(Requested(0, task.model_copy(update={"task_id": None}), None))
         while not isinstance(command, Finish):
             match command:

@@ -197,7 +197,8 @@ class PrefixCache:
         """
         slot = self._slots[number]
         held = shared(call.blocks, slot.holds)
-        spared = held if held >= MIN_BLOCKS or 2 * held >= len(slot.holds) else 0
+        rest = len(slot.holds) - held
+        spared = held if held >= min(MIN_BLOCKS, rest) or rest < 2 * MIN_BLOCKS else 0
         only_here = spared if spared - copied >= MIN_BLOCKS else 0
         kept = len(slot.holds) >= KEPT_BLOCKS and not spared
         beside = 0 if kept else sum(1 for n in (number - 1, number + 1) if self._busy(n))

@@ -28,6 +28,8 @@ from services.memory.threads import one_thread_each
 _MANIFEST: Final = "routing.manifest.json"
 _SNAPSHOT: Final = "routing-"
 _SNAPSHOT_EVERY: Final = 2_000
+_LARGE_BYTES: Final = 16 * 1024 * 1024
+"""A state larger than this is written as much less often: writing it must not cost more than learning it again."""
 _NAMES: Final = "names.2"
 """Raised when what a snapshot holds means something else: an older one is then made anew from the log."""
 _APART: Final = frozenset({"persona"})
@@ -37,6 +39,9 @@ _WITHIN: Final = "\x1f"
 MAX_BANDITS: Final = 64
 """Pairs of subject and task type that are kept, for personas one for each role; a further one takes the place of the
 one longest without an outcome."""
+
+MAX_BYTES: Final = 128 * 1024 * 1024
+"""Of all posteriors together; beyond it those longest without an outcome go. A pair with 16 arms has about 10 MB."""
 
 
 class Advisor:
@@ -64,7 +69,7 @@ class Advisor:
                 self._learn(seen)
             self.applied_seq = last
             self._since_snapshot += len(observations)
-        if self._since_snapshot >= _SNAPSHOT_EVERY:
+        if self._since_snapshot >= _SNAPSHOT_EVERY * max(1.0, self._nbytes / _LARGE_BYTES):
             self.snapshot()
 
     def advise(self, ask: Advise, vector: Vector | None = None) -> list[Advised]:
@@ -152,7 +157,21 @@ class Advisor:
                 del self._bandits[oldest], self._last_seen[oldest]
             self._bandits[key] = Bandit()
         self._last_seen[key] = seen.seq
-        self._bandits[key].learn(seen)
+        bandit = self._bandits[key]
+        before = bandit.nbytes
+        bandit.learn(seen)
+        if bandit.nbytes > before:
+            self._make_room(key)
+
+    def _make_room(self, wanted: tuple[str, str]) -> None:
+        """Give up those longest without an outcome until all fit; what goes follows from the outcomes alone."""
+        while len(self._bandits) > 1 and self._nbytes > MAX_BYTES:
+            oldest = min((key for key in self._bandits if key != wanted), key=lambda each: self._last_seen[each])
+            del self._bandits[oldest], self._last_seen[oldest]
+
+    @property
+    def _nbytes(self) -> int:
+        return sum(bandit.nbytes for bandit in self._bandits.values())
 
     def _load(self) -> tuple[Recovery, str]:
         try:

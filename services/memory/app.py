@@ -51,9 +51,9 @@ from services.memory.graph import files as graph_files
 from services.memory.graph import vouched
 from services.memory.graph_build import build_in_child, clear
 from services.memory.graph_check import Checked, check_in_child
-from services.memory.log import Entry, MemoryLog, is_damage
+from services.memory.log import Entry, MemoryLog
 from services.memory.log_restore import open_log
-from services.memory.log_rows import LogDamaged
+from services.memory.log_rows import LogDamaged, is_damage
 from services.memory.machine import Found
 from services.memory.manifest import ProjectionDoubt
 from services.memory.projector import Projector, fresh_vectors
@@ -140,7 +140,7 @@ class MemoryService:
         ask = call.read(MemoryRequest).ask
         try:
             return await self._answer(ask)
-        except (LogDamaged, sqlite3.DatabaseError) as err:
+        except (LogDamaged, sqlite3.Error) as err:
             if isinstance(err, sqlite3.Error) and not is_damage(err):
                 raise
             self._give_up(err)
@@ -280,6 +280,8 @@ class MemoryService:
                 await loop.run_in_executor(self._follower, self._opened().advance)
             await loop.run_in_executor(self._follower, self._opened().advance)
             self._service.log.write(REEMBEDDED, episodes=total, embedder=embedder.name)
+        except LogDamaged as err:
+            self._give_up(err)
         except (*PROJECTION_TROUBLE, Unembeddable) as err:
             self._service.log.write(PROJECTION_FAILED, reason=f"re-embedding stopped, the next start goes on: {err}")
         finally:
@@ -414,6 +416,8 @@ class MemoryService:
             manifest, checked, doubt = await self._judge_graph()
             await loop.run_in_executor(self._follower, self._open_projector, loop, manifest, checked, doubt)
         except Exception as err:
+            if isinstance(err, LogDamaged) and self._log is not None:
+                self._log.distrust()
             self._service.log.write(MEMORY_UNUSABLE, reason=f"{type(err).__name__}: {err}")
             raise
         self._service.log.write(MEMORY_OPENED, **opened)

@@ -40,6 +40,7 @@ from services.memory.log_rows import (
     damaged_rows,
     find,
     give_checksums,
+    is_damage,
     put,
 )
 from services.memory.log_upkeep import delete, put_value, replay_values, stored_value
@@ -410,11 +411,6 @@ def read_meta(db: sqlite3.Connection, key: str) -> str | int:
         raise LogDamaged(f"meta has no {key!r}")
     value: str | int = row[1]
     return value
-
-
-def is_damage(err: sqlite3.Error) -> bool:
-    """Whether SQLite has found the file broken, and not merely a disk full or a lock held."""
-    return isinstance(err, sqlite3.DatabaseError) and not isinstance(err, sqlite3.OperationalError)
 
 
 def _take_manifest(folder: Path) -> bool:

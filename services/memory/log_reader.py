@@ -20,12 +20,12 @@ from protocol.messages.memory import DecisionRecord, Episode, Explained, Outcome
 from services.memory.embedding import Vector, from_bytes
 from services.memory.log import LOG_FILE, read_meta
 from services.memory.log_copy import damaged_lines
-from services.memory.log_rows import RowDamaged, damaged_rows, find, parts, selected
+from services.memory.log_rows import RowDamaged, damaged_rows, fetched, find, parts, selected
 from services.memory.log_upkeep import stored_value, stored_values, wrong_values
 from services.memory.machine import episode_value
 from services.memory.routing import Observation
 
-_ROWS_AT_ONCE: Final = 2_000
+_ROWS_AT_ONCE: Final = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class LogReader:
         """Scored decisions whose outcome follows row `after`, up to and including row `upto`; pairs as in `changes`."""
         while after < upto:
             last = min(upto, after + _ROWS_AT_ONCE)
-            yield last, [_observation(row) for row in self._db.execute(_OBSERVED, (after, last))]
+            yield last, [_observation(row) for row in fetched(self._db, _OBSERVED, after, last)]
             after = last
 
     def lineage(self, upto: int) -> Iterator[tuple[str | int, ...]]:
@@ -202,7 +202,7 @@ class LogReader:
             return None
         episode = Episode.model_validate_json(row[3])
         values: dict[tuple[str, str, str], float] = {}
-        for joined in self._db.execute(_TAKEN, (episode.task_id,)):
+        for joined in fetched(self._db, _TAKEN, episode.task_id):
             decision, value = parts(joined, "decisions", "choice_values")
             if decision is None or value is None:
                 raise RowDamaged(f"a scored decision of {episode.task_id} has no value")
@@ -278,7 +278,7 @@ class LogReader:
 
     def _outcomes(self, after: int, upto: int) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
         """Rows of outcomes with those of their decisions, in order."""
-        for row in self._db.execute(_OUTCOMES, (after, upto)):
+        for row in fetched(self._db, _OUTCOMES, after, upto):
             outcome, decision = parts(row, "outcomes", "decisions")
             if outcome is None or decision is None:
                 raise RowDamaged("an outcome has no decision")

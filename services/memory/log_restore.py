@@ -149,6 +149,7 @@ def _salvage(path: Path) -> Salvaged:
     if not path.exists():
         return found
     db = sqlite3.connect(path, isolation_level=None, timeout=10)
+    db.text_factory = lambda data: data.decode("utf-8", "replace")  # a broken text costs its row, not all that follow
     for table in COLUMNS:
         try:
             for row in db.execute(f"SELECT {selected(table)} FROM {table}"):  # noqa: S608  literals of log_rows

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, Final
 
 LAYOUT: Final = 2
@@ -68,6 +69,7 @@ def opened(table: str, row: Sequence[Any]) -> tuple[Any, ...]:
     return values
 
 
+@cache
 def selected(table: str, alias: str = "") -> str:
     """All columns of a table for a SELECT, in the order that `opened` takes."""
     prefix = f"{alias}." if alias else ""
@@ -76,8 +78,18 @@ def selected(table: str, alias: str = "") -> str:
 
 def find(db: sqlite3.Connection, table: str, rest: str = "", *parameters: Any) -> Iterator[tuple[Any, ...]]:
     """The rows of one table without their checksums; `rest` follows the table's name. Raises RowDamaged."""
-    for row in db.execute(f"SELECT {selected(table)} FROM {table} {rest}", parameters):  # noqa: S608  all literals
+    for row in fetched(db, f"SELECT {selected(table)} FROM {table} {rest}", *parameters):  # noqa: S608  all literals
         yield opened(table, row)
+
+
+def fetched(db: sqlite3.Connection, query: str, *parameters: Any) -> Iterator[tuple[Any, ...]]:
+    """What a query finds. Raises LogDamaged where SQLite meets a broken page or text on its way."""
+    try:
+        yield from db.execute(query, parameters)
+    except sqlite3.Error as err:
+        if is_damage(err):
+            raise LogDamaged(f"the log cannot be read: {err}") from err
+        raise
 
 
 def parts(row: Sequence[Any], *tables: str) -> list[tuple[Any, ...] | None]:
@@ -93,8 +105,8 @@ def parts(row: Sequence[Any], *tables: str) -> list[tuple[Any, ...] | None]:
 
 def put(db: sqlite3.Connection, table: str, *values: Any, verb: str = "INSERT") -> int:
     """Store one row; returns 1, or 0 where `verb` is `INSERT OR IGNORE` and it was there."""
-    marks = ", ".join("?" * (len(COLUMNS[table]) + 1))
-    return db.execute(f"{verb} INTO {table} VALUES ({marks})", sealed(table, *values)).rowcount
+    marks = ",?" * len(COLUMNS[table])
+    return db.execute(f"{verb} INTO {table} VALUES (?{marks})", sealed(table, *values)).rowcount
 
 
 def damaged_rows(db: sqlite3.Connection) -> Iterator[str]:
@@ -126,9 +138,23 @@ _KEYS: Final = {"choice_values": ("subject", "task_type", "choice")}
 """Primary keys of more than the first column."""
 
 
+def is_damage(err: sqlite3.Error) -> bool:
+    """Whether the file itself is broken, and not merely a disk full or a lock held."""
+    if isinstance(err, sqlite3.ProgrammingError):
+        return False
+    code = getattr(err, "sqlite_errorcode", None)
+    # Without a code the error is Python's own: a text that is no UTF-8, which only damage makes of it.
+    return code is None or code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
 def _crc(table: str, values: Sequence[Any]) -> int:
-    total = zlib.crc32(table.encode())
+    blobs = b""
+    texts = [table]
     for value in values:
-        data = value if isinstance(value, bytes) else repr(value).encode()  # tells 1, 1.0, '1' and None apart
-        total = zlib.crc32(data, zlib.crc32(b"%d:" % len(data), total))
-    return total
+        if isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, bytes):
+            blobs += value
+        else:
+            texts.append(repr(value))  # of numbers and None only: that of a text differs between versions of Python
+    return zlib.crc32(blobs, zlib.crc32("\x1f".join(texts).encode()))

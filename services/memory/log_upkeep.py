@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from protocol.messages.memory import Forget, Outcome, Value
-from services.memory.log_rows import RowDamaged, find, parts, put, selected
+from services.memory.log_rows import RowDamaged, fetched, find, parts, put, selected
 from services.memory.machine import scored, unseen
 
 _OLD_TASKS: Final = (
@@ -48,7 +48,7 @@ def delete(db: sqlite3.Connection, ask: Forget) -> int:
 def replayed_values(db: sqlite3.Connection) -> Iterator[Value]:
     """The values that all outcomes, in their order, amount to."""
     values: dict[tuple[str, str, str], Value] = {}
-    for row in db.execute(_SCORED):
+    for row in fetched(db, _SCORED):
         decision, told = parts(row, "decisions", "outcomes")
         if decision is None or told is None:
             raise RowDamaged("an outcome without its decision")

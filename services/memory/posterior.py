@@ -118,8 +118,8 @@ class Posterior:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the numbers take."""
-        return self._base.nbytes + self._pending.nbytes + self._mean.nbytes + self._prior_var.nbytes
+        """Memory that the numbers need; follows from what was learned alone, not from the room made for more."""
+        return 8 * self._size * (self._size + PENDING + 2)
 
     def view(self, place: Place, arms: Sequence[str]) -> View:
         """What is expected at this place; arms nobody has met have their prior. Changes nothing."""

@@ -233,6 +233,11 @@ class Bandit:
         return f"~{nearest}" if cosines[nearest] >= FOUND_CLUSTER_FLOOR else ""
 
     @property
+    def nbytes(self) -> int:
+        """Memory that the posteriors need."""
+        return sum(posterior.nbytes for posterior in self._posteriors)
+
+    @property
     def weights(self) -> Array:
         """How much the plain and the local posterior count, summing to 1."""
         raw = np.exp(self._log_weights - self._log_weights.max())

@@ -23,6 +23,9 @@ from services.planner.cast import ROLES_FOR, Work, alternatives
 WIDTH_KEY: Final = "width"
 MAX_QUESTIONS: Final = 64
 _MAX_OPTIONS: Final = 16
+_MAX_TRIALS: Final = 3
+_SHARE_OF_CONTEXT: Final = 0.3
+"""Characters of a prompt per token of the model's context, for personas that nobody has named: an eighth of it."""
 
 
 def role_key(step: Step) -> str:
@@ -47,12 +50,16 @@ def fitting(role: str, task: TaskIR, registry: Registry) -> list[PersonaEntry]:
     """Personas whose `fits` allows this role and type of task: those that rules may choose, then the others.
 
     The most specific comes first, ties as in the file. Specific is what fits few combinations of role and type; an
-    empty list means anywhere and is least specific. The others keep their order.
+    empty list means anywhere and is least specific. The others keep their order; one whose prompt would leave a small
+    context little room is not among them.
     """
+    longest = registry.model_of(role).context_tokens * _SHARE_OF_CONTEXT if role in registry.roles else 0
     fit = [
         persona
         for persona in registry.personas.values()
-        if (not persona.fits.roles or role in persona.fits.roles)
+        if (persona.by_rule or len(persona.prompt) <= longest)
+        and (registry.trials.offer or persona.name not in registry.on_trial)
+        and (not persona.fits.roles or role in persona.fits.roles)
         and (not persona.fits.task_types or task.task_type in persona.fits.task_types)
     ]
     combinations = {one.name: (len(one.fits.roles) or 100) * (len(one.fits.task_types) or 100) for one in fit}
@@ -76,6 +83,7 @@ def request(
 
     Whose roles are settled, as in a client's plan, is asked about for its personas only.
     """
+    seed = int(work_key("advice", task.task_id or task.objective)[:15], 16)
     shapes = list(dict.fromkeys(map(shape_of, plans)))
     questions: list[Question] = []
     if len(shapes) > 1:
@@ -93,14 +101,20 @@ def request(
     for role in roles:
         fit = fitting(role, task, registry)
         if fit:
-            first = first_by_rule(fit)
-            names = [one.name for one in fit if one.name != first]
-            choices = list(dict.fromkeys((first, *names[: _MAX_OPTIONS - 2], NO_PERSONA)))
-            questions.append(_question(persona_key(role), "persona", role, choices, registry))
+            questions.append(_question(persona_key(role), "persona", role, _options(fit, registry, seed), registry))
     if not questions:
         return None
-    seed = int(work_key("advice", task.task_id or task.objective)[:15], 16)
     return Advise(text=text, task_type=task.task_type.value, questions=questions[:MAX_QUESTIONS], seed=seed)
+
+
+def _options(fit: Sequence[PersonaEntry], registry: Registry, seed: int) -> list[str]:
+    """The rules' choice first, and at most three on trial, by turns: each one more is a share of steps that explore."""
+    first = first_by_rule(fit)
+    trials = [one.name for one in fit if one.name in registry.on_trial]
+    turn = seed % len(trials) if trials else 0
+    trials = [*trials[turn:], *trials[:turn]][:_MAX_TRIALS]
+    declared = [one.name for one in fit if one.name not in registry.on_trial and one.name != first]
+    return list(dict.fromkeys((first, *declared[: _MAX_OPTIONS - 2 - len(trials)], *trials, NO_PERSONA)))
 
 
 def answers(advice: Sequence[Advised], asked: Advise) -> dict[str, Advised]:

@@ -11,7 +11,7 @@ is the rules' plan. The deadline of the call is shared out here; the app only ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, TypeAlias
@@ -28,11 +28,12 @@ from protocol.messages.memory import (
     RecordDecisions,
     Retrieve,
 )
+from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanSource, RoutingDecision
 from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import PlanProblem
 from services.kit.plan_check import plan_problems
-from services.kit.registry import Registry, RoleEntry
+from services.kit.registry import Registry, RoleEntry, with_own
 from services.planner.advice import WIDTH_KEY, answers, request, shape_of
 from services.planner.cast import ROLES_FOR, Work
 from services.planner.choose import Decomposition, choose, records
@@ -198,6 +199,7 @@ class Planning:
         self._memory_away = False
         self._open: OpenPlan
         self._asked: Advise
+        self._personas: Sequence[Persona] = ()
         self._draft: PlanFinal
         self._decisions: list[RoutingDecision] = []
 
@@ -283,7 +285,8 @@ class Planning:
         answer = event.answer
         self._generated_tokens = answer.generated_tokens
         try:
-            made = read_plan(answer.text, answer.finish_reason, self._task, self._registry.roles)
+            registry = self._registry
+            made = read_plan(answer.text, answer.finish_reason, self._task, registry.roles, registry.personas)
         except ModelPlanRefused as err:
             self.model_outcome = ModelOutcome.REFUSED
             self._reasons.append(f"its plan was refused: {err}")
@@ -296,6 +299,7 @@ class Planning:
         )
         if made.repairs:
             self._reasons.append(f"it was repaired: {'; '.join(made.repairs[:_MAX_REPAIRS])}")
+        self._personas, self._registry = made.personas, with_own(self._registry, made.personas)
         return self._settle(event.at_ms, OpenPlan("model", {choice.choice: plan}, choice))
 
     def _use_rules(self, at_ms: int) -> Command:
@@ -342,6 +346,7 @@ class Planning:
             removed_edges=list(found.removed),
             similar=self._similar,
             lessons=self._lessons,
+            personas=_named_in(chosen.plan, self._personas),
             generated_tokens=self._generated_tokens,
         )
         if self._task.task_id is None:
@@ -401,3 +406,9 @@ class Planning:
         if self._task.deadline_s is not None:
             bounds.append(self._task.deadline_s * _TASK_SHARE)
         return min(bounds)
+
+
+def _named_in(plan: Plan, personas: Sequence[Persona]) -> list[Persona]:
+    """Those that the plan's steps name."""
+    names = {step.persona for step in plan.steps}
+    return [one for one in personas if one.name in names]

@@ -53,6 +53,8 @@ from services.scheduler.verdicts import gate_failure
 MEMORY: Final = "memory"
 MAX_UNSETTLED: Final = 200
 """Ended tasks that wait for memory at once; further ones wait in the journal."""
+MAX_OWN_PERSONAS: Final = 256
+"""Of one task: each is in its facts and in memory for as long as it runs."""
 MAX_MOVES: Final = 2
 """Moves of one attempt to another model: there, and back when that one is gone as well. After that it waits."""
 _WORK_OF: Final = {"infer.request": Work.INFERENCE, "gate.request": Work.GATES}
@@ -172,6 +174,8 @@ class Engine:
         Raises BadFrame, see `Personas.make`.
         """
         own = {} if task is None else task.personas
+        if len(own) >= MAX_OWN_PERSONAS and persona.name not in own:
+            raise BadFrame("persona.full", f"the task has {MAX_OWN_PERSONAS} personas of its own, more are not taken")
         named, made = self.personas.make(
             persona, made_by=made_by, at_ms=at_ms, task=None if task is None else task.id, own=own, rename=rename
         )

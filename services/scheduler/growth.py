@@ -17,7 +17,7 @@ from protocol.limits import MAX_ARTEFACT_CHARS
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.failure import Category, Failure
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Step
+from protocol.messages.task import Plan, Step
 from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry, with_own
 from services.scheduler.tasks import StepRecord, TaskRecord
@@ -81,7 +81,7 @@ def checked_extension(task: TaskRecord, steps: Sequence[dict[str, Any]], registr
     if task.state is not TaskState.RUNNING or task.ir.plan is None:
         raise BadFrame("task.not_running", f"task {task.id} is {task.state.value}: steps can be added while it runs")
     try:
-        added = [Step.model_validate(step) for step in steps]
+        added = [_as_planned(Step.model_validate(step), task.ir.plan) for step in steps]
     except ValidationError as err:
         raise BadFrame("task.invalid", f"the steps are not valid: {describe(err)}") from err
     room = task.ir.budget.max_steps - len(task.steps)
@@ -102,6 +102,11 @@ def checked_extension(task: TaskRecord, steps: Sequence[dict[str, Any]], registr
     if problems:
         raise BadFrame("task.invalid", f"the steps cannot run: {'; '.join(problems[:10])}")
     return added
+
+
+def _as_planned(step: Step, plan: Plan) -> Step:
+    """What a plan says for all its steps counts for an added one too."""
+    return step if step.persona is not None else step.model_copy(update={"persona": plan.persona})
 
 
 def _item(name: str, value: Any) -> Artefact:

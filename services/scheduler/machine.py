@@ -457,7 +457,10 @@ class Hub:
         self.engine.personas.on_tick(at_ms)
         self._settle(self.broker.on_tick(at_ms), at_ms)
         for call, reason in strandings(self.broker, self.registry, at_ms):
-            self.engine.move(call, reason, lambda model: self.broker.serves(f"infer.{model}", at_ms), at_ms)
+            if self.batches.owns(call.key):
+                self.batches.move(call, lambda model: self.broker.serves(f"infer.{model}", at_ms), at_ms)
+            else:
+                self.engine.move(call, reason, lambda model: self.broker.serves(f"infer.{model}", at_ms), at_ms)
         self._settle([], at_ms)
         for target, why in self.broker.circuits.take():
             if why is None:

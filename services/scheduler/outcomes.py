@@ -63,7 +63,7 @@ def _taken_without_planner(task: TaskRecord, planned: Sequence[RoutingDecision])
     by_plan = {spec.id for spec in plan.steps}
     agents = [step.spec for step in task.steps.values() if step.agent is not None]
     for spec in (*plan.steps, *agents):
-        name = spec.persona or plan.persona
+        name = spec.persona
         if name is None or spec.id in known:
             continue
         found.append(

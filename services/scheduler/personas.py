@@ -9,7 +9,6 @@ dropped. Every change is a row of the journal before anybody is told.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -23,7 +22,7 @@ from protocol.messages.memory import Arms, ArmValue, MemoryFinal, MemoryRequest
 from protocol.messages.persona import NO_PERSONA, Persona, PersonaMade, PersonaState, PersonaView
 from protocol.messages.reply import ErrorReply
 from services.kit.identity import work_key
-from services.kit.registry import Registry
+from services.kit.registry import Registry, free_name
 from services.scheduler.calls import Call
 from services.scheduler.effects import Ask, Drop
 from services.scheduler.persona_verdicts import standing_of, verdict
@@ -40,8 +39,6 @@ _TASKS_SHARE: Final = 4
 """One task has at most the fourth part of the places on trial."""
 _KEPT: Final = 256
 """Rows of what was adopted or dropped; the oldest go."""
-_MAX_NAME: Final = 32
-_SUFFIX: Final = 5  # "-" and four hexadecimal digits
 
 
 class KeepPersona(msgspec.Struct, frozen=True):
@@ -316,20 +313,13 @@ class Personas:
 
     def _named(self, persona: Persona, own: Mapping[str, Persona], *, rename: bool) -> Persona:
         """Under a name that no other prompt has."""
-        taken = self._prompt_of(persona.name, own)
-        if taken in (None, persona.prompt):
-            return persona
-        if not rename:
+        named = free_name(persona, lambda name: self._prompt_of(name, own))
+        if named is None or (named.name != persona.name and not rename):
             raise BadFrame(
                 "persona.taken",
                 f"persona.name: {persona.name!r} has another prompt already; take another name, or set `rename`",
             )
-        digest = hashlib.sha256(persona.prompt.encode()).hexdigest()
-        for start in range(0, len(digest), 4):
-            name = f"{persona.name[: _MAX_NAME - _SUFFIX]}-{digest[start : start + 4]}"
-            if self._prompt_of(name, own) in (None, persona.prompt):
-                return persona.model_copy(update={"name": name})
-        raise BadFrame("persona.taken", f"persona.name: {persona.name!r} and all names like it have other prompts")
+        return named
 
     def _prompt_of(self, name: str, own: Mapping[str, Persona]) -> str | None:
         if name in own:

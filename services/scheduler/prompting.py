@@ -7,7 +7,7 @@ Long inputs are shortened to the model's context, visibly, never silently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from protocol.messages.artefact import Artefact, ArtefactKind
@@ -21,6 +21,10 @@ CHARS_PER_TOKEN: Final = 2.5
 _MIN_INPUT_CHARS: Final = 200
 _LESSON_TOKENS: Final = 256
 """What lessons may take of every prompt of a task; those that helped most come first, the rest is left out."""
+_CURE_TOKENS: Final = 128
+"""What they may take again in the prompt of a further attempt: those about the very failures that it follows."""
+_LEARNED: Final = "What went wrong in similar jobs, so that it need not happen again"
+_CURED: Final = "What cured such a failure in similar jobs"
 _HARDER: Final = (
     "You have more room than before. First find out why the earlier attempts failed, then work out the answer step by "
     "step, and check it against every point. Give only the answer that is left after that."
@@ -36,18 +40,20 @@ def compose(
     inputs: Sequence[Artefact],
     lessons: Sequence[Lesson] = (),
     told: str,
+    failed: Collection[str] = (),
     harder: bool,
     context_tokens: int,
     max_tokens: int,
 ) -> list[dict[str, str]]:
     """Messages for one attempt, as maps of role and content.
 
-    `told` is what `feedback.told` says about earlier attempts, `harder` asks for more thought, and `context_tokens` is
-    the model's context per slot, answer included.
+    `failed` are the codes of the step's failures so far, `told` is what `feedback.told` says about earlier attempts,
+    `harder` asks for more thought, and `context_tokens` is the model's context per slot, answer included.
     """
     system = role.prompt if persona is None else f"{role.prompt}\n\n{persona.prompt}"
-    head = _head(task) + _learned(lessons)
-    tail = tail_of(step, told, harder=harder)
+    head = _head(task) + _lesson_lines(lessons, _LEARNED, _LESSON_TOKENS)
+    cured = _lesson_lines([one for one in lessons if one.failure_code in failed], _CURED, _CURE_TOKENS)
+    tail = tail_of(step, told + cured, harder=harder)
     room = int((context_tokens - max_tokens) * CHARS_PER_TOKEN) - len(system) - len(head) - len(tail)
     body = _inputs(_shared_first(task, inputs), max(room, 0))
     user = "\n\n".join(part for part in (head, body, tail) if part)
@@ -72,10 +78,10 @@ def _head(task: TaskIR) -> str:
     return "\n".join(lines)
 
 
-def _learned(lessons: Sequence[Lesson]) -> str:
+def _lesson_lines(lessons: Sequence[Lesson], title: str, tokens: int) -> str:
     """Failures of similar tasks and their cures, one a line, within the budget. Same lessons, same text."""
-    text = "\nWhat went wrong in similar jobs, so that it need not happen again (experience, not instructions):"
-    room = int(_LESSON_TOKENS * CHARS_PER_TOKEN) - len(text)
+    text = f"\n{title} (experience, not instructions):"
+    room = int(tokens * CHARS_PER_TOKEN) - len(text)
     lines = []
     for lesson in lessons:
         finding = f": {' '.join(harmless(lesson.finding).split())}" if lesson.finding else ""

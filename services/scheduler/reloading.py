@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from protocol.messages.failure import Category, Failure, Finding
-from protocol.messages.persona import Persona
+from protocol.messages.persona import NO_PERSONA, Persona
 from protocol.messages.registry import EntryChange, RegistryChanged, Reloaded
 from protocol.messages.result import StepState
 from services.kit.registry import Problem, Registry, with_trials
@@ -67,7 +67,7 @@ def used_by(tasks: Iterable[TaskRecord]) -> Used:
             used.gates.update(spec.gates or ())
             if spec.spawns is not None:
                 used.roles.update(spec.spawns.roles)
-            if spec.persona and spec.persona not in task.personas:
+            if spec.persona and spec.persona != NO_PERSONA and spec.persona not in task.personas:
                 used.personas.add(spec.persona)
     return used
 

@@ -85,6 +85,7 @@ def _messages(
         step=spec,
         inputs=[task.artefacts[name] for name in spec.inputs],
         told=rejected,
+        failed={one.failure.code for one in step.attempts[:-1] if one.failure is not None},
         harder=harder,
         context_tokens=context_tokens,
         max_tokens=max_tokens,
@@ -98,8 +99,8 @@ def told_chars(step: StepRecord, role: str, model: str, registry: Registry) -> i
 
 
 def _persona(task: TaskRecord, step: StepRecord, registry: Registry) -> PersonaEntry | None:
-    """The task's own before the registry's; of a step that was added without one, the plan's."""
-    name = step.spec.persona or (task.ir.plan.persona if task.ir.plan is not None else None)
+    """The task's own before the registry's."""
+    name = step.spec.persona
     if name is None:
         return None
     own = task.personas.get(name)

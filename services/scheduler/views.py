@@ -87,6 +87,8 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
         case f.TaskPlanned():
             steps = [{"id": step["id"], "actor": step["actor"]} for step in fact.ir["plan"]["steps"]]
             return {"source": fact.source, "reason": fact.reason, "steps": steps}
+        case f.PersonasMade():
+            return {"personas": [one["name"] for one in fact.personas]}
         case f.StepExpanded():
             return {"items": len(fact.items)}
         case f.SwarmTurned():

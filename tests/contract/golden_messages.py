@@ -793,7 +793,14 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             ],
             widest=2,
             wall_ms=200,
-        )
+        ),
+        BatchFinal(
+            role="worker",
+            model="spare",
+            answers=[BatchAnswer(text="{}", model="small"), BatchAnswer(text="[]", model="spare", losses=1)],
+            widest=2,
+            wall_ms=200,
+        ),
     ],
     "batch.cancel": [Empty()],
     "infer.cancel": [Empty()],

@@ -121,6 +121,13 @@ def test_one_made_by_a_client_is_tried_credited_adopted_and_then_chosen_by_what_
     assert "quay-clerk" in {arm.choice for arm in advice.arms}, "the learned policy may try it"
     assert advice.rules_choice == "source-keeper", "rules never choose one on trial"
 
+    plan = stack.stack.home.root / "task.yaml"
+    step = {"id": "S1", "actor": "worker", "action": "x", "persona": "quay-clerk", "outputs": [{"name": "one"}]}
+    plan.write_text(yaml.safe_dump({"objective": "test", "plan": {"steps": [step]}}), encoding="utf-8")
+    assert "quay-clerk" in stack.tierline("plan", "--file", str(plan)), (
+        "offline commands know it while the hub is there"
+    )
+
     for number in range(6):
         bad = run(stack, f"keep the ledger of day {number}", NO_PERSONA, step=LEDGER)
         assert bad.state is TaskState.FAILED
@@ -175,3 +182,24 @@ def test_a_running_task_makes_one_and_uses_it_at_once(stack: ScriptedStack) -> N
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert "You are the harbour master." in stack.prompts_with("elderberry: go on")[0]
     until(lambda: outcomes(stack, name) == 1, "an added step is credited too")
+
+
+def test_a_planning_model_makes_one_for_its_plan_and_it_is_on_trial_from_then_on(stack: ScriptedStack) -> None:
+    plan = [
+        {"role": "worker", "action": "Note what the fig report says", "reads": ["fig.md"]},
+        {"role": "worker", "action": "Note what the grape report says", "reads": ["grape.md"]},
+        {"role": "writer", "action": "Compare both notes and say which is better", "reads": ["step1", "step2"]},
+    ]
+    plan[2]["persona"] = {"name": "Fruit Judge", "manner": "Weigh sweetness against keeping, as a grower would."}
+    stack.say({"match": "You plan work for a team", "model": "front", "answers": [json.dumps({"steps": plan})]})
+    inputs = [{"name": f"{name}.md", "value": f"The {name} is sweet."} for name in ("fig", "grape")]
+    task = {"objective": "Compare the fig report with the grape report", "task_type": "doc", "inputs": inputs}
+    view = stack.stack.client.run(task, timeout_s=60)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert view.plan is not None
+    assert view.plan.source == "model", view.plan.reason
+    assert view.steps[-1].persona == "fruit-judge"
+    assert chosen(view, view.steps[-1].id)[0] == "fruit-judge"
+    assert "as a grower would" in stack.prompts_with("Compare both notes")[-1]
+    until(lambda: outcomes(stack, "fruit-judge") == 1, "its outcome is credited")
+    assert (personas(stack)["fruit-judge"]["state"], personas(stack)["fruit-judge"]["made_by"]) == ("trial", "planner")

@@ -117,6 +117,18 @@ def test_a_little_in_common_does_not_overwrite_a_lot() -> None:
     assert second.slot != first.slot
 
 
+def test_short_prompts_of_one_role_follow_one_another_in_its_slot() -> None:
+    cache = p.PrefixCache(4)
+    for turn in range(6):
+        for number, role in enumerate("ab"):
+            head = f"you are {role} " * p.BLOCK_CHARS
+            text = head[: 3 * p.BLOCK_CHARS] + f"step {turn}" * p.BLOCK_CHARS
+            (placed,) = cache.place(waiting(p.blocks_of(text[: 9 * p.BLOCK_CHARS]), first=2 * turn + number))
+            cache.ended(placed.key, complete=True)
+            assert placed.slot == number
+            assert placed.cached_blocks == (3 if turn else 0)
+
+
 def test_the_longest_beginning_is_not_always_the_one_worth_most() -> None:
     cache = p.PrefixCache(4)
     base = "x" * p.BLOCK_CHARS * LONG

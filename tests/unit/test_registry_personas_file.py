@@ -49,11 +49,18 @@ def test_a_file_without_any_persona_gets_its_first(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("a: [", "no YAML"), ("- a", "personas:"), ("personas: {pirate: {}}", "declares 'pirate' already")],
+    [("a: [", "no YAML"), ("- a", "personas:"), ("personas: {pirate: {}}", "no persona")],
 )
 def test_a_file_that_cannot_take_it_is_left_alone(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         with_persona(text, persona_entry(PIRATE), "x")
+
+
+def test_a_file_that_has_the_very_entry_already_is_good_as_it_is() -> None:
+    once = with_persona("personas: {}\n", persona_entry(PIRATE), "x")
+    assert with_persona(once, persona_entry(PIRATE), "y") == once
+    with pytest.raises(ValueError, match="would not be read back"):
+        with_persona(once, persona_entry(PIRATE.model_copy(update={"prompt": "Be mild."})), "y")
 
 
 @settings(max_examples=150, deadline=None)

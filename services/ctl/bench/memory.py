@@ -1,5 +1,7 @@
 """`tierline bench memory`: how fast and how exact the memory is at 1,000 to 100,000 episodes, and what it forgets.
 
+`--crashes` measures something else, see `memory_crashes.py`.
+
 The memory's own log, projections and routing on a folder of its own, without a bus. Episodes are synthetic, from a
 seed: objectives of sixty kinds of work with words that vary, two decisions and outcomes each, written through the log's
 group commit. What is timed is what a request costs inside the service:
@@ -42,6 +44,7 @@ from protocol.messages.memory import (
     RecordOutcomes,
     Retrieve,
 )
+from services.ctl.bench import memory_crashes
 from services.ctl.bench.memory_process import OpenedMemory
 from services.ctl.commands import Commands, Context
 from services.ctl.outcomes import ExitCode
@@ -55,6 +58,7 @@ _GROUP: Final = 500
 _ASKED: Final = 300
 _DECIDED: Final = 2_000
 _WRITTEN: Final = 100
+_MOST_KILLS: Final = 10_000
 _NEAREST: Final = 10
 _ROLES: Final = ("worker", "coder", "architect", "writer", "extractor", "reviewer", "frontdoor")
 _SHAPES: Final = ("chat.single", "doc.map-join", "code.parts")
@@ -87,6 +91,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--sizes", type=_sizes, default=SIZES, metavar="N,N", help="episodes (default 1000,10000,100000)"
     )
+    parser.add_argument("--crashes", type=_crashes, metavar="N", help="instead: kill -9 N times, then every other harm")
+    parser.add_argument("--seed", type=int, default=_SEED, help="of the harm (default %(default)s)")
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -99,7 +105,19 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def _crashes(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError as err:
+        raise ArgumentTypeError(f"{text!r} is not a number of kills") from err
+    if not 1 <= count <= _MOST_KILLS:
+        raise ArgumentTypeError(f"{text}: expected 1 to {_MOST_KILLS}")
+    return count
+
+
 def _run(arguments: Namespace, context: Context) -> ExitCode:
+    if arguments.crashes is not None:
+        return _run_crashes(arguments, context)
     figures: dict[str, Any] = {"episodes": {}}
     for size in arguments.sizes:
         context.screen.note(f"{size} episodes …")
@@ -114,6 +132,15 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     context.screen.table(("figure", *figures["episodes"]), rows)
     context.screen.line(f"forgetting rate: {figures['forgetting_rate']}")
     return ExitCode.OK
+
+
+def _run_crashes(arguments: Namespace, context: Context) -> ExitCode:
+    figures = memory_crashes.measure(arguments.crashes, arguments.seed)
+    if context.screen.json:
+        context.screen.document(figures)
+    else:
+        context.screen.table(("figure", "value"), [(name, str(value)) for name, value in figures.items()])
+    return ExitCode.FAILED if figures["lost"] or figures["wrong_answers"] else ExitCode.OK
 
 
 def measure(folder: Path, size: int) -> dict[str, float]:

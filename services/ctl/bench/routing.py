@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from protocol.messages.memory import Advise, DecisionRecord, Option, Outcome, Qu
 from services.ctl.bench.outcome_file import RecordedOutcome, read_outcomes
 from services.ctl.commands import Commands, Context
 from services.ctl.outcomes import BadInput, ExitCode
+from services.kit.children import die_with_parent
 from services.memory.advisor import Advisor
 from services.memory.embedding import Embedder, Unembeddable, Vector
 from services.memory.log import Entry, MemoryLog
@@ -134,7 +136,12 @@ def measure(rows: Sequence[RecordedOutcome], penalty: float, seeds: int) -> dict
     half = len(rows) // 2
     workers = min(seeds, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_take_job, initargs=(job,)) as pool:
-        found = list(pool.map(_of_seed, range(seeds)))
+        try:
+            found = list(pool.map(_of_seed, range(seeds)))
+        except BaseException:  # told to end: leaving the pool would wait for replays that nobody will read
+            for child in active_children():
+                child.terminate()
+            raise
     streams = [_stream(rows, penalty, seed, swap=False) for seed in range(seeds)]
     plain = [each.plain for each in found]
     greedy = [float(_greedy(stream.net).mean()) for stream in streams]
@@ -192,6 +199,7 @@ def _stream(rows: Sequence[RecordedOutcome], penalty: float, seed: int, *, swap:
 def _take_job(job: Job) -> None:
     """What all replays of this process are about, and the embedder, which cannot be sent."""
     global _HERE  # a process of a pool has no other place for what its tasks share
+    die_with_parent(signal.SIGKILL)
     _HERE = job, Embedder()
 
 

@@ -22,7 +22,7 @@ from services.kit.registry.entries import (
 )
 from services.kit.registry.problems import Problem, RegistryError, UnknownNameError
 from services.kit.registry.registry import Registry, load_registry
-from services.kit.registry.trials import persona_entry, with_own, with_trials
+from services.kit.registry.trials import free_name, persona_entry, with_own, with_trials
 
 __all__ = [
     "EarlyAbort",
@@ -42,6 +42,7 @@ __all__ = [
     "Sampling",
     "TrialPolicy",
     "UnknownNameError",
+    "free_name",
     "keep_copy",
     "load_registry",
     "make_current",

@@ -406,6 +406,9 @@ class LearningEntry(Entry):
 class TrialPolicy(Entry):
     """How personas that were made at run time earn a place in personas.yaml, and when they lose their trial."""
 
+    offer: bool = True
+    """Whether one on trial may be tried where nobody names it, as outcomes of that decide; False = only steps and plans
+    that name it use it."""
     adopt: bool = True
     """Whether one that has earned it is written into personas.yaml; False = it stays on trial and `tierline personas`
     says so."""

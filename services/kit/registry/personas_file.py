@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from typing import Final
 
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
@@ -22,8 +23,8 @@ _SECTION: Final = "personas"
 def with_persona(text: str, entry: PersonaEntry, note: str) -> str:
     """The text with this entry at the end of its section, under a comment that says why it is there.
 
-    Raises ValueError where the text is no YAML that can be written back, has such an entry already, or would not say
-    afterwards what it is meant to.
+    One that has the very entry already comes back as it is. Raises ValueError where the text is no YAML that can be
+    written back, has another entry of this name, or would not say afterwards what it is meant to.
     """
     yaml = YAML()
     yaml.preserve_quotes = True
@@ -38,7 +39,8 @@ def with_persona(text: str, entry: PersonaEntry, note: str) -> str:
         document[_SECTION] = CommentedMap()  # `{}`, or nothing
     section = document[_SECTION]
     if entry.name in section:
-        raise ValueError(f"it declares {entry.name!r} already")
+        _compare(text, entry)  # written before, by a hub that was killed before it could say so
+        return text
     section[entry.name] = _fields(entry)
     section.yaml_set_comment_before_after_key(entry.name, before=" ".join(note.split()), indent=2)
     out = io.StringIO()
@@ -67,7 +69,10 @@ def _fields(entry: PersonaEntry) -> CommentedMap:
 
 def _compare(text: str, entry: PersonaEntry) -> None:
     """What was written says what was meant, whatever characters there are in it."""
-    fields = YAML(typ="safe").load(text)[_SECTION][entry.name]
-    read = PersonaEntry.model_validate({**fields, "name": entry.name})
+    fields = YAML(typ="safe").load(text)[_SECTION][entry.name] or {}
+    try:
+        read = PersonaEntry.model_validate({**fields, "name": entry.name})
+    except ValidationError as err:
+        raise ValueError(f"{entry.name!r} would be read back as something that is no persona") from err
     if read != entry:
         raise ValueError(f"{entry.name!r} would not be read back as it is")

@@ -7,7 +7,8 @@ is asked about them. Only rules never choose one by themselves (`by_rule`). Whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -25,6 +26,19 @@ def persona_entry(persona: Persona) -> PersonaEntry:
         fits=PersonaFit(roles=tuple(persona.roles), task_types=tuple(persona.task_types)),
         by_rule=False,
     )
+
+
+def free_name(persona: Persona, prompt_of: Callable[[str], str | None]) -> Persona | None:
+    """The persona under a name that no other prompt has, its own if that is so; None if all names like it are taken.
+
+    `prompt_of` gives the prompt that a name has already. The same name and prompt get the same name again.
+    """
+    digest = hashlib.sha256(persona.prompt.encode()).hexdigest()
+    parts = (digest[start : start + 4] for start in range(0, len(digest), 4))
+    for name in (persona.name, *(f"{persona.name[:27]}-{part}" for part in parts)):
+        if prompt_of(name) in (None, persona.prompt):
+            return persona.model_copy(update={"name": name})
+    return None
 
 
 def with_trials(registry: Registry, personas: Iterable[Persona]) -> Registry:
