@@ -103,6 +103,7 @@ def test_a_sub_agent_knows_its_own_prompt_only_and_the_parent_gets_results_only(
     calls = [
         create("ann", "you are Ann"),
         create("bob", "you are Bob"),
+        create("kim", "you are Kim"),
         assign("ann", "first"),
         assign("bob", "second"),
     ]
@@ -115,6 +116,7 @@ def test_a_sub_agent_knows_its_own_prompt_only_and_the_parent_gets_results_only(
     assert not any(word in ann for word in ("Bob", "second", "secret objective", "lead"))
     turn = script.prompt("L.turn2")
     assert "ann: done <result>made by L.ann.1</result>" in turn
+    assert "Sub-agents made: ann, bob, kim; without work so far: kim" in turn
     assert "you are Ann" not in turn
     again = script.asked["L.ann.2"].messages
     assert [one.role for one in again] == ["system", "user", "assistant", "user"]
