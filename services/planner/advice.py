@@ -99,7 +99,7 @@ def request(
     shapes = list(dict.fromkeys(map(shape_of, plans)))
     questions: list[Question] = []
     if len(shapes) > 1:
-        widths = {shape_of(template): width_of(plan) for template, plan in reversed(plans.items())}
+        widths = {shape_of(template): width_of(plan) for template, plan in reversed(list(plans.items()))}
         options = [Option(choice=shape, width=widths[shape]) for shape in shapes]
         questions.append(
             Question(
