@@ -99,7 +99,7 @@ def stage_key(decision: Sequence[Any]) -> str:
 
 
 def stored_stages(db: sqlite3.Connection) -> dict[str, int]:
-    """`<type of task>:<cluster>` -> decompositions whose staged reward was credited, those that were forgotten since included."""
+    """`<type of task>:<cluster>` -> decompositions that were credited, those that were forgotten since included."""
     return {key.removeprefix(_STAGE): int(value) for key, value in find(db, "meta") if key.startswith(_STAGE)}
 
 
