@@ -35,7 +35,7 @@ MAX_NAMED_INPUTS: Final = 12
 """More inputs than this are a case for the rules' map: the list alone would fill a small context."""
 PLAN_TOKENS: Final = 512
 """Bound on the answer: eight short steps."""
-_MAX_ANSWER_CHARS: Final = 16 * 1024
+MAX_ANSWER_CHARS: Final = 16 * 1024
 _MAX_REASON_PROBLEMS: Final = 3
 _PYTHON: Final = "text/x-python"
 _SYSTEM: Final = (
@@ -55,7 +55,9 @@ class ModelPlanRefused(Exception):
         super().__init__(text + (f"; and {more} more" if more > 0 else ""))
 
 
-class _ModelStep(BaseModel):
+class ModelStep(BaseModel):
+    """One step as the schema lets a model write it."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Annotated[str, Field(max_length=64)]
@@ -66,7 +68,7 @@ class _ModelStep(BaseModel):
 class _ModelPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    steps: Annotated[list[_ModelStep], Field(min_length=1, max_length=MAX_MODEL_STEPS)]
+    steps: Annotated[list[ModelStep], Field(min_length=1, max_length=MAX_MODEL_STEPS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ def read_plan(text: str, finish_reason: str, task: TaskIR, roles: Mapping[str, R
     allowed = min(room(task), MAX_MODEL_STEPS)
     writes_code = task.task_type is TaskType.CODE
     steps, repairs = repaired(
-        [Draft(label, one.role, one.action, tuple(one.reads)) for label, one in zip(labels, answer, strict=False)],
+        drafts_of(answer, task),
         [artefact.name for artefact in task.inputs],
         roles,
         worker=cast(Work.READ, roles).role,
@@ -164,13 +166,21 @@ def read_plan(text: str, finish_reason: str, task: TaskIR, roles: Mapping[str, R
         coder = cast(Work.IMPLEMENT, roles).role
         repairs.append(f"{steps[result].label}: {coder!r} for the role {steps[result].role!r}, since it makes the code")
         steps[result] = replace(steps[result], role=coder)
-    plan = _as_plan(steps, result, task)
+    plan = Plan(steps=steps_of(steps, result, task))
     if unsound := find_problems(task.model_copy(update={"plan": plan})):
         raise ModelPlanRefused([str(problem) for problem in unsound])
     return ModelPlan(plan, tuple(repairs))
 
 
-def _as_plan(steps: Sequence[Draft], result: int, task: TaskIR) -> Plan:
+def drafts_of(steps: Sequence[ModelStep], task: TaskIR) -> list[Draft]:
+    """Steps with the labels that their places give them."""
+    return [
+        Draft(label, one.role, one.action, tuple(one.reads)) for label, one in zip(_labels(task), steps, strict=False)
+    ]
+
+
+def steps_of(steps: Sequence[Draft], result: int | None, task: TaskIR) -> list[Step]:
+    """Drafts as steps of the task; `result` is the number of the one that makes its result, if any of them does."""
     names = Names(task.inputs)
     outputs: list[Output] = []
     for number, step in enumerate(steps):
@@ -179,24 +189,22 @@ def _as_plan(steps: Sequence[Draft], result: int, task: TaskIR) -> Plan:
         kind = ArtefactKind.CODE if writes_code else ArtefactKind.TEXT
         outputs.append(names.new(wish, kind, _PYTHON if writes_code else None))
     name_of = {step.label: output.name for step, output in zip(steps, outputs, strict=True)}
-    return Plan(
-        steps=[
-            Step(
-                id=f"S{number}",
-                actor=step.role,
-                action=_printable(step.action) + for_orientation(task),
-                inputs=[name_of.get(name, name) for name in step.reads],
-                outputs=[output],
-            )
-            for number, (step, output) in enumerate(zip(steps, outputs, strict=True), 1)
-        ]
-    )
+    return [
+        Step(
+            id=f"S{number}",
+            actor=step.role,
+            action=_printable(step.action) + for_orientation(task),
+            inputs=[name_of.get(name, name) for name in step.reads],
+            outputs=[output],
+        )
+        for number, (step, output) in enumerate(zip(steps, outputs, strict=True), 1)
+    ]
 
 
-def _parsed(text: str, finish_reason: str) -> list[_ModelStep]:
+def _parsed(text: str, finish_reason: str) -> list[ModelStep]:
     """The steps of an answer; of one that was cut off, those that are complete."""
-    if len(text) > _MAX_ANSWER_CHARS:
-        raise ModelPlanRefused([f"the answer has {len(text)} characters, at most {_MAX_ANSWER_CHARS} are read"])
+    if len(text) > MAX_ANSWER_CHARS:
+        raise ModelPlanRefused([f"the answer has {len(text)} characters, at most {MAX_ANSWER_CHARS} are read"])
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as err:

@@ -21,6 +21,9 @@ CHARS_PER_TOKEN: Final = 2.5
 _MIN_INPUT_CHARS: Final = 200
 _LESSON_TOKENS: Final = 256
 """What lessons may take of every prompt of a task; those that helped most come first, the rest is left out."""
+CONTRADICTION: Final = "CONTRADICTION:"
+"""How an answer begins that says the plan cannot go on from what it was given."""
+_CONTRADICT: Final = f"Only if the material makes this step impossible, answer with {CONTRADICTION} and the reason."
 _HARDER: Final = (
     "You have more room than before. First find out why the earlier attempts failed, then work out the answer step by "
     "step, and check it against every point. Give only the answer that is left after that."
@@ -37,17 +40,18 @@ def compose(
     lessons: Sequence[Lesson] = (),
     told: str,
     harder: bool,
+    may_contradict: bool = False,
     context_tokens: int,
     max_tokens: int,
 ) -> list[dict[str, str]]:
     """Messages for one attempt, as maps of role and content.
 
-    `told` is what `feedback.told` says about earlier attempts, `harder` asks for more thought, and `context_tokens` is
+    `may_contradict` tells how to say that the material turns the plan over. `told` is what `feedback.told` says about earlier attempts, `harder` asks for more thought, and `context_tokens` is
     the model's context per slot, answer included.
     """
     system = role.prompt if persona is None else f"{role.prompt}\n\n{persona.prompt}"
     head = _head(task) + _learned(lessons)
-    tail = _tail(step, told, harder=harder)
+    tail = _tail(step, told, harder=harder, may_contradict=may_contradict)
     room = int((context_tokens - max_tokens) * CHARS_PER_TOKEN) - len(system) - len(head) - len(tail)
     body = _inputs(_shared_first(task, inputs), max(room, 0))
     user = "\n\n".join(part for part in (head, body, tail) if part)
@@ -126,8 +130,10 @@ def _fair_share(lengths: Sequence[int], room: int) -> int:
     return max([_MIN_INPUT_CHARS, *lengths])
 
 
-def _tail(step: Step, told: str, *, harder: bool) -> str:
+def _tail(step: Step, told: str, *, harder: bool, may_contradict: bool) -> str:
     lines = [f"Your step: {step.action}", _form(step.outputs)]
+    if may_contradict:
+        lines.append(_CONTRADICT)
     if told:
         lines.append(told)
     if harder:

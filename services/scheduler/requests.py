@@ -17,6 +17,7 @@ from services.scheduler.answers import schema_of_parts
 from services.scheduler.feedback import room_for, told
 from services.scheduler.prompting import CHARS_PER_TOKEN, compose
 from services.scheduler.tasks import StepRecord, TaskRecord
+from services.scheduler.versions import may_contradict
 
 
 def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, stream: bool) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
             inputs=[task.artefacts[name] for name in step.spec.inputs],
             told=told(step.attempts[:-1], attempt.role, attempt.told_chars),
             harder=harder,
+            may_contradict=may_contradict(task, step, registry),
             context_tokens=model.context_tokens,
             max_tokens=max_tokens,
         ),

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from protocol.messages.artefact import Artefact
 from protocol.messages.task import Budget, Output, Plan, Step, TaskIR
 from protocol.plan_graph import find_problems, needs
-from services.planner.discovery import Discovery, data_needs, discover, with_edges
+from services.kit.plan_shape import as_written
+from services.planner.discovery import Discovery, data_needs, discover
 from services.planner.naming import output_file
 
 
@@ -152,7 +153,7 @@ def test_two_steps_that_write_one_file_keep_their_order_when_the_step_between_th
     assert {(edge.step, edge.depends_on) for edge in found.removed} == {("S2", "S1"), ("S3", "S2")}
     assert [(edge.step, edge.depends_on) for edge in found.added] == [("S3", "S1")]
     assert "notes.md" in found.added[0].reason
-    assert with_edges(found.plan, found.removed).steps[1] == plan.steps[1]
+    assert as_written(found.plan, found.removed, found.added).steps[1] == plan.steps[1]
 
 
 def test_a_step_that_writes_the_file_of_an_input_waits_for_those_who_read_it() -> None:
