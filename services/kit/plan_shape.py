@@ -22,6 +22,11 @@ def levels_of(waits_for: Mapping[str, Iterable[str]]) -> dict[str, int]:
     return level
 
 
+def width_of(plan: Plan) -> int:
+    """Most steps on one level of a plan without problems: as many could run side by side."""
+    return max(Counter(levels_of(needs(plan)).values()).values())
+
+
 def longest_chain(waits_for: Mapping[str, Iterable[str]], cost_s: Mapping[str, float]) -> tuple[list[str], float]:
     """The chain that ends last, first step first, and its seconds; among equals the smaller id."""
     end_s: dict[str, float] = {}
@@ -53,11 +58,10 @@ def shape_of_plan(
 ) -> PlanShape:
     """The shape of a plan without problems; costs are expected seconds per step."""
     waits_for = needs(plan)
-    level = levels_of(waits_for)
     chain, seconds = longest_chain(waits_for, cost_s)
     return PlanShape(
-        width=max(Counter(level.values()).values()),
-        levels=max(level.values()) + 1,
+        width=width_of(plan),
+        levels=max(levels_of(waits_for).values()) + 1,
         critical=chain,
         critical_ms=round(1000 * seconds),
         predicted_ms=round(1000 * least_s(waits_for, cost_s, model_of, slots)),

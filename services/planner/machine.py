@@ -37,6 +37,7 @@ from protocol.messages.plan import PlanFinal, PlanSource, Revision, RoutingDecis
 from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import PlanProblem, find_problems
 from services.kit.plan_check import plan_problems
+from services.kit.plan_shape import width_of
 from services.kit.registry import Registry, RoleEntry
 from services.planner.advice import WIDTH_KEY, answers, request, shape_of
 from services.planner.cast import ROLES_FOR, Work
@@ -180,6 +181,8 @@ class ModelOutcome(StrEnum):
     NOT_ASKED = "not_asked"
     UNANSWERED = "unanswered"
     REFUSED = "refused"
+    NARROW = "narrow"
+    """Fewer steps side by side than the objective names independent parts."""
     USED = "used"
 
 
@@ -330,6 +333,10 @@ class Planning:
                 self._reasons.append("its plan ended otherwise than it began")
                 return self._break_off(event.at_ms, "plan.changed")
             self._reasons.append(f"{len(self._offered)} of its steps began while it was written")
+        elif (narrow := self._too_narrow(plan)) is not None:
+            self.model_outcome = ModelOutcome.NARROW
+            self._reasons.append(narrow)
+            return self._use_rules(event.at_ms)
         if self._revision is not None:
             plan = renumbered(self._whole_task, self._revision, plan)
         self.model_outcome = ModelOutcome.USED
@@ -340,6 +347,20 @@ class Planning:
         if made.repairs:
             self._reasons.append(f"it was repaired: {'; '.join(made.repairs[:_MAX_REPAIRS])}")
         return self._settle(event.at_ms, OpenPlan("model", {choice.choice: plan}, choice))
+
+    def _too_narrow(self, plan: Plan) -> str | None:
+        """Why a model's plan is not used where the objective itself names parts that do not need each other.
+
+        A plan that does more side by side may know better; one that chains what could run at once, or leaves a part
+        out, does not.
+        """
+        parts = self._rules.parts
+        if len(parts) < 2 or self._revision is not None:
+            return None
+        wide, by_rules = width_of(plan), width_of(self._rules.plan)
+        if wide >= by_rules:
+            return None
+        return f"its plan does {wide} steps side by side, although the objective names {len(parts)} independent parts"
 
     def _break_off(self, at_ms: int, code: str) -> Command:
         """Steps of the model's plan run, and there will be no more of it: one step by rule makes the result of them."""

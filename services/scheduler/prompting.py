@@ -46,8 +46,9 @@ def compose(
 ) -> list[dict[str, str]]:
     """Messages for one attempt, as maps of role and content.
 
-    `may_contradict` tells how to say that the material turns the plan over. `told` is what `feedback.told` says about earlier attempts, `harder` asks for more thought, and `context_tokens` is
-    the model's context per slot, answer included.
+    `told` is what `feedback.told` says about earlier attempts, `harder` asks for more thought, `may_contradict` tells
+    how to say that the material turns the plan over, and `context_tokens` is the model's context per slot, answer
+    included.
     """
     system = role.prompt if persona is None else f"{role.prompt}\n\n{persona.prompt}"
     head = _head(task) + _learned(lessons)

@@ -22,7 +22,7 @@ from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Output, Plan, Step
 from protocol.plan_graph import needs
 from services.kit.plan_check import plan_problems
-from services.kit.plan_shape import least_s
+from services.kit.plan_shape import least_s, longest_chain
 from services.kit.registry import Registry
 from services.scheduler import facts as f
 from services.scheduler.feedback import points_of
@@ -36,6 +36,8 @@ PLANNER: Final = "planner"
 MIN_LEFT_S: Final = 0.5
 """With less time than this before the deadline no new plan helps."""
 _TIMEOUT_MS: Final = 60_000
+_MIN_EVIDENCE: Final = 4
+"""Steps of a role that must have been seen before its estimates may call a task late."""
 _LATE_SHARE: Final = 0.25
 """Of the time that is left, at most so much is spent on a plan that is made because of it."""
 _MAX_NOTES_CHARS: Final = 6_000
@@ -126,7 +128,9 @@ def lateness(task: TaskRecord, ranking: Ranking, at_ms: int) -> Late | None:
     """Whether the deadline will be missed, and what could be dropped; None while there is hope or nothing to gain.
 
     The estimate counts as far as it can be trusted: late is a task whose rest takes longer than the time that is left
-    even if everything goes faster than expected by one standard deviation of the estimates.
+    even if everything goes faster than expected by one standard deviation. Errors of single steps are taken to be
+    independent, so that those of a chain of n are smaller by the root of n; before a role has been seen at work a few
+    times nothing is called late because of it.
     """
     deadline_ms = task.deadline_ms
     if deadline_ms is None or task.state is not TaskState.RUNNING or task.revising is not None:
@@ -137,8 +141,13 @@ def lateness(task: TaskRecord, ranking: Ranking, at_ms: int) -> Late | None:
     if left_s < MIN_LEFT_S:
         return None
     cost_s = _rest_s(task, ranking, at_ms)
+    roles = {task.steps[name].role for name, seconds in cost_s.items() if seconds > 0}
+    if any(ranking.durations.evidence(role) < _MIN_EVIDENCE for role in roles):
+        return None
+    waits = {name: [other for other in task.steps[name].needs if other in cost_s] for name in cost_s}
+    steps = len(longest_chain(waits, cost_s)[0])
     expected_s = _least_s(task, cost_s, ranking)
-    surely_s = expected_s * math.exp(-ranking.durations.spread())
+    surely_s = expected_s * math.exp(-ranking.durations.spread() / math.sqrt(max(1, steps)))
     if surely_s <= left_s:
         return None
     held = {name for name in cost_s if task.steps[name].state in _OPEN or cost_s[name] > left_s}

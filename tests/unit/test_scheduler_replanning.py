@@ -340,7 +340,7 @@ def test_whatever_happens_nothing_finished_is_lost_and_there_is_one_end(
             done.add(fact.step or "")
         if isinstance(fact, f.TaskReplanned):
             assert not done & set(fact.dropped), "finished work was dropped"
-            assert done <= {*fact.kept, *done} and not {one["id"] for one in fact.added} & done
+            assert not {one["id"] for one in fact.added} & done
     assert all(record.steps[name].state is StepState.DONE for name in done)
     assert all(output.name in record.artefacts for name in done for output in record.steps[name].spec.outputs)
     if record.state is TaskState.SUCCEEDED:
