@@ -326,9 +326,11 @@ class Planning:
             return self._break_off(event.at_ms, "plan.refused") if self._offered else self._use_rules(event.at_ms)
         plan = made.plan
         if self._offered:
+            written = {step.id: step for step in plan.steps}
             offered = {step.id: step for step in self._offered}
+            same = all(name in written and _alike(step, written[name]) for name, step in offered.items())
             plan = Plan(steps=[*self._offered, *(step for step in plan.steps if step.id not in offered)])
-            if find_problems(self._task.model_copy(update={"plan": plan})):
+            if not same or find_problems(self._task.model_copy(update={"plan": plan})):
                 self.model_outcome = ModelOutcome.REFUSED
                 self._reasons.append("its plan ended otherwise than it began")
                 return self._break_off(event.at_ms, "plan.changed")
@@ -512,3 +514,8 @@ class Planning:
         if self._task.deadline_s is not None:
             bounds.append(self._task.deadline_s * _TASK_SHARE)
         return min(bounds)
+
+
+def _alike(offered: Step, written: Step) -> bool:
+    """Whether a step of the whole plan is the one that began early; gates and persona were chosen since."""
+    return (offered.action, offered.inputs, offered.outputs) == (written.action, written.inputs, written.outputs)

@@ -187,7 +187,9 @@ def finishing_step(task: TaskIR, roles: Collection[str], begun: Sequence[Step]) 
     action = f"Join the inputs into one result that fulfils this objective; do what is still missing.\n{task.objective}"
     kind = ArtefactKind.CODE if code else ArtefactKind.TEXT
     draft.add(Work.IMPLEMENT if code else Work.JOIN, _bounded(action), inputs, result_name(task), kind)
-    return draft.steps[-1]
+    taken = {step.id for step in begun}
+    number = next(number for number in range(1, len(begun) + 2) if f"S{len(begun) + number}" not in taken)
+    return draft.steps[-1].model_copy(update={"id": f"S{len(begun) + number}"})
 
 
 @dataclass(slots=True)

@@ -184,7 +184,7 @@ def measure_width(
     began_s = told_s = time.monotonic()
     planned: list[_Planned] = []
     with ThreadPoolExecutor(at_once) as pool:
-        for one in pool.map(lambda row: _plan(*row, registry, ask), questions):
+        for one in pool.map(lambda row: _plan(row[0], row[1], registry, ask), questions):
             planned.append(one)
             if time.monotonic() - told_s > _PROGRESS_S:
                 told_s = time.monotonic()
