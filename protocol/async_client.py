@@ -34,6 +34,7 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest, GateResult
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest
+from protocol.messages.persona import MakePersona, Persona, PersonaListing, PersonaMade, PersonaQuery, PersonaView
 from protocol.messages.plan import PlanFinal, PlanRequest
 from protocol.messages.registry import Reload, Reloaded
 from protocol.messages.reply import ErrorReply, Refused
@@ -210,6 +211,20 @@ class AsyncClient:
     async def reload_registry(self, digest: str | None = None, *, timeout_s: float = 60) -> Reloaded:
         """Have the hub read its registry again; with a digest, only that one. Raises CallFailed with every problem."""
         return await self.ask("registry.reload", Reload(digest=digest), Reloaded, timeout_s=timeout_s)
+
+    async def make_persona(
+        self, persona: Persona, *, task_id: str | None = None, rename: bool = False, timeout_s: float = 10
+    ) -> PersonaMade:
+        """Have a persona from now on; steps name it as the answer says. See MakePersona.
+
+        Raises CallFailed where it is not valid, or its name is taken by another prompt and `rename` is False.
+        """
+        body = MakePersona(persona=persona, task_id=task_id, rename=rename)
+        return await self.ask("persona.make", body, PersonaMade, timeout_s=timeout_s)
+
+    async def personas(self, *, timeout_s: float = 10) -> builtins.list[PersonaView]:
+        """All personas, declared and made at run time, with what has become of each."""
+        return (await self.ask("persona.list", PersonaQuery(), PersonaListing, timeout_s=timeout_s)).personas
 
     async def load_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
         """Have a warm or cold model loaded as soon as there is room; returns at once, `status` tells when it is."""

@@ -29,6 +29,7 @@ from protocol.messages.batch import BatchFinal, BatchPartial
 from protocol.messages.gate import GateRequest, GateResult
 from protocol.messages.infer import InferFinal, InferPartial, InferRequest
 from protocol.messages.memory import MemoryFinal, MemoryRequest
+from protocol.messages.persona import Persona, PersonaMade, PersonaView
 from protocol.messages.plan import PlanFinal
 from protocol.messages.registry import Reloaded
 from protocol.messages.result import Cancelled, Listing, TaskEvent, TaskState, TaskView
@@ -126,6 +127,16 @@ class Client:
     def reload_registry(self, digest: str | None = None, *, timeout_s: float = 60) -> Reloaded:
         """See AsyncClient.reload_registry."""
         return self._wait(self._client.reload_registry(digest, timeout_s=timeout_s))
+
+    def make_persona(
+        self, persona: Persona, *, task_id: str | None = None, rename: bool = False, timeout_s: float = 10
+    ) -> PersonaMade:
+        """See AsyncClient.make_persona."""
+        return self._wait(self._client.make_persona(persona, task_id=task_id, rename=rename, timeout_s=timeout_s))
+
+    def personas(self, *, timeout_s: float = 10) -> builtins.list[PersonaView]:
+        """See AsyncClient.personas."""
+        return self._wait(self._client.personas(timeout_s=timeout_s))
 
     def load_model(self, model: str, *, timeout_s: float = 10) -> ModelReport:
         """See AsyncClient.load_model."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from protocol.messages import batch, gate, infer, memory, plan, registry, reply, result, session, task
+from protocol.messages import batch, gate, infer, memory, persona, plan, registry, reply, result, session, task
 from protocol.messages.base import Message
 
 
@@ -29,6 +29,11 @@ BODIES: Final[Mapping[str, type[Message]]] = {
     "registry.reload": registry.Reload,
     "registry.reloaded": registry.Reloaded,
     "registry.changed": registry.RegistryChanged,
+    "persona.make": persona.MakePersona,
+    "persona.made": persona.PersonaMade,
+    "persona.list": persona.PersonaQuery,
+    "persona.listing": persona.PersonaListing,
+    "persona.trials": persona.PersonasOnTrial,
     "model.load": session.ModelQuery,
     "model.unload": session.ModelQuery,
     "model.report": session.ModelReport,
@@ -73,6 +78,8 @@ BODIES: Final[Mapping[str, type[Message]]] = {
 HUB_REQUESTS: Final[Mapping[str, str]] = {
     "session.status": "session.report",
     "registry.reload": "registry.reloaded",
+    "persona.make": "persona.made",
+    "persona.list": "persona.listing",
     "model.load": "model.report",
     "model.unload": "model.report",
     "task.submit": "task.accepted",

@@ -14,6 +14,8 @@ from typing import Final
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.task import Plan, Step, TaskIR
 
+MAX_SPAWNING_NAME: Final = 32
+"""Letters of the id of a spawning step: `.`, the name of a sub-agent and the number of its assignment must fit in."""
 MAX_MAPPED_NAME: Final = 48
 """Letters of the id and the output of a mapped step: `.item.1000` must fit behind it."""
 
@@ -102,6 +104,8 @@ def find_problems(task: TaskIR) -> list[PlanProblem]:
                 found.append(PlanProblem(step.id, field, f"{name!r} is an output of this very step"))
         if step.map_over is not None:
             found.extend(_map_problems(step, kinds, ids))
+        if step.spawns is not None:
+            found.extend(_spawn_problems(step, ids))
         for other in step.depends_on:
             if other not in ids:
                 found.append(PlanProblem(step.id, "depends_on", f"there is no step {other!r}"))
@@ -130,6 +134,22 @@ def _map_problems(step: Step, kinds: Mapping[str, ArtefactKind], ids: set[str]) 
     taken = sorted(other for other in ids if other.startswith(f"{step.id}."))
     if taken:
         found.append(PlanProblem(step.id, "id", f"its sub-steps are named {step.id}.1 and so on: rename {taken[0]!r}"))
+    return found
+
+
+def _spawn_problems(step: Step, ids: set[str]) -> list[PlanProblem]:
+    found = [
+        PlanProblem(step.id, field, f"a step that spawns sub-agents has no {field}")
+        for field in ("map_over", "grammar")
+        if getattr(step, field) is not None
+    ]
+    if len(step.outputs) != 1:
+        found.append(PlanProblem(step.id, "outputs", "a step that spawns sub-agents has one output"))
+    if len(step.id) > MAX_SPAWNING_NAME:
+        found.append(PlanProblem(step.id, "id", f"the id of a spawning step has {MAX_SPAWNING_NAME} letters at most"))
+    taken = sorted(other for other in ids if other.startswith(f"{step.id}."))
+    if taken:
+        found.append(PlanProblem(step.id, "id", f"its turns are named {step.id}.turn1 and so on: rename {taken[0]!r}"))
     return found
 
 

@@ -23,7 +23,7 @@ from protocol import limits
 from protocol.codec import pack_body
 from protocol.header import Count, Header, pack_header
 from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, family
-from protocol.messages.base import Message, Name
+from protocol.messages.base import REGISTRY_NAME_PATTERN, Message, Name
 from protocol.messages.session import Hello, Welcome
 from protocol.messages.task import Accepted, Submit
 
@@ -46,6 +46,7 @@ _SESSION_DIRECTIONS: Final = {
     "session.goodbye": "peer → hub",
     "session.ping": "hub → peer",
     "registry.changed": "hub → service",
+    "persona.trials": "hub → planner",
     "session.reside": "hub → service",
 }
 
@@ -195,6 +196,8 @@ def _type(schema: Mapping[str, Any]) -> str:
             name = "any JSON value"
         case "string" if schema.get("pattern") == _NAME_PATTERN:
             name = "name"
+        case "string" if schema.get("pattern") == REGISTRY_NAME_PATTERN:
+            name = "name in small letters, at most 32"
         case plain:
             name = _NAMES[plain]
     bounds = [text.format(schema[key]) for key, text in _BOUNDS.items() if key in schema]

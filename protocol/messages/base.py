@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,6 +21,12 @@ class Strict(BaseModel):
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}$")]
 """Name of an artefact, step, role or model: safe as a file name inside a workspace, never a path."""
+
+REGISTRY_NAME_PATTERN: Final = r"^[a-z][a-z0-9_-]{0,31}$"
+"""Names become parts of process names, file names and log fields, hence so narrow."""
+
+RegistryName = Annotated[str, Field(pattern=REGISTRY_NAME_PATTERN)]
+"""Name of an entry that may stand in the registry's files."""
 
 Text = Annotated[str, Field(max_length=64 * 1024)]
 """Prose a person or a model wrote: objective, action, reason."""

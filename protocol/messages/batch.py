@@ -54,6 +54,8 @@ class BatchAnswer(Message):
     text: str | None = None
     finish_reason: Literal["stop", "length"] | None = None
     failure: Failure | None = None
+    model: str | None = None
+    """The model that wrote the text: the lateral one of the role where its own was not served."""
     prompt_tokens: int = Field(default=0, ge=0)
     cached_tokens: int = Field(default=0, ge=0)
     generated_tokens: int = Field(default=0, ge=0)
@@ -72,6 +74,7 @@ class BatchFinal(Message):
 
     role: str
     model: str
+    """That the last prompts went to."""
     answers: list[BatchAnswer]
     widest: int = Field(ge=0)
     """Most calls that were at workers at the same time."""

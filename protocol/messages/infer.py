@@ -52,6 +52,9 @@ class InferRequest(Message):
     sampling: Sampling = Field(default_factory=Sampling)
     json_schema: dict[str, Any] | None = None
     """Constrain decoding to this JSON Schema; the service checks the answer against it again."""
+    judged: bool = True
+    """False = whoever asks judges the answer part by part: nothing is checked, and nothing repaired, against
+    `json_schema`, which then only constrains decoding."""
     grammar: str | None = Field(default=None, max_length=MAX_GRAMMAR_CHARS)
     """Constrain decoding to this GBNF grammar; excludes `json_schema`."""
     json_output: bool = False

@@ -89,6 +89,8 @@ class RecordOutcomes(Message):
     """Score decisions, and store the episode when the task has ended."""
 
     op: Literal["outcome"] = "outcome"
+    decisions: list[DecisionRecord] = Field(default_factory=list, max_length=6_000)
+    """Taken without a planner, by steps that were added while the task ran; stored before the outcomes."""
     outcomes: list[Outcome] = Field(default_factory=list, max_length=6_000)
     episode: Episode | None = None
 
@@ -119,6 +121,13 @@ class Values(Message):
     """What are all choices about this subject worth?"""
 
     op: Literal["values"] = "values"
+    subject: str = Field(max_length=64)
+
+
+class Arms(Message):
+    """What have the choices about this subject earned, place by place, since each last changed?"""
+
+    op: Literal["arms"] = "arms"
     subject: str = Field(max_length=64)
 
 
@@ -244,6 +253,7 @@ class MemoryRequest(Message):
         | Stats
         | Advise
         | Values
+        | Arms
         | Export
         | Import
         | Verify
@@ -264,6 +274,23 @@ class Value(Message):
     count: int
     """Scored outcomes behind it."""
     mean_seconds: float
+
+
+class ArmValue(Message):
+    """What one choice has earned in one kind of work, under the model and prompt that it has now."""
+
+    task_type: str
+    cluster: str
+    """Kind of work, as in DecisionRecord."""
+    choice: str
+    prompt: str = ""
+    """As in DecisionRecord."""
+    outcomes: int = Field(ge=0)
+    mean_reward: float = Field(ge=0, le=1)
+    deviation: float = Field(ge=0)
+    """Standard deviation of the expected reward after so many outcomes, counting from a uniform prior."""
+    mean_seconds: float = Field(ge=0)
+    """Of the choice in all kinds of work of this task type."""
 
 
 class Explained(Message):
@@ -346,6 +373,8 @@ class MemoryFinal(Message):
     """What similar tasks have failed with and what helped, most helpful first; only with `retrieve`."""
     explained: list[Explained] = Field(default_factory=list)
     values: list[Value] = Field(default_factory=list)
+    arms: list[ArmValue] = Field(default_factory=list)
+    """By task type, kind of work and choice."""
     rows: list[Row] = Field(default_factory=list)
     differences: list[Difference] = Field(default_factory=list)
     forgotten: int = 0

@@ -10,6 +10,7 @@ from protocol.limits import MAX_STEPS
 from protocol.messages.base import Message, Millis, Text
 from protocol.messages.failure import Failure
 from protocol.messages.memory import Advised, Episode, Lesson
+from protocol.messages.persona import MAX_PERSONAS_AT_ONCE, Persona
 from protocol.messages.task import Output, Step, TaskIR
 
 PlanSource: TypeAlias = Literal["client", "rules", "model"]
@@ -50,6 +51,8 @@ class PlanRequest(Message):
     """Plan this task; where it has a plan already, discover its parallelism and choose personas and gates."""
 
     task: TaskIR
+    personas: list[Persona] = Field(default_factory=list)
+    """Those that were made for this task so far: its steps may name them."""
     revision: Revision | None = None
     """Make the rest of the plan anew; the plan as it stands is in the task."""
     begun: list[Step] | None = None
@@ -154,3 +157,6 @@ class PlanFinal(Message):
     """What such tasks have failed with and what helped; goes into the prompts of the steps."""
     generated_tokens: int = Field(default=0, ge=0)
     """Tokens the planning model spent."""
+    personas: list[Persona] = Field(default_factory=list, max_length=MAX_PERSONAS_AT_ONCE)
+    """Made for this task with the plan, whose steps name them; the hub may give one another name
+    (`MakePersona.rename`), then in the steps as well."""

@@ -142,6 +142,8 @@ class StepView(Message):
     action: str
     state: StepState
     persona: str | None = None
+    agent: str | None = None
+    """The sub-agent that this step is an assignment of."""
     needs: list[str]
     """Steps that had to be finished first."""
     ready_ms: Millis | None = None
@@ -150,6 +152,53 @@ class StepView(Message):
     """Workers that died while they had this step."""
     attempts: list[AttemptView]
     failure: Failure | None = None
+
+
+class SubAgentView(Message):
+    """A sub-agent that a step made while the task ran."""
+
+    name: str
+    role: str
+    system_prompt: str
+    """As the planning model wrote it, its first 500 characters."""
+    persona: str
+    """What its prompt is kept as: steps of this and of later tasks may name it. Another name than its own where that
+    had another prompt already."""
+    turn: int = Field(ge=1)
+    """Turn of the spawning step in which it was made."""
+    steps: list[str] = Field(default_factory=list)
+    """Its assignments, in order: steps of the task, whose results went back to the spawning step and nowhere else."""
+    done: int = Field(default=0, ge=0)
+    failed: int = Field(default=0, ge=0)
+    """Assignments that came to nothing; the spawning step was told why."""
+    generated_tokens: int = Field(default=0, ge=0)
+    result: str = ""
+    """What it answered last, its first 500 characters."""
+
+
+class RefusedCall(Message):
+    """A tool call that was answered with an error instead of being carried out."""
+
+    turn: int = Field(ge=1)
+    tool: str
+    agent: str
+    code: str
+    message: str
+
+
+class SwarmView(Message):
+    """What a spawning step did."""
+
+    step: str
+    turns: int = Field(ge=0)
+    """Turns of its model so far; each is the step `<step>.turn<n>`."""
+    tool_calls: int = Field(ge=0)
+    """All of them, refused ones included."""
+    agents: list[SubAgentView]
+    refused: list[RefusedCall]
+    """The newest 50."""
+    generated_tokens: int = Field(default=0, ge=0)
+    """By its turns and its sub-agents together."""
 
 
 class PredictedPath(Message):
@@ -243,6 +292,8 @@ class TaskView(Message):
     waiting: list[str] = Field(default_factory=list)
     """Why steps that could run do not, for people; empty when nothing waits."""
     failure: Failure | None = None
+    swarms: list[SwarmView] | None = None
+    """Sub-agents by the step that made them; absent where none spawns."""
     usage: Usage = Field(default_factory=Usage)
     critical_path: CriticalPath | None = None
 

@@ -41,6 +41,15 @@ class Output(Strict):
     content_type: str | None = Field(default=None, max_length=128)
 
 
+class Spawns(Strict):
+    """Leave for a step to make sub-agents and give them work while it runs; see "Sub-agents" above."""
+
+    roles: list[Name] = Field(default_factory=list, max_length=8)
+    """Roles that its sub-agents may have, the first one where the model names none; empty = the planner chooses."""
+    max_tokens: int | None = Field(default=None, ge=1, le=131_072)
+    """Bound on generated tokens of one attempt of one assignment; absent = the role's."""
+
+
 class Step(Strict):
     """One piece of work for one role."""
 
@@ -68,7 +77,8 @@ class Step(Strict):
     """Command of the gates that run one, such as `integration`, started in the workspace without a shell. May use
     {workspace} and {python}; absent = the task's."""
     persona: Name | None = None
-    """Prompt overlay from `registry/personas.yaml`; absent = the planner chooses."""
+    """Prompt overlay: of the registry, or made at run time; `none` = without one; absent = the plan's, else the planner
+    chooses."""
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
     """Wall clock of one attempt, from dispatch; absent = the role's."""
     max_tokens: int | None = Field(default=None, ge=1, le=131_072)
@@ -77,6 +87,8 @@ class Step(Strict):
     """JSON Schema of the one json output: decoding is constrained by it and the answer is checked against it."""
     grammar: Text | None = None
     """GBNF grammar that constrains decoding."""
+    spawns: Spawns | None = None
+    """The step plans: it may call `create_subagent` and `assign_task`, turn by turn, before it answers."""
 
     @field_validator("outputs")
     @classmethod
@@ -92,6 +104,8 @@ class Plan(Strict):
     """The steps of a task; their order in the list means nothing."""
 
     steps: Annotated[list[Step], Field(min_length=1, max_length=MAX_STEPS)]
+    persona: Name | None = None
+    """Of every step that names none itself; absent = the planner chooses for each."""
 
 
 class Escalation(Strict):
@@ -110,6 +124,11 @@ class Budget(Strict):
     max_tokens: int = Field(default=200_000, ge=1)
     """Generated tokens over all attempts; no further attempt starts beyond it."""
     max_steps: int = Field(default=1_000, ge=1, le=MAX_STEPS)
+    """Steps together with whatever the graph grows by: items of mapped steps, turns and assignments of swarms."""
+    max_subagents: int = Field(default=100, ge=0, le=1_000)
+    """Sub-agents that all spawning steps together may make."""
+    max_tool_calls: int = Field(default=1_500, ge=0, le=10_000)
+    """Calls of tools by all spawning steps together; one that is refused counts as well."""
 
 
 class TaskIR(Strict):

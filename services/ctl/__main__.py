@@ -14,6 +14,7 @@ from types import FrameType
 from services.ctl import (
     batch,
     bench,
+    choices,
     doctor,
     explain,
     journal,
@@ -61,6 +62,7 @@ def build_parser() -> ArgumentParser:
         replay,
         journal,
         memory,
+        choices,
         registry,
         tune,
         bench,

@@ -24,7 +24,9 @@ from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.ctl.result_view import print_plan_choices
 from services.ctl.screen import STYLES, Screen, one_line, seconds
 from services.ctl.stack_files import checked_registry
+from services.ctl.swarm_view import print_swarms
 from services.ctl.task_inputs import task_from
+from services.ctl.trials import with_trials_of
 from services.kit.registry import Registry
 from services.planner.machine import (
     AskAdvice,
@@ -71,6 +73,7 @@ def _explain(args: Namespace, context: Context) -> ExitCode:
                 "attempts": {
                     step.id: [attempt.model_dump(mode="json") for attempt in step.attempts] for step in view.steps
                 },
+                "swarms": view.swarms or [],
                 "setbacks": view.setbacks or [],
                 "failure": view.failure,
                 "memory": explained,
@@ -101,8 +104,8 @@ def _explain_objective(args: Namespace, context: Context) -> ExitCode:
 
 async def _planned(task: TaskIR, registry: Registry, context: Context) -> PlanFinal:
     """The plan by rules and by memory's advice; the front door is not asked. Raises BadInput."""
-    planning = Planning(registry)
     async with connect(context.home) as client:
+        planning = Planning(await with_trials_of(client, registry))
         command = planning.handle(Requested(0, task.model_copy(update={"task_id": None}), None))
         while not isinstance(command, Finish):
             match command:
@@ -161,6 +164,7 @@ def _print(screen: Screen, view: TaskView, explained: list[Explained], why_not: 
                 for episode in plan.similar
             ],
         )
+    print_swarms(screen, view, told=True)
     troubled = [step for step in view.steps if is_troubled(step)]
     if troubled or view.setbacks:
         screen.heading("failures, and what followed")

@@ -18,7 +18,7 @@ from protocol.messages.session import StatusReport
 from services.ctl.outcomes import BadInput, CommandError, Unreachable
 from services.kit.config import Home
 
-_CLIENT: Final = "tierline"
+CLIENT: Final = "tierline"
 
 
 def listening(home: Home) -> bool:
@@ -38,7 +38,7 @@ async def connect(home: Home) -> AsyncIterator[AsyncClient]:
     if not listening(home):
         raise Unreachable(f"no hub answers at {home.hub_address}; start the stack with: tierline up")
     try:
-        async with AsyncClient(home.hub_address, name=_CLIENT) as client:
+        async with AsyncClient(home.hub_address, name=CLIENT) as client:
             yield client
     except CallFailed as err:
         failure = err.failure
@@ -61,7 +61,7 @@ async def try_status(home: Home, *, timeout_s: float) -> StatusReport | None:
     if not listening(home):
         return None
     try:
-        async with AsyncClient(home.hub_address, name=_CLIENT) as client:
+        async with AsyncClient(home.hub_address, name=CLIENT) as client:
             return await client.status(timeout_s=timeout_s)
     except BusError:
         return None

@@ -118,7 +118,8 @@ def _attempts(view: TaskView) -> str:
 
 def _step_cell(step: StepView) -> str:
     needs = f'<p class="soft">needs {safe(", ".join(step.needs), 200)}</p>' if step.needs else ""
-    return f'<td class="wide"><b>{safe(step.id, 64)}</b> {safe(step.action, 200)}{needs}</td>'
+    agent = f'<p class="soft">sub-agent {safe(step.agent, 64)}</p>' if step.agent else ""
+    return f'<td class="wide"><b>{safe(step.id, 64)}</b> {safe(step.action, 200)}{agent}{needs}</td>'
 
 
 def _attempt(step: StepView, attempt: AttemptView | None, slack_ms: int | None) -> str:

@@ -22,6 +22,7 @@ from services.ctl.result_view import print_plan_choices
 from services.ctl.screen import Screen, mebibytes, one_line, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.task_inputs import add_task_arguments, task_from
+from services.ctl.trials import with_live_trials
 from services.kit.plan_shape import as_written
 from services.kit.registry import Registry
 from services.planner.divide import Judge
@@ -45,7 +46,7 @@ def add(commands: Commands) -> None:
 def _plan(args: Namespace, context: Context) -> ExitCode:
     durations = known_durations(args, context.home)
     task = task_from(args)
-    registry = checked_registry(context.home, check_files=False)
+    registry = with_live_trials(context.home, checked_registry(context.home, check_files=False))
     try:
         judge = judge_of(context.home.labelled_requests)
     except BadRow as err:

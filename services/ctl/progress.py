@@ -26,7 +26,11 @@ STATE_OF: Final[Mapping[str, str]] = {
     "step.skipped": "skipped",
     "step.lost": "again",
     "step.moved": "ready",
+    "swarm.turned": "leading",
 }
+
+_MAX_ITEMS: Final = 20
+"""Items of a list that one line of an event shows."""
 
 _SETTLED: Final = frozenset({"done", "failed", "skipped", "cancelled", "dropped"})
 
@@ -94,6 +98,9 @@ class Progress:
             self.state = "checking"
         elif event.event == "task.ended":
             self.state = str(event.fields.get("state", "ended"))
+        elif event.event == "swarm.turned":
+            for given in event.fields.get("assigned", ()):
+                self.steps.setdefault(str(given), StepLine(str(given), action=f"assigned by {event.step}"))
         if event.step is not None:
             self._apply_to_step(self.steps.setdefault(event.step, StepLine(event.step)), event)
 
@@ -168,6 +175,8 @@ def event_line(event: TaskEvent, began_ms: int) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, list | tuple) and len(value) > _MAX_ITEMS:
+        return f"{_value(value[:_MAX_ITEMS])},…({len(value)})"
     if isinstance(value, Mapping):
         return ",".join(f"{name}:{one_line(str(item), 40)}" for name, item in value.items()) or "-"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""`models`, `roles` and `registry check`: what the operator declared, with the live state where a hub answers."""
+"""`models` and `registry check`: what the operator declared, with the live state where a hub answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.ctl.launch_view import explain_launch
 from services.ctl.outcomes import ExitCode
 from services.ctl.reload import add_reload
 from services.ctl.residency import move_model
-from services.ctl.screen import mebibytes, one_line, seconds
+from services.ctl.screen import mebibytes, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.status import memory_line, slots, speed
 from services.kit.registry.memory import memory_needs
@@ -36,7 +36,6 @@ def add(commands: Commands) -> None:
     models.add_argument(
         "--explain", metavar="NAME", help="print the command line of one model, each flag with its line and its rule"
     )
-    commands.add("roles", _roles, "list the roles of the registry with the model behind each and its state")
     group = commands.group("registry", "check or take up the files that declare models, roles, personas, gates")
     check = group.add(
         "check",
@@ -101,46 +100,6 @@ def _models(args: Namespace, context: Context) -> ExitCode:
 
 def _ago(used_ms: int | None) -> str:
     return "" if used_ms is None else f"{seconds(max(0, time.time() * 1000 - used_ms))} ago"
-
-
-def _roles(_args: Namespace, context: Context) -> ExitCode:
-    registry = checked_registry(context.home, check_files=False)
-    peers = _peers(asyncio.run(try_status(context.home, timeout_s=3.0)))
-    states = {
-        name: peers[f"inference-{name}"].state if f"inference-{name}" in peers else "not running"
-        for name in registry.models
-    }
-    if context.screen.json:
-        context.screen.document(
-            {
-                "digest": registry.digest,
-                "roles": [
-                    {
-                        **role.model_dump(mode="json"),
-                        "state": states[role.model],
-                        "escalation": [above.name for above in registry.escalation_chain(role.name)],
-                    }
-                    for role in registry.roles.values()
-                ],
-            }
-        )
-        return ExitCode.OK
-    context.screen.table(
-        ("role", "model", "state", "max tokens", "timeout", "escalates to", "for"),
-        [
-            (
-                role.name,
-                role.model,
-                states[role.model],
-                str(role.max_tokens),
-                f"{role.timeout_s:g} s",
-                " -> ".join(above.name for above in registry.escalation_chain(role.name)),
-                one_line(role.description, 80),
-            )
-            for role in registry.roles.values()
-        ],
-    )
-    return ExitCode.OK
 
 
 def _check(args: Namespace, context: Context) -> ExitCode:

@@ -24,6 +24,7 @@ from services.ctl.failure_story import (
 from services.ctl.gantt import MAX_ROWS, gantt, path_rows, path_summary
 from services.ctl.outcomes import ExitCode
 from services.ctl.screen import STYLES, Screen, one_line, seconds
+from services.ctl.swarm_view import print_swarms
 from services.ctl.timetable import notable
 from services.kit.clock import SteadyClock
 
@@ -59,6 +60,7 @@ def print_task(screen: Screen, view: TaskView, files: Sequence[Path] = ()) -> No
             if is_troubled(step):
                 print_step_story(screen, step, told=False)
     print_task_story(screen, view)
+    print_swarms(screen, view, told=False)
     for index, artefact in enumerate(view.artefacts):
         _print_artefact(screen, artefact, files[index] if index < len(files) else None)
     _print_gates(screen, view)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from protocol.messages.result import TaskView
@@ -12,12 +12,15 @@ from services.ctl.artefact_files import check_folder, write_artefacts
 from services.ctl.commands import Commands, Context
 from services.ctl.following import follow
 from services.ctl.hub import connect
-from services.ctl.outcomes import ExitCode
+from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.result_view import exit_code_of, print_task
+from services.ctl.stack_files import checked_registry
 from services.ctl.task_inputs import add_task_arguments, task_from
+from services.planner.leading import led
 
 _EXAMPLES = """examples:
   tierline run "compare these two files" --input a.md --input b.md --output out/
+  tierline run "find out what these reports disagree on" --swarm --input a.md --input b.md
   tierline run --file deploy/example.yaml --json | jq .state
 """
 
@@ -26,13 +29,31 @@ def add(commands: Commands) -> None:
     """Add the commands of this file."""
     run = commands.add("run", _run, "run a task and show its progress and result; Ctrl-C cancels it", epilog=_EXAMPLES)
     add_task_arguments(run)
+    _add_swarm(run)
     run.add_argument("--output", type=Path, metavar="DIR", help="write the artefacts there as files")
     submit = commands.add("submit", _submit, "submit a task, print its id and return")
     add_task_arguments(submit)
+    _add_swarm(submit)
+
+
+def _add_swarm(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--swarm", action="store_true", help="one model leads sub-agents that it makes as it needs them"
+    )
+
+
+def _task(args: Namespace, context: Context) -> TaskIR:
+    """The task that the arguments describe, led by one model if they say so. Raises BadInput."""
+    task = task_from(args)
+    if not args.swarm:
+        return task
+    if task.plan is not None:
+        raise BadInput("--swarm makes the plan: leave it out for a task that has one, or give its steps `spawns`")
+    return led(task, checked_registry(context.home, check_files=False).roles)
 
 
 def _run(args: Namespace, context: Context) -> ExitCode:
-    task = task_from(args)
+    task = _task(args, context)
     if args.output is not None:
         check_folder(args.output)
     view = asyncio.run(_run_task(task, context))
@@ -58,7 +79,7 @@ async def _submit_task(task: TaskIR, context: Context) -> Accepted:
 
 
 def _submit(args: Namespace, context: Context) -> ExitCode:
-    accepted = asyncio.run(_submit_task(task_from(args), context))
+    accepted = asyncio.run(_submit_task(_task(args, context), context))
     if context.screen.json:
         context.screen.document(accepted)
     else:

@@ -22,6 +22,7 @@ from services.ctl.plan import dry_run
 from services.ctl.screen import Screen, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.task_file import checked_task, read_task_fields
+from services.ctl.trials import with_live_trials
 from services.kit.registry import Registry
 from services.scheduler.simulation.outcome import Outcome
 from services.scheduler.simulation.peers import SimulationError
@@ -59,7 +60,7 @@ def add(commands: Commands) -> None:
 
 def _simulate(args: Namespace, context: Context) -> ExitCode:
     durations = known_durations(args, context.home)
-    registry = checked_registry(context.home, check_files=False)
+    registry = with_live_trials(context.home, checked_registry(context.home, check_files=False))
     workers, slots = _numbers("workers", args.workers, registry), _numbers("slots", args.slots, registry)
     tasks = _tasks(args, registry)
     base, pace = _timed(tasks, registry, tiers_of(registry), durations)

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 from services.ctl.outcomes import BadInput, CommandError
@@ -38,7 +37,7 @@ def checked_registry(home: Home, *, check_files: bool = True) -> Registry:
 
 def registry_changed(home: Home, registry: Registry) -> bool:
     """True where this home was started with another registry, which its services have read; remembers this one."""
-    path = home.conf_d / "registry.digest"
+    path = home.started_registry
     before = path.read_text(encoding="ascii") if path.is_file() else None
     remember_registry(home, registry)
     return before not in (None, registry.digest)
@@ -61,7 +60,7 @@ def taken_up(home: Home) -> tuple[Registry, str | None]:
 
 def remember_registry(home: Home, registry: Registry) -> None:
     """Note that the running services have this registry, or are told of it: `up` need not restart them."""
-    (home.conf_d / "registry.digest").write_text(registry.digest, encoding="ascii")
+    home.started_registry.write_text(registry.digest, encoding="ascii")
 
 
 def write_programs(home: Home, registry: Registry, *, remove: bool = True) -> set[str]:
@@ -92,7 +91,7 @@ def write_programs(home: Home, registry: Registry, *, remove: bool = True) -> se
 @contextmanager
 def stack_lock(home: Home) -> Iterator[None]:
     """One `up` or `down` at a time; the lock ends with its process, however that ends. Raises CommandError."""
-    path: Path = home.run / "stack.lock"
+    path = home.stack_lock
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         deadline = time.monotonic() + _LOCK_TIMEOUT_S

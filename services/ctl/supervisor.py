@@ -155,6 +155,8 @@ class Supervisor:
             "TIERLINE_HOME": str(home.root),
             # Not the files that people edit: the copy that `up` or a reload has checked and taken up.
             "TIERLINE_REGISTRY": str(home.current_registry),
+            # Those files: what is adopted for its outcomes is written there as well.
+            "TIERLINE_REGISTRY_SOURCE": str(home.registry),
             "TIERLINE_CACHE": str(home.cache),
             "TIERLINE_MODELS": str(home.models),
         }

@@ -31,7 +31,7 @@ from services.kit.logs import LogEvent
 from services.kit.registry import GateEntry, Registry
 from services.kit.service import Call, Service
 
-SANDBOX_PROBED = LogEvent("sandbox.probed", "available reason")
+SANDBOX_PROBED = LogEvent("sandbox.probed", "available reason control_groups")
 GATE_ENDED = LogEvent("gate.ended", "task step attempt gate verdict category findings cached took_ms message")
 GATE_BUG = LogEvent("gate.bug", "task step attempt gate error", "error")
 
@@ -69,13 +69,17 @@ class GateService:
         self._runs: dict[str, _Running] = {}
         self._asked = 0
         self._verdicts: Counter[str] = Counter()
+        self._group_version: int | None = None
 
     async def load(self) -> None:
         """Try the sandbox. Without one the service is ready for builtin gates, and refuses to run any command."""
         self._folder = private_folder(self._home.root)
         sandbox = Sandbox(hidden=(self._home.root, self._home.registry, CHECKOUT / "registry"))
         reason = await sandbox.probe()
-        self.service.log.write(SANDBOX_PROBED, available=reason is None, reason=reason)
+        self._group_version = None if sandbox.groups is None else sandbox.groups.version
+        self.service.log.write(
+            SANDBOX_PROBED, available=reason is None, reason=reason, control_groups=self._group_version
+        )
         self._judge = replace(self._judge, sandbox=sandbox if reason is None else reason)
         self.service.set_state(PeerState.READY, None if reason is None else f"sandbox.unavailable: {reason}"[:1_000])
 
@@ -250,6 +254,7 @@ class GateService:
             "cache_hits": self._cache.hits,
             "cache_misses": self._cache.misses,
             "cache_bytes": self._cache.bytes,
+            "control_groups": self._group_version or "none",
             **{f"gates_{verdict.value}": self._verdicts[verdict.value] for verdict in Verdict},
         }
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -44,6 +44,8 @@ class Bounds:
     """For stdout and stderr each; what comes after is not read."""
     memory_bytes: int
     """Resident memory of all its processes together. Looked at four times a second: a burst can be higher."""
+    grown: Callable[[], bool] = lambda: False
+    """Looked at as often, and at the end: whether somebody else, like the kernel, has found that they used too much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,14 @@ async def run_bounded(
     pass_fds: Sequence[int] = (),
     report_fds: tuple[int, int] | None = None,
     dies_with_us: bool = True,
+    admit: Callable[[int], Awaitable[None]] | None = None,
 ) -> Ended:
     """Run a command in its own session; returns when it has ended and its output is closed by all who held it.
 
     `report_fds` is a pipe (end to read, end to write) whose write end is among `pass_fds`; both ends are closed here.
     With `dies_with_us` False the command must see to it by itself that it dies with this process; it then starts
-    faster, without a copy of this process. Cancelling this kills the command first. Raises OSError if it cannot be
-    started.
+    faster, without a copy of this process. `admit` is given its process id right after the start, within its time.
+    Cancelling this kills the command first. Raises OSError if it cannot be started.
     """
     try:
         child, cancelled = await _started(argv, env, pass_fds, _die_with_us if dies_with_us else None)
@@ -99,16 +102,18 @@ async def run_bounded(
     transport: asyncio.ReadTransport | None = None
     if report_fds is not None:
         os.close(report_fds[1])
-        report_stream, transport = await _report_stream(report_fds[0])
+        report_stream, transport = await pipe_stream(report_fds[0])
         jobs.append(asyncio.ensure_future(_read(report_stream, report, bounds.output_bytes)))
-    watch = asyncio.ensure_future(_watch(child.pid, bounds.memory_bytes))
+    watch = asyncio.ensure_future(_watch(child.pid, bounds))
     how: How | None = None
     try:
         if cancelled:
             raise asyncio.CancelledError
         async with asyncio.timeout(bounds.timeout_s):
+            if admit is not None:
+                await admit(child.pid)
             await _first_failure(jobs, watch)
-        how = How.EXITED
+        how = How.GREW if bounds.grown() else How.EXITED
     except TimeoutError:
         how = How.TIMED_OUT
     except _Flooded:
@@ -154,7 +159,8 @@ async def _started(
     return starting.result(), cancelled
 
 
-async def _report_stream(descriptor: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:
+async def pipe_stream(descriptor: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:
+    """The end to read of a pipe as a stream; closing the transport closes it."""
     loop = asyncio.get_running_loop()
     stream = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(
@@ -184,10 +190,10 @@ async def _read(stream: asyncio.StreamReader, into: bytearray, limit: int) -> No
             raise _Flooded
 
 
-async def _watch(pid: int, limit: int) -> None:
+async def _watch(pid: int, bounds: Bounds) -> None:
     while True:
         await asyncio.sleep(_LOOK_S)
-        if _tree_bytes(pid) > limit:
+        if bounds.grown() or _tree_bytes(pid) > bounds.memory_bytes:
             raise _Grown
 
 

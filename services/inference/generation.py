@@ -246,7 +246,7 @@ class Generation:
     async def _objection(self, stream: _Stream) -> Failure | None:
         """Why the answer is not the JSON it should be; None if it is, or need not be any."""
         request = self._request
-        if request.json_schema is None and not request.json_output:
+        if not request.judged or (request.json_schema is None and not request.json_output):
             return None
         schema = _ANY_JSON if request.json_schema is None else request.json_schema
         text = "".join(stream.text)

@@ -4,6 +4,9 @@ A slot of llama.cpp keeps what it last read, and no other slot can see it. Steps
 this every slot reads the same beginning for itself. Here the first of a group *primes* its slot: it reads the shared
 beginning alone, which is then saved; the others restore it instead of reading it. `slots` carries that out.
 
+Slots that decode at once are to be neighbours: llama.cpp computes the next tokens of slots in a row in one pass, and
+one pass for each row where there are gaps, so that four slots with gaps between them decode like four single ones.
+
 What a prompt begins with is known by hashes: its text is cut into blocks and each hash covers everything before it, so
 equal hashes at one place mean equal beginnings, and a prompt of any length costs a few bytes a block. Where a hash
 collides, llama.cpp compares tokens again: the price is time, never a wrong answer.
@@ -22,6 +25,9 @@ BLOCK_CHARS: Final = 128
 """Some thirty tokens of prose: finer blocks would find that much more to share."""
 MIN_BLOCKS: Final = 6
 """A shared beginning shorter than this (some 200 tokens) is read again: two round trips would cost as much."""
+KEPT_BLOCKS: Final = 64
+"""A slot that holds so much (some 2,000 tokens) is not taken for its place: reading that again costs more than the
+passes that a usual answer saves."""
 
 Blocks = tuple[int, ...]
 """Hash of every block of a prompt, each over all of the prompt up to its end; the last block may be a short one."""
@@ -167,10 +173,12 @@ class PrefixCache:
             slot.holds = ()
 
     def _place(self, call: Waiting, worth_saving: int) -> Placement:
-        number = max((n for n, slot in enumerate(self._slots) if slot.call is None), key=lambda n: self._rank(call, n))
+        name, known = self._best_saved(call.blocks)
+        copied = known if self.copies else 0
+        free = (n for n, slot in enumerate(self._slots) if slot.call is None)
+        number = max(free, key=lambda n: self._rank(call, n, copied))
         slot = self._slots[number]
         held = shared(call.blocks, slot.holds)
-        name, known = self._best_saved(call.blocks)
         restore = name if self.copies and known - held >= MIN_BLOCKS else None
         cached = known if restore else held
         if restore is not None:
@@ -182,11 +190,22 @@ class PrefixCache:
             self._saved[prime] = _Saved(call.blocks[:worth_saving], used=self._now)
         return Placement(call.key, number, cached, restore, prime, worth_saving if prime else 0)
 
-    def _rank(self, call: Waiting, number: int) -> tuple[int, int]:
-        """Most shared first, then least recently used. A little in common is no reason to overwrite a lot."""
+    def _rank(self, call: Waiting, number: int, copied: int) -> tuple[int, int, int, int]:
+        """What only this slot spares; busy neighbours; what else it spares; then least recently used.
+
+        `copied` blocks can be had in any slot. A little in common is no reason to overwrite a lot.
+        """
         slot = self._slots[number]
         held = shared(call.blocks, slot.holds)
-        return (held if held >= MIN_BLOCKS or 2 * held >= len(slot.holds) else 0, -slot.used)
+        rest = len(slot.holds) - held
+        spared = held if held >= min(MIN_BLOCKS, rest) or rest < 2 * MIN_BLOCKS else 0
+        only_here = spared if spared - copied >= MIN_BLOCKS else 0
+        kept = len(slot.holds) >= KEPT_BLOCKS and not spared
+        beside = 0 if kept else sum(1 for n in (number - 1, number + 1) if self._busy(n))
+        return (only_here, beside, spared, -slot.used)
+
+    def _busy(self, number: int) -> bool:
+        return 0 <= number < self.slot_count and self._slots[number].call is not None
 
     def _best_saved(self, blocks: Blocks) -> tuple[str | None, int]:
         """The longest saved beginning of a prompt, and its length in blocks."""

@@ -33,12 +33,15 @@ class Home:
 
     root: Path
     registry: Path
+    """The files that services read: in a supervised stack the copy that `up` or a reload took up last."""
     cache: Path
     models: Path
     log_level: Level
     """Least level that is written."""
     supervised: bool
     """True when supervisord started this process: it then dies with its supervisor."""
+    registry_source: Path
+    """The files that the operator edits; those that services read, where no copy is between them."""
     hardware: Path | None = None
     """A hardware.yaml instead of the registry's, for commands that ask what another machine would do."""
 
@@ -71,6 +74,16 @@ class Home:
     def conf_d(self) -> Path:
         """Generated supervisord programs, one per model entry."""
         return self.root / "conf.d"
+
+    @property
+    def started_registry(self) -> Path:
+        """Digest of the registry that the running services have or are told of: `up` need not restart them."""
+        return self.conf_d / "registry.digest"
+
+    @property
+    def stack_lock(self) -> Path:
+        """Held by whoever changes which registry and which programs the stack has."""
+        return self.run / "stack.lock"
 
     def prefixes(self, model: str) -> Path:
         """What the slots of one model have read, saved for its other slots; it does not outlive the service."""
@@ -105,10 +118,11 @@ class Home:
 
 
 def load_home(environ: Mapping[str, str] | None = None) -> Home:
-    """Read TIERLINE_HOME, TIERLINE_REGISTRY, TIERLINE_CACHE, TIERLINE_MODELS and TIERLINE_LOG_LEVEL.
+    """Read TIERLINE_HOME, TIERLINE_REGISTRY, TIERLINE_REGISTRY_SOURCE, TIERLINE_CACHE, TIERLINE_MODELS and
+    TIERLINE_LOG_LEVEL.
 
-    Defaults: `$XDG_STATE_HOME/tierline`, the checkout's registry, `<home>/cache`, `<cache>/models`, info. Raises
-    ValueError for a level that does not exist.
+    Defaults: `$XDG_STATE_HOME/tierline`, the checkout's registry, the registry itself, `<home>/cache`,
+    `<cache>/models`, info. Raises ValueError for a level that does not exist.
     """
     env = os.environ if environ is None else environ
     state = Path(env.get("XDG_STATE_HOME") or Path(env.get("HOME", "/")) / ".local" / "state")
@@ -117,9 +131,11 @@ def load_home(environ: Mapping[str, str] | None = None) -> Home:
     level = next((known for known in LEVELS if known == env.get("TIERLINE_LOG_LEVEL", "info")), None)
     if level is None:
         raise ValueError(f"TIERLINE_LOG_LEVEL is {env['TIERLINE_LOG_LEVEL']!r}, expected one of {', '.join(LEVELS)}")
+    registry = Path(env.get("TIERLINE_REGISTRY") or CHECKOUT / "registry").absolute()
     return Home(
         root=root,
-        registry=Path(env.get("TIERLINE_REGISTRY") or CHECKOUT / "registry").absolute(),
+        registry=registry,
+        registry_source=Path(env.get("TIERLINE_REGISTRY_SOURCE") or registry).absolute(),
         cache=cache,
         models=Path(env.get("TIERLINE_MODELS") or cache / "models").absolute(),
         log_level=level,

@@ -101,7 +101,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def _group_room(root: Path) -> Iterator[int]:
-    for folder in _groups(root, "memory"):
+    for folder in control_groups(root, "memory"):
         for limit_name, used_name in (
             ("memory.max", "memory.current"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -133,7 +133,7 @@ def _mem_total(path: Path) -> int | None:
 
 
 def _group_memory(root: Path) -> Iterator[int]:
-    for folder in _groups(root, "memory"):
+    for folder in control_groups(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             text = _read(folder / name)
             if text and text.isdecimal():  # not "max"; version 1 writes a number beyond any memory instead
@@ -141,7 +141,7 @@ def _group_memory(root: Path) -> Iterator[int]:
 
 
 def _group_cores(root: Path) -> Iterator[float]:
-    for folder in _groups(root, "cpu"):
+    for folder in control_groups(root, "cpu"):
         quota, _, period = (_read(folder / "cpu.max") or "").partition(" ")
         if not quota:
             quota, period = _read(folder / "cpu.cfs_quota_us") or "", _read(folder / "cpu.cfs_period_us") or ""
@@ -149,8 +149,11 @@ def _group_cores(root: Path) -> Iterator[float]:
             yield int(quota) / int(period)
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of the control groups around this process, from its own up to the top: each may set a bound."""
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups around this process, from its own up to the top: each may set a bound.
+
+    Some are only where they might be: not all of them exist.
+    """
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from protocol.messages.gate import MAX_CHECKED, MAX_CONTEXT
+from protocol.messages.persona import NO_PERSONA
 from protocol.messages.task import TaskIR
 from protocol.plan_graph import PlanProblem, final_artefacts, find_problems, reads
 from services.kit.registry import Registry
@@ -29,7 +30,10 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
     for step in steps:
         found += _unknown(step.id, "actor", [step.actor], registry.roles)
         found += _unknown(step.id, "gates", step.gates or [], registry.gates)
-        found += _unknown(step.id, "persona", [step.persona] if step.persona else [], registry.personas)
+        found += _unknown(step.id, "persona", _named(step.persona), registry.personas)
+        found += _unknown(step.id, "spawns.roles", step.spawns.roles if step.spawns else [], registry.roles)
+    if task.plan is not None:
+        found += _unknown(None, "plan.persona", _named(task.plan.persona), registry.personas)
     found += _unknown(None, "gates", task.gates, registry.gates)
     found += _without_command(task, registry)
     found += _beyond_gates(task)
@@ -58,6 +62,10 @@ def _beyond_gates(task: TaskIR) -> Iterator[PlanProblem]:
     if task.gates and final > MAX_CHECKED:
         message = f"the final checks take at most {MAX_CHECKED} results, the plan has {final}"
         yield PlanProblem(None, "gates", f"{message}: join them in a step, or check them where they are made")
+
+
+def _named(persona: str | None) -> list[str]:
+    return [] if persona in (None, NO_PERSONA) else [persona]
 
 
 def _unknown(step: str | None, field: str, names: list[str], known: Mapping[str, object]) -> Iterator[PlanProblem]:

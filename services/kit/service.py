@@ -25,6 +25,7 @@ from protocol.header import Header, pack_header, unpack_header
 from protocol.kinds import BODIES, family
 from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
+from protocol.messages.persona import Persona
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.session import PeerState, Pong
 from protocol.zmq_transport import ZmqDealer
@@ -102,6 +103,9 @@ class Service:
         self.metrics: Callable[[], dict[str, Any]] = dict
         self.on_residence: Callable[[bool], None] = lambda _loaded: None
         """Called when the hub wants the model in memory, or out of it; services without a model ignore it."""
+        self.on_trials: Callable[[list[Persona]], None] = lambda _personas: None
+        """Called with the personas that are on trial, when the service joins and when they change; only planners are
+        told."""
         self.model_bytes: Callable[[], int] = lambda: 0
         self.resident_bytes: Callable[[], int] = lambda: psutil.Process().memory_info().rss
         self._drain_s = drain_s
@@ -353,6 +357,8 @@ class Service:
                 self._close()
                 pause = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)] * (0.5 + random.random())  # noqa: S311  jitter
                 asyncio.get_running_loop().call_later(pause, self._reopen, failures)
+            case s.KnowTrials(personas):
+                self.on_trials(personas)
             case s.FollowRegistry(digest, needed):
                 if self.follower is not None:
                     self.follower.told(digest, needed=needed)

@@ -23,6 +23,7 @@ from protocol.header import Header
 from protocol.kinds import CALL_REQUESTS, ENDINGS, UNKNOWN_PEER, family
 from protocol.limits import PROTOCOL_VERSION
 from protocol.messages.failure import Category, Failure
+from protocol.messages.persona import Persona, PersonasOnTrial
 from protocol.messages.registry import RegistryChanged
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Goodbye, Hello, PeerState, Ping, Reject, Reside, Welcome
@@ -169,13 +170,30 @@ class FollowRegistry(msgspec.Struct, frozen=True):
     needed: bool
 
 
+class KnowTrials(msgspec.Struct, frozen=True):
+    """These personas are on trial, instead of those before."""
+
+    personas: list[Persona]
+
+
 class Stop(msgspec.Struct, frozen=True):
     """The hub refuses this peer for good; exit and say why."""
 
     reason: str
 
 
-Command = Transmit | Reopen | ReportState | StartWork | CancelWork | ChangeResidence | Deliver | FollowRegistry | Stop
+Command = (
+    Transmit
+    | Reopen
+    | ReportState
+    | StartWork
+    | CancelWork
+    | ChangeResidence
+    | Deliver
+    | FollowRegistry
+    | KnowTrials
+    | Stop
+)
 
 
 @dataclass(slots=True)
@@ -293,6 +311,8 @@ class PeerSession:
             if header.kind == "registry.changed":
                 told = unpack_body(RegistryChanged, event.body)
                 return [FollowRegistry(told.digest, told.needed)]
+            if header.kind == "persona.trials":
+                return [KnowTrials(unpack_body(PersonasOnTrial, event.body).personas)]
             if header.kind == "session.reside":
                 return self._on_reside(unpack_body(Reside, event.body))
             if header.kind == "error" and _is_unknown_peer(event.body):

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from protocol.messages.memory import Advise, Advised
+from protocol.messages.memory import Advise, Advised, ArmValue
 from services.kit.identity import boot_id
 from services.memory.embedding import Embedder, Unembeddable, Vector
 from services.memory.log_reader import LogReader
@@ -23,14 +23,25 @@ from services.memory.machine import Found, Recovery, recovery
 from services.memory.manifest import Manifest, ProjectionDoubt, replace_file, sha256_of
 from services.memory.posterior import Array
 from services.memory.routing import Bandit, Observation
+from services.memory.threads import one_thread_each
 
 _MANIFEST: Final = "routing.manifest.json"
 _SNAPSHOT: Final = "routing-"
 _SNAPSHOT_EVERY: Final = 2_000
-_NAMES: Final = "names"
+_LARGE_BYTES: Final = 16 * 1024 * 1024
+"""A state larger than this is written as much less often: writing it must not cost more than learning it again."""
+_NAMES: Final = "names.2"
+"""Raised when what a snapshot holds means something else: an older one is then made anew from the log."""
+_APART: Final = frozenset({"persona"})
+"""Subjects with one bandit per kind of work."""
+_WITHIN: Final = "\x1f"
 
 MAX_BANDITS: Final = 64
-"""Pairs of subject and task type that are kept; a further one takes the place of the one longest without an outcome."""
+"""Pairs of subject and task type that are kept, for personas one for each role; a further one takes the place of the
+one longest without an outcome."""
+
+MAX_BYTES: Final = 128 * 1024 * 1024
+"""Of all posteriors together; beyond it those longest without an outcome go. A pair with 16 arms has about 10 MB."""
 
 
 class Advisor:
@@ -38,6 +49,7 @@ class Advisor:
 
     def __init__(self, folder: Path, embedder: Embedder) -> None:
         """Opens the snapshot if it can be trusted and catches up with the log; `verdict` says what was found."""
+        one_thread_each()
         self._folder = folder
         self._embedder = embedder
         self._reader = LogReader(folder)
@@ -57,7 +69,7 @@ class Advisor:
                 self._learn(seen)
             self.applied_seq = last
             self._since_snapshot += len(observations)
-        if self._since_snapshot >= _SNAPSHOT_EVERY:
+        if self._since_snapshot >= _SNAPSHOT_EVERY * max(1.0, self._nbytes / _LARGE_BYTES):
             self.snapshot()
 
     def advise(self, ask: Advise, vector: Vector | None = None) -> list[Advised]:
@@ -70,16 +82,30 @@ class Advisor:
                 vector = None
         nobody = Bandit()
         return [
-            self._bandits.get((question.subject, ask.task_type), nobody).advise(question, vector, ask.seed + number)
+            self._bandits.get(_place(question.subject, ask.task_type, question.cluster), nobody).advise(
+                question, vector, ask.seed + number
+            )
             for number, question in enumerate(ask.questions)
         ]
 
-    def bandit(self, subject: str, task_type: str) -> Bandit:
+    def bandit(self, subject: str, task_type: str, cluster: str = "") -> Bandit:
         """What is known of one subject in tasks of one type; an empty one where nothing is."""
-        return self._bandits.get((subject, task_type), Bandit())
+        return self._bandits.get(_place(subject, task_type, cluster), Bandit())
+
+    def arms(self, subject: str) -> list[ArmValue]:
+        """What the choices about a subject have earned since each last changed, by all acknowledged outcomes."""
+        self.advance()
+        values = [
+            value
+            for (named, task_type), bandit in self._bandits.items()
+            if named.partition(_WITHIN)[0] == subject
+            for value in bandit.values(task_type)
+        ]
+        return sorted(values, key=lambda one: (one.task_type, one.cluster, one.choice))
 
     def stats(self) -> dict[str, int]:
-        """Size of what is known, and alarms raised by arms that changed."""
+        """Size of what is known from all acknowledged outcomes, and alarms raised by arms that changed."""
+        self.advance()
         arms = [arm for bandit in self._bandits.values() for arm in bandit.arms.values()]
         return {
             "routing_seq": self.applied_seq,
@@ -124,14 +150,28 @@ class Advisor:
                 old.unlink()
 
     def _learn(self, seen: Observation) -> None:
-        key = (seen.subject, seen.task_type)
+        key = _place(seen.subject, seen.task_type, seen.cluster)
         if key not in self._bandits:
             if len(self._bandits) >= MAX_BANDITS:
                 oldest = min(self._last_seen, key=lambda each: self._last_seen[each])
                 del self._bandits[oldest], self._last_seen[oldest]
             self._bandits[key] = Bandit()
         self._last_seen[key] = seen.seq
-        self._bandits[key].learn(seen)
+        bandit = self._bandits[key]
+        before = bandit.nbytes
+        bandit.learn(seen)
+        if bandit.nbytes > before:
+            self._make_room(key)
+
+    def _make_room(self, wanted: tuple[str, str]) -> None:
+        """Give up those longest without an outcome until all fit; what goes follows from the outcomes alone."""
+        while len(self._bandits) > 1 and self._nbytes > MAX_BYTES:
+            oldest = min((key for key in self._bandits if key != wanted), key=lambda each: self._last_seen[each])
+            del self._bandits[oldest], self._last_seen[oldest]
+
+    @property
+    def _nbytes(self) -> int:
+        return sum(bandit.nbytes for bandit in self._bandits.values())
 
     def _load(self) -> tuple[Recovery, str]:
         try:
@@ -150,6 +190,12 @@ class Advisor:
             return Recovery.REBUILD, f"the snapshot is of another version: {err}"
         self._bandits, self._last_seen, self.applied_seq = bandits, last_seen, manifest.applied_seq
         return verdict, reason
+
+
+def _place(subject: str, task_type: str, cluster: str) -> tuple[str, str]:
+    """Which bandit. Personas of different roles are never weighed against each other, and there are many of them: each
+    role has a bandit of its own, so that one role's do not push out another's."""
+    return (f"{subject}{_WITHIN}{cluster}" if subject in _APART else subject), task_type
 
 
 def _read(data: bytes) -> tuple[dict[tuple[str, str], Bandit], dict[tuple[str, str], int]]:

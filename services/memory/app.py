@@ -15,7 +15,9 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from protocol.codec import pack_body
@@ -24,6 +26,7 @@ from protocol.limits import MAX_BODY_BYTES
 from protocol.messages.failure import Category, Failure
 from protocol.messages.memory import (
     Advise,
+    Arms,
     Explain,
     Export,
     Forget,
@@ -49,9 +52,12 @@ from services.memory.graph import vouched
 from services.memory.graph_build import build_in_child, clear
 from services.memory.graph_check import Checked, check_in_child
 from services.memory.log import Entry, MemoryLog
+from services.memory.log_restore import open_log
+from services.memory.log_rows import LogDamaged, is_damage
 from services.memory.machine import Found
 from services.memory.manifest import ProjectionDoubt
 from services.memory.projector import Projector, fresh_vectors
+from services.memory.telling import Tell
 
 SLOTS: Final = 16
 MEMORY_OPENED: Final = LogEvent("memory.opened", "log_id log_seq embedder stale_vectors")
@@ -60,6 +66,7 @@ FORGOTTEN: Final = LogEvent("memory.forgotten", "rows", "warning")
 VALUES_MENDED: Final = LogEvent("memory.values_mended", "values", "warning")
 MEMORY_UNUSABLE: Final = LogEvent("memory.unusable", "reason", "error")
 ROUTING_OPENED: Final = LogEvent("memory.routing_opened", "verdict reason log_seq")
+LOG_DAMAGED: Final = LogEvent("memory.log_damaged", "reason", "error")
 PROJECTION_FAILED: Final = LogEvent("memory.projection_failed", "reason", "error")
 
 _LOCK_FILE: Final = "lock"
@@ -71,10 +78,16 @@ PROJECTION_TROUBLE: Final = (RuntimeError, ProjectionDoubt, BadVector, OSError, 
 _PROJECTOR_NICE: Final = 5
 """A third of the weight of others: enough to answer questions beside busy models, too little to delay the next step."""
 
+_FOLLOW_AFTER_S: Final = 3.0
+_FOLLOW_ROWS: Final = 2_000
+"""Projections follow when the first of these is reached, or when a question needs them. A graph that takes every task
+on its own costs ten times the CPU time of one that takes a few hundred together, and it is the hub that waits then."""
+
 _EXPORT_BYTES: Final = MAX_BODY_BYTES // 2
 """Rows of one export together; the rest is asked for next."""
 
 Write = RecordDecisions | RecordOutcomes | Import
+Ask = Write | Retrieve | Explain | Stats | Advise | Arms | Values | Export | Verify | Rebuild | Forget
 Answer = MemoryFinal | Failure
 
 
@@ -110,6 +123,8 @@ class MemoryService:
         self._committing: asyncio.Task[None] | None = None
         self._advancing: asyncio.Task[None] | None = None
         self._behind = False
+        self._hurry = asyncio.Event()
+        self._followed_seq = 0
         self._groups = 0
 
     async def run(self) -> int:
@@ -123,6 +138,15 @@ class MemoryService:
 
     async def _on_request(self, call: Call) -> MemoryFinal:
         ask = call.read(MemoryRequest).ask
+        try:
+            return await self._answer(ask)
+        except (LogDamaged, sqlite3.Error) as err:
+            if isinstance(err, sqlite3.Error) and not is_damage(err):
+                raise
+            self._give_up(err)
+            raise CallFailed(_damage(self._folder, err)) from err
+
+    async def _answer(self, ask: Ask) -> MemoryFinal:
         match ask:
             case RecordDecisions() | RecordOutcomes() | Import():
                 return await self._write(ask)
@@ -136,6 +160,8 @@ class MemoryService:
                 return final.model_copy(update={"stats": final.stats | routing.stats})
             case Advise():
                 return await self._ask_advisor(partial(self._advise, ask))
+            case Arms():
+                return await self._ask_advisor(partial(self._arms, ask))
             case Values():
                 return await self._ask_projector(partial(self._values, ask))
             case Export():
@@ -146,6 +172,12 @@ class MemoryService:
                 return await self._rebuild()
             case Forget():
                 return await self._forget(ask)
+
+    def _give_up(self, err: Exception) -> None:
+        """Nothing may be answered from a damaged log. The next start makes it anew, see `log_restore.py`."""
+        self._service.log.write(LOG_DAMAGED, reason=str(err))
+        self._opened_log().distrust()
+        self._service.end(f"the log is damaged: {err}")
 
     async def _write(self, ask: Write) -> MemoryFinal:
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -175,6 +207,8 @@ class MemoryService:
                     if not answer.done():  # done: cancelled by the hub; what was stored stays stored
                         answer.set_result(result)
                 self._behind = True
+                if self._opened_log().seq - self._followed_seq >= _FOLLOW_ROWS:
+                    self._hurry.set()
                 if self._advancing is None:
                     self._advancing = asyncio.create_task(self._advance())
         finally:
@@ -182,11 +216,18 @@ class MemoryService:
 
     async def _advance(self) -> None:
         try:
+            loop = asyncio.get_running_loop()
             while self._behind:
+                if not self._hurry.is_set():
+                    with suppress(TimeoutError):  # nothing hurries
+                        await asyncio.wait_for(self._hurry.wait(), _FOLLOW_AFTER_S)
                 self._behind = False
-                loop = asyncio.get_running_loop()
+                self._hurry.clear()
+                self._followed_seq = self._opened_log().seq
                 await loop.run_in_executor(self._counsel, self._counsellor().advance)
                 await loop.run_in_executor(self._follower, self._opened().advance)
+        except LogDamaged as err:
+            self._give_up(err)
         except PROJECTION_TROUBLE as err:
             # Writes go on, the log is the truth; the next question tries again and fails with this reason if it must.
             self._service.log.write(PROJECTION_FAILED, reason=str(err))
@@ -239,6 +280,8 @@ class MemoryService:
                 await loop.run_in_executor(self._follower, self._opened().advance)
             await loop.run_in_executor(self._follower, self._opened().advance)
             self._service.log.write(REEMBEDDED, episodes=total, embedder=embedder.name)
+        except LogDamaged as err:
+            self._give_up(err)
         except (*PROJECTION_TROUBLE, Unembeddable) as err:
             self._service.log.write(PROJECTION_FAILED, reason=f"re-embedding stopped, the next start goes on: {err}")
         finally:
@@ -255,6 +298,12 @@ class MemoryService:
     def _advise(self, ask: Advise) -> MemoryFinal:
         try:
             return MemoryFinal(advice=self._counsellor().advise(ask))
+        except PROJECTION_TROUBLE as err:
+            raise CallFailed(_trouble(f"the routing in {self._folder} cannot follow the log: {err}")) from err
+
+    def _arms(self, ask: Arms) -> MemoryFinal:
+        try:
+            return MemoryFinal(arms=self._counsellor().arms(ask.subject))
         except PROJECTION_TROUBLE as err:
             raise CallFailed(_trouble(f"the routing in {self._folder} cannot follow the log: {err}")) from err
 
@@ -350,7 +399,10 @@ class MemoryService:
         return answer
 
     def _stats(self) -> MemoryFinal:
-        return MemoryFinal(stats=self._opened().stats())
+        try:
+            return MemoryFinal(stats=self._opened().stats())
+        except PROJECTION_TROUBLE as err:
+            raise CallFailed(self._unbuilt(str(err))) from err
 
     # Opening and closing.
 
@@ -359,11 +411,13 @@ class MemoryService:
         try:
             await self._take_folder()
             self._embedder = await loop.run_in_executor(self._writer, Embedder)
-            opened = await loop.run_in_executor(self._writer, self._open_log)
+            opened = await loop.run_in_executor(self._writer, self._open_log, loop)
             await loop.run_in_executor(self._counsel, self._open_advisor, loop)
             manifest, checked, doubt = await self._judge_graph()
             await loop.run_in_executor(self._follower, self._open_projector, loop, manifest, checked, doubt)
         except Exception as err:
+            if isinstance(err, LogDamaged) and self._log is not None:
+                self._log.distrust()
             self._service.log.write(MEMORY_UNUSABLE, reason=f"{type(err).__name__}: {err}")
             raise
         self._service.log.write(MEMORY_OPENED, **opened)
@@ -384,10 +438,18 @@ class MemoryService:
             else:
                 return
 
-    def _open_log(self) -> dict[str, Any]:
+    def _teller(self, loop: asyncio.AbstractEventLoop) -> Tell:
+        """For other threads than the loop's."""
+
+        def tell(event: LogEvent, **fields: object) -> None:
+            loop.call_soon_threadsafe(partial(self._service.log.write, event, **fields))
+
+        return tell
+
+    def _open_log(self, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
         if self._embedder is None:
             raise RuntimeError("the embedder is not loaded")
-        self._log = MemoryLog(self._folder)
+        self._log = open_log(self._folder, self._embedder, self._teller(loop))
         stale = self._log.adopt_embedder(self._embedder.name, self._embedder.embed)
         clear(self._folder)
         return {
@@ -428,11 +490,7 @@ class MemoryService:
     ) -> None:
         if self._embedder is None:
             raise RuntimeError("the embedder is not loaded")
-
-        def tell(event: LogEvent, **fields: object) -> None:
-            loop.call_soon_threadsafe(partial(self._service.log.write, event, **fields))
-
-        self._projector = Projector(self._folder, self._embedder, tell)
+        self._projector = Projector(self._folder, self._embedder, self._teller(loop))
         self._projector.start(manifest, checked, doubt)
 
     def _counsellor(self) -> Advisor:
@@ -455,7 +513,11 @@ class MemoryService:
         loop = asyncio.get_running_loop()
         if self._reembedding is not None:
             self._reembedding.cancel()
-        await asyncio.gather(*(task for task in (self._committing, self._advancing) if task is not None))
+        if self._committing is not None:
+            await self._committing
+        self._hurry.set()
+        if self._advancing is not None:
+            await self._advancing
         await loop.run_in_executor(self._counsel, self._close_advisor)
         await loop.run_in_executor(self._follower, self._close_projector)
         await loop.run_in_executor(self._writer, self._close_log)
@@ -498,6 +560,15 @@ def _trouble(what: str) -> Failure:
         category=Category.RESOURCE,
         origin="memory",
         message=f"{what}; free disk space or memory there",
+    )
+
+
+def _damage(folder: Path, err: Exception) -> Failure:
+    return Failure(
+        code="memory.log_damaged",
+        category=Category.RESOURCE,
+        origin="memory",
+        message=f"the log in {folder} is damaged and is being restored from its copy ({err}); ask again in a moment",
     )
 
 

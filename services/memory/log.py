@@ -11,7 +11,7 @@ forgotten.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,36 +30,37 @@ from protocol.messages.memory import (
     RecordOutcomes,
 )
 from services.kit.identity import boot_id
+from services.kit.logs import LogEvent
 from services.memory.embedding import Vector, to_bytes
-from services.memory.log_upkeep import delete, put_value, replay_values
+from services.memory.log_copy import COPY_FILE, LogCopy, damaged_lines
+from services.memory.log_rows import (
+    LAYOUT,
+    SCHEMA,
+    LogDamaged,
+    damaged_rows,
+    find,
+    give_checksums,
+    is_damage,
+    put,
+)
+from services.memory.log_upkeep import delete, put_value, replay_values, stored_value
 from services.memory.machine import first_of_each, scored, unseen
+from services.memory.manifest import Manifest, ProjectionDoubt, sha256_of, sync_folder
+from services.memory.telling import Tell, tell_nobody
 
 LOG_FILE: Final = "log.sqlite"
 
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS decisions (
-    decision_id TEXT PRIMARY KEY, seq INTEGER NOT NULL UNIQUE, task_id TEXT NOT NULL, subject TEXT NOT NULL,
-    task_type TEXT NOT NULL, choice TEXT NOT NULL, record TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS decisions_of_task ON decisions (task_id);
-CREATE TABLE IF NOT EXISTS outcomes (
-    decision_id TEXT PRIMARY KEY REFERENCES decisions, seq INTEGER NOT NULL UNIQUE, failure_code TEXT,
-    record TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS episodes (
-    task_id TEXT PRIMARY KEY, seq INTEGER NOT NULL UNIQUE, task_type TEXT NOT NULL, record TEXT NOT NULL,
-    vector BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS episodes_of_type ON episodes (task_type);
-CREATE TABLE IF NOT EXISTS choice_values (
-    subject TEXT, task_type TEXT, choice TEXT, q REAL NOT NULL, count INTEGER NOT NULL, mean_seconds REAL NOT NULL,
-    PRIMARY KEY (subject, task_type, choice)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS contexts (task_id TEXT PRIMARY KEY, text TEXT NOT NULL, vector BLOB NOT NULL);
-"""
-_LAYOUT: Final = 1
+LOG_MIGRATED: Final = LogEvent("memory.log_migrated", "layout rows")
+COPY_BEHIND: Final = LogEvent("memory.copy_behind", "reason", "warning")
+COPY_RENEWED: Final = LogEvent("memory.copy_renewed", "reason", "warning")
+
+_MANIFEST: Final = "log.manifest.json"
+_WHAT_TO_DO: Final = "check the disk; restore the file from a backup or move it away"
 _IDS_AT_ONCE: Final = 500  # SQLite's bound on variables of one statement is 999 in old builds
 
 
-class LogDamaged(Exception):
-    """The log cannot be used as it is; the message says what to do."""
+class LogTooNew(Exception):
+    """A later version has written it; the message says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,27 +76,45 @@ class Entry:
 class MemoryLog:
     """Opens or creates the log; all methods belong to the thread that made it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises LogDamaged where SQLite finds the file broken or a newer Tierline has written it."""
+    def __init__(self, folder: Path, tell: Tell = tell_nobody) -> None:
+        """Raises LogDamaged where the log is not what was written to it, LogTooNew.
+
+        After a clean stop its hash vouches for it. Otherwise SQLite goes through all pages and indexes, every row is
+        held against its checksum, and the number of the last row against the copy's: a damaged write-ahead log loses
+        its last commits without a word.
+        """
         self.path = folder / LOG_FILE
+        self._tell = tell
+        self._sound = True
+        self._copy_behind = False
+        self._closed = False
+        if not self.path.exists() and (folder / COPY_FILE).exists():
+            raise LogDamaged(f"{self.path} is gone, and its copy is there")
+        vouched = _take_manifest(folder)
         self._db = sqlite3.connect(self.path, isolation_level=None, timeout=10)
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA foreign_keys=ON")
-            verdict = str(self._db.execute("PRAGMA quick_check").fetchone()[0])
-            if verdict == "ok":
-                self._create()
+            if not vouched:
+                self._refuse("integrity_check", (str(row[0]) for row in self._db.execute("PRAGMA integrity_check")))
+            self._create_or_migrate()
+            if not vouched:
+                self._refuse("checksums", damaged_rows(self._db))
+            self._seq = int(self._meta("seq"))
+            self._copy = LogCopy(folder, str(self._meta("copy")))
+            if self._copy.last_seq > self._seq:
+                raise LogDamaged(f"{self.path} ends with row {self._seq}, its copy with {self._copy.last_seq}")
+            if not vouched and damaged_lines(folder):
+                self._copy.begin(str(self._meta("copy")))
+                tell(COPY_RENEWED, reason="lines of it were damaged")
+            self._follow_with_copy()
         except sqlite3.DatabaseError as err:
-            verdict = str(err)
-        if verdict != "ok":
             self._db.close()
-            raise LogDamaged(f"{self.path}: {verdict}; check the disk; restore the file from a backup or move it away")
-        layout = self._meta("layout")
-        if layout != _LAYOUT:
+            raise LogDamaged(f"{self.path}: {err}; {_WHAT_TO_DO}") from err
+        except (LogDamaged, LogTooNew):
             self._db.close()
-            raise LogDamaged(f"{self.path} has layout {layout}, this version reads {_LAYOUT}: install the newer one")
-        self._seq = int(self._meta("seq"))
+            raise
 
     @property
     def log_id(self) -> str:
@@ -116,12 +135,11 @@ class MemoryLog:
         """
         if self._meta("embedder") != name:
             with self._transaction():
-                self._db.execute("UPDATE meta SET value = ? WHERE key = 'embedder'", (name,))
-                self._db.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (boot_id(),))
+                self._set_meta("embedder", name)
+                self._set_meta("log_id", boot_id())
                 self._set_stale(0, self._seq)
-                for task_id, text in self._db.execute("SELECT task_id, text FROM contexts").fetchall():
-                    vector = to_bytes(embed(text))
-                    self._db.execute("UPDATE contexts SET vector = ? WHERE task_id = ?", (vector, task_id))
+                for task_id, text, _ in list(find(self._db, "contexts")):
+                    put(self._db, "contexts", task_id, text, to_bytes(embed(text)), verb="INSERT OR REPLACE")
         done, until = self._stale()
         return int(
             self._db.execute("SELECT count(*) FROM episodes WHERE seq > ? AND seq <= ?", (done, until)).fetchone()[0]
@@ -132,28 +150,31 @@ class MemoryLog:
         done, until = self._stale()
         if done == until:
             return 0
-        found = self._db.execute(
-            "SELECT seq, record FROM episodes WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?", (done, until, rows)
-        ).fetchall()
-        made = [(to_bytes(embed(Episode.model_validate_json(record).objective)), seq) for seq, record in found]
+        found = list(find(self._db, "episodes", "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?", done, until, rows))
+        made = [(*row[:-1], to_bytes(embed(Episode.model_validate_json(row[3]).objective))) for row in found]
         with self._transaction():
-            self._db.executemany("UPDATE episodes SET vector = ? WHERE seq = ?", made)
-            self._set_stale(found[-1][0] if len(found) == rows else until, until)
+            for values in made:
+                put(self._db, "episodes", *values, verb="INSERT OR REPLACE")
+            self._set_stale(found[-1][1] if len(found) == rows else until, until)
         return len(found)
 
     def forget(self, ask: Forget) -> int:
         """Remove rows for good and learn the values of what is left anew; returns how many rows went.
 
         The log gets a new identity, so that no projection that still holds them is trusted at a start. The file keeps
-        no trace: freed pages are overwritten and the WAL is emptied.
+        no trace: freed pages are overwritten, the WAL is emptied, and the copy is written anew.
         """
         self._db.execute("PRAGMA secure_delete=ON")
         with self._transaction():
             removed = delete(self._db, ask)
             if removed:
-                self._db.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (boot_id(),))
+                self._set_meta("log_id", boot_id())
+                self._set_meta("copy", boot_id())
                 replay_values(self._db)
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if removed:
+            self._copy.begin(str(self._meta("copy")))
+            self._follow_with_copy()
         return removed
 
     def replay_values(self) -> int:
@@ -171,9 +192,11 @@ class MemoryLog:
         try:
             with self._transaction():
                 answers = [self._store_or_refuse(entry) for entry in entries]
-                self._db.execute("UPDATE meta SET value = ? WHERE key = 'seq'", (self._seq,))
+                self._set_meta("seq", self._seq)
         except sqlite3.Error as err:
             self._seq = before
+            if is_damage(err):
+                raise LogDamaged(f"{self.path}: {err}") from err
             failure = Failure(
                 code="memory.log_write",
                 category=Category.RESOURCE,
@@ -181,37 +204,78 @@ class MemoryLog:
                 message=f"{self.path} could not be written: {err}; free disk space there and ask again",
             )
             return [failure] * len(entries)
+        except BaseException:
+            self._seq = before
+            raise
+        self._follow_with_copy()
         return answers
 
-    def close(self) -> None:
-        """Fold the WAL into the file and close it."""
-        self._db.close()
+    def distrust(self) -> None:
+        """Something was read that was never written: the next start must not take the log as it is."""
+        self._sound = False
 
-    def _create(self) -> None:
-        self._db.executescript(_SCHEMA)
-        with self._transaction():
-            for key, value in (
-                ("layout", _LAYOUT),
-                ("log_id", boot_id()),
-                ("seq", 0),
-                ("embedder", ""),
-                ("duplicates", 0),
-                ("stale_after", 0),
-                ("stale_until", 0),
-            ):
-                self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
+    def close(self) -> None:
+        """Fold the WAL into the file, close it, and vouch for both files: the next start need not check them then."""
+        if self._closed:
+            return
+        self._closed = True
+        self._copy.close()
+        name = str(self._meta("log_id"))
+        self._db.close()
+        if self._sound and not _has_wal(self.path):
+            files = {path.name: sha256_of(path) for path in (self.path, self.path.with_name(COPY_FILE))}
+            Manifest(name, self._seq, files).save(self.path.with_name(_MANIFEST))
+
+    def _refuse(self, check: str, told: Iterable[str]) -> None:
+        """Raise LogDamaged with the first thing that a check has to tell; `ok` is nothing."""
+        for text in told:
+            if text != "ok":
+                raise LogDamaged(f"{self.path}: {text} ({check}); {_WHAT_TO_DO}")
+
+    def _create_or_migrate(self) -> None:
+        if self._db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone() is None:
+            self._db.executescript(SCHEMA)
+            with self._transaction():
+                for key, value in fresh_meta().items():
+                    put(self._db, "meta", key, value)
+            return
+        found = self._db.execute("SELECT value FROM meta WHERE key = 'layout'").fetchone()
+        layout = None if found is None else found[0]
+        if layout == 1:
+            with self._transaction():
+                rows = give_checksums(self._db)
+                put(self._db, "meta", "copy", boot_id())
+            self._tell(LOG_MIGRATED, layout=LAYOUT, rows=rows)
+        elif isinstance(layout, int) and layout > LAYOUT:
+            raise LogTooNew(f"{self.path} has layout {layout}, this version reads {LAYOUT}: install the newer one")
+        elif layout != LAYOUT:
+            raise LogDamaged(f"{self.path}: its layout reads {layout!r}; {_WHAT_TO_DO}")
+
+    def _follow_with_copy(self) -> None:
+        """The log holds everything, so that a copy which has no room only means that a damaged log could not be
+        restored; it catches up as soon as there is some."""
+        try:
+            self._copy.follow(self._db, self._seq)
+        except OSError as err:
+            if not self._copy_behind:
+                self._tell(COPY_BEHIND, reason=str(err))
+            self._copy_behind = True
+        else:
+            self._copy_behind = False
 
     def _meta(self, key: str) -> str | int:
-        value: str | int = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
-        return value
+        return read_meta(self._db, key)
+
+    def _set_meta(self, key: str, value: str | int) -> None:
+        put(self._db, "meta", key, value, verb="INSERT OR REPLACE")
 
     def _stale(self) -> tuple[int, int]:
         """Episodes after the first and up to the second row have vectors of an earlier embedder."""
         return int(self._meta("stale_after")), int(self._meta("stale_until"))
 
     def _set_stale(self, after: int, until: int) -> None:
-        self._db.execute("UPDATE meta SET value = ? WHERE key = 'stale_after'", (after,))
-        self._db.execute("UPDATE meta SET value = ? WHERE key = 'stale_until'", (until,))
+        self._set_meta("stale_after", after)
+        self._set_meta("stale_until", until)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -241,38 +305,31 @@ class MemoryLog:
             return refused.failure
         self._db.execute("RELEASE entry")
         if answer.duplicates:
-            self._db.execute("UPDATE meta SET value = value + ? WHERE key = 'duplicates'", (answer.duplicates,))
+            self._set_meta("duplicates", int(self._meta("duplicates")) + answer.duplicates)
         return answer
 
     def _store_decisions(self, request: RecordDecisions, vector: Vector | None) -> MemoryFinal:
         decisions: Sequence[DecisionRecord] = request.decisions
         ids = [decision.decision_id for decision in decisions]
         new = [decisions[position] for position in first_of_each(ids, self._known("decisions", ids))]
-        self._db.executemany(
-            "INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [
-                (d.decision_id, self._next(), d.task_id, d.subject, d.task_type, d.choice, d.model_dump_json())
-                for d in new
-            ],
-        )
+        for each in new:
+            fields = (each.task_id, each.subject, each.task_type, each.choice, each.model_dump_json())
+            put(self._db, "decisions", each.decision_id, self._next(), *fields)
         if vector is not None:  # the first text of a task counts, as the first of everything else
-            self._db.executemany(
-                "INSERT OR IGNORE INTO contexts VALUES (?, ?, ?)",
-                [(task_id, request.text, to_bytes(vector)) for task_id in dict.fromkeys(d.task_id for d in new)],
-            )
+            for task_id in dict.fromkeys(each.task_id for each in new):
+                put(self._db, "contexts", task_id, request.text, to_bytes(vector), verb="INSERT OR IGNORE")
         return MemoryFinal(stored=len(new), duplicates=len(decisions) - len(new))
 
     def _store_outcomes(self, request: RecordOutcomes, vector: Vector | None) -> MemoryFinal:
+        taken = self._store_decisions(RecordDecisions(decisions=request.decisions), None)
         ids = [outcome.decision_id for outcome in request.outcomes]
         self._refuse_unknown(ids)
         new = [request.outcomes[position] for position in first_of_each(ids, self._known("outcomes", ids))]
         for outcome in new:
-            self._db.execute(
-                "INSERT INTO outcomes VALUES (?, ?, ?, ?)",
-                (outcome.decision_id, self._next(), outcome.failure_code, outcome.model_dump_json()),
-            )
+            fields = (outcome.decision_id, self._next(), outcome.failure_code, outcome.model_dump_json())
+            put(self._db, "outcomes", *fields)
             self._learn(outcome)
-        stored, duplicates = len(new), len(ids) - len(new)
+        stored, duplicates = len(new) + taken.stored, len(ids) - len(new) + taken.duplicates
         if request.episode is not None and vector is not None:
             added = self._store_episode(request.episode, vector)
             stored, duplicates = stored + added, duplicates + (1 - added)
@@ -307,15 +364,8 @@ class MemoryLog:
             )
 
     def _learn(self, outcome: Outcome) -> None:
-        key = self._db.execute(
-            "SELECT subject, task_type, choice FROM decisions WHERE decision_id = ?", (outcome.decision_id,)
-        ).fetchone()
-        row = self._db.execute(
-            "SELECT q, count, mean_seconds FROM choice_values WHERE subject = ? AND task_type = ? AND choice = ?", key
-        ).fetchone()
-        value = unseen(*key)
-        if row is not None:
-            value = value.model_copy(update={"q": row[0], "count": row[1], "mean_seconds": row[2]})
+        decision = next(find(self._db, "decisions", "WHERE decision_id = ?", outcome.decision_id))
+        value = stored_value(self._db, *decision[3:6]) or unseen(*decision[3:6])
         put_value(self._db, scored(value, outcome.reward, outcome.seconds))
 
     def _store_episode(self, episode: Episode, vector: Vector) -> int:
@@ -323,10 +373,7 @@ class MemoryLog:
         if self._known("episodes", [episode.task_id], column="task_id"):
             return 0
         record = episode.model_copy(update={"similarity": None, "q": None}).model_dump_json(exclude_none=True)
-        self._db.execute(
-            "INSERT INTO episodes VALUES (?, ?, ?, ?, ?)",
-            (episode.task_id, self._next(), episode.task_type, record, to_bytes(vector)),
-        )
+        put(self._db, "episodes", episode.task_id, self._next(), episode.task_type, record, to_bytes(vector))
         return 1
 
     def _known(self, table: str, ids: Sequence[str], column: str = "decision_id") -> set[str]:
@@ -341,3 +388,48 @@ class MemoryLog:
     def _next(self) -> int:
         self._seq += 1
         return self._seq
+
+
+def fresh_meta() -> dict[str, str | int]:
+    """What stands in `meta` of a log without rows."""
+    return {
+        "layout": LAYOUT,
+        "log_id": boot_id(),
+        "copy": boot_id(),
+        "seq": 0,
+        "embedder": "",
+        "duplicates": 0,
+        "stale_after": 0,
+        "stale_until": 0,
+    }
+
+
+def read_meta(db: sqlite3.Connection, key: str) -> str | int:
+    """One entry of `meta`. Raises LogDamaged where it is not there or not what was written."""
+    row = next(find(db, "meta", "WHERE key = ?", key), None)
+    if row is None:
+        raise LogDamaged(f"meta has no {key!r}")
+    value: str | int = row[1]
+    return value
+
+
+def _take_manifest(folder: Path) -> bool:
+    """Whether a clean stop vouches for log and copy as they are. From here on they change, so the manifest goes."""
+    path = folder / _MANIFEST
+    try:
+        manifest = Manifest.load(path)
+        sound = not _has_wal(folder / LOG_FILE) and all(
+            sha256_of(folder / name) == expected for name, expected in manifest.files.items()
+        )
+    except FileNotFoundError:
+        return False
+    except (ProjectionDoubt, OSError):
+        sound = False
+    path.unlink()
+    sync_folder(folder)
+    return sound
+
+
+def _has_wal(path: Path) -> bool:
+    wal = path.with_name(f"{path.name}-wal")
+    return wal.exists() and wal.stat().st_size > 0

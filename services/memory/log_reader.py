@@ -11,19 +11,21 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from protocol.messages.memory import DecisionRecord, Episode, Explained, Outcome, Row, Value
 from services.memory.embedding import Vector, from_bytes
-from services.memory.log import LOG_FILE
-from services.memory.log_upkeep import stored_values, wrong_values
+from services.memory.log import LOG_FILE, read_meta
+from services.memory.log_copy import damaged_lines
+from services.memory.log_rows import RowDamaged, damaged_rows, fetched, find, parts, selected
+from services.memory.log_upkeep import stored_value, stored_values, wrong_values
 from services.memory.machine import episode_value
 from services.memory.routing import Observation
 
-_ROWS_AT_ONCE: Final = 2_000
+_ROWS_AT_ONCE: Final = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,44 +78,29 @@ class EpisodeAdded:
 
 Change = DecisionAdded | ChoiceFailed | Cured | EpisodeAdded
 
-_CURES: Final = (
-    "SELECT o.seq, d.task_id, d.task_type, json_extract(c.value, '$.failure_code'), "
-    "json_extract(c.value, '$.finding'), json_extract(c.value, '$.action'), json_extract(c.value, '$.role') "
-    "FROM outcomes o JOIN decisions d USING (decision_id), json_each(o.record, '$.cures') c "
-    "WHERE o.seq > ? AND o.seq <= ?"
+_OUTCOMES: Final = (
+    f"SELECT {selected('outcomes', 'o')}, {selected('decisions', 'd')} FROM outcomes o "  # noqa: S608  literals
+    "LEFT JOIN decisions d USING (decision_id) WHERE o.seq > ? AND o.seq <= ? ORDER BY o.seq"
 )
-
-_CHANGES: Final = (
-    "SELECT seq, decision_id, task_id, subject, task_type, choice FROM decisions WHERE seq > ? AND seq <= ?",
-    (
-        "SELECT o.seq, o.decision_id, d.subject, d.task_type, d.choice, o.failure_code FROM outcomes o "
-        "JOIN decisions d USING (decision_id) WHERE o.failure_code IS NOT NULL AND o.seq > ? AND o.seq <= ?"
-    ),
-    _CURES,
-    "SELECT seq, task_id, task_type, vector FROM episodes WHERE seq > ? AND seq <= ?",
-)
-
-
-_OBSERVATIONS: Final = (
-    "SELECT o.seq, d.seq, d.subject, d.task_type, d.choice, d.record, o.record, c.vector FROM outcomes o "
-    "JOIN decisions d USING (decision_id) LEFT JOIN contexts c ON c.task_id = d.task_id "
+_OBSERVED: Final = (
+    f"SELECT {selected('outcomes', 'o')}, {selected('decisions', 'd')}, {selected('contexts', 'c')} "  # noqa: S608
+    "FROM outcomes o LEFT JOIN decisions d USING (decision_id) LEFT JOIN contexts c ON c.task_id = d.task_id "
     "WHERE o.seq > ? AND o.seq <= ? ORDER BY o.seq"
 )
-
-
-_EXPORTED: Final = (
-    "SELECT * FROM (SELECT seq, 'decision', record, text FROM decisions LEFT JOIN contexts USING (task_id) "
-    "WHERE seq > ?1 ORDER BY seq LIMIT ?2) "
-    "UNION ALL SELECT * FROM (SELECT seq, 'outcome', record, NULL FROM outcomes WHERE seq > ?1 ORDER BY seq LIMIT ?2) "
-    "UNION ALL SELECT * FROM (SELECT seq, 'episode', record, NULL FROM episodes WHERE seq > ?1 ORDER BY seq LIMIT ?2) "
-    "ORDER BY 1 LIMIT ?2"
+_TAKEN: Final = (
+    f"SELECT {selected('decisions', 'd')}, {selected('choice_values', 'v')} FROM decisions d "  # noqa: S608  literals
+    "JOIN outcomes USING (decision_id) LEFT JOIN choice_values v USING (subject, task_type, choice) WHERE d.task_id = ?"
 )
 
 
 class LogReader:
-    """A read-only view of the log; belongs to one thread. Numbers and rows are those of the last commit."""
+    """A read-only view of the log; belongs to one thread. Numbers and rows are those of the last commit.
+
+    Whatever reads a row raises RowDamaged where it is not what was written: it must not be answered from.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._db = sqlite3.connect(
             f"{(folder / LOG_FILE).as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=10
         )
@@ -149,16 +136,15 @@ class LogReader:
         """
         while after < upto:
             last = min(upto, after + _ROWS_AT_ONCE)
-            decisions, failures, cures, episodes = (
-                self._db.execute(query, (after, last)).fetchall() for query in _CHANGES
-            )
-            found: list[Change] = [DecisionAdded(*row) for row in decisions]
-            found += [ChoiceFailed(*row) for row in failures]
-            found += [Cured(*row) for row in cures]
-            found += [
-                EpisodeAdded(seq, task_id, task_type, None if stale[0] < seq <= stale[1] else from_bytes(vector))
-                for seq, task_id, task_type, vector in episodes
-            ]
+            window = "WHERE seq > ? AND seq <= ?"
+            found: list[Change] = []
+            for ident, seq, task_id, *named, _ in find(self._db, "decisions", window, after, last):
+                found.append(DecisionAdded(seq, ident, task_id, *named))
+            for outcome, decision in self._outcomes(after, last):
+                found += _told_by(outcome, decision)
+            for task_id, seq, task_type, _, vector in find(self._db, "episodes", window, after, last):
+                old = stale[0] < seq <= stale[1]
+                found.append(EpisodeAdded(seq, task_id, task_type, None if old else from_bytes(vector)))
             yield last, sorted(found, key=lambda change: change.seq)
             after = last
 
@@ -166,25 +152,24 @@ class LogReader:
         """Scored decisions whose outcome follows row `after`, up to and including row `upto`; pairs as in `changes`."""
         while after < upto:
             last = min(upto, after + _ROWS_AT_ONCE)
-            yield last, [_observation(row) for row in self._db.execute(_OBSERVATIONS, (after, last))]
+            yield last, [_observation(row) for row in fetched(self._db, _OBSERVED, after, last)]
             after = last
 
     def lineage(self, upto: int) -> Iterator[tuple[str | int, ...]]:
         """The rows that the graph stands for at `upto`, in the shape of `graph.lineage`; any order."""
-        for row in self._db.execute(
-            "SELECT decision_id, task_id, subject, task_type, choice FROM decisions WHERE seq <= ?", (upto,)
-        ):
-            yield ("decision", *row)
-        for row in self._db.execute(
-            "SELECT d.subject, d.task_type, d.choice, o.failure_code, count(*) FROM outcomes o "
-            "JOIN decisions d USING (decision_id) WHERE o.failure_code IS NOT NULL AND o.seq <= ? GROUP BY 1, 2, 3, 4",
-            (upto,),
-        ):
-            yield ("failed", *row)
+        for ident, _, task_id, *named, _ in find(self._db, "decisions", "WHERE seq <= ?", upto):
+            yield ("decision", ident, task_id, *named)
+        failed: Counter[tuple[str, ...]] = Counter()
         helped: Counter[tuple[str, str, str, str]] = Counter()
-        for _, task_id, task_type, code, finding, action, role in self._db.execute(_CURES, (0, upto)):
-            helped[task_type, code, action, role] += 1
-            yield ("cured", task_id, code, action, role, finding)
+        for outcome, decision in self._outcomes(0, upto):
+            for told in _told_by(outcome, decision):
+                if isinstance(told, ChoiceFailed):
+                    failed[told.subject, told.task_type, told.choice, told.code] += 1
+                else:
+                    helped[told.task_type, told.code, told.action, told.role] += 1
+                    yield ("cured", told.task_id, told.code, told.action, told.role, told.finding)
+        for choice_and_code, times in failed.items():
+            yield ("failed", *choice_and_code, times)
         for kind, times in helped.items():
             yield ("helped", *kind, times)
         for subject, task_type, choice in self._db.execute(
@@ -193,8 +178,8 @@ class LogReader:
             (upto,),
         ):
             yield ("names", subject, task_type, choice, choice)
-        for row in self._db.execute("SELECT task_id, task_type FROM episodes WHERE seq <= ?", (upto,)):
-            yield ("cluster", *row)
+        for task_id, _, task_type, *_ in find(self._db, "episodes", "WHERE seq <= ?", upto):
+            yield ("cluster", task_id, task_type)
         for (task_id,) in self._db.execute(
             "SELECT task_id FROM episodes WHERE seq <= ?1 UNION SELECT task_id FROM decisions WHERE seq <= ?1", (upto,)
         ):
@@ -212,27 +197,21 @@ class LogReader:
 
     def episode(self, seq: int) -> Episode | None:
         """The episode at this row, with the value of what was done in it; None where it was forgotten."""
-        row = self._db.execute("SELECT record FROM episodes WHERE seq = ?", (seq,)).fetchone()
+        row = next(find(self._db, "episodes", "WHERE seq = ?", seq), None)
         if row is None:
             return None
-        episode = Episode.model_validate_json(row[0])
-        rows = self._db.execute(
-            "SELECT DISTINCT v.subject, v.task_type, v.choice, v.q FROM decisions d "
-            "JOIN outcomes USING (decision_id) JOIN choice_values v USING (subject, task_type, choice) "
-            "WHERE d.task_id = ?",
-            (episode.task_id,),
-        ).fetchall()
-        return episode.model_copy(update={"q": episode_value([row[3] for row in rows], episode.succeeded)})
+        episode = Episode.model_validate_json(row[3])
+        values: dict[tuple[str, str, str], float] = {}
+        for joined in fetched(self._db, _TAKEN, episode.task_id):
+            decision, value = parts(joined, "decisions", "choice_values")
+            if decision is None or value is None:
+                raise RowDamaged(f"a scored decision of {episode.task_id} has no value")
+            values[value[:3]] = value[3]
+        return episode.model_copy(update={"q": episode_value(list(values.values()), episode.succeeded)})
 
     def value(self, subject: str, task_type: str, choice: str) -> Value | None:
         """What this choice is worth; None where it was never scored."""
-        row = self._db.execute(
-            "SELECT q, count, mean_seconds FROM choice_values WHERE subject = ? AND task_type = ? AND choice = ?",
-            (subject, task_type, choice),
-        ).fetchone()
-        if row is None:
-            return None
-        return Value(subject=subject, task_type=task_type, choice=choice, q=row[0], count=row[1], mean_seconds=row[2])
+        return stored_value(self._db, subject, task_type, choice)
 
     def values_of(self, subject: str) -> list[Value]:
         """All values of a subject, best first."""
@@ -241,24 +220,30 @@ class LogReader:
 
     def rows(self, after: int, limit: int) -> list[Row]:
         """Up to `limit` rows after row `after`, in order, as they are exported."""
-        rows = self._db.execute(_EXPORTED, (after, limit)).fetchall()
-        return [
-            Row.model_validate({"seq": seq, kind: json.loads(record), "text": text or ""})
-            for seq, kind, record, text in rows
-        ]
+        found: list[tuple[int, dict[str, object]]] = []
+        window = "WHERE seq > ? ORDER BY seq LIMIT ?"
+        for _, seq, task_id, *_, record in find(self._db, "decisions", window, after, limit):
+            context = next(find(self._db, "contexts", "WHERE task_id = ?", task_id), None)
+            found.append((seq, {"decision": json.loads(record), "text": "" if context is None else context[1]}))
+        for _, seq, _, record in find(self._db, "outcomes", window, after, limit):
+            found.append((seq, {"outcome": json.loads(record)}))
+        for _, seq, _, record, _ in find(self._db, "episodes", window, after, limit):
+            found.append((seq, {"episode": json.loads(record)}))
+        found.sort(key=lambda row: row[0])
+        return [Row.model_validate({"seq": seq, **content}) for seq, content in found[:limit]]
 
     def vectors(self, after: int, upto: int) -> Iterator[EpisodeAdded]:
         """Episodes after row `after` up to row `upto` with their vectors, in order."""
-        for seq, task_id, task_type, vector in self._db.execute(
-            "SELECT seq, task_id, task_type, vector FROM episodes WHERE seq > ? AND seq <= ? ORDER BY seq",
-            (after, upto),
-        ):
+        window = "WHERE seq > ? AND seq <= ? ORDER BY seq"
+        for task_id, seq, task_type, _, vector in find(self._db, "episodes", window, after, upto):
             yield EpisodeAdded(seq, task_id, task_type, from_bytes(vector))
 
     def damage(self) -> list[str]:
-        """What SQLite finds wrong with the file; empty where it is sound."""
-        found = [str(row[0]) for row in self._db.execute("PRAGMA quick_check").fetchall()]
-        return [] if found == ["ok"] else found
+        """What is wrong with the file, with its rows and with its copy; empty where all are sound."""
+        found = [str(row[0]) for row in self._db.execute("PRAGMA integrity_check").fetchall()]
+        found = [text for text in found if text != "ok"] + list(damaged_rows(self._db))
+        lines = damaged_lines(self._folder)
+        return found + ([f"{lines} lines of its copy are not what was written"] if lines else [])
 
     def wrong_values(self) -> list[tuple[Value | None, Value | None]]:
         """Values that are not what the outcomes amount to: pairs (stored, replayed)."""
@@ -278,14 +263,12 @@ class LogReader:
         return counts | {"duplicates": int(self._meta("duplicates")), "log_seq": self.seq}
 
     def _explain(self, decision_id: str) -> Explained | None:
-        row = self._db.execute(
-            "SELECT d.record, o.record FROM decisions d LEFT JOIN outcomes o USING (decision_id) WHERE decision_id = ?",
-            (decision_id,),
-        ).fetchone()
+        row = next(find(self._db, "decisions", "WHERE decision_id = ?", decision_id), None)
         if row is None:
             return None
-        decision = DecisionRecord.model_validate_json(row[0])
-        outcome = None if row[1] is None else Outcome.model_validate_json(row[1])
+        decision = DecisionRecord.model_validate_json(row[-1])
+        told = next(find(self._db, "outcomes", "WHERE decision_id = ?", decision_id), None)
+        outcome = None if told is None else Outcome.model_validate_json(told[-1])
         values = self._values(decision, dict.fromkeys([decision.choice, *decision.alternatives]))
         return Explained(decision=decision, outcome=outcome, values=values)
 
@@ -293,24 +276,46 @@ class LogReader:
         found = (self.value(decision.subject, decision.task_type, choice) for choice in choices)
         return [value for value in found if value is not None]
 
+    def _outcomes(self, after: int, upto: int) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+        """Rows of outcomes with those of their decisions, in order."""
+        for row in fetched(self._db, _OUTCOMES, after, upto):
+            outcome, decision = parts(row, "outcomes", "decisions")
+            if outcome is None or decision is None:
+                raise RowDamaged("an outcome has no decision")
+            yield outcome, decision
+
     def _meta(self, key: str) -> str | int:
-        value: str | int = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
-        return value
+        return read_meta(self._db, key)
 
 
-def _observation(row: tuple[int, int, str, str, str, str, str, bytes | None]) -> Observation:
-    seq, decision_seq, subject, task_type, choice, decision_text, outcome_text, vector = row
+def _told_by(outcome: tuple[Any, ...], decision: tuple[Any, ...]) -> Iterator[ChoiceFailed | Cured]:
+    """What the graph learns from one outcome."""
+    ident, seq, code, record = outcome
+    task_id, subject, task_type, choice = decision[2:6]
+    if code is not None:
+        yield ChoiceFailed(seq, ident, subject, task_type, choice, code)
+    if '"cures":[]' not in record:  # most have none, and parsing is most of the work here
+        for cure in json.loads(record).get("cures", []):
+            names = (cure[name] for name in ("failure_code", "finding", "action", "role"))
+            yield Cured(seq, task_id, task_type, *names)
+
+
+def _observation(row: Sequence[Any]) -> Observation:
+    told, taken, context = parts(row, "outcomes", "decisions", "contexts")
+    if told is None or taken is None:
+        raise RowDamaged("an outcome has no decision")
     # Plain JSON: both were validated before they were stored, and an old row lacks the newer fields.
-    decision, outcome = json.loads(decision_text), json.loads(outcome_text)
+    decision, outcome = json.loads(taken[-1]), json.loads(told[-1])
+    subject, choice = taken[3], taken[5]
     return Observation(
-        seq=seq,
-        decision_seq=decision_seq,
+        seq=told[1],
+        decision_seq=taken[1],
         subject=subject,
-        task_type=task_type,
+        task_type=taken[4],
         # The width of a plan stands behind a `/`: what is learned of a shape holds for all its widths.
         choice=choice.partition("/")[0] if subject == "decomposition" else choice,
         cluster=decision.get("cluster", ""),
-        vector=None if vector is None else from_bytes(vector),
+        vector=None if context is None else from_bytes(context[2]),
         reward=outcome["reward"],
         seconds=outcome["seconds"],
         model=decision.get("model", ""),

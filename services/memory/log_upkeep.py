@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from protocol.messages.memory import Forget, Outcome, Value
+from services.memory.log_rows import RowDamaged, fetched, find, parts, put, selected
 from services.memory.machine import scored, unseen
 
 _OLD_TASKS: Final = (
     "SELECT task_id FROM (SELECT task_id, json_extract(record, '$.at_ms') AS at_ms FROM episodes UNION ALL "
     "SELECT d.task_id, json_extract(o.record, '$.at_ms') FROM outcomes o JOIN decisions d USING (decision_id)) "
     "GROUP BY task_id HAVING max(at_ms) < ?"
+)
+_SCORED: Final = (
+    f"SELECT {selected('decisions', 'd')}, {selected('outcomes', 'o')} FROM outcomes o "  # noqa: S608  literals
+    "JOIN decisions d USING (decision_id) ORDER BY o.seq"
 )
 _OF_TASKS: Final = "SELECT decision_id FROM decisions WHERE task_id IN (SELECT task_id FROM forgotten)"
 _OF_CHOICE: Final = "SELECT decision_id FROM decisions WHERE choice = ?1 AND (?2 IS NULL OR subject = ?2)"
@@ -43,22 +48,25 @@ def delete(db: sqlite3.Connection, ask: Forget) -> int:
 def replayed_values(db: sqlite3.Connection) -> Iterator[Value]:
     """The values that all outcomes, in their order, amount to."""
     values: dict[tuple[str, str, str], Value] = {}
-    for *key, record in db.execute(
-        "SELECT d.subject, d.task_type, d.choice, o.record FROM outcomes o JOIN decisions d USING (decision_id) "
-        "ORDER BY o.seq"
-    ):
-        outcome = Outcome.model_validate_json(record)
-        name = (str(key[0]), str(key[1]), str(key[2]))
+    for row in fetched(db, _SCORED):
+        decision, told = parts(row, "decisions", "outcomes")
+        if decision is None or told is None:
+            raise RowDamaged("an outcome without its decision")
+        name = decision[3:6]
+        outcome = Outcome.model_validate_json(told[-1])
         values[name] = scored(values.get(name) or unseen(*name), outcome.reward, outcome.seconds)
     yield from values.values()
 
 
 def stored_values(db: sqlite3.Connection) -> Iterator[Value]:
     """The values as they stand."""
-    for subject, task_type, choice, q, count, mean_seconds in db.execute(
-        "SELECT subject, task_type, choice, q, count, mean_seconds FROM choice_values"
-    ):
-        yield Value(subject=subject, task_type=task_type, choice=choice, q=q, count=count, mean_seconds=mean_seconds)
+    yield from map(_as_value, find(db, "choice_values"))
+
+
+def stored_value(db: sqlite3.Connection, subject: str, task_type: str, choice: str) -> Value | None:
+    """The value of one choice; None where it was never scored."""
+    rows = find(db, "choice_values", "WHERE subject = ? AND task_type = ? AND choice = ?", subject, task_type, choice)
+    return next(map(_as_value, rows), None)
 
 
 def wrong_values(db: sqlite3.Connection) -> list[tuple[Value | None, Value | None]]:
@@ -85,10 +93,13 @@ def replay_values(db: sqlite3.Connection) -> int:
 
 def put_value(db: sqlite3.Connection, value: Value) -> None:
     """Store the value of one choice."""
-    db.execute(
-        "INSERT OR REPLACE INTO choice_values VALUES (?, ?, ?, ?, ?, ?)",
-        (value.subject, value.task_type, value.choice, value.q, value.count, value.mean_seconds),
-    )
+    fields = (value.subject, value.task_type, value.choice, float(value.q), value.count, float(value.mean_seconds))
+    put(db, "choice_values", *fields, verb="INSERT OR REPLACE")
+
+
+def _as_value(row: tuple[Any, ...]) -> Value:
+    subject, task_type, choice, q, count, mean_seconds = row
+    return Value(subject=subject, task_type=task_type, choice=choice, q=q, count=count, mean_seconds=mean_seconds)
 
 
 def _key(value: Value) -> tuple[str, str, str]:

@@ -9,10 +9,15 @@ arithmetic on its arguments. Which arm to take is `routing.py`.
 
 Kalman filter form of the update (Rasmussen & Williams, Gaussian Processes, 2.1): with g = P x and s = NOISE + x·g,
 m ← m + g (r - x·m) / s and P ← P - g gᵀ / s. Forgetting is one step of an Ornstein-Uhlenbeck process towards the prior.
+
+P has a few megabytes, and going through it for every outcome would cost more than all the rest. So the last rows
+g / √s are kept beside it and subtracted `PENDING` at a time: P = base - Σ gᵢ gᵢᵀ / sᵢ. Which rows are pending is part
+of the state, so that one read back from a snapshot rounds as the one that went on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,8 +30,19 @@ Array = npt.NDArray[np.float64]
 NOISE: Final = 0.2
 """Variance of one reward around its expectation: a Bernoulli variable's is at most 0.25, here about 0.2."""
 
+PENDING: Final = 32
+"""Updates that are subtracted from the covariance together: one pass over it in place of so many."""
+_ROWS_AT_ONCE: Final = 64
+"""Of the covariance in such a pass, so that what is subtracted stays in the cache."""
+_MORE_COLUMNS: Final = 128
+"""Room made at a time: growing by a share of the size would leave half of a large covariance unused."""
+
 SHARED: Final = ""
 """Name of the block that all arms share."""
+
+
+STATE_ARRAYS: Final = ("mean", "base", "pending", "prior_var")
+"""Names of what `Posterior.state` returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +86,17 @@ class View:
     """(1 + arms,)"""
 
 
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Where one block's features of a place lie among the weights."""
+
+    first: int
+    """The intercept's column."""
+    stop: int
+    """One behind the last column of the dense part: the intercept, and the embedding where the place has one."""
+    cluster: int | None
+
+
 class Posterior:
     """Mean and covariance of all weights; grows with blocks and clusters."""
 
@@ -78,68 +105,86 @@ class Posterior:
         self._width = 1 + (embedding_size if prior.local else 0)
         self._size = 0
         self._mean = np.zeros(0)
-        self._cov = np.zeros((0, 0))
+        self._base = np.zeros((0, 0))
+        """The covariance before the pending updates."""
+        self._pending = np.zeros((PENDING, 0))
+        self._held = 0
+        """Rows of `_pending` that are in use."""
         self._prior_var = np.zeros(0)
         self._blocks: dict[str, int] = {}
         """Block -> its first column: the intercept, then the embedding."""
         self._clusters: dict[tuple[str, str], int] = {}
         """(block, cluster) -> column of the indicator."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the numbers need; follows from what was learned alone, not from the room made for more."""
+        return 8 * self._size * (self._size + PENDING + 2)
+
     def view(self, place: Place, arms: Sequence[str]) -> View:
         """What is expected at this place; arms nobody has met have their prior. Changes nothing."""
         blocks = [SHARED, *arms]
-        features = np.zeros((len(blocks), self._size))
-        for row, block in zip(features, blocks, strict=True):
-            self._write_features(row, block, place)
-        cov = features @ self._cov[: self._size, : self._size] @ features.T
-        mean = features @ self._mean[: self._size]
-        prior_var = np.array([self._prior_variance(block, place) for block in blocks])
-        unseen = np.array([0.0 if block in self._blocks else 1.0 for block in blocks])
-        missing = np.array([self._missing(block, place) for block in blocks])
-        first = [self._blocks.get(block, -1) for block in blocks]
-        known = np.array([position >= 0 for position in first])
-        intercepts = np.where(np.outer(known, known), self._cov[np.ix_(first, first)] if self._size else 0.0, 0.0)
+        prior_var = self._prior_variances(blocks, place)
         intercept_prior = np.array([self._scale(block) * self.prior.intercept for block in blocks])
-        return View(
-            mean,
-            cov + np.diag(np.where(unseen > 0, prior_var, missing)),
-            prior_var,
-            intercepts + np.diag(unseen * intercept_prior),
-            intercept_prior,
-        )
+        seats = [self._columns(block, place) for block in blocks]
+        known = [(row, seat) for row, seat in enumerate(seats) if seat is not None]
+        mean, cov = np.zeros(len(blocks)), np.diag(prior_var)
+        intercepts = np.diag(intercept_prior)
+        if known:
+            rows = np.array([row for row, _ in known])
+            square = np.ix_(rows, rows)
+            mean[rows], cov[square] = self._contributions([seat for _, seat in known], self._dense(place))
+            first = np.array([seat.first for _, seat in known])
+            held = self._pending[: self._held, first]
+            intercepts[square] = self._base[first[:, np.newaxis], first] - held.T @ held
+            cov[rows, rows] += [self._missing(blocks[row], place) for row, _ in known]
+        return View(mean, cov, prior_var, intercepts, intercept_prior)
 
-    def learn(self, place: Place, arm: str, reward: float) -> None:
-        """Take one outcome; `reward` is given relative to the prior mean."""
+    def learn(self, place: Place, arm: str, reward: float) -> tuple[float, float]:
+        """Take one outcome; `reward` is given relative to the prior mean. Returns what was expected before, and with
+        which variance of the expectation."""
         for block in (SHARED, arm):
             self._admit(block, place)
-        features = np.zeros(self._size)
-        self._write_features(features, SHARED, place)
-        self._write_features(features, arm, place)
-        gain = self._cov[: self._size, : self._size] @ features
-        spread = NOISE + float(gain @ features)
-        surprise = reward - float(self._mean[: self._size] @ features)
-        self._mean[: self._size] += gain * (surprise / spread)
-        self._cov[: self._size, : self._size] -= np.outer(gain, gain / spread)
+        size, dense = self._size, self._dense(place)
+        gain = np.zeros(size)
+        projected = np.zeros(self._held)
+        held = self._pending[: self._held, :size]
+        seats = [seat for block in (SHARED, arm) if (seat := self._columns(block, place)) is not None]
+        for seat in seats:
+            gain += dense @ self._base[seat.first : seat.stop, :size]
+            projected += held[:, seat.first : seat.stop] @ dense
+            if seat.cluster is not None:
+                gain += self._base[seat.cluster, :size]
+                projected += held[:, seat.cluster]
+        gain -= projected @ held
+        expected = sum(self._dot(self._mean, seat, dense) for seat in seats)
+        variance = sum(self._dot(gain, seat, dense) for seat in seats)
+        spread = NOISE + variance
+        self._mean[:size] += gain * ((reward - expected) / spread)
+        self._pending[self._held, :size] = gain / math.sqrt(spread)
+        self._held += 1
+        if self._held == PENDING:
+            self._subtract_pending()
+        return expected, variance
 
     def forget(self, arm: str, keep: float) -> None:
         """Move an arm's block towards its prior: `keep` = 1 changes nothing, 0 is a reset."""
         if arm not in self._blocks:
             return
+        self._subtract_pending()
         own = [column for (block, _), column in self._clusters.items() if block == arm]
         columns = np.array([*range(self._blocks[arm], self._blocks[arm] + self._width), *own])
         self._mean[columns] *= keep
-        self._cov[columns, : self._size] *= keep
-        self._cov[: self._size, columns] *= keep
-        self._cov[columns, columns] += (1 - keep * keep) * self._prior_var[columns]
+        self._base[columns, : self._size] *= keep
+        self._base[: self._size, columns] *= keep
+        self._base[columns, columns] += (1 - keep * keep) * self._prior_var[columns]
 
     def age(self, share: float) -> None:
         """Let the intercepts of all arms drift by this share of their prior variance, at most back to it."""
-        for block, column in self._blocks.items():
-            if block != SHARED:
-                limit = self._prior_var[column]
-                self._cov[column, column] = min(
-                    max(limit, self._cov[column, column]), self._cov[column, column] + share * limit
-                )
+        columns = np.array([column for block, column in self._blocks.items() if block != SHARED], dtype=np.intp)
+        limit = self._prior_var[columns]
+        stands = self._base[columns, columns] - np.square(self._pending[: self._held, columns]).sum(axis=0)
+        self._base[columns, columns] += np.minimum(np.maximum(limit - stands, 0.0), share * limit)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Array]]:
         """Everything learned: names as JSON, numbers as arrays."""
@@ -148,50 +193,96 @@ class Posterior:
         size = self._size
         return names, {
             "mean": self._mean[:size],
-            "cov": self._cov[:size, :size],
+            "base": self._base[:size, :size],
+            "pending": self._pending[: self._held, :size],
             "prior_var": self._prior_var[:size],
         }
 
     def restore(self, names: dict[str, Any], arrays: dict[str, Array]) -> None:
         """Reverse of `state`, on an object of the same prior. Raises ValueError where the parts do not fit."""
-        size = len(arrays["mean"])
+        size, held = len(arrays["mean"]), len(arrays["pending"])
         blocks = {str(name): int(column) for name, column in names["blocks"].items()}
         clusters = {(str(block), str(cluster)): int(column) for block, cluster, column in names["clusters"]}
-        fits = arrays["cov"].shape == (size, size) and arrays["prior_var"].shape == (size,)
-        if not fits or size != len(blocks) * self._width + len(clusters) or not np.isfinite(arrays["cov"]).all():
+        shapes = {"base": (size, size), "prior_var": (size,), "pending": (held, size)}
+        fits = held < PENDING and all(arrays[name].shape == shape for name, shape in shapes.items())
+        if not fits or size != len(blocks) * self._width + len(clusters):
             raise ValueError("its arrays do not fit its names")
-        self._blocks, self._clusters, self._size = blocks, clusters, size
-        self._mean, self._cov, self._prior_var = (arrays[key].copy() for key in ("mean", "cov", "prior_var"))
+        if not all(np.isfinite(arrays[name]).all() for name in STATE_ARRAYS):
+            raise ValueError("its numbers are not finite")
+        self._blocks, self._clusters, self._size, self._held = blocks, clusters, size, held
+        self._mean, self._base, self._prior_var = (arrays[key].copy() for key in ("mean", "base", "prior_var"))
+        self._pending = np.zeros((PENDING, size))
+        self._pending[:held] = arrays["pending"]
 
     def _scale(self, block: str) -> float:
         return self.prior.shared if block == SHARED else 1 - self.prior.shared
 
-    def _write_features(self, row: Array, block: str, place: Place) -> None:
-        """Put what this place looks like to a block into its columns; nothing where the block is unknown."""
+    def _dense(self, place: Place) -> Array:
+        """The features that every block sees at a place: one for the intercept, then the embedding."""
+        if not self.prior.local or place.embedding is None:
+            return np.ones(1)
+        return np.concatenate((np.ones(1), place.embedding))
+
+    def _columns(self, block: str, place: Place) -> _Columns | None:
+        """None where the block is unknown."""
         first = self._blocks.get(block)
         if first is None:
-            return
-        row[first] = 1
-        if self.prior.local:
-            if place.embedding is not None:
-                row[first + 1 : first + self._width] = place.embedding
-            cluster = self._clusters.get((block, place.cluster))
-            if cluster is not None:
-                row[cluster] = 1
+            return None
+        width = self._width if place.embedding is not None else 1
+        return _Columns(first, first + width, self._clusters.get((block, place.cluster)))
 
-    def _prior_variance(self, block: str, place: Place) -> float:
+    @staticmethod
+    def _dot(weights: Array, seat: _Columns, dense: Array) -> float:
+        value = float(weights[seat.first : seat.stop] @ dense)
+        return value if seat.cluster is None else value + float(weights[seat.cluster])
+
+    def _contributions(self, seats: Sequence[_Columns], dense: Array) -> tuple[Array, Array]:
+        """Mean and covariance of what these blocks contribute at a place: (seats,) and (seats, seats).
+
+        The covariance of all weights is symmetric: of each block's rows only what lies behind its own first column is
+        read, and the other triangle is a copy.
+        """
+        size, count = self._size, len(seats)
+        features, across = np.zeros((count, size)), np.zeros((count, size))
+        for row, seat in enumerate(seats):
+            features[row, seat.first : seat.stop] = dense
+            np.matmul(dense, self._base[seat.first : seat.stop, seat.first : size], out=across[row, seat.first :])
+        half = across @ features.T
+        first = np.array([seat.first for seat in seats])
+        cov = np.where(first[:, np.newaxis] <= first, half, half.T)
+        with_cluster = [(row, seat.cluster) for row, seat in enumerate(seats) if seat.cluster is not None]
+        if with_cluster:
+            rows, columns = (np.array(each) for each in zip(*with_cluster, strict=True))
+            lines = self._base[columns, :size]
+            beside = lines @ features.T
+            cov[rows, :] += beside
+            cov[:, rows] += beside.T
+            cov[np.ix_(rows, rows)] += lines[:, columns]
+            features[rows, columns] = 1
+        updates = self._pending[: self._held, :size] @ features.T
+        return features @ self._mean[:size], cov - updates.T @ updates
+
+    def _prior_variances(self, blocks: Sequence[str], place: Place) -> Array:
         variance = self.prior.intercept
         if self.prior.local:
             variance += self.prior.cluster if place.cluster else 0.0
             if place.embedding is not None:
                 variance += self.prior.embedding * float(place.embedding @ place.embedding)
-        return variance * self._scale(block)
+        return variance * np.array([self._scale(block) for block in blocks])
 
     def _missing(self, block: str, place: Place) -> float:
         """Prior variance of a cluster that this block has not met."""
         if not self.prior.local or not place.cluster or (block, place.cluster) in self._clusters:
             return 0.0
         return self.prior.cluster * self._scale(block)
+
+    def _subtract_pending(self) -> None:
+        held = self._pending[: self._held, : self._size]
+        for start in range(0, self._size, _ROWS_AT_ONCE):
+            rows = slice(start, min(start + _ROWS_AT_ONCE, self._size))
+            self._base[rows, : self._size] -= held[:, rows].T @ held
+        self._pending[: self._held] = 0
+        self._held = 0
 
     def _admit(self, block: str, place: Place) -> None:
         scale = self._scale(block)
@@ -205,12 +296,15 @@ class Posterior:
         """Make room for weights with these prior variances; returns the first new column."""
         first, size = self._size, self._size + len(variances)
         if size > len(self._mean):
-            room = max(size, len(self._mean) * 3 // 2)
-            mean, prior_var, cov = np.zeros(room), np.zeros(room), np.zeros((room, room))
+            more = len(variances) if self._width == 1 else _MORE_COLUMNS
+            room = max(size, len(self._mean) + more)
+            mean, prior_var, base = np.zeros(room), np.zeros(room), np.zeros((room, room))
+            pending = np.zeros((PENDING, room))
             mean[:first], prior_var[:first] = self._mean[:first], self._prior_var[:first]
-            cov[:first, :first] = self._cov[:first, :first]
-            self._mean, self._prior_var, self._cov = mean, prior_var, cov
+            base[:first, :first] = self._base[:first, :first]
+            pending[:, :first] = self._pending[:, :first]
+            self._mean, self._prior_var, self._base, self._pending = mean, prior_var, base, pending
         new = np.arange(first, size)
-        self._cov[new, new] = self._prior_var[new] = variances
+        self._base[new, new] = self._prior_var[new] = variances
         self._size = size
         return first

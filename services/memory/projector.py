@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from services.memory.machine import (
     similarity_floor,
 )
 from services.memory.manifest import ProjectionDoubt
+from services.memory.telling import Tell
 from services.memory.vectors import VectorIndex
 from services.memory.verification import differences
 
@@ -42,14 +43,6 @@ SNAPSHOT_FAILED: Final = LogEvent("memory.snapshot_failed", "reason", "warning")
 
 _MAX_CODES: Final = 64  # bound of Episode.failure_codes
 _MAX_LESSONS: Final = 16  # bound of MemoryFinal.lessons
-
-
-class Tell(Protocol):
-    """Writes a line to the service's log; may be called from any thread."""
-
-    def __call__(self, event: LogEvent, **fields: object) -> None:
-        """Write one line."""
-        ...
 
 
 class Projector:
@@ -159,7 +152,8 @@ class Projector:
         self._vectors.snapshot()
 
     def stats(self) -> dict[str, int]:
-        """Rows of the log, and how far each projection has followed it so far; unlike `retrieve` it does not wait."""
+        """Rows of the log, and how far each projection has followed it. The service's metrics tell how far before."""
+        self.advance()
         applied = {"vectors": len(self._vectors), "vectors_seq": self.vectors_seq, "graph_seq": self.graph_seq}
         applied["stale_vectors"] = self._reader.stale_episodes()
         return self._reader.counts() | applied

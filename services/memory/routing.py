@@ -24,9 +24,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from protocol.messages.memory import Advised, ArmView, Option, Question
+from protocol.messages.memory import Advised, ArmValue, ArmView, Option, Question
+from services.kit.expectation import expected
 from services.memory.embedding import DIMENSION, Vector
-from services.memory.posterior import NOISE, Array, Place, Posterior, Prior
+from services.memory.posterior import NOISE, STATE_ARRAYS, Array, Place, Posterior, Prior
 
 PRIOR_MEAN: Final = 0.5
 """Expected reward of an arm that nobody has tried."""
@@ -143,15 +144,15 @@ class Bandit:
         cluster = self._join(seen)
         place = _place(seen.vector, cluster)
         reward = seen.reward - PRIOR_MEAN
-        views = [posterior.view(place, [seen.choice]) for posterior in self._posteriors]
-        means = np.array([float(view.mean.sum()) for view in views])
-        variances = np.array([NOISE + float(view.cov.sum()) for view in views])
-        residual, variance = reward - float(self.weights @ means), float(self.weights @ variances)
+        weights = self.weights
+        expected = [posterior.learn(place, seen.choice, reward) for posterior in self._posteriors]
+        for posterior in self._posteriors:
+            posterior.age(AGEING)
+        means = np.array([mean for mean, _ in expected])
+        variances = np.array([NOISE + variance for _, variance in expected])
+        residual, variance = reward - float(weights @ means), float(weights @ variances)
         self._log_weights -= 0.5 * (np.log(variances) + (reward - means) ** 2 / variances)
         self._log_weights -= self._log_weights.max()
-        for posterior in self._posteriors:
-            posterior.learn(place, seen.choice, reward)
-            posterior.age(AGEING)
         shift = arm.expected_deviation()
         arm.cusum = max(0.0, arm.cusum + (residual * shift - 0.5 * shift * shift) / variance)
         arm.deviation = RECENT * arm.deviation + residual
@@ -190,7 +191,7 @@ class Bandit:
         views = [
             ArmView(
                 choice=option.choice,
-                expected_reward=float(np.clip(mean[position], 0, 1)),
+                expected_reward=min(max(float(mean[position]), 0.0), 1.0),
                 deviation=math.sqrt(max(float(cov[position, position]), 0.0)),
                 value=float(worth[position]),
                 chance=float(chances[position]),
@@ -232,10 +233,34 @@ class Bandit:
         return f"~{nearest}" if cosines[nearest] >= FOUND_CLUSTER_FLOOR else ""
 
     @property
+    def nbytes(self) -> int:
+        """Memory that the posteriors need."""
+        return sum(posterior.nbytes for posterior in self._posteriors)
+
+    @property
     def weights(self) -> Array:
         """How much the plain and the local posterior count, summing to 1."""
         raw = np.exp(self._log_weights - self._log_weights.max())
         return np.asarray(raw / raw.sum(), dtype=np.float64)
+
+    def values(self, task_type: str) -> list[ArmValue]:
+        """Outcomes of each arm by cluster, since the arm last changed."""
+        found = []
+        for choice, arm in self.arms.items():
+            for cluster, (count, rewards) in arm.in_cluster.items():
+                found.append(
+                    ArmValue(
+                        task_type=task_type,
+                        cluster=cluster,
+                        choice=choice,
+                        prompt=arm.prompt,
+                        outcomes=int(count),
+                        mean_reward=min(1.0, max(0.0, rewards / count)),
+                        deviation=expected(int(count), rewards).deviation,
+                        mean_seconds=max(0.0, arm.seconds),
+                    )
+                )
+        return found
 
     def state(self) -> tuple[dict[str, Any], dict[str, Array]]:
         """Everything learned: what JSON can hold, and the arrays."""
@@ -257,7 +282,7 @@ class Bandit:
         self._named = dict.fromkeys(names["clusters"])
         self._log_weights, self._centroids = arrays["log_weights"].copy(), arrays["centroids"].copy()
         for number, (posterior, own) in enumerate(zip(self._posteriors, names["posteriors"], strict=True)):
-            posterior.restore(own, {key: arrays[f"{number}.{key}"] for key in ("mean", "cov", "prior_var")})
+            posterior.restore(own, {key: arrays[f"{number}.{key}"] for key in STATE_ARRAYS})
 
     def _arm(self, seen: Observation) -> Arm:
         if seen.choice not in self.arms:
@@ -296,20 +321,24 @@ class Bandit:
         """Mean, covariance, sampled covariance of the options' rewards; share of the prior variance that remains."""
         names = [option.choice for option in options]
         keep = np.array([self._keep(option) for option in options])
-        size = len(options)
+        size, lost = len(options), 1 - keep * keep
+        kept_pairs, lost_alone = np.outer(keep, keep), np.diag(lost)
         means, covs, wholes, shares = [], [], [], []
         for posterior in self._posteriors:
             view = posterior.view(place, names)
             # value_k = shared + keep_k · own_k + what the forgotten part may have become
-            turn = np.hstack([np.ones((size, 1)), np.diag(keep)])
-            lost = 1 - keep * keep
-            own = np.diag(lost * view.prior_var[1:])
-            means.append(PRIOR_MEAN + turn @ view.mean)
-            covs.append(turn @ view.cov @ turn.T + own)
-            arms_only = np.hstack([np.zeros((size, 1)), np.diag(keep)])
-            wholes.append(arms_only @ view.intercept_cov @ arms_only.T + np.diag(lost * view.intercept_prior[1:]))
-            left = keep**2 * np.diag(view.intercept_cov)[1:] + lost * view.intercept_prior[1:]
-            shares.append(np.clip(left / view.intercept_prior[1:], 0, 1))
+            with_shared = keep * view.cov[0, 1:]
+            means.append(PRIOR_MEAN + view.mean[0] + keep * view.mean[1:])
+            covs.append(
+                view.cov[0, 0]
+                + with_shared
+                + with_shared[:, np.newaxis]
+                + kept_pairs * view.cov[1:, 1:]
+                + lost_alone * view.prior_var[1:]
+            )
+            whole = kept_pairs * view.intercept_cov[1:, 1:] + lost_alone * view.intercept_prior[1:]
+            wholes.append(whole)
+            shares.append(np.minimum(np.maximum(whole.diagonal() / view.intercept_prior[1:], 0), 1))
         weights = self.weights
         mean = sum((w * m for w, m in zip(weights, means, strict=True)), np.zeros(size))
         cov = sum(

@@ -21,6 +21,7 @@ from services.memory.embedding import DIMENSION, Vector, checked
 from services.memory.log_reader import EpisodeAdded
 from services.memory.machine import Found
 from services.memory.manifest import Manifest, ProjectionDoubt, replace_file, sha256_of
+from services.memory.threads import one_thread_each
 
 _MANIFEST: Final = "vectors.manifest.json"
 _SNAPSHOTS: Final = "vectors-*"  # with what a crash left of a temporary file
@@ -42,9 +43,7 @@ class VectorIndex:
 
     def __init__(self, folder: Path, log_id: str, *, exact_below: int = EXACT_BELOW) -> None:
         """An empty index that follows this log."""
-        faiss.omp_set_num_threads(
-            1
-        )  # one thread was faster than two on these sizes, and leaves the cores to the models
+        one_thread_each()
         self._folder = folder
         self._index: Any = faiss.IndexIDMap2(faiss.IndexFlatIP(DIMENSION))
         self._exact_below = exact_below

@@ -23,19 +23,23 @@ _MAX_CHARS: Final = 300
 
 
 def differences(reader: LogReader, vectors: VectorIndex, graph: LineageGraph) -> list[Difference]:
-    """All parts; both projections must have followed the log to the same row."""
+    """All parts; both projections must have followed the log to the same row. A damaged log is all that is told."""
+    if damage := reader.damage():
+        return _named("log", damage)
     found: list[Difference] = []
     for part, told in (
-        ("log", iter(reader.damage())),
         ("values", _values(reader)),
         ("vectors", _vectors(reader, vectors)),
         ("graph", _graph(reader, graph)),
     ):
-        texts = list(told)
-        if len(texts) > _SHOWN:
-            texts = [*texts[:_SHOWN], f"and {len(texts) - _SHOWN} more"]
-        found += [Difference.model_validate({"part": part, "what": text[:_MAX_CHARS]}) for text in texts]
+        found += _named(part, list(told))
     return found
+
+
+def _named(part: str, texts: list[str]) -> list[Difference]:
+    if len(texts) > _SHOWN:
+        texts = [*texts[:_SHOWN], f"and {len(texts) - _SHOWN} more"]
+    return [Difference.model_validate({"part": part, "what": text[:_MAX_CHARS]}) for text in texts]
 
 
 def _values(reader: LogReader) -> Iterator[str]:

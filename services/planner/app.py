@@ -11,11 +11,12 @@ from protocol.errors import BadFrame, CallError, CallFailed, CallRefused
 from protocol.messages.base import Message
 from protocol.messages.infer import InferFinal, InferPartial
 from protocol.messages.memory import MemoryFinal, MemoryRequest
+from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanPartial, PlanRequest
 from protocol.messages.task import Step
 from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
-from services.kit.registry import Registry
+from services.kit.registry import Registry, with_own, with_trials
 from services.kit.service import Call, Service
 from services.planner.divide import Judge
 from services.planner.machine import (
@@ -49,9 +50,11 @@ class PlannerApp:
         self._service = service
         self._judge = judge
         self._registry = registry
+        self._trials: list[Persona] = []
         self._counters: Counter[str] = Counter()
         service.answer("plan.request", self._plan)
         service.metrics = self.metrics
+        service.on_trials = self._know_trials
         service.follower = RegistryFollower(service.home, service.log, registry, self._take_up)
 
     def metrics(self) -> dict[str, Any]:
@@ -60,14 +63,19 @@ class PlannerApp:
 
     def _take_up(self, registry: Registry, _needed: bool) -> bool:
         """Plan with this registry from the next request on; a plan in the making keeps the one it began with."""
-        self._registry = registry
+        self._registry = with_trials(registry, self._trials)
         return True
+
+    def _know_trials(self, personas: list[Persona]) -> None:
+        """These may be chosen too from the next request on."""
+        self._trials = personas
+        self._registry = with_trials(self._registry, personas)
 
     async def _plan(self, call: Call) -> Message:
         asked = call.read(PlanRequest)
         task = asked.task
         started_ms = self._service.clock.now_ms()
-        planning = Planning(self._registry, self._judge)
+        planning = Planning(with_own(self._registry, asked.personas), self._judge)
         begun = tuple(asked.begun or ())
         command = planning.handle(Requested(started_ms, task, call.header.deadline, asked.revision, begun))
         while True:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from protocol.messages.task import TaskType
+
 
 class Work(StrEnum):
     """Kinds of work that occur in templates."""
@@ -58,6 +60,12 @@ def cast(work: Work, roles: Collection[str]) -> Casting:
             return Casting(role, note)
     role = next(iter(roles))
     return Casting(role, f"the registry has none of {', '.join(row)}; {role!r} does the work ({work})")
+
+
+def crew(task_type: TaskType, roles: Collection[str]) -> list[str]:
+    """Roles for the sub-agents of a step that names none: the smallest that can do the work first, then the others."""
+    kinds = (Work.READ, Work.IMPLEMENT) if task_type is TaskType.CODE else (Work.READ,)
+    return list(dict.fromkeys(cast(work, roles).role for work in kinds))
 
 
 def alternatives(role: str, roles: Collection[str]) -> list[str]:

@@ -18,19 +18,21 @@ from typing import Final
 
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.memory import Advised, DecisionRecord
+from protocol.messages.persona import NO_PERSONA
 from protocol.messages.plan import PlanSource, RoutingDecision
 from protocol.messages.task import Output, Plan, Step, TaskIR
 from services.kit.identity import work_key
 from services.kit.registry import GateEntry, PersonaEntry, Registry
+from services.kit.registry.versions import versions
 from services.planner.advice import (
-    NO_PERSONA,
     cluster_of,
+    first_by_rule,
     fitting,
     persona_key,
     role_key,
     role_options,
-    versions,
 )
+from services.planner.cast import crew
 from services.planner.tests_given import given_tests, module_under_test
 
 #: Kind of output -> gates that judge it by default, where the registry has them and they know the language.
@@ -121,14 +123,17 @@ def choose(
             "given_chars": sum(sizes.get(name, 0.0) for name in step.inputs),
         }
         if step.actor not in by_role:
-            by_role[step.actor] = fitting(step.actor, task, registry.personas.values())
-        persona_advice = None if step.persona is not None else advice.get(persona_key(step.actor))
-        persona, persona_rule = _persona(step, by_role[step.actor], persona_advice)
+            by_role[step.actor] = fitting(step.actor, task, registry)
+        named = step.persona or plan.persona
+        persona_advice = None if named is not None else advice.get(persona_key(step.actor))
+        persona, persona_rule = _persona(step, plan, by_role[step.actor], persona_advice)
         changes: dict[str, object] = {}
         if step.gates is None:
             changes["gates"] = gates_for(step, tests, module, registry.gates)
         if persona != step.persona:
             changes["persona"] = persona
+        if step.spawns is not None and not step.spawns.roles:
+            changes["spawns"] = step.spawns.model_copy(update={"roles": crew(task.task_type, registry.roles)})
         if share is not None and step.max_tokens is None:
             changes["max_tokens"] = min(share, registry.roles[step.actor].max_tokens)
         steps.append(step.model_copy(update=changes) if changes else step)
@@ -240,14 +245,18 @@ def _once(told: dict[str, str], step: str, advice: Advised | None) -> Advised | 
     return advice
 
 
-def _persona(step: Step, fit: Sequence[PersonaEntry], advice: Advised | None) -> tuple[str | None, str]:
+def _persona(step: Step, plan: Plan, fit: Sequence[PersonaEntry], advice: Advised | None) -> tuple[str | None, str]:
+    """Step before plan before what was learned, which begins with the rules; None = nobody chose any."""
     if step.persona is not None:
         return step.persona, "the step names it"
+    if plan.persona is not None:
+        return plan.persona, "the plan names it for all its steps"
     if advice is not None:
         return None if advice.choice == NO_PERSONA else advice.choice, advice.why
-    if not fit:
+    first = first_by_rule(fit)
+    if first == NO_PERSONA:
         return None, "none fits"
-    return fit[0].name, "the most specific persona that fits role and type of task"
+    return first, "the most specific persona that fits role and type of task"
 
 
 def _token_share(task: TaskIR, plan: Plan, registry: Registry) -> int | None:

@@ -1,6 +1,6 @@
 """The course of one planning call: what to ask next, how long to wait, what to do without an answer.
 
-    Requested -> [AskMemory] -> [AskModel] -> [AskAdvice] -> Record -> Finish    a client's plan skips the first two
+    Requested -> AskMemory -> [AskModel] -> [AskAdvice] -> Record -> Finish    a client's plan needs no model
               -> Refuse                                       a plan or a registry reference that cannot run
 
 While the model answers, `hear` takes what it has written so far and says which steps can start: they are part of the
@@ -16,7 +16,7 @@ is the rules' plan. The deadline of the call is shared out here; the app only ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, TypeAlias
@@ -33,12 +33,13 @@ from protocol.messages.memory import (
     RecordDecisions,
     Retrieve,
 )
+from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanSource, Revision, RoutingDecision
 from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import PlanProblem, find_problems
 from services.kit.plan_check import plan_problems
 from services.kit.plan_shape import width_of
-from services.kit.registry import Registry, RoleEntry
+from services.kit.registry import Registry, RoleEntry, with_own
 from services.planner.advice import WIDTH_KEY, answers, request, shape_of
 from services.planner.cast import ROLES_FOR, Work
 from services.planner.choose import Decomposition, choose, records
@@ -52,6 +53,8 @@ from services.planner.streamed import StreamedPlan
 
 MEMORY_S: Final = 1.0
 """Longest wait for memory, for each of its questions, in seconds."""
+CLIENT_MEMORY_S: Final = 0.5
+"""The same for the first question about a client's plan, which can begin without what earlier tasks taught."""
 MODEL_S: Final = 15.0
 """Longest wait for the front door, in seconds: longer than this is better spent on working than on planning."""
 MIN_MODEL_S: Final = 1.0
@@ -215,6 +218,7 @@ class Planning:
         self._offered: list[Step] = []
         self._broke_off: str | None = None
         self._asked: Advise
+        self._personas: Sequence[Persona] = ()
         self._draft: PlanFinal
         self._decisions: list[RoutingDecision] = []
 
@@ -225,11 +229,11 @@ class Planning:
                 return self._on_requested(event)
             case Phase.REMEMBERING, MemoryAnswered(answer=answer):
                 self._similar, self._lessons = answer.episodes[:16], answer.lessons
-                return self._model_or_rules(event.at_ms)
+                return self._remembered(event.at_ms)
             case Phase.REMEMBERING, Unanswered():
                 self._memory_away = True
                 self._reasons.append(f"memory did not answer ({event.why}), so no earlier task informed the plan")
-                return self._model_or_rules(event.at_ms)
+                return self._remembered(event.at_ms)
             case Phase.MODELLING, ModelAnswered():
                 return self._on_model_answered(event)
             case Phase.MODELLING, Unanswered():
@@ -259,8 +263,7 @@ class Planning:
             if problems:
                 return self._refuse(problems)
             self._reasons.append("the task brought its plan")
-            choice = Decomposition(f"client/{len(task.plan.steps)}", (), "the client's plan")
-            return self._settle(event.at_ms, OpenPlan("client", {choice.choice: task.plan}, choice))
+            return self._remember(min(CLIENT_MEMORY_S, self._memory_s(event.at_ms)))
         self._by_rules = plans_by_rules(task, self._registry.roles, self._judge)
         self._rules = self._by_rules[0]
         problems = plan_problems(task.model_copy(update={"plan": self._rules.plan}), self._registry)
@@ -270,9 +273,20 @@ class Planning:
             self._offered = list(event.begun)
             self._reasons.append("the planner that began this plan is gone")
             return self._break_off(event.at_ms, "peer.lost")
+        return self._remember(self._memory_s(event.at_ms))
+
+    def _remember(self, timeout_s: float) -> Command:
         self.phase = Phase.REMEMBERING
-        text = task.objective[:_MAX_OBJECTIVE_CHARS]
-        return AskMemory(Retrieve(text=text, task_type=task.task_type.value), self._memory_s(event.at_ms))
+        text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
+        return AskMemory(Retrieve(text=text, task_type=self._task.task_type.value), timeout_s)
+
+    def _remembered(self, at_ms: int) -> Command:
+        """What similar tasks have taught is there, or will not come."""
+        plan = self._task.plan
+        if plan is None:
+            return self._model_or_rules(at_ms)
+        choice = Decomposition(f"client/{len(plan.steps)}", (), "the client's plan")
+        return self._settle(at_ms, OpenPlan("client", {choice.choice: plan}, choice))
 
     def _model_or_rules(self, at_ms: int) -> Command:
         worth = worth_asking(self._task, len(self._rules.plan.steps))
@@ -319,7 +333,8 @@ class Planning:
         answer = event.answer
         self._generated_tokens = answer.generated_tokens
         try:
-            made = read_plan(answer.text, answer.finish_reason, self._task, self._registry.roles)
+            registry = self._registry
+            made = read_plan(answer.text, answer.finish_reason, self._task, registry.roles, registry.personas)
         except ModelPlanRefused as err:
             self.model_outcome = ModelOutcome.REFUSED
             self._reasons.append(f"its plan was refused: {err}")
@@ -329,7 +344,8 @@ class Planning:
             written = {step.id: step for step in plan.steps}
             offered = {step.id: step for step in self._offered}
             same = all(name in written and _alike(step, written[name]) for name, step in offered.items())
-            plan = Plan(steps=[*self._offered, *(step for step in plan.steps if step.id not in offered)])
+            rest = [step for step in plan.steps if step.id not in offered]
+            plan = plan.model_copy(update={"steps": [*self._offered, *rest]})
             if not same or find_problems(self._task.model_copy(update={"plan": plan})):
                 self.model_outcome = ModelOutcome.REFUSED
                 self._reasons.append("its plan ended otherwise than it began")
@@ -348,6 +364,7 @@ class Planning:
         )
         if made.repairs:
             self._reasons.append(f"it was repaired: {'; '.join(made.repairs[:_MAX_REPAIRS])}")
+        self._personas, self._registry = made.personas, with_own(self._registry, made.personas)
         return self._settle(event.at_ms, OpenPlan("model", {choice.choice: plan}, choice))
 
     def _too_narrow(self, plan: Plan) -> str | None:
@@ -400,9 +417,10 @@ class Planning:
     def _settle(self, at_ms: int, open_plan: OpenPlan) -> Command:
         """There is a plan, or several to choose from: ask memory about what is open."""
         self._open = open_plan
-        if open_plan.source != "client" and self._registry.learning.enabled and not self._memory_away:
+        if self._registry.learning.enabled and not self._memory_away:
             text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
-            asked = request(self._task, open_plan.plans, self._registry, text)
+            roles_open = open_plan.source != "client"
+            asked = request(self._task, open_plan.plans, self._registry, text, roles_open=roles_open)
             if asked is not None:
                 self._asked = asked
                 self.phase = Phase.ADVISING
@@ -437,6 +455,7 @@ class Planning:
             broke_off=self._broke_off,
             similar=self._similar,
             lessons=self._lessons,
+            personas=_named_in(chosen.plan, self._personas),
             generated_tokens=self._generated_tokens,
         )
         return self._have_recorded(at_ms)
@@ -519,3 +538,9 @@ class Planning:
 def _alike(offered: Step, written: Step) -> bool:
     """Whether a step of the whole plan is the one that began early; gates and persona were chosen since."""
     return (offered.action, offered.inputs, offered.outputs) == (written.action, written.inputs, written.outputs)
+
+
+def _named_in(plan: Plan, personas: Sequence[Persona]) -> list[Persona]:
+    """Those that the plan's steps name."""
+    names = {step.persona for step in plan.steps}
+    return [one for one in personas if one.name in names]

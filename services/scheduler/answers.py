@@ -31,7 +31,7 @@ def cut_outputs(answer: str, outputs: Sequence[Output]) -> list[Artefact]:
         raise _fail(Category.FORMAT, "answer.empty", "the answer is empty")
     if len(outputs) == 1:
         return [_artefact(outputs[0], _cut_one(answer, outputs[0]))]
-    parts = _parse_json(answer)
+    parts = parse_json(answer)
     if not isinstance(parts, dict):
         raise _fail(Category.SCHEMA, "answer.not_an_object", "expected one JSON object with a member per output")
     made = []
@@ -56,7 +56,7 @@ def schema_of_parts(outputs: Sequence[Output]) -> dict[str, Any]:
 
 def _cut_one(answer: str, output: Output) -> Any:
     if output.kind is ArtefactKind.JSON:
-        return _parse_json(answer)
+        return parse_json(answer)
     if output.kind is ArtefactKind.TEXT:
         return _FRAME.sub("", answer).strip() or answer.strip()
     blocks = [block for block in _FENCE.findall(answer) if block.strip()]
@@ -64,7 +64,8 @@ def _cut_one(answer: str, output: Output) -> Any:
     return max(blocks, key=len) if blocks else answer.strip("\n") + "\n"
 
 
-def _parse_json(answer: str) -> Any:
+def parse_json(answer: str) -> Any:
+    """The JSON that an answer is, a code block around it apart. Raises CallFailed (SCHEMA)."""
     text = answer.strip()
     if text.startswith("```") and (block := _FENCE.search(text)):
         text = block.group(1)

@@ -64,6 +64,7 @@ from services.scheduler.facts import (
 from services.scheduler.housekeeping import Housekeeping, Intervals
 from services.scheduler.journal import Journal
 from services.scheduler.machine import Hub
+from services.scheduler.personas import AdoptPersona, KeepPersona
 from services.scheduler.registry_reader import RegistryReader
 from services.scheduler.watchers import MAX_WATCHES
 
@@ -113,6 +114,8 @@ class HubApp:
         self._housekeeping = Housekeeping(path, intervals or Intervals(), now)
         self._reader = RegistryReader(home)
         self._records: list[Record] = []
+        self._personas: list[KeepPersona] = []
+        """Rows to write with the facts."""
         self._sends: list[Send] = []
         self._reads: dict[tuple[bytes, str], ReadEvents] = {}
         """One page to read for each watcher that came late, the longest waiting first."""
@@ -152,6 +155,7 @@ class HubApp:
         except (RegistryError, OSError) as err:  # what runs needs no copy; only a later reload would miss it
             self._log.write(REGISTRY_NOT_KEPT, reason=str(err))
         began = self._clock.now_ms()
+        self._hub.restore_personas(self._journal.personas())
         restored = self._restore(self._journal.open_tasks(MAX_ACTIVE_TASKS * 2, final=False))
         unsettled = self._restore(self._journal.open_tasks(MAX_ACTIVE_TASKS, final=True))
         self._flush()
@@ -175,6 +179,8 @@ class HubApp:
         now = self._clock.now_ms()
         for outcome in self._reader.outcomes(now):
             self._feed(outcome)
+        for written in self._reader.written(now):
+            self._feed(written)
         if now >= self._next_tick:
             self._feed(Tick(now))
             self._next_tick = now + _TICK_MS
@@ -257,6 +263,10 @@ class HubApp:
                 self._sends.append(command)
             case Record():
                 self._records.append(command)
+            case KeepPersona():
+                self._personas.append(command)
+            case AdoptPersona():
+                self._reader.adopt(command, self._hub.registries.declared)
             case Noted(event, fields):
                 self._log.write(event, **fields)
             case LookUp(task_id, identity, header, body):
@@ -291,9 +301,10 @@ class HubApp:
                 self._restore(self._journal.open_tasks(limit, final=True))
 
     def _write(self) -> None:
-        if self._records:
+        if self._records or self._personas:
             records, self._records = self._records, []
-            self._journal.append(records)
+            personas, self._personas = self._personas, []
+            self._journal.append(records, personas)
             for record in records:
                 self._log_fact(record)
 
@@ -302,7 +313,7 @@ class HubApp:
 
         Workers begin while the facts are being written; whoever is promised something hears of it afterwards.
         """
-        while self._records or self._sends:
+        while self._records or self._personas or self._sends:
             sends, self._sends = self._sends, []
             self._send_all([send for send in sends if not send.promises])
             self._write()

@@ -15,7 +15,7 @@ from protocol.errors import BadFrame
 from protocol.messages.result import StepState, TaskView
 from services.scheduler import snapshot
 from services.scheduler.fact_rows import DamagedTask, advance, read_rows
-from services.scheduler.tasks import TaskRecord
+from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.views import summary
 
 
@@ -86,7 +86,7 @@ def problems_of(task: TaskRecord) -> Iterator[str]:
     if task.state.final and (unfinished or task.ended_ms is None):
         yield f"it has ended with {unfinished} unfinished steps"
     for name, step in task.steps.items():
-        open_needs = {need for need in step.needs if task.steps[need].state is not StepState.DONE}
+        open_needs = {need for need in step.needs if not _is_over(task.steps[need])}
         if step.state is StepState.WAITING and step.waiting_for != open_needs:
             yield f"step {name} waits for {sorted(step.waiting_for)}, open are {sorted(open_needs)}"
         if step.attempts and open_needs:
@@ -95,8 +95,13 @@ def problems_of(task: TaskRecord) -> Iterator[str]:
             yield f"the attempts of step {name} are not numbered in order"
         if step.state is StepState.DONE:
             missing = [one.name for one in step.spec.outputs if one.name not in task.artefacts]
-            if missing:
+            if missing and not step.is_turn:  # a turn that called tools has made nothing else
                 yield f"step {name} is done without {missing}"
+
+
+def _is_over(step: StepRecord) -> bool:
+    """Whether whoever needs this step may go on: the failed assignment of a sub-agent is an answer as well."""
+    return step.state is StepState.DONE or (step.agent is not None and step.state.final)
 
 
 def _compare_snapshot(record: TaskRecord, data: bytes) -> list[Contradiction]:

@@ -4,7 +4,8 @@ Each prompt is one call at the broker, for the client that asked, so that credit
 lost workers are dealt with where they always are. At most a window of them is there at once: a batch of a thousand
 never stands in the queue before what others ask later, and holds no composed prompts in memory. What follows a failed
 call the failure table says, but only a rerun or a pause is done here: a prompt that has failed for good is an answer
-of its own, and no business of a stronger role or of the other prompts.
+of its own, and no business of a stronger role or of the other prompts. A batch whose model nobody serves goes to the
+lateral model of its role with all that waits, as steps do.
 
 A batch is not journalled. Its items' keys follow from its own key and their prompts, so whoever asks again after a
 restart of the hub gets from the workers what they have finished.
@@ -46,6 +47,8 @@ PROGRESS_MS: Final = 100
 """Shortest time between two partials of a batch; what happens in between is in the next one."""
 HEARTBEAT_MS: Final = 1_000
 """Longest time between two of them."""
+MAX_MOVES: Final = 2
+"""How often a batch changes its model: two that take turns dying must not make it wander until its deadline."""
 _DEFAULT_DEADLINE_MS: Final = 3_600_000
 
 
@@ -84,6 +87,7 @@ class _Batch:
     client: str
     registry: Registry
     model: str
+    """That the next prompts go to."""
     deadline_ms: int
     began_ms: int
     answers: list[BatchAnswer | None]
@@ -94,6 +98,7 @@ class _Batch:
     answer_bytes: int = 0
     widest: int = 0
     told_ms: int = 0
+    moves: int = 0
 
     @property
     def key(self) -> str:
@@ -213,6 +218,21 @@ class Batches:
             self._fail(batch, call.key, _failure("item.poisoned", Category.PEER, message), at_ms)
             self._go_on(batch, at_ms)
 
+    def move(self, call: Call, is_served: Callable[[str], bool], at_ms: int) -> None:
+        """The model of a waiting item is not served: all that waits of its batch goes to the other one, if that is."""
+        batch = self._batches[self._owners[call.key]]
+        role = batch.registry.roles[batch.request.role]
+        other = role.lateral if batch.model == role.model else role.model
+        if call.target != f"infer.{batch.model}" or other is None or batch.moves >= MAX_MOVES or not is_served(other):
+            return
+        batch.moves += 1
+        batch.model = other
+        for key, item in list(batch.open.items()):
+            if item.started_ms is None:
+                self._effects.append(Drop(key))
+                self._close(batch, key)
+                self._ask_item(batch, item, at_ms)
+
     def on_ended(self, call: Call, kind: str, body: bytes, worker: str, at_ms: int) -> None:
         """An item's call has its ending."""
         batch = self._batches[self._owners[call.key]]
@@ -284,7 +304,8 @@ class Batches:
     def _ask_item(self, batch: _Batch, item: _Item, at_ms: int, hold_until_ms: int = 0) -> None:
         request = batch.request
         target = f"infer.{batch.model}"
-        key = work_key("batch", batch.key, item.index, request.role, request.prompts[item.index])
+        named = () if batch.model == batch.registry.roles[request.role].model else (batch.model,)
+        key = work_key("batch", batch.key, item.index, request.role, request.prompts[item.index], *named)
         item.started_ms = None
         batch.open[key] = item
         self._owners[key] = batch.key
@@ -316,6 +337,7 @@ class Batches:
         item = self._close(batch, key)
         batch.answers[item.index] = BatchAnswer(
             text=final.text,
+            model=final.model,
             finish_reason=final.finish_reason,
             prompt_tokens=final.prompt_tokens,
             cached_tokens=final.cached_tokens,

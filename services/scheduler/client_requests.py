@@ -14,6 +14,7 @@ from protocol.codec import unpack_body
 from protocol.errors import BadFrame
 from protocol.header import Header
 from protocol.messages.failure import Category
+from protocol.messages.persona import MakePersona, PersonaListing
 from protocol.messages.registry import Reload
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import ArtefactQuery, ArtefactReply, Cancelled, CancelQuery, ListQuery, TaskView, Watch
@@ -83,6 +84,11 @@ class ClientRequests:
                 self._on_model(identity, header, unpack_body(ModelQuery, body).model, at_ms)
             case "batch.request":
                 self._on_batch(identity, header, body, at_ms)
+            case "persona.make":
+                self._on_make_persona(identity, header, unpack_body(MakePersona, body), at_ms)
+            case "persona.list":
+                listing = PersonaListing(personas=self.engine.personas.listing())
+                self.outbox.answer(identity, header, "persona.listing", listing)
             case _:
                 task_id = task_asked_for(header.kind, body)
                 known = self.engine.find(task_id)
@@ -113,6 +119,15 @@ class ClientRequests:
             self.outbox.add(LookUp(task_id, identity, header, body))
         else:
             self._accept(identity, header, ir, task_id, peer.service, at_ms)
+
+    def _on_make_persona(self, identity: bytes, header: Header, asked: MakePersona, at_ms: int) -> None:
+        task = None if asked.task_id is None else self.engine.live.get(asked.task_id)
+        if asked.task_id is not None and (task is None or task.state.final):
+            raise BadFrame("task.not_running", f"there is no task {asked.task_id!r} that has not ended")
+        client = self.broker.peers[identity].service
+        made = self.engine.make_persona(asked.persona, made_by=client, at_ms=at_ms, task=task, rename=asked.rename)
+        self.settle(at_ms)
+        self.outbox.answer(identity, header, "persona.made", made)
 
     def _on_batch(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
         objection = self.batches.objection(identity, header, len(body))

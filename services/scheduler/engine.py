@@ -8,7 +8,7 @@ follows a failure is `failures.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,10 +18,11 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal
 from protocol.messages.infer import InferFinal
 from protocol.messages.memory import MemoryFinal
+from protocol.messages.persona import Persona, PersonaMade
 from protocol.messages.plan import PlanFinal, PlanPartial, ReplanTrigger
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Step, TaskIR
+from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import final_artefacts
 from services.kit.identity import work_key
 from services.kit.registry import Registry
@@ -38,18 +39,24 @@ from services.scheduler.failures import Action, Work, react, teaches
 from services.scheduler.growth import items_of, join_of, reach_of
 from services.scheduler.outcomes import UNEMBEDDABLE, outcomes_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
-from services.scheduler.planning import adopted, grown, plan_body, plan_wanted
+from services.scheduler.personas import Personas
+from services.scheduler.planning import PLANNER, adopted, grown, plan_body, plan_wanted, with_names
 from services.scheduler.ranks import Ranking
 from services.scheduler.replanning import Hands, Replanning
 from services.scheduler.requests import infer_request
 from services.scheduler.setbacks import attempt_lost, is_retry, poisoned, step_history, task_history, task_setback
+from services.scheduler.swarm import opened, said_in, turned
+from services.scheduler.swarm_state import turn_id
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
+from services.scheduler.toolcalls import Calls
 from services.scheduler.verdicts import gate_failure
 from services.scheduler.versions import CONTRADICTED, contradiction, may_contradict, replan_body
 
 MEMORY: Final = "memory"
 MAX_UNSETTLED: Final = 200
 """Ended tasks that wait for memory at once; further ones wait in the journal."""
+MAX_OWN_PERSONAS: Final = 256
+"""Of one task: each is in its facts and in memory for as long as it runs."""
 MAX_MOVES: Final = 2
 """Moves of one attempt to another model: there, and back when that one is gone as well. After that it waits."""
 _WORK_OF: Final = {"infer.request": Work.INFERENCE, "gate.request": Work.GATES}
@@ -63,6 +70,8 @@ class Engine:
 
     registry: Registry
     ranking: Ranking
+    personas: Personas
+    """Made at run time; those that its steps use a task has for itself."""
     live: dict[str, TaskRecord] = field(default_factory=dict)
     """Tasks that are not final, or whose outcomes memory does not have yet."""
     active: Counter[str] = field(default_factory=Counter)
@@ -173,11 +182,45 @@ class Engine:
                 self._effects.append(Drop(work_key(task.id, *step_check_parts(task.steps[name]))))
             why = reason or "cancelled by a client"
             self._emit(task, f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why[:500]))
-        if task.unfinished == 0 and not self._will_grow(task):
+        if step.agent is not None:
+            self._release(task, step, at_ms)
+        elif task.unfinished == 0 and not self._will_grow(task):
             self._finish(task, at_ms)
+
+    def make_persona(
+        self, persona: Persona, *, made_by: str, at_ms: int, task: TaskRecord | None = None, rename: bool = False
+    ) -> PersonaMade:
+        """Have a persona, for everybody or also for a task that is not final; steps name it as the answer says.
+
+        Raises BadFrame, see `Personas.make`.
+        """
+        own = {} if task is None else task.personas
+        if len(own) >= MAX_OWN_PERSONAS and persona.name not in own:
+            raise BadFrame("persona.full", f"the task has {MAX_OWN_PERSONAS} personas of its own, more are not taken")
+        named, made = self.personas.make(
+            persona, made_by=made_by, at_ms=at_ms, task=None if task is None else task.id, own=own, rename=rename
+        )
+        if task is not None:
+            self._give_personas(task, [named], at_ms)
+        return made
+
+    def _give_personas(self, task: TaskRecord, personas: Iterable[Persona], at_ms: int) -> None:
+        """They are the task's own from now on."""
+        new = [one for one in personas if task.personas.get(one.name) != one]
+        if new:
+            values = [one.model_dump(mode="json") for one in new]
+            self._emit(task, f.PersonasMade(task=task.id, at_ms=at_ms, personas=values))
+            self.personas.used([one.name for one in new], at_ms)
+
+    def _take_up_trials(self, task: TaskRecord, plan: Plan, at_ms: int) -> None:
+        """What these steps name and is on trial the task keeps, whatever becomes of the trial."""
+        names = {plan.persona, *(step.persona for step in plan.steps)} - task.personas.keys()
+        if names & self.registry.on_trial:
+            self._give_personas(task, [one for one in self.personas.on_trial() if one.name in names], at_ms)
 
     def extend(self, task: TaskRecord, steps: Sequence[Step], client: str, at_ms: int) -> None:
         """Add steps that `growth.checked_extension` has let through."""
+        self._take_up_trials(task, Plan(steps=list(steps)), at_ms)
         values = [step.model_dump(mode="json", exclude_none=True) for step in steps]
         self._emit(task, f.StepsAdded(task=task.id, at_ms=at_ms, steps=values, client=client))
         self.ranking.forget(task.id)
@@ -303,7 +346,7 @@ class Engine:
         work = _planning_of(task)
         if failure is None:
             try:
-                final = unpack_body(PlanFinal, body)
+                final = self._with_personas(task, unpack_body(PlanFinal, body), at_ms)
                 if work is Work.REPLAN:
                     self.replanning.on_planned(task, final, at_ms)
                     return
@@ -337,11 +380,29 @@ class Engine:
     def _will_grow(self, task: TaskRecord) -> bool:
         return task.plan_open or task.revising is not None
 
+    def _with_personas(self, task: TaskRecord, final: PlanFinal, at_ms: int) -> PlanFinal:
+        """Make the personas that come with a plan; the plan with the names they got. Raises CallFailed (SCHEMA)."""
+        try:
+            made = {
+                one.name: self.make_persona(one, made_by=PLANNER, at_ms=at_ms, task=task, rename=True).name
+                for one in final.personas
+            }
+        except BadFrame as err:
+            failure = Failure(code="plan.invalid", category=Category.SCHEMA, origin=PLANNER, message=str(err)[:8_000])
+            raise CallFailed(failure) from err
+        final = with_names(final, made)
+        if final.task.plan is not None:
+            self._take_up_trials(task, final.task.plan, at_ms)
+        return final
+
     # Steps
 
     def _begin(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        """All inputs are there: start the step, or one sub-step per item."""
+        """All inputs are there: start the step, one sub-step per item, or the first turn of one that spawns."""
         if task.state.final or (task.revising is not None and step.spec.id in task.revising.held):
+            return
+        if step.spec.spawns is not None:
+            self._open_swarm(task, step, at_ms)
             return
         if step.spec.map_over is None:
             self._begin_attempt(task, step, Action("retry", "as planned", step.spec.actor), at_ms)
@@ -360,6 +421,15 @@ class Engine:
         if not items:
             self._join(task, step, at_ms)
 
+    def _open_swarm(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
+        try:
+            self._emit(task, opened(task, step, at_ms))
+        except CallFailed as err:
+            self._fail_step(task, step, err.failure, at_ms)
+            return
+        self.ranking.forget(task.id)
+        self._begin(task, task.steps[turn_id(step.spec.id, 1)], at_ms)
+
     def _proceed(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
         """Nothing is missing any more for a step that waits, or whose sub-steps do."""
         if step.state is StepState.WAITING:
@@ -368,7 +438,7 @@ class Engine:
             self._join(task, step, at_ms)
 
     def _join(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        """The last sub-step of a mapped step is done: so is the step, once."""
+        """The last sub-step of a mapped step is done, or a spawning step has answered: so is the step, once."""
         if task.revising is not None and step.spec.id in task.revising.held:
             return
         try:
@@ -409,15 +479,29 @@ class Engine:
             self._on_failure(task, step, Work.RESULT, against, at_ms, generated_tokens=tokens)
             return
         try:
-            made = cut_outputs(final.text, step.spec.outputs)
+            said = said_in(task, step, final)
+            made = cut_outputs(said.text, step.spec.outputs) if said.calls is None else []
         except CallFailed as err:
             self._on_failure(task, step, Work.INFERENCE, err.failure, at_ms, generated_tokens=tokens)
             return
         self._emit(task, a.answered(task, step, final, made, at_ms))
-        if step.spec.gates:
+        if said.calls is not None:
+            self._take_turn(task, step, said.calls, at_ms)
+            self.ranking.forget(task.id)
+            self._finish_step(task, step, at_ms)
+        elif step.spec.gates:
             self._ask_gates(task, step, at_ms)
         else:
             self._finish_step(task, step, at_ms)
+
+    def _take_turn(self, task: TaskRecord, step: StepRecord, calls: Calls, at_ms: int) -> None:
+        """A turn of a planning model: what it calls is carried out or refused, and recorded in one fact."""
+
+        def make(persona: Persona) -> str:
+            made = self.make_persona(persona, made_by=step.attempt.role, at_ms=at_ms, task=task, rename=True)
+            return made.name
+
+        self._emit(task, turned(task, step, calls, self.registry, make, at_ms))
 
     def _ask_gates(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
         self._ask(task, step, step_checks(task, step, self.registry), at_ms, hold_until_ms)
@@ -542,6 +626,9 @@ class Engine:
     def _fail_step(self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int) -> None:
         value = failure.model_dump(mode="json", exclude_none=True)
         self._emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
+        if step.agent is not None:
+            self._release(task, step, at_ms)  # the model that gave the assignment is told, and goes on
+            return
         told = failure.model_copy(update={"message": f"step {step.spec.id}: {failure.message}"[:8_000]})
         self._end(task, TaskState.FAILED, told, at_ms, why=f"step {step.spec.id} failed")
 
@@ -551,6 +638,10 @@ class Engine:
             number = step.attempt.number
             learn_effort(self.effort, task, step, self.registry, at_ms, solved=True)
         self._emit(task, f.StepDone(task=task.id, at_ms=at_ms, step=step.spec.id, number=number))
+        self._release(task, step, at_ms)
+
+    def _release(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
+        """A step is over: begin what waited for nothing else."""
         for other in task.dependents[step.spec.id]:
             follower = task.steps[other]
             if not follower.waiting_for and not task.state.final:
@@ -628,6 +719,8 @@ class Engine:
 
     def _settled(self, task: TaskRecord, stored: int, reason: str, at_ms: int) -> None:
         self._emit(task, f.OutcomesSettled(task=task.id, at_ms=at_ms, stored=stored, reason=reason))
+        if task.personas and stored:
+            self.personas.settled()
         self._retire(task)
 
     def _retire(self, task: TaskRecord) -> None:

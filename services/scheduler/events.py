@@ -13,6 +13,7 @@ from services.kit.registry import Problem, Registry
 from services.scheduler import facts as f
 from services.scheduler.effects import Record
 from services.scheduler.past import Past
+from services.scheduler.personas import AdoptPersona, KeepPersona
 from services.scheduler.tasks import TaskRecord
 
 # Events
@@ -84,6 +85,15 @@ class RegistryChanged(msgspec.Struct, frozen=True):
     at_ms: int
 
 
+class PersonaWritten(msgspec.Struct, frozen=True):
+    """What became of AdoptPersona. With `registry` the files, read anew, differ in this persona alone."""
+
+    name: str
+    problem: str | None
+    registry: Registry | None
+    at_ms: int
+
+
 class RegistryRefused(msgspec.Struct, frozen=True):
     """The files were read for whoever asked, and are not taken up."""
 
@@ -95,7 +105,16 @@ class RegistryRefused(msgspec.Struct, frozen=True):
 
 
 Event = (
-    FrameIn | Undeliverable | Tick | MemorySeen | Restored | LookedUp | EventsRead | RegistryChanged | RegistryRefused
+    FrameIn
+    | Undeliverable
+    | Tick
+    | MemorySeen
+    | Restored
+    | LookedUp
+    | EventsRead
+    | RegistryChanged
+    | RegistryRefused
+    | PersonaWritten
 )
 
 
@@ -169,4 +188,16 @@ class Noted(msgspec.Struct, frozen=True):
     fields: dict[str, Any]
 
 
-Command = Send | Record | LookUp | ReadEvents | ReadListing | ReadStatus | ReadRegistry | ReloadUnsettled | Noted
+Command = (
+    Send
+    | Record
+    | KeepPersona
+    | LookUp
+    | ReadEvents
+    | ReadListing
+    | ReadStatus
+    | ReadRegistry
+    | AdoptPersona
+    | ReloadUnsettled
+    | Noted
+)

@@ -102,6 +102,13 @@ class ReplanAbandoned(Fact, frozen=True, kw_only=True):
     reason: str
 
 
+class PersonasMade(Fact, frozen=True, kw_only=True):
+    """The task has these of its own from now on: made for it, or on trial when its steps took them up."""
+
+    EVENT: ClassVar[str] = "task.personas"
+    personas: list[dict[str, Any]]
+
+
 class StepsAdded(Fact, frozen=True, kw_only=True):
     """The graph has grown while the task ran."""
 
@@ -117,8 +124,21 @@ class StepExpanded(Fact, frozen=True, kw_only=True):
     items: list[dict[str, Any]]
 
 
+class SwarmTurned(Fact, frozen=True, kw_only=True):
+    """A turn of a spawning step has called tools, or its first turn begins (`turn` 0, no calls); the next one is open.
+
+    A call that was carried out made the sub-agent `agent`, or the sub-step `step`; one with a `code` was refused.
+    """
+
+    EVENT: ClassVar[str] = "swarm.turned"
+    turn: int
+    calls: list[dict[str, Any]]
+    unread: int = 0
+    """Further calls of the turn, beyond the bound, which were not looked at."""
+
+
 class StepJoined(Fact, frozen=True, kw_only=True):
-    """All sub-steps of a mapped step are done; this is what they made together."""
+    """All sub-steps of a mapped step are done, or a spawning step has answered; this is what they made."""
 
     EVENT: ClassVar[str] = "step.joined"
     artefact: dict[str, Any]
@@ -285,8 +305,10 @@ TYPES: Final[dict[str, type[Fact]]] = {
         ReplanAsked,
         TaskReplanned,
         ReplanAbandoned,
+        PersonasMade,
         StepsAdded,
         StepExpanded,
+        SwarmTurned,
         StepJoined,
         AttemptQueued,
         AttemptStarted,

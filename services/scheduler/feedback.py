@@ -14,7 +14,7 @@ from typing import Final
 from protocol.messages.failure import Finding
 from services.scheduler.tasks import Attempt
 
-FENCES: Final = ("material", "findings", "earlier")
+FENCES: Final = ("material", "findings", "earlier", "result")
 """Names of the fences in a prompt; none of them can be opened or closed by what stands inside."""
 _FENCE: Final = re.compile(rf"<(?=\s*/?\s*(?:{'|'.join(FENCES)}))", re.IGNORECASE)
 _UNPRINTABLE: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")

@@ -19,7 +19,7 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Plan, Step
 from services.kit.plan_check import plan_problems
-from services.kit.registry import Registry
+from services.kit.registry import Registry, with_own
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 MAX_ITEMS: Final = 1_000
@@ -44,8 +44,13 @@ def items_of(task: TaskRecord, step: StepRecord) -> list[Artefact]:
 
 
 def join_of(task: TaskRecord, step: StepRecord, count: int) -> Artefact:
-    """What the sub-steps made together, in the order of the items. Raises CallFailed (POLICY) if it is too large."""
+    """What the sub-steps made together, in the order of the items. Raises CallFailed (POLICY) if it is too large.
+
+    Of a spawning step: what its last turn has answered.
+    """
     output = step.spec.outputs[0]
+    if step.spec.spawns is not None:
+        return task.artefacts[output.name]
     made = [task.artefacts[f"{output.name}.{number}"] for number in range(1, count + 1)]
     if output.kind is ArtefactKind.JSON:
         value: Any = [artefact.value for artefact in made]
@@ -57,7 +62,12 @@ def join_of(task: TaskRecord, step: StepRecord, count: int) -> Artefact:
 
 
 def reach_of(task: TaskRecord, step_id: str) -> list[str]:
-    """A step and every unfinished step that cannot be without it: what needs it, and the sub-steps it is mapped to."""
+    """A step and every unfinished step that cannot be without it: what needs it, and the sub-steps it is mapped to.
+
+    Whoever gave a sub-agent its assignment can be without it: it is told that there will be no result.
+    """
+    if task.steps[step_id].agent is not None:
+        return [step_id]
     todo, reached = [step_id], {step_id}
     while todo:
         record = task.steps[todo.pop()]
@@ -74,7 +84,7 @@ def checked_extension(task: TaskRecord, steps: Sequence[dict[str, Any]], registr
     if task.state is not TaskState.RUNNING or task.ir.plan is None:
         raise BadFrame("task.not_running", f"task {task.id} is {task.state.value}: steps can be added while it runs")
     try:
-        added = [Step.model_validate(step) for step in steps]
+        added = [_as_planned(Step.model_validate(step), task.ir.plan) for step in steps]
     except ValidationError as err:
         raise BadFrame("task.invalid", f"the steps are not valid: {describe(err)}") from err
     room = task.ir.budget.max_steps - len(task.steps)
@@ -83,8 +93,9 @@ def checked_extension(task: TaskRecord, steps: Sequence[dict[str, Any]], registr
     taken = [step.id for step in added if step.id in task.steps]
     if taken:
         raise BadFrame("task.invalid", f"plan.steps[{taken[0]}].id: the task has such a step already")
-    plan = Plan(steps=[*task.ir.plan.steps, *added])
-    problems = [str(problem) for problem in plan_problems(task.ir.model_copy(update={"plan": plan}), registry)]
+    plan = task.ir.plan.model_copy(update={"steps": [*task.ir.plan.steps, *added]})
+    grown, known = task.ir.model_copy(update={"plan": plan}), with_own(registry, task.personas.values())
+    problems = [str(problem) for problem in plan_problems(grown, known)]
     lost = {StepState.FAILED, StepState.CANCELLED, StepState.SKIPPED}
     gone = {name for name, record in task.steps.items() if record.state in lost}
     made = {output.name: step.id for step in task.ir.plan.steps for output in step.outputs}
@@ -94,6 +105,11 @@ def checked_extension(task: TaskRecord, steps: Sequence[dict[str, Any]], registr
     if problems:
         raise BadFrame("task.invalid", f"the steps cannot run: {'; '.join(problems[:10])}")
     return added
+
+
+def _as_planned(step: Step, plan: Plan) -> Step:
+    """What a plan says for all its steps counts for an added one too."""
+    return step if step.persona is not None else step.model_copy(update={"persona": plan.persona})
 
 
 def _item(name: str, value: Any) -> Artefact:

@@ -28,6 +28,7 @@ from services.scheduler.effort import Effort
 from services.scheduler.fact_rows import DamagedTask, Row, fold_rows, read_rows, seal
 from services.scheduler.journal_file import open_journal
 from services.scheduler.past import Past, Unavailable
+from services.scheduler.personas import KeepPersona
 from services.scheduler.tasks import TaskRecord
 
 _DURATIONS: Final = "durations"
@@ -60,11 +61,11 @@ class Journal:
 
     # Writing
 
-    def append(self, records: Sequence[Record]) -> None:
-        """Write facts in one transaction; synced to disk if one of them is a promise to a client."""
-        if not records:
+    def append(self, records: Sequence[Record], personas: Sequence[KeepPersona] = ()) -> None:
+        """Write facts and rows of personas in one transaction; synced to disk if one is a promise to a client."""
+        if not records and not personas:
             return
-        full = any(isinstance(record.fact, _PROMISES) for record in records)
+        full = bool(personas) or any(isinstance(record.fact, _PROMISES) for record in records)
         self._sync(full)
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -72,6 +73,11 @@ class Journal:
                 "INSERT INTO facts (task, seq, kind, data, seal) VALUES (?, ?, ?, ?, ?)", map(_row, records)
             )
             self._index(records)
+            for row in personas:
+                if row.data is None:
+                    self._db.execute("DELETE FROM personas WHERE name = ?", (row.name,))
+                else:
+                    self._db.execute("INSERT OR REPLACE INTO personas VALUES (?, ?)", (row.name, row.data))
             self._db.execute("COMMIT")
         except BaseException:
             self._db.execute("ROLLBACK")
@@ -192,6 +198,10 @@ class Journal:
             )
             for task, state, kind, objective, created, ended, done, total in rows
         ]
+
+    def personas(self) -> list[bytes]:
+        """Rows of the personas that were made at run time."""
+        return [data for (data,) in self._db.execute("SELECT data FROM personas")]
 
     def counts(self) -> dict[str, int]:
         """Number of tasks per state."""

@@ -22,7 +22,9 @@ from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, UNKNOWN_PEER
 from protocol.limits import MAX_BODY_BYTES, PROTOCOL_VERSION
 from protocol.messages.failure import Category
 from protocol.messages.infer import InferPartial
+from protocol.messages.persona import PersonasOnTrial
 from protocol.messages.plan import PlanPartial
+from protocol.messages.registry import Reloaded
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, Pong, Reject, StatusReport, Welcome
 from services.kit.logs import LogEvent
@@ -46,6 +48,7 @@ from services.scheduler.events import (
     FrameIn,
     LookedUp,
     MemorySeen,
+    PersonaWritten,
     RegistryChanged,
     RegistryRefused,
     ReloadUnsettled,
@@ -57,6 +60,8 @@ from services.scheduler.lateral import strandings
 from services.scheduler.loading import Loading
 from services.scheduler.outbox import Outbox
 from services.scheduler.peers import PING_MS, Peer
+from services.scheduler.personas import AdoptPersona, KeepPersona, Personas
+from services.scheduler.planning import PLANNER
 from services.scheduler.ranks import Ranking
 from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
 from services.scheduler.residency import TRUST_MS
@@ -79,6 +84,7 @@ CIRCUIT_CLOSED = LogEvent("circuit.closed", "capability")
 REGISTRY_TAKEN = LogEvent("registry.taken", "digest previous draining kept")
 REGISTRY_REFUSED = LogEvent("registry.refused", "problems reason", "warning")
 REGISTRY_LET_GO = LogEvent("registry.let_go", "kept")
+PERSONA_ADOPTED = LogEvent("persona.adopted", "persona problem taken")
 RESULT_DUPLICATE = LogEvent("result.duplicate", "peer key task step", "warning")
 
 
@@ -113,7 +119,7 @@ class Hub:
         self.broker = b.Broker(Tokens(self.registry.hardware.cores), self._weights())
         self.broker.circuits = Circuits(policy_of(self.registry.failures.caps))
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
-        self.engine = e.Engine(self.registry, ranking)
+        self.engine = e.Engine(self.registry, ranking, Personas(lambda: self.registries.declared))
         self.watchers = Watchers(self.outbox, self.engine.watched, self.engine.find)
         self.loading = Loading(self.registry, self.broker, ranking, self.engine.live, self.outbox.unpromised)
         self.loading.declare(self.registry)
@@ -159,6 +165,10 @@ class Hub:
                 self._on_registry_changed(happened)
             case RegistryRefused():
                 self._on_registry_refused(happened)
+            case PersonaWritten():
+                self._on_persona_written(happened)
+        if self.engine.personas.changed:
+            self._on_personas_changed()
         while self.outbox.deaf:
             gone = self.broker.on_unreachable(self.outbox.deaf.pop(), self._at_ms, "does not read")
             self._settle(gone, self._at_ms)
@@ -182,6 +192,12 @@ class Hub:
             clients=client_reports(self.broker, self.engine.active),
             circuits=self.broker.circuits.open() or None,
         )
+
+    def restore_personas(self, rows: Iterable[bytes]) -> None:
+        """Take up those that were made at run time, before any task."""
+        self.engine.personas.restore(rows)
+        self.engine.personas.on_registry(self.started_ms, reloaded=False)
+        self._on_personas_changed()
 
     def lacks(self, task: TaskRecord) -> dict[str, set[str]]:
         """What an unfinished task uses and the registry in force has not, by section."""
@@ -301,6 +317,8 @@ class Hub:
             dropped=len(welcoming.drop),
             resend=len(welcoming.resend),
         )
+        if PLANNER in hello.capabilities:
+            self._tell_trials(identity)
         self._settle(commands, at_ms)
 
     def _on_call_request(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
@@ -363,14 +381,43 @@ class Hub:
     # The registry
 
     def _on_registry_changed(self, event: RegistryChanged) -> None:
-        told = self.registries.take_up(event.registry, self.engine.live.values())
+        told = self._take_up(event.registry, event.at_ms)
+        self.outbox.answer(event.identity, event.header, "registry.reloaded", told)
+        self._tell_services(event.at_ms)
+        self._settle([], event.at_ms)
+
+    def _take_up(self, registry: Registry, at_ms: int) -> Reloaded:
+        told = self.registries.take_up(registry, self.engine.live.values())
         self._use(self.registries.in_force)
         self.outbox.note(
             REGISTRY_TAKEN, digest=told.digest, previous=told.previous, draining=told.draining, kept=told.kept
         )
-        self.outbox.answer(event.identity, event.header, "registry.reloaded", told)
-        self._tell_services(event.at_ms)
+        self.engine.personas.on_registry(at_ms, reloaded=True)
+        return told
+
+    def _on_persona_written(self, event: PersonaWritten) -> None:
+        """A persona on trial stands in the files, or could not be written there."""
+        if event.registry is not None:
+            self._take_up(event.registry, event.at_ms)
+            self._tell_services(event.at_ms)
+        taken = event.registry is not None
+        self.engine.personas.on_written(event.name, event.problem, event.at_ms, taken=taken)
+        self.outbox.note(PERSONA_ADOPTED, persona=event.name, problem=event.problem, taken=taken)
         self._settle([], event.at_ms)
+
+    def _on_personas_changed(self) -> None:
+        """Other personas are on trial: they are known to plans and steps from now on, and to all planners."""
+        self.engine.personas.changed = False
+        trials = self.engine.personas.on_trial()
+        self.registries.try_out(trials)
+        self.registry = self.engine.registry = self.registries.in_force
+        for peer in self.broker.peers.values():
+            if PLANNER in peer.capabilities:
+                self._tell_trials(peer.identity)
+
+    def _tell_trials(self, planner: bytes) -> None:
+        told = PersonasOnTrial(personas=self.engine.personas.on_trial())
+        self.outbox.add(self.outbox.unpromised(planner, "persona.trials", told))
 
     def _on_registry_refused(self, event: RegistryRefused) -> None:
         self.outbox.note(REGISTRY_REFUSED, problems=len(event.problems), reason=event.reason)
@@ -412,9 +459,13 @@ class Hub:
         self.engine.on_tick(at_ms)
         self.loading.passed()
         self.batches.on_tick(at_ms)
+        self.engine.personas.on_tick(at_ms)
         self._settle(self.broker.on_tick(at_ms), at_ms)
         for call, reason in strandings(self.broker, self.registry, at_ms):
-            self.engine.move(call, reason, lambda model: self.broker.serves(f"infer.{model}", at_ms), at_ms)
+            if self.batches.owns(call.key):
+                self.batches.move(call, lambda model: self.broker.serves(f"infer.{model}", at_ms), at_ms)
+            else:
+                self.engine.move(call, reason, lambda model: self.broker.serves(f"infer.{model}", at_ms), at_ms)
         self._settle([], at_ms)
         for target, why in self.broker.circuits.take():
             if why is None:
@@ -440,10 +491,12 @@ class Hub:
         todo = deque(commands)
         looked = False
         while True:
-            for effect in (*self.engine.take(), *self.batches.take()):
+            for effect in (*self.engine.take(), *self.batches.take(), *self.engine.personas.take()):
                 match effect:
                     case Record():
                         self._record(effect)
+                    case KeepPersona() | AdoptPersona():
+                        self.outbox.add(effect)
                     case Ask(call):
                         self.broker.ask(call)
                     case Drop(key):
@@ -494,8 +547,10 @@ class Hub:
                 if not peer.is_worker:
                     self._forget_client(peer.identity, at_ms)
 
-    def _owner(self, call: c.Call) -> e.Engine | Batches:
+    def _owner(self, call: c.Call) -> e.Engine | Batches | Personas:
         """Who asked for one of the hub's own calls."""
+        if self.engine.personas.owns(call.key):
+            return self.engine.personas
         return self.batches if self.batches.owns(call.key) else self.engine
 
     def _start(self, call: c.Call, peer: Peer, unserved_ms: tuple[int, int] | None, at_ms: int) -> None:

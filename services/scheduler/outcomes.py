@@ -6,17 +6,22 @@ processes and resources teach nothing (`quality_signal` in the failure table), a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
-from protocol.messages.memory import Cure, Episode, MemoryRequest, Outcome, RecordOutcomes
+from protocol.messages.memory import Cure, DecisionRecord, Episode, MemoryRequest, Outcome, RecordOutcomes
 from protocol.messages.plan import RoutingDecision
 from protocol.messages.result import StepState, TaskState
-from services.kit.registry import Registry
+from services.kit.identity import work_key
+from services.kit.registry import Registry, with_own
+from services.kit.registry.versions import versions
 from services.scheduler.failures import teaches
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 _MAX_CURES: Final = 8  # bound of Outcome.cures
+MAX_ADDED_DECISIONS: Final = 1_000
+"""Of steps that were added while the task ran."""
 UNEMBEDDABLE: Final = "memory.unembeddable"
 """Memory's word for an objective without any word in it: such a task cannot be an episode."""
 
@@ -27,16 +32,70 @@ def outcomes_of(task: TaskRecord, registry: Registry, *, with_episode: bool = Tr
         return None
     blameless = task.failure is not None and not teaches(registry, task.failure)
     outcomes = []
-    for value in task.plan.decisions:
-        decision = RoutingDecision.model_validate(value)
+    planned = [RoutingDecision.model_validate(value) for value in task.plan.decisions]
+    later = _taken_without_planner(task, planned)
+    for decision in (*planned, *later):
         step = task.steps.get(decision.step or "")
+        if step is not None and step.agent is not None and task.steps[step.swarm or ""].state is not StepState.DONE:
+            step = None  # what it contributed to came to nothing: the task's word counts for it, too
         outcome = _of_task(task, decision, blameless) if step is None else _of_step(step, decision, registry)
         if outcome is not None:
             outcomes.append(outcome)
     episode = _episode(task) if with_episode and not blameless else None
     if not outcomes and episode is None:
         return None
-    return MemoryRequest(ask=RecordOutcomes(outcomes=outcomes, episode=episode))
+    scored = {outcome.decision_id for outcome in outcomes}
+    taken = [_record(task, one, registry) for one in later if one.decision_id in scored]
+    return MemoryRequest(ask=RecordOutcomes(decisions=taken, outcomes=outcomes, episode=episode))
+
+
+def _taken_without_planner(task: TaskRecord, planned: Sequence[RoutingDecision]) -> list[RoutingDecision]:
+    """The personas of steps that were added while the task ran, and of sub-agents: no planner has seen them, and they
+    teach as well.
+
+    None where the plan has no decision: then memory was away, and whoever made it went on without it.
+    """
+    plan = task.ir.plan
+    if not planned or plan is None:
+        return []
+    known = {one.step for one in planned}
+    found = []
+    by_plan = {spec.id for spec in plan.steps}
+    agents = [step.spec for step in task.steps.values() if step.agent is not None]
+    for spec in (*plan.steps, *agents):
+        name = spec.persona
+        if name is None or spec.id in known:
+            continue
+        found.append(
+            RoutingDecision(
+                decision_id=work_key("decision", task.id, spec.id, "persona", name),
+                subject="persona",
+                step=spec.id,
+                choice=name,
+                propensity=1.0,
+                rule="the step names it" if spec.id in by_plan else "a planning model made the sub-agent",
+                task_type=task.ir.task_type.value,
+                cluster=spec.actor,
+            )
+        )
+    return found[:MAX_ADDED_DECISIONS]
+
+
+def _record(task: TaskRecord, decision: RoutingDecision, registry: Registry) -> DecisionRecord:
+    known = with_own(registry, task.personas.values())
+    return DecisionRecord(
+        decision_id=decision.decision_id,
+        task_id=task.id,
+        step=decision.step,
+        subject=decision.subject,
+        choice=decision.choice,
+        propensity=decision.propensity,
+        rule=decision.rule,
+        task_type=decision.task_type,
+        registry_digest=registry.digest,
+        cluster=decision.cluster,
+        prompt=versions(decision.subject, decision.choice, known)[1],
+    )
 
 
 def _of_task(task: TaskRecord, decision: RoutingDecision, blameless: bool) -> Outcome | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from protocol.codec import pack_body
@@ -11,7 +12,7 @@ from protocol.messages.plan import PlanFinal, PlanPartial, PlanRequest
 from protocol.messages.task import Plan
 from services.kit.plan_check import plan_problems
 from services.kit.plan_shape import as_written, shape_of_plan
-from services.kit.registry import Registry
+from services.kit.registry import Registry, with_own
 from services.scheduler import facts as f
 from services.scheduler.own_calls import Wanted
 from services.scheduler.ranks import Ranking
@@ -30,9 +31,11 @@ def plan_wanted(retries: int) -> Wanted:
 
 def plan_body(task: TaskRecord) -> bytes:
     """What is asked: the task as it was sent, and the steps of a plan that somebody began to tell."""
+    personas = list(task.personas.values())
     if not task.plan_open or task.ir.plan is None:
-        return pack_body(PlanRequest(task=task.ir))
-    return pack_body(PlanRequest(task=task.ir.model_copy(update={"plan": None}), begun=list(task.ir.plan.steps)))
+        return pack_body(PlanRequest(task=task.ir, personas=personas))
+    bare, begun = task.ir.model_copy(update={"plan": None}), list(task.ir.plan.steps)
+    return pack_body(PlanRequest(task=bare, personas=personas, begun=begun))
 
 
 def grown(task: TaskRecord, partial: PlanPartial, registry: Registry, at_ms: int) -> f.PlanGrown | None:
@@ -41,7 +44,8 @@ def grown(task: TaskRecord, partial: PlanPartial, registry: Registry, at_ms: int
         return None  # it came with its plan
     begun = task.ir.plan.steps if task.ir.plan is not None else []
     new = [step for step in partial.steps if step.id not in task.steps]
-    if not new or plan_problems(task.ir.model_copy(update={"plan": Plan(steps=[*begun, *new])}), registry):
+    known = with_own(registry, task.personas.values())
+    if not new or plan_problems(task.ir.model_copy(update={"plan": Plan(steps=[*begun, *new])}), known):
         return None
     values = [step.model_dump(mode="json", exclude_none=True) for step in new]
     return f.PlanGrown(task=task.id, at_ms=at_ms, steps=values)
@@ -57,7 +61,8 @@ def adopted(task: TaskRecord, final: PlanFinal, registry: Registry, ranking: Ran
     if lost := sorted(name for name in task.steps if name not in told):
         raise _invalid(f"the plan lacks step {lost[0]}, which runs already")
     steps = [task.steps[name].spec if name in task.steps else step for name, step in told.items()]
-    plan = Plan(steps=steps)
+    plan = final.task.plan.model_copy(update={"steps": steps})
+    known = with_own(registry, task.personas.values())
     planned = final.task.model_copy(
         update={
             "task_id": task.id,
@@ -66,9 +71,9 @@ def adopted(task: TaskRecord, final: PlanFinal, registry: Registry, ranking: Ran
             "plan": plan,
         }
     )
-    problems = plan_problems(planned, registry)
+    problems = plan_problems(planned, known)
     if len(told) < len(final.task.plan.steps):  # a step twice
-        problems = plan_problems(final.task, registry)
+        problems = plan_problems(final.task, known)
     if problems:
         raise _invalid("; ".join(str(problem) for problem in problems[:5]))
     predicted = ranking.predict(task, planned)
@@ -105,3 +110,22 @@ def adopted(task: TaskRecord, final: PlanFinal, registry: Registry, ranking: Ran
 
 def _invalid(why: str) -> CallFailed:
     return CallFailed(Failure(code="plan.invalid", category=Category.SCHEMA, origin=PLANNER, message=why[:8_000]))
+
+
+def with_names(final: PlanFinal, names: Mapping[str, str]) -> PlanFinal:
+    """The answer with the personas of its plan under other names: old name -> new name.
+
+    Decisions for one that was renamed are left out: memory has them under the old name, which is another persona's.
+    """
+    plan = final.task.plan
+    if plan is None or all(old == new for old, new in names.items()):
+        return final
+    steps = [
+        step.model_copy(update={"persona": names.get(step.persona, step.persona)}) if step.persona else step
+        for step in plan.steps
+    ]
+    named = plan.model_copy(update={"steps": steps, "persona": names.get(plan.persona or "", plan.persona)})
+    renamed = {old for old, new in names.items() if old != new}
+    decisions = [one for one in final.decisions if one.subject != "persona" or one.choice not in renamed]
+    task = final.task.model_copy(update={"plan": named})
+    return final.model_copy(update={"task": task, "decisions": decisions})

@@ -14,7 +14,9 @@ from typing import Final
 
 from services.kit.config import Home
 from services.kit.registry import Registry, RegistryError, keep_copy, past_registries
-from services.scheduler.events import ReadRegistry, RegistryChanged, RegistryRefused
+from services.scheduler.adoption import NotWritten, adopt
+from services.scheduler.events import PersonaWritten, ReadRegistry, RegistryChanged, RegistryRefused
+from services.scheduler.personas import AdoptPersona
 
 MAX_WAITING: Final = 16
 """Readings that may wait; each takes some ten milliseconds for an ordinary registry."""
@@ -29,6 +31,7 @@ class RegistryReader:
         self._refused: deque[ReadRegistry] = deque()
         self._reading: ReadRegistry | None = None
         self._done: queue.SimpleQueue[Registry | RegistryError | OSError] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[tuple[str, str | None, Registry | None]] = queue.SimpleQueue()
 
     def read(self, asked: ReadRegistry) -> None:
         """Read the files for whoever asked; refused where too many wait already."""
@@ -52,6 +55,17 @@ class RegistryReader:
             asked, self._reading = self._reading, None
             self._next()
             yield _outcome(asked, found, at_ms)
+
+    def adopt(self, asked: AdoptPersona, declared: Registry) -> None:
+        """Write a persona into the files; the hub asks for one at a time."""
+        args = (asked, declared)
+        threading.Thread(target=self._adopt, args=args, name="persona-writer", daemon=True).start()
+
+    def written(self, at_ms: int) -> Iterator[PersonaWritten]:
+        """What has become of it."""
+        while not self._written.empty():
+            name, problem, registry = self._written.get()
+            yield PersonaWritten(name, problem, registry, at_ms)
 
     def keep(self) -> None:
         """Keep a copy of what the hub starts with. Raises RegistryError, OSError."""
@@ -82,6 +96,15 @@ class RegistryReader:
             self._done.put(keep_copy(home.registry, home.models, home.registry_copies, check_files=False))
         except (RegistryError, OSError) as err:
             self._done.put(err)
+
+    def _adopt(self, asked: AdoptPersona, declared: Registry) -> None:
+        name = asked.persona.name
+        try:
+            self._written.put((name, None, adopt(asked, self._home, declared)))
+        except NotWritten as err:
+            self._written.put((name, str(err), None))
+        except Exception as err:  # noqa: BLE001  a bug there must not leave the hub waiting for an outcome for ever
+            self._written.put((name, f"writing it failed: {err!r}", None))
 
 
 def _outcome(

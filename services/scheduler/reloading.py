@@ -14,9 +14,10 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from protocol.messages.failure import Category, Failure, Finding
+from protocol.messages.persona import NO_PERSONA, Persona
 from protocol.messages.registry import EntryChange, RegistryChanged, Reloaded
 from protocol.messages.result import StepState
-from services.kit.registry import Problem, Registry
+from services.kit.registry import Problem, Registry, with_trials
 from services.scheduler.peers import Peer
 from services.scheduler.tasks import TaskRecord
 
@@ -64,7 +65,9 @@ def used_by(tasks: Iterable[TaskRecord]) -> Used:
         for spec in steps:
             used.roles.add(spec.actor)
             used.gates.update(spec.gates or ())
-            if spec.persona:
+            if spec.spawns is not None:
+                used.roles.update(spec.spawns.roles)
+            if spec.persona and spec.persona != NO_PERSONA and spec.persona not in task.personas:
                 used.personas.add(spec.persona)
     return used
 
@@ -150,6 +153,7 @@ def removed(lacking: Mapping[str, set[str]]) -> Failure:
 
 
 def _sections(old: Registry, new: Registry) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    old, new = with_trials(old, ()), with_trials(new, ())
     for section in _NAMED:
         yield section, getattr(old, section), getattr(new, section)
     before, after = old.failures.rules, new.failures.rules
@@ -162,6 +166,9 @@ def _sections(old: Registry, new: Registry) -> Iterator[tuple[str, Mapping[str, 
     yield "clients", next(clients), next(clients)
     yield "caps", {"caps": old.failures.caps}, {"caps": new.failures.caps}
     yield "hardware", {"hardware": old.hardware}, {"hardware": new.hardware}
+    yield "policy", {"policy": old.gate_policy}, {"policy": new.gate_policy}
+    yield "learning", {"learning": old.learning}, {"learning": new.learning}
+    yield "trials", {"trials": old.trials}, {"trials": new.trials}
 
 
 def _over(base: Registry, more: Mapping[str, Mapping[str, Any]]) -> Registry:
@@ -187,13 +194,21 @@ class Registries:
     """For new tasks."""
     in_force: Registry
     """`declared`, and what running tasks still use of earlier ones."""
+    _trials: Sequence[Persona] = ()
+    """Laid over both, see `services.kit.registry.trials`."""
     _told_ms: dict[bytes, int] = field(default_factory=dict)
     """Identity -> when it was last told."""
     _looked_ms: int = 0
 
+    def try_out(self, personas: Sequence[Persona]) -> None:
+        """Others are on trial."""
+        self._trials = personas
+        self.declared, self.in_force = (with_trials(one, personas) for one in (self.declared, self.in_force))
+
     def take_up(self, declared: Registry, tasks: Iterable[TaskRecord]) -> Reloaded:
         """A new declared registry; says what is different."""
         previous, past = self.declared, self.in_force
+        declared = with_trials(declared, self._trials)
         found, same = changes(previous, declared)
         self.declared = declared
         self.in_force = with_kept(declared, past, used_by(tasks))

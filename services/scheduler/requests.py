@@ -12,10 +12,11 @@ from protocol.messages.artefact import ArtefactKind
 from protocol.messages.batch import BatchRequest
 from protocol.messages.infer import AbortLimits, ChatMessage, InferRequest, Sampling
 from services.kit.identity import work_key
-from services.kit.registry import EarlyAbort, Registry, RoleEntry
+from services.kit.registry import EarlyAbort, PersonaEntry, Registry, RoleEntry, persona_entry
 from services.scheduler.answers import schema_of_parts
 from services.scheduler.feedback import room_for, told
 from services.scheduler.prompting import CHARS_PER_TOKEN, compose
+from services.scheduler.swarm_prompts import agent_messages, schema_of_turn, turn_spec
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.versions import may_contradict
 
@@ -35,28 +36,21 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
     )
     left = max(1, task.ir.budget.max_tokens - task.generated_tokens)
     schema = step.spec.json_schema
-    if schema is None and len(step.spec.outputs) > 1:
+    if step.is_turn:
+        schema = schema_of_turn(task, step, max_tokens)
+    elif schema is None and len(step.spec.outputs) > 1:
         schema = schema_of_parts(step.spec.outputs)
     if schema is None and attempt.constrained and step.spec.outputs[0].kind is ArtefactKind.JSON:
         schema = {"type": "object"}
     body = {
         "role": attempt.role,
-        "messages": compose(
-            role=role,
-            persona=registry.personas.get(step.spec.persona or ""),
-            task=task.ir,
-            lessons=task.plan.lessons if task.plan is not None else (),
-            step=step.spec,
-            inputs=[task.artefacts[name] for name in step.spec.inputs],
-            told=told(step.attempts[:-1], attempt.role, attempt.told_chars),
-            harder=harder,
-            may_contradict=may_contradict(task, step, registry),
-            context_tokens=model.context_tokens,
-            max_tokens=max_tokens,
-        ),
+        "messages": _messages(task, step, registry, role, max_tokens),
         "max_tokens": min(max_tokens, left),
         "sampling": _seeded(role, attempt.key),
-        "json_output": len(step.spec.outputs) == 1 and step.spec.outputs[0].kind is ArtefactKind.JSON,
+        "json_output": not step.is_turn
+        and len(step.spec.outputs) == 1
+        and step.spec.outputs[0].kind is ArtefactKind.JSON,
+        "judged": not step.is_turn,  # a turn is judged call by call, in `toolcalls.py`
         "stream": stream,
     }
     if schema is not None:
@@ -69,10 +63,50 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
     return body
 
 
+def _messages(
+    task: TaskRecord, step: StepRecord, registry: Registry, role: RoleEntry, max_tokens: int
+) -> list[dict[str, str]]:
+    """The prompt of the newest attempt: of a sub-agent's assignment, of a turn of a planning model, or of any step."""
+    attempt = step.attempt
+    context_tokens = registry.models[attempt.model].context_tokens
+    rejected = told(step.attempts[:-1], attempt.role, attempt.told_chars)
+    harder = attempt.arm == "harder"
+    if step.agent is not None:
+        return agent_messages(
+            task, step, role, told=rejected, harder=harder, context_tokens=context_tokens, max_tokens=max_tokens
+        )
+    spec = step.spec
+    if step.is_turn:
+        spec = turn_spec(task, step, registry, room_chars=int((context_tokens - max_tokens) * CHARS_PER_TOKEN))
+    return compose(
+        role=role,
+        persona=_persona(task, step, registry),
+        task=task.ir,
+        lessons=task.plan.lessons if task.plan is not None else (),
+        step=spec,
+        inputs=[task.artefacts[name] for name in spec.inputs],
+        told=rejected,
+        failed={one.failure.code for one in step.attempts[:-1] if one.failure is not None},
+        harder=harder,
+        may_contradict=may_contradict(task, step, registry),
+        context_tokens=context_tokens,
+        max_tokens=max_tokens,
+    )
+
+
 def told_chars(step: StepRecord, role: str, model: str, registry: Registry) -> int:
     """Room in the prompt of a further attempt for what is said about the earlier ones."""
     context_tokens = registry.models[model].context_tokens
     return room_for(context_tokens, _max_tokens(step, registry.roles[role], context_tokens, 1), CHARS_PER_TOKEN)
+
+
+def _persona(task: TaskRecord, step: StepRecord, registry: Registry) -> PersonaEntry | None:
+    """The task's own before the registry's."""
+    name = step.spec.persona
+    if name is None:
+        return None
+    own = task.personas.get(name)
+    return registry.personas.get(name) if own is None else persona_entry(own)
 
 
 def _max_tokens(step: StepRecord, role: RoleEntry, context_tokens: int, factor: float) -> int:

@@ -22,7 +22,7 @@ def step_history(
         repeats=step.attempt.setbacks.count(work, failure.category),
         losses=step.losses + kills(registry, failure),
         max_level=task.ir.escalation.max_level,
-        replans_left=replans_left(task, registry),
+        replans_left=0 if step.agent is not None else replans_left(task, registry),  # its parent hears of it instead
         harder_pays=effort.pays(mode, step.attempt.role, task.ir.task_type.value, work_key(task.id, step.spec.id)),
     )
 

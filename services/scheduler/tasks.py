@@ -14,11 +14,13 @@ from protocol.messages.artefact import Artefact
 from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult
 from protocol.messages.memory import Lesson
+from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanVersion
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Plan, Step, TaskIR
+from protocol.messages.task import Output, Plan, Step, TaskIR
 from protocol.plan_graph import needs
 from services.scheduler import facts as f
+from services.scheduler.swarm_state import Agent, Swarm, ToolCall, turn_id
 from services.scheduler.timeline import Timeline
 
 
@@ -119,7 +121,11 @@ class StepRecord:
     """Workers that died with it, not counting those whose work was re-attached."""
     failure: Failure | None = None
     joined: list[Artefact] = field(default_factory=list)
-    """Outputs of a mapped step, which has no attempts of its own."""
+    """Outputs of a mapped or a spawning step, which has no attempts of its own."""
+    swarm: str | None = None
+    """The spawning step that this one is a turn of, or whose sub-agent it is an assignment of."""
+    agent: str | None = None
+    """That sub-agent; None for a turn, and for any step outside of a swarm."""
 
     @property
     def attempt(self) -> Attempt:
@@ -132,6 +138,11 @@ class StepRecord:
     def role(self) -> str:
         """Who does it: the role of the newest attempt, the planned one before the first."""
         return self.attempts[-1].role if self.attempts else self.spec.actor
+
+    @property
+    def is_turn(self) -> bool:
+        """True for a turn of a spawning step."""
+        return self.swarm is not None and self.agent is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +195,14 @@ class TaskRecord:
     slots: dict[str, int] = field(default_factory=dict)
     """Slots per model when the plan was adopted."""
     steps: dict[str, StepRecord] = field(default_factory=dict)
+    swarms: dict[str, Swarm] = field(default_factory=dict)
+    """Spawning step -> its sub-agents."""
     dependents: dict[str, list[str]] = field(default_factory=dict)
     """Step id -> steps that need it."""
     artefacts: dict[str, Artefact] = field(default_factory=dict)
     """Inputs, and the outputs of steps that are done."""
+    personas: dict[str, Persona] = field(default_factory=dict)
+    """Its own, by name: they come before the registry's."""
     gates: list[GateResult] = field(default_factory=list)
     failure: Failure | None = None
     unfinished: int = 0
@@ -259,6 +274,8 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
             _replan(task, fact)
         case f.ReplanAbandoned():
             _end_revising(task, fact.version, abandoned=fact.reason[:1_000])
+        case f.PersonasMade():
+            task.personas |= {one.name: one for one in map(Persona.model_validate, fact.personas)}
         case f.StepsAdded():
             _add_steps(task, [Step.model_validate(value) for value in fact.steps])
         case f.TaskChecked():
@@ -355,7 +372,7 @@ def _replan(task: TaskRecord, fact: f.TaskReplanned) -> None:
         for step in task.ir.plan.steps
         if step.id in alive
     ]
-    plan = Plan(steps=[*kept, *added])
+    plan = task.ir.plan.model_copy(update={"steps": [*kept, *added]})
     task.ir = task.ir.model_copy(update={"plan": plan})
     task.slots = fact.slots | task.slots
     task.generated_tokens += fact.generated_tokens
@@ -400,7 +417,7 @@ def _begin_steps(task: TaskRecord, plan: Plan, specs: list[Step]) -> None:
 def _add_steps(task: TaskRecord, added: list[Step]) -> None:
     if task.ir.plan is None:
         raise JournalError(f"steps were added to {task.id} before it was planned")
-    plan = Plan(steps=[*task.ir.plan.steps, *added])
+    plan = task.ir.plan.model_copy(update={"steps": [*task.ir.plan.steps, *added]})
     task.ir = task.ir.model_copy(update={"plan": plan})
     waits = needs(plan)
     for spec in added:
@@ -434,6 +451,60 @@ def _expand(task: TaskRecord, step: StepRecord, fact: f.StepExpanded) -> None:
     step.needs |= step.waiting_for
     step.state = StepState.EXPANDED
     task.unfinished += len(items)
+
+
+def _take_turn(task: TaskRecord, step: StepRecord, fact: f.SwarmTurned) -> None:
+    """Sub-agents as the turn made them, one sub-step per assignment, and the next turn, which waits for all of those.
+
+    An assignment waits for the turn that gave it, so that it starts when that one is over, and not before.
+    """
+    name = step.spec.id
+    swarm = task.swarms.setdefault(name, Swarm())
+    before = frozenset([turn_id(name, fact.turn)] if fact.turn else ())
+    given: list[Step] = []
+    for call in fact.calls:
+        told = ToolCall(
+            turn=fact.turn,
+            tool=call["tool"],
+            agent=call["agent"],
+            step=call.get("step"),
+            code=call.get("code"),
+            message=call.get("message", ""),
+        )
+        swarm.calls.append(told)
+        if told.code is None and told.step is None:
+            made = Agent(told.agent, call["role"], call["system_prompt"], fact.turn, call["persona"])
+            swarm.agents[told.agent] = made
+        elif told.code is None and told.step is not None:
+            agent = swarm.agents[told.agent]
+            agent.steps.append(told.step)
+            spec = Step(
+                id=told.step,
+                actor=agent.role,
+                action=call["prompt"],
+                outputs=[Output(name=told.step)],
+                persona=agent.persona,
+                gates=[],
+                max_tokens=step.spec.spawns.max_tokens if step.spec.spawns is not None else None,
+            )
+            given.append(spec)
+            task.steps[told.step] = StepRecord(spec, before, set(before), swarm=name, agent=told.agent)
+    swarm.unread += fact.unread
+    carried_out = fact.turn == 0 or any("code" not in call for call in fact.calls)
+    swarm.fruitless = 0 if carried_out else swarm.fruitless + 1
+    swarm.turns = fact.turn + 1
+    turn = step.spec.model_copy(update={"id": turn_id(name, swarm.turns), "depends_on": [], "spawns": None})
+    waits = before | {spec.id for spec in given}
+    needed = waits or step.needs
+    task.steps[turn.id] = StepRecord(turn, needed, set(waits), swarm=name)
+    for other in (*(spec.id for spec in given), turn.id):
+        task.dependents[other] = [name]
+        step.waiting_for.add(other)
+        for need in task.steps[other].waiting_for:
+            task.dependents[need].append(other)
+    step.needs |= step.waiting_for
+    step.state = StepState.EXPANDED
+    task.unfinished += 1 + len(given)
 
 
 def _join(_task: TaskRecord, step: StepRecord, fact: f.StepJoined) -> None:
@@ -569,14 +640,24 @@ def _finish(task: TaskRecord, step: StepRecord, fact: f.StepDone) -> None:
 def _fail(task: TaskRecord, step: StepRecord, fact: f.StepFailed) -> None:
     _end_step(task, step, StepState.FAILED, fact.at_ms)
     step.failure = _failure(fact.failure)
+    _tell_parent(task, step)
 
 
 def _drop(task: TaskRecord, step: StepRecord, fact: f.StepDropped) -> None:
     _end_step(task, step, StepState(fact.state), fact.at_ms)
+    _tell_parent(task, step)
+
+
+def _tell_parent(task: TaskRecord, step: StepRecord) -> None:
+    """An assignment that came to nothing holds up nobody: its end is what the next turn is told."""
+    if step.agent is not None:
+        for other in task.dependents[step.spec.id]:
+            task.steps[other].waiting_for.discard(step.spec.id)
 
 
 _OF_A_STEP: Final[Mapping[type[f.Fact], Callable[[TaskRecord, StepRecord, Any], None]]] = {
     f.StepExpanded: _expand,
+    f.SwarmTurned: _take_turn,
     f.StepJoined: _join,
     f.AttemptQueued: _queue,
     f.AttemptStarted: _start,

@@ -23,7 +23,7 @@ from protocol.messages.task import Output, Plan, Step
 from protocol.plan_graph import needs
 from services.kit.plan_check import plan_problems
 from services.kit.plan_shape import least_s, longest_chain
-from services.kit.registry import Registry
+from services.kit.registry import Registry, with_own
 from services.scheduler import facts as f
 from services.scheduler.feedback import points_of
 from services.scheduler.growth import reach_of
@@ -186,7 +186,7 @@ def replan_body(task: TaskRecord, ranking: Ranking, at_ms: int) -> bytes:
         left_s=left_s,
         step_s={role: round(ranking.expected_s(task, bare, role), 3) for role in ranking.registry.roles},
     )
-    return pack_body(PlanRequest(task=task.ir, revision=revision))
+    return pack_body(PlanRequest(task=task.ir, personas=list(task.personas.values()), revision=revision))
 
 
 def adopted_version(
@@ -210,11 +210,11 @@ def adopted_version(
     taken = [step.id for step in added if step.id in task.steps]
     if taken or not added:
         raise _refused(f"the task has a step {taken[0]} already" if taken else "it adds nothing")
-    new = Plan(steps=[*_without(kept, dropped), *added])
+    new = plan.model_copy(update={"steps": [*_without(kept, dropped), *added]})
     made = {output.name for step in new.steps for output in step.outputs}
     given = [artefact for name, artefact in task.artefacts.items() if name not in made]
     ir = task.ir.model_copy(update={"plan": new, "inputs": given})
-    if problems := plan_problems(ir, registry):
+    if problems := plan_problems(ir, with_own(registry, task.personas.values())):
         raise _refused("; ".join(str(problem) for problem in problems[:5]))
     if revising.trigger == "late":
         _must_be_faster(task, new, added, ranking, at_ms)

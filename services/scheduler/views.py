@@ -24,6 +24,7 @@ from protocol.plan_graph import final_artefacts
 from services.scheduler import facts as f
 from services.scheduler.critical_path import critical_path
 from services.scheduler.feedback import told
+from services.scheduler.swarm_views import swarm_views
 from services.scheduler.tasks import PlanOrigin, Setbacks, StepRecord, TaskRecord
 
 _MAX_INLINE_CHARS: Final = 4 * 1024 * 1024
@@ -48,6 +49,7 @@ def view(task: TaskRecord) -> TaskView:
         gates=task.gates,
         setbacks=_setbacks(task.setbacks),
         failure=task.failure,
+        swarms=swarm_views(task) or None,
         usage=_usage(task),
         critical_path=critical_path(task),
     )
@@ -85,8 +87,19 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
         case f.TaskPlanned():
             steps = [{"id": step["id"], "actor": step["actor"]} for step in fact.ir["plan"]["steps"]]
             return {"source": fact.source, "reason": fact.reason, "steps": steps}
+        case f.PersonasMade():
+            return {"personas": [one["name"] for one in fact.personas]}
         case f.StepExpanded():
             return {"items": len(fact.items)}
+        case f.SwarmTurned():
+            kept = [call for call in fact.calls if "code" not in call]
+            refused = [{"agent": call["agent"], "code": call["code"]} for call in fact.calls if "code" in call]
+            return {
+                "turn": fact.turn,
+                "agents": [call["agent"] for call in kept if "step" not in call],
+                "assigned": [call["step"] for call in kept if "step" in call],
+                "refused": refused,
+            }
         case f.StepsAdded() | f.PlanGrown():
             return {"steps": [{"id": step["id"], "actor": step["actor"]} for step in fact.steps]}
         case f.ReplanAsked():
@@ -160,6 +173,7 @@ def _step(step: StepRecord) -> StepView:
         action=step.spec.action[:500],
         state=step.state,
         persona=step.spec.persona,
+        agent=step.agent,
         needs=sorted(step.needs),
         ready_ms=step.ready_ms,
         ended_ms=step.ended_ms,

@@ -82,3 +82,20 @@ def test_bad_files_are_refused_by_line(
     file.write_text(text, "utf-8")
     assert main(["bench", "planning", option, str(file)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_small_swarm_is_killed_resumed_and_joined_once(capsys: pytest.CaptureFixture[str]) -> None:
+    swarm = figures(capsys, "--swarm", "--agents", "10", "--baseline", "2")["swarm"]
+    assert isinstance(swarm, dict)
+    assert swarm["exactly_once"] is True
+    assert (swarm["agents"], swarm["compared_agents"]) == (10, 2)
+    assert swarm["killed_and_resumed"]["turns"] == 2
+    assert swarm["killed_and_resumed"]["tokens"] > 10
+    assert (swarm["serial"]["turns"], swarm["serial"]["most_at_once"]) == (3, 1)
+    assert swarm["at_once"]["most_at_once"] == 2
+    assert swarm["led_by_demo_model"]["turns"] >= 1
+
+
+def test_a_swarm_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "planning", "--swarm", "--agents", "101"]) == 2
+    assert "--agents" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,25 +77,50 @@ def test_a_flipped_byte_in_any_projection_file_changes_no_answer(stand: MemorySt
     assert len(told) >= damaged / 2, "a flip in slack space may go unnoticed, most may not"
 
 
-def test_a_flipped_byte_in_the_log_is_never_answered_from_as_if_nothing_were(stand: MemoryStand) -> None:
-    """The log is the truth, so there is nothing to mend it from: the service answers rightly, or does not open."""
+@pytest.mark.parametrize(
+    ("ended", "name", "places"),
+    [(signal.SIGTERM, "log.sqlite", (3, 18, 99, 0.3, 0.7)), (signal.SIGKILL, "log.sqlite-wal", (0.2, 0.6))],
+    ids=["log after a clean stop", "write-ahead log after kill -9"],
+)
+def test_a_flipped_byte_in_the_log_is_mended_from_its_copy(
+    stand: MemoryStand, ended: signal.Signals, name: str, places: tuple[float, ...]
+) -> None:
     teach(stand)
     expected = stand.answers()
-    stand.end(signal.SIGTERM)
-    backup = (stand.folder / "log.sqlite").read_bytes()
-    for place in range(0, 100, 7):  # the header: SQLite reads every byte of it
-        data = bytearray(backup)
-        data[place] ^= 0x40
-        (stand.folder / "log.sqlite").write_bytes(bytes(data))
-        status = stand.try_start()
-        if status is None:
-            assert stand.answers() == expected, f"after a flipped bit at {place}"
-            stand.end(signal.SIGKILL)
-        else:
-            assert status != 0
-            assert any("check the disk" in str(line["reason"]) for line in stand.events("memory.unusable"))
-        for leftover in stand.folder.glob("log.sqlite-*"):
-            leftover.unlink()
+    stand.end(ended)
+    backup = stand.home / "backup"
+    shutil.copytree(stand.folder, backup)
+    for place in places:
+        shutil.rmtree(stand.folder)
+        shutil.copytree(backup, stand.folder)
+        data = bytearray((stand.folder / name).read_bytes())
+        data[int(place * len(data)) if place < 1 else int(place)] ^= 0x40
+        (stand.folder / name).write_bytes(bytes(data))
+        stand.start()
+        assert stand.answers() == expected, f"after a flipped bit at {place}"
+        stand.end(signal.SIGKILL)
+    assert stand.events("memory.log_restored")
+
+
+def test_a_row_that_changes_under_the_running_service_is_not_served_and_is_right_again_after_its_restart(
+    stand: MemoryStand,
+) -> None:
+    teach(stand)
+    expected = stand.answers()
+    db = sqlite3.connect(stand.folder / "log.sqlite", isolation_level=None)
+    changed = db.execute("UPDATE outcomes SET record = replace(record, '\"reward\":1', '\"reward\":0')").rowcount
+    db.close()
+    assert changed > 0
+    answer = stand.ask(Explain(decision_ids=["t0-0"]))
+    assert isinstance(answer, ErrorReply)
+    assert answer.failure.code == "memory.log_damaged"
+    assert answer.failure.category == "RESOURCE"
+    assert stand.process is not None
+    stand.process.wait(timeout=30)
+    assert stand.events("memory.log_damaged")
+    stand.start()
+    assert stand.answers() == expected
+    assert stand.events("memory.log_restored")
 
 
 def test_deleted_projections_are_rebuilt_after_any_stop(stand: MemoryStand) -> None:

@@ -23,6 +23,8 @@ from protocol.messages.infer import AbortLimits, ChatMessage, InferFinal, InferP
 from protocol.messages.memory import (
     Advise,
     Advised,
+    Arms,
+    ArmValue,
     ArmView,
     Cure,
     DecisionRecord,
@@ -41,6 +43,15 @@ from protocol.messages.memory import (
     RecordOutcomes,
     Row,
     Value,
+)
+from protocol.messages.persona import (
+    MakePersona,
+    Persona,
+    PersonaListing,
+    PersonaMade,
+    PersonaQuery,
+    PersonasOnTrial,
+    PersonaView,
 )
 from protocol.messages.plan import (
     AddedEdge,
@@ -66,10 +77,13 @@ from protocol.messages.result import (
     ListQuery,
     PlanView,
     PredictedPath,
+    RefusedCall,
     Segment,
     Setback,
     StepState,
     StepView,
+    SubAgentView,
+    SwarmView,
     TaskEvent,
     TaskQuery,
     TaskState,
@@ -103,6 +117,7 @@ from protocol.messages.task import (
     Output,
     Plan,
     Priority,
+    Spawns,
     Step,
     Submit,
     TaskIR,
@@ -171,6 +186,22 @@ _TASK = TaskIR(
     gates=["schema"],
     escalation=Escalation(max_level=1),
     budget=Budget(max_tokens=10_000, max_steps=10),
+)
+_SPAWNING = TaskIR(
+    task_id="T-1",
+    objective="Lead others",
+    plan=Plan(
+        steps=[
+            Step(
+                id="S1",
+                actor="architect",
+                action="Lead",
+                outputs=[Output(name="report")],
+                spawns=Spawns(roles=["worker", "coder"], max_tokens=64),
+            )
+        ]
+    ),
+    budget=Budget(max_subagents=10, max_tool_calls=50),
 )
 _EPISODE = Episode(
     task_id="T-0",
@@ -328,6 +359,14 @@ _REPORTED = _VIEW.model_copy(
     }
 )
 
+_PERSONA: Final = Persona(
+    name="fact-checker",
+    description="For claims.",
+    prompt="Check every claim.\nName its source.",
+    roles=["reviewer"],
+    task_types=[TaskType.DOC],
+)
+
 _MODEL: Final = ModelReport(
     model="architect",
     residency="warm",
@@ -404,6 +443,33 @@ _LEARNED = _VIEW.model_copy(
     }
 )
 
+_SWARMED = _VIEW.model_copy(
+    update={
+        "steps": [_VIEW.steps[0].model_copy(update={"id": "S1.ann.1", "agent": "ann"})],
+        "swarms": [
+            SwarmView(
+                step="S1",
+                turns=2,
+                tool_calls=3,
+                agents=[
+                    SubAgentView(
+                        name="ann",
+                        role="worker",
+                        system_prompt="You count.",
+                        persona="terse",
+                        turn=1,
+                        steps=["S1.ann.1"],
+                        done=1,
+                        generated_tokens=7,
+                        result="three",
+                    )
+                ],
+                refused=[RefusedCall(turn=1, tool="run_shell", agent="", code="tool.unknown", message="there is none")],
+                generated_tokens=30,
+            )
+        ],
+    }
+)
 _ADDED_EDGE = AddedEdge(step="S2", depends_on="S1", reason="both write one file")
 _SHAPE = PlanShape(width=2, levels=3, critical=["S1", "S2"], critical_ms=900, predicted_ms=1_200)
 _STEP = Step(
@@ -576,6 +642,29 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         )
     ],
     "registry.changed": [RegistryChanged(digest=_DIGEST, needed=False)],
+    "persona.make": [MakePersona(persona=_PERSONA, task_id="T-1", rename=True)],
+    "persona.made": [PersonaMade(name="fact-checker-3f2a", state="trial", duplicate=True, why="as asked for")],
+    "persona.list": [PersonaQuery()],
+    "persona.listing": [
+        PersonaListing(
+            personas=[
+                PersonaView(
+                    name="fact-checker",
+                    description="For claims.",
+                    prompt="Check every claim.",
+                    roles=["reviewer"],
+                    task_types=["doc"],
+                    state="adopted",
+                    why="0.91 of 24",
+                    made_by="client-1",
+                    task_id="T-1",
+                    made_ms=1_700_000_000_000,
+                    changed_ms=1_700_000_060_000,
+                )
+            ]
+        )
+    ],
+    "persona.trials": [PersonasOnTrial(personas=[_PERSONA])],
     "task.submit": [Submit(task={"objective": "Say hello", "idempotency_key": "order-42", "context": None})],
     "task.accepted": [Accepted(task_id="T-1", duplicate=True)],
     "task.watch": [Watch(task_id="T-1", after_seq=3), Watch(task_id="T-1", quiet=True)],
@@ -599,6 +688,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _TOLD,
         _LEARNED,
         _TAUGHT,
+        _SWARMED,
         _REPLANNED,
     ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
@@ -619,6 +709,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _GUESSED.model_copy(update={"gates": [_ADVISORY]}),
         _LEARNED,
         _TAUGHT,
+        _SWARMED,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -647,6 +738,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
     ],
     "plan.request": [
         PlanRequest(task=_TASK),
+        PlanRequest(task=_TASK, personas=[_PERSONA]),
+        PlanRequest(task=_SPAWNING),
         PlanRequest(
             task=_TASK,
             revision=Revision(
@@ -676,6 +769,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         ),
         PlanFinal(task=_TASK, source="rules", reason="advised", decisions=[_ADVISED_DECISION]),
         PlanFinal(task=_TASK, source="rules", reason="taught", similar=[_EPISODE], lessons=[_LESSON]),
+        PlanFinal(task=_TASK, source="model", reason="with a persona of its own", personas=[_PERSONA]),
+        PlanFinal(task=_SPAWNING, source="client", reason="as given"),
         PlanFinal(task=_TASK, source="model", reason="cut", added_edges=[_ADDED_EDGE], broke_off="call.expired"),
     ],
     "plan.cancel": [Empty()],
@@ -695,6 +790,13 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             grammar='root ::= "hi"',
             json_output=True,
             early_abort=AbortLimits(repeated_chars=500, runaway_tokens=50, entropy_nats=2),
+        ),
+        InferRequest(
+            role="architect",
+            messages=[ChatMessage(role="user", content="Lead.")],
+            max_tokens=64,
+            json_schema={"type": "object"},
+            judged=False,
         ),
     ],
     "infer.partial": [
@@ -761,7 +863,14 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             ],
             widest=2,
             wall_ms=200,
-        )
+        ),
+        BatchFinal(
+            role="worker",
+            model="spare",
+            answers=[BatchAnswer(text="{}", model="small"), BatchAnswer(text="[]", model="spare", losses=1)],
+            widest=2,
+            wall_ms=200,
+        ),
     ],
     "batch.cancel": [Empty()],
     "infer.cancel": [Empty()],
@@ -803,6 +912,8 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         ),
         MemoryRequest(ask=Forget(task_ids=["T-1"], before_ms=5, choice="worker", subject="role")),
         MemoryRequest(ask=Import(rows=[Row(seq=4, outcome=_CURED), Row(seq=5, episode=_EPISODE)])),
+        MemoryRequest(ask=Arms(subject="persona")),
+        MemoryRequest(ask=RecordOutcomes(decisions=[_VERSIONED_RECORD], outcomes=[_OUTCOME])),
     ],
     "memory.final": [
         MemoryFinal(
@@ -827,6 +938,20 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             rows=[Row(seq=4, outcome=_CURED)],
             differences=[Difference(part="graph", what="lacks cluster T-1 doc")],
             forgotten=3,
+        ),
+        MemoryFinal(
+            arms=[
+                ArmValue(
+                    task_type="code",
+                    cluster="coder",
+                    choice="terse",
+                    prompt="89ef4567",
+                    outcomes=3,
+                    mean_reward=0.5,
+                    deviation=0.25,
+                    mean_seconds=4.5,
+                )
+            ]
         ),
     ],
     "memory.cancel": [Empty()],

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from protocol.messages.batch import BatchPartial
 from protocol.messages.failure import Category
 from protocol.messages.gate import Verdict
 from protocol.messages.result import TaskState, TaskView
@@ -283,6 +284,25 @@ def test_a_model_without_worker_is_stood_in_for_by_its_lateral_one(scripted: Scr
     assert home.steps[0].attempts[0].model == "worker", "its own model is back"
 
 
+def test_what_a_batch_still_waits_for_goes_to_the_lateral_model_when_its_own_is_lost(scripted: ScriptedStack) -> None:
+    words = [f"pomelo-{number}" for number in range(8)]
+    scripted.say(*({"match": word, "answers": [{"text": f"saw {word}", "token_s": 0.15}]} for word in words))
+
+    def kill_once(progress: BatchPartial) -> None:
+        if progress.done >= 2 and scripted.stack.processes["inference-worker"].returncode is None:
+            scripted.stack.kill("inference-worker")
+
+    try:
+        final = scripted.stack.client.llm_batch("worker", words, timeout_s=60, on_progress=kill_once)
+    finally:
+        scripted.stack.restart("inference-worker")
+    assert [answer.text for answer in final.answers] == [f"saw {word}" for word in words]
+    assert final.answers[0].model == "worker"
+    assert final.answers[-1].model == "spare"
+    assert sum(answer.losses for answer in final.answers) >= 1, "what ran on the lost worker ran again"
+    scripted.stack.wait_ready()
+
+
 def test_bad_format_never_escalates(scripted: ScriptedStack) -> None:
     scripted.say({"match": "damson", "answers": ["def double(x):\n  return 2*x\n"]})
     view = scripted.run(code_step("damson: write double", ["format"]), **with_tests())
@@ -383,3 +403,14 @@ def test_what_cured_a_failure_is_told_in_the_prompts_of_a_similar_task(scripted:
     prompt = scripted.prompts_with("quince")[-1]
     assert "What went wrong in similar jobs" in prompt
     assert f"gate.lint: Undefined name `y`; cured {lesson.times}x by retry with worker" in prompt
+
+    scripted.say({"match": "medlar", "answers": [UNDEFINED, GOOD]})
+    step = code_step("write double for the medlar", ["lint"])
+    again = scripted.run(step, objective=f"Friendly, {words}", **with_tests())
+    assert again.state is TaskState.SUCCEEDED, again.failure
+    first, second = (body["messages"][1]["content"] for body in scripted.requests_with("medlar"))
+    cure = f"gate.lint: Undefined name `y`; cured {lesson.times}x by retry with worker"
+    assert cure in first, "a plan that a client brought is told as well"
+    assert "What cured such a failure" not in first
+    assert second.count(cure) == 2, "and so is the attempt after the failure, right beside it"
+    assert cure in second.partition("What cured such a failure in similar jobs")[2]

@@ -280,6 +280,17 @@ def test_the_loop_answers_while_a_large_batch_is_written_and_projected(stand: Me
     assert pong.loop_lag_ms < 1_000
 
 
+def test_projections_follow_although_nobody_asks(stand: MemoryStand) -> None:
+    teach(stand)
+    deadline = time.monotonic() + 20
+    seqs: set[object] = set()
+    while seqs != {42}:
+        assert time.monotonic() < deadline, seqs
+        stand.hub.pump()
+        pong = stand.hub.pongs.get("memory")
+        seqs = set() if pong is None else {pong.metrics.get(f"{name}_seq") for name in ("vectors", "graph", "routing")}
+
+
 def test_projections_are_made_by_a_thread_that_lets_others_go_first(stand: MemoryStand) -> None:
     teach(stand)
     assert stand.process is not None

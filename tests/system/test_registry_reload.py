@@ -20,9 +20,12 @@ import yaml
 
 from protocol.client import Client
 from protocol.errors import CallFailed
+from protocol.messages.memory import DecisionRecord, Import, MemoryRequest, Outcome, Row
+from protocol.messages.persona import Persona
 from protocol.messages.result import TaskState
 from protocol.messages.task import TaskIR
 from services.ctl.stack import stray_processes
+from services.kit.registry.versions import prompt_digest
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY
 from tests.system.test_ctl_stack import Installation
@@ -82,17 +85,14 @@ class Stack(Installation):
     def await_running(self, task_id: str) -> None:
         self.until(lambda: any(step.state == "inferring" for step in self.client.show(task_id).steps))
 
-    def until(self, holds: Callable[[], bool], within_s: float = 30) -> None:
+    def until(self, holds: Callable[[], bool], within_s: float = 30, look_every_s: float = 0.1) -> None:
         deadline = time.monotonic() + within_s
         while not holds():
             assert time.monotonic() < deadline
-            time.sleep(0.1)
+            time.sleep(look_every_s)
 
     def state(self, service: str) -> str:
         return next((peer.state for peer in self.client.status().peers if peer.service == service), "absent")
-
-    def digests_of_hub(self) -> str | None:
-        return self.client.status().registry
 
     def digests(self) -> dict[str, str | None]:
         report = self.client.status()
@@ -160,6 +160,43 @@ def test_a_new_gate_and_persona_are_known_to_planner_and_gates_service(stack: St
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert [(gate.gate, gate.verdict.value) for gate in view.steps[0].attempts[-1].gates] == [("shape", "pass")]
     assert stack.pids() == before
+
+
+def remembered(choice: str, reward: float, prompt: str = "") -> list[Row]:
+    """Thirty outcomes of a persona of the worker, as an export of memory has them."""
+    rows: list[Row] = []
+    for number in range(30):
+        ident = f"{choice}-{number}"
+        decision = DecisionRecord(
+            decision_id=ident, task_id=ident, subject="persona", choice=choice, propensity=1, task_type="chat",
+            cluster="worker", prompt=prompt,
+        )  # fmt: skip
+        outcome = Outcome(decision_id=ident, reward=reward, seconds=1, attempts=1, at_ms=1)
+        rows += [Row(decision=decision), Row(outcome=outcome)]
+    return rows
+
+
+def test_an_adopted_persona_stands_in_the_operators_file_and_nothing_is_restarted(stack: Stack) -> None:
+    before = stack.pids()
+    stoker = Persona(name="stoker", description="Below deck.", prompt="You keep the fire.", roles=["worker"])
+    assert stack.client.make_persona(stoker).state == "trial"
+    rows = [*remembered("none", 0.0), *remembered("stoker", 1.0, prompt_digest(stoker.prompt))]
+    stack.client.memory(MemoryRequest(ask=Import(rows=rows)))
+    step = {"id": "S1", "actor": "worker", "action": "Say it.", "persona": "stoker", "outputs": [{"name": "one"}]}
+    view = stack.client.run({"objective": "test", "plan": {"steps": [step | {"gates": []}]}}, timeout_s=30)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    stack.until(lambda: _state_of(stack, "stoker") == "adopted")
+    text = (stack.root / "registry" / "personas.yaml").read_text()
+    assert yaml.safe_load(text)["personas"]["stoker"]["prompt"].strip() == stoker.prompt
+    stack.until(lambda: len({digest for name, digest in stack.digests().items() if name != "memory"}) == 1)
+    assert "not taken up" not in stack.tierline("status").stdout
+    assert stack.tierline("up").returncode == 0
+    assert stack.pids() == before, "`up` finds the registry that the services have"
+    assert stack.reload()["unchanged"] > 0
+
+
+def _state_of(stack: Stack, name: str) -> str:
+    return next(one.state for one in stack.client.personas() if one.name == name)
 
 
 def test_a_changed_model_finishes_its_running_step_and_begins_anew(stack: Stack) -> None:
@@ -265,14 +302,15 @@ def test_kill_9_of_the_hub_in_the_middle_of_a_reload_converges_with_the_next(sta
     stack.write()
     stack.role("clerk", model="extra")
     hub = stack.pids()["scheduler"]
+    before = stack.home.current_registry.resolve().name
     reloading = subprocess.Popen(
         [sys.executable, "-m", "services.ctl", "registry", "reload"],
         env=stack.environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    # The link moves just before the hub is told.
-    stack.until(lambda: stack.home.current_registry.resolve().name != stack.digests_of_hub())
+    # The link moves just before the hub is told, and stays moved: this cannot be missed.
+    stack.until(lambda: stack.home.current_registry.resolve().name != before, look_every_s=0.005)
     psutil.Process(hub).kill()
     reloading.wait(120)
     told = stack.reload()
@@ -282,6 +320,40 @@ def test_kill_9_of_the_hub_in_the_middle_of_a_reload_converges_with_the_next(sta
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert len(view.steps[0].attempts) == 1
     assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+
+
+def test_kill_9_of_supervisord_in_the_middle_of_a_reload_converges_with_up_and_the_next(stack: Stack) -> None:
+    stack.models["late"] = stack.scripted(stack.root, "late", slots=1)
+    stack.models["worker"]["slots"] = 3
+    stack.write()
+    stack.role("late-clerk", model="late")
+    task_id = stack.submit("SLOW please", "worker")
+    stack.await_running(task_id)
+    supervisord = next(p for p in stray_processes(stack.home) if "supervisor.supervisord" in p.cmdline())
+    reloading = subprocess.Popen(
+        [sys.executable, "-m", "services.ctl", "registry", "reload"],
+        env=stack.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # The hub has been told, the file of the new program is there, and supervisord is about to be asked to run it.
+    stack.until((stack.home.conf_d / "inference-late.conf").exists, look_every_s=0.002)
+    supervisord.kill()
+    supervisord.wait(10)
+    _, said = reloading.communicate(timeout=120)
+    assert reloading.returncode != 0, "nobody was there to start the new program, and that is said"
+    assert "supervisord" in said
+    done = stack.tierline("up")
+    assert done.returncode == 0, done.stderr
+    told = stack.reload()
+    assert told["waiting"] == []
+    assert {digest for service, digest in stack.digests().items() if service != "memory"} == {told["digest"]}
+    view = stack.client.result(task_id, timeout_s=60)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert stack.client.result(stack.submit("Say it.", "late-clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+    slots = {peer.service: peer.granted - peer.used for peer in stack.client.status().peers}
+    assert slots["inference-worker"] == 3, "the changed entry is in force"
 
 
 def test_kill_9_of_supervisord_after_a_reload_and_up_brings_the_same_registry_back(stack: Stack) -> None:

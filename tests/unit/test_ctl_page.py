@@ -292,3 +292,9 @@ def test_a_page_is_written_whole_or_the_reason_is_said(tmp_path: Path) -> None:
         _write_page(tmp_path / "nowhere" / "task.html", "text")
     with pytest.raises(BadInput, match="Is a directory"):
         _write_page(tmp_path, "text")
+
+
+def test_an_assignment_names_its_sub_agent() -> None:
+    view = diamond()
+    first = view.steps[0].model_copy(update={"agent": "<b>ann"})
+    assert "sub-agent &lt;b&gt;ann" in page(view.model_copy(update={"steps": [first, *view.steps[1:]]}), 0)

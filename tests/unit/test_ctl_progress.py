@@ -66,3 +66,16 @@ def test_an_event_of_a_later_version_is_shown_and_changes_nothing() -> None:
 def test_an_event_is_one_line_without_control_characters() -> None:
     line = event_line(event(2, "step.answered", "S1", 2, outputs=["a", "b"], text="x\x1b[31m\ny"), 1_000)
     assert line == "    1.00s step.answered S1 attempt=2 outputs=a,b text=x[31m y"
+
+
+def test_sub_agents_are_lines_of_their_own_from_the_turn_that_gives_them_work() -> None:
+    progress = after(4)
+    given = [f"S1.ann.{number}" for number in range(1, 31)]
+    turned = event(5, "swarm.turned", "S1", turn=1, agents=["ann"], assigned=given, refused=[])
+    progress.apply(turned)
+    rows = {row[0]: row for row in progress.rows(9_000)}
+    assert rows["S1"][1] == "leading"
+    assert rows["S1.ann.30"][1:] == ("waiting", "", "", "", "", "assigned by S1")
+    line = event_line(turned, 1_000)
+    assert line.startswith("    4.00s swarm.turned S1 turn=1 agents=ann assigned=S1.ann.1,")
+    assert line.endswith("S1.ann.20,…(30) refused=-")

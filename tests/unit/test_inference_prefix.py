@@ -117,6 +117,18 @@ def test_a_little_in_common_does_not_overwrite_a_lot() -> None:
     assert second.slot != first.slot
 
 
+def test_short_prompts_of_one_role_follow_one_another_in_its_slot() -> None:
+    cache = p.PrefixCache(4)
+    for turn in range(6):
+        for number, role in enumerate("ab"):
+            head = f"you are {role} " * p.BLOCK_CHARS
+            text = head[: 3 * p.BLOCK_CHARS] + f"step {turn}" * p.BLOCK_CHARS
+            (placed,) = cache.place(waiting(p.blocks_of(text[: 9 * p.BLOCK_CHARS]), first=2 * turn + number))
+            cache.ended(placed.key, complete=True)
+            assert placed.slot == number
+            assert placed.cached_blocks == (3 if turn else 0)
+
+
 def test_the_longest_beginning_is_not_always_the_one_worth_most() -> None:
     cache = p.PrefixCache(4)
     base = "x" * p.BLOCK_CHARS * LONG
@@ -128,6 +140,65 @@ def test_the_longest_beginning_is_not_always_the_one_worth_most() -> None:
     ]
     first, *_ = cache.place(waiting(*calls))
     assert first.prime_blocks == LONG, "three share this much, one shares a little more"
+
+
+def passes(slots: set[int]) -> int:
+    """Rows of neighbours among these slots: llama.cpp computes one after the other."""
+    return sum(1 for slot in slots if slot - 1 not in slots)
+
+
+def test_calls_that_run_at_once_sit_side_by_side_whichever_slot_was_used_last() -> None:
+    cache = p.PrefixCache(8)
+    for turn in range(20):
+        group = waiting(*(p.blocks_of(f"short {turn} {n}") for n in range(turn % 7 + 1)), first=100 * turn)
+        taken = {placed.slot for placed in cache.place(group)}
+        assert len(taken) == len(group)
+        assert passes(taken) == 1
+        for call in group:
+            cache.ended(call.key, complete=True)
+
+
+def test_a_gap_is_filled_first() -> None:
+    cache = p.PrefixCache(4)
+    placed = {place.slot: place.key for place in cache.place(waiting(*(p.blocks_of(f"{n}") for n in range(4))))}
+    cache.ended(placed[0], complete=True)
+    cache.ended(placed[2], complete=True)
+    (one,) = cache.place(waiting(p.blocks_of("new"), first=9))
+    assert one.slot == 2
+
+
+def test_a_place_in_the_row_is_worth_no_long_prompt_and_no_beginning_that_is_only_there() -> None:
+    cache = p.PrefixCache(4, copies=False)
+    placed = {place.key: place.slot for place in cache.place(waiting(*(p.blocks_of(f"{n}") for n in range(4))))}
+    assert placed == {"c0": 0, "c1": 1, "c2": 2, "c3": 3}
+    for key in ("c1", "c2", "c3"):
+        cache.ended(key, complete=True)
+    long = p.blocks_of("l" * p.BLOCK_CHARS * p.KEPT_BLOCKS)
+    (beside,) = cache.place(waiting(long, first=5))
+    assert beside.slot == 1
+    cache.ended("c5", complete=True)
+    (other,) = cache.place(waiting(p.blocks_of("x"), first=6))
+    assert other.slot == 2, "the place beside the running call holds a long prompt"
+    cache.ended("c6", complete=True)
+    (follower,) = cache.place(waiting(p.blocks_of("l" * p.BLOCK_CHARS * p.KEPT_BLOCKS + "more"), first=7))
+    assert follower.slot == 1
+    assert follower.cached_blocks == p.KEPT_BLOCKS
+
+
+def test_what_can_be_copied_anywhere_is_copied_into_the_row() -> None:
+    cache = p.PrefixCache(4)
+    first, _ = cache.place(waiting(prompt("a", "1"), prompt("a", "2")))
+    assert first.prime is not None
+    cache.saved(first.prime, 1_000)
+    cache.ended("c0", complete=True)
+    cache.ended("c1", complete=True)
+    (alone,) = cache.place(waiting(prompt("a", "3"), first=2))
+    assert alone.restore is None, "with nobody beside it, it goes where the beginning is"
+    cache.ended("c2", complete=True)
+    (busy,) = cache.place(waiting(p.blocks_of("busy"), first=3))
+    (beside,) = cache.place(waiting(prompt("a", "4"), first=4))
+    assert passes({busy.slot, beside.slot}) == 1
+    assert beside.cached_blocks == LONG
 
 
 class AnyArrivals(RuleBasedStateMachine):

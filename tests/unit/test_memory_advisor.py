@@ -110,6 +110,34 @@ def test_a_snapshot_and_a_rebuild_give_the_advice_of_the_state_that_grew(
     assert (advisor.verdict, rebuilt) == (Recovery.REBUILD, expected)
 
 
+def test_what_is_longest_unused_makes_room_and_a_rebuild_forgets_the_same(
+    log: MemoryLog, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ("chat", "doc", "code", "ingest")
+    for number in range(40):
+        kind, ident = kinds[number // 10], f"r{number}"
+        decision = DecisionRecord(
+            decision_id=ident,
+            task_id=ident,
+            subject="role",
+            choice=("worker", "coder")[number % 2],
+            propensity=0.5,
+            task_type=kind,
+        )
+        outcome = Outcome(decision_id=ident, reward=1.0, seconds=1, attempts=1, at_ms=number)
+        entries = [Entry(RecordDecisions(decisions=[decision])), Entry(RecordOutcomes(outcomes=[outcome]))]
+        log.commit(entries)
+    whole = Advisor(tmp_path, embedder)
+    sizes = [whole.bandit("role", kind).nbytes for kind in kinds]
+    assert min(sizes) > 0
+    monkeypatch.setattr("services.memory.advisor.MAX_BYTES", sum(sizes) * 5 // 8)
+    bounded = Advisor(tmp_path, embedder)
+    kept = [kind for kind in kinds if bounded.bandit("role", kind).nbytes]
+    assert kept == ["code", "ingest"]
+    bounded.snapshot()
+    assert [kind for kind in kinds if Advisor(tmp_path, embedder).bandit("role", kind).nbytes] == kept
+
+
 def test_a_flipped_byte_in_the_snapshot_costs_a_rebuild_and_no_answer(
     log: MemoryLog, embedder: Embedder, tmp_path: Path
 ) -> None:
@@ -154,3 +182,37 @@ def test_what_is_learned_of_a_shape_holds_for_all_its_widths(
         log.commit([Entry(RecordDecisions(decisions=[decision])), Entry(RecordOutcomes(outcomes=[outcome]))])
     _, advisor = advice(tmp_path, embedder)
     assert {name: arm.count for name, arm in advisor.bandit("decomposition", "doc").arms.items()} == {"doc.map-join": 3}
+
+
+def test_personas_are_valued_role_by_role_and_decisions_without_a_planner_come_with_their_outcomes(
+    log: MemoryLog, embedder: Embedder, tmp_path: Path
+) -> None:
+    roles = ("worker", "writer")
+    for number in range(60):
+        # More names than one bandit has arms: no role's personas push out another's.
+        decision = DecisionRecord(
+            decision_id=f"p{number}",
+            task_id=f"t{number}",
+            subject="persona",
+            choice=f"{roles[number % 2]}-{number % 20}",
+            propensity=1,
+            task_type="doc",
+            cluster=roles[number % 2],
+            prompt="digest",
+        )
+        outcome = Outcome(decision_id=f"p{number}", reward=float(number % 4 == 0), seconds=2, attempts=1, at_ms=1)
+        (answer,) = log.commit([Entry(RecordOutcomes(decisions=[decision], outcomes=[outcome]))])
+        assert answer.stored == 2  # type: ignore[union-attr]  # a failure would fail here
+    advisor = Advisor(tmp_path, embedder)
+    arms = {(arm.cluster, arm.choice): arm for arm in advisor.arms("persona")}
+    assert len(arms) == 20
+    assert {cluster for cluster, _ in arms} == set(roles)
+    one = arms["worker", "worker-0"]
+    assert (one.outcomes, one.mean_reward, one.prompt, one.mean_seconds) == (3, 1.0, "digest", 2.0)
+    assert 0 < one.deviation < 0.3
+    assert advisor.arms("role") == []
+    advisor.close()
+    again = Advisor(tmp_path, embedder)
+    assert again.verdict is Recovery.KEEP
+    assert again.arms("persona") == list(arms.values())
+    again.close()

@@ -21,8 +21,9 @@ from protocol.messages.memory import (
     RecordOutcomes,
 )
 from services.memory.embedding import DIMENSION, Vector
-from services.memory.log import LOG_FILE, Entry, LogDamaged, MemoryLog
+from services.memory.log import LOG_FILE, Entry, MemoryLog
 from services.memory.log_reader import EpisodeAdded, LogReader
+from services.memory.log_rows import LogDamaged
 
 IDS = [f"d{number}" for number in range(8)]
 

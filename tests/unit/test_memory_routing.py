@@ -154,6 +154,29 @@ def test_wrong_rewards_do_not_sink_it(wrong: float) -> None:
     assert min(shares) > 0.75
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_memories_that_all_contradict_the_truth_are_outlived(seed: int) -> None:
+    world = World(seed, wrong=1.0)
+    world.live({"a": 0.35, "b": 0.85}, 40)  # the first tenth of all outcomes, every one of them reversed
+    world.wrong = 0.0
+    assert share(world.live({"a": 0.35, "b": 0.85}, 360)[-60:], "b") > 0.9
+
+
+@pytest.mark.parametrize("poisoned", [0.05, 0.2])
+def test_an_arm_that_is_praised_falsely_does_not_win(poisoned: float) -> None:
+    shares = []
+    for seed in range(4):
+        world, chance = World(seed), np.random.default_rng(seed + 100)
+        taken = []
+        for _ in range(240):
+            taken += world.live({"a": 0.35, "b": 0.85}, 1)
+            if chance.random() < poisoned:  # whatever became of it, somebody says it was good
+                world.see("a", 1.0)
+        shares.append(share(taken[-80:], "b"))
+    assert min(shares) > 0.6
+    assert sum(shares) / len(shares) > 0.75
+
+
 def test_it_recovers_when_the_qualities_change_places() -> None:
     shares, alarms = [], 0
     for seed in range(4):

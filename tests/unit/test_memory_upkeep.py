@@ -12,6 +12,7 @@ from protocol.messages.memory import Cure, Episode, Forget, Lesson, RecordDecisi
 from services.memory.embedding import DIMENSION, Embedder
 from services.memory.log import Entry, MemoryLog
 from services.memory.log_reader import EpisodeAdded
+from services.memory.log_rows import find, put
 from services.memory.machine import SIMILARITY_FLOOR, similarity_floor
 from services.memory.projector import fresh_vectors
 from services.memory.vectors import VectorIndex
@@ -133,7 +134,8 @@ def test_verify_names_what_differs_and_a_rebuild_mends_it(tmp_path: Path, log: M
     projector = opened(tmp_path, embedder, Told())
     assert projector.verify() == []
     assert projector._graph is not None
-    log._db.execute("UPDATE choice_values SET q = 0.99 WHERE choice = 'c1'")
+    (value,) = find(log._db, "choice_values", "WHERE choice = 'c1'")
+    put(log._db, "choice_values", *value[:3], 0.99, *value[4:], verb="INSERT OR REPLACE")
     projector._graph._run("MATCH (:Decision {decision_id: 't2-0'})-[r:OF_CHOICE]->() DELETE r")
     projector._graph._run("MATCH (:Episode {task_id: 't1'})-[r:IN_CLUSTER]->() DELETE r")
     projector._vectors.add(rows(clustered(1), 999))
@@ -186,7 +188,10 @@ def test_vectors_of_two_embedders_never_meet_while_they_are_made_anew(
     before = opened(tmp_path, embedder, Told())
     answers = before.retrieve(QUESTION)
     before.close()
-    log._db.execute("UPDATE episodes SET vector = zeroblob(1024)")  # whatever an older model made of them
+    for row in list(find(log._db, "episodes")):
+        put(
+            log._db, "episodes", *row[:-1], bytes(1024), verb="INSERT OR REPLACE"
+        )  # whatever an older model made of them
     assert log.adopt_embedder("another", embedder.embed) == 4
     projector = opened(tmp_path, embedder, Told())
     assert projector.retrieve(QUESTION)[0] == []

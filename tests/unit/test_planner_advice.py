@@ -9,11 +9,14 @@ from types import MappingProxyType
 import pytest
 
 from protocol.messages.memory import MemoryFinal
+from protocol.messages.persona import NO_PERSONA, Persona
 from protocol.messages.plan import PlanFinal
-from protocol.messages.task import TaskIR
+from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import find_problems
+from services.kit.registry import TrialPolicy, with_trials
 from services.kit.registry.entries import LearningEntry
-from services.planner.advice import NO_PERSONA, WIDTH_KEY, versions
+from services.kit.registry.versions import versions
+from services.planner.advice import WIDTH_KEY, request
 from services.planner.machine import (
     AskAdvice,
     Command,
@@ -26,6 +29,7 @@ from services.planner.machine import (
 )
 from tests.unit.planner_tasks import SHIPPED, advice_for, task
 
+ONE_STEP = {"steps": [{"id": "S1", "actor": "worker", "action": "x", "outputs": [{"name": "a"}]}]}
 DOC = task("Compare the two reports", "doc", "a.md", "b.md")
 CODE = task("Write a function that parses dates", "code")
 
@@ -129,3 +133,25 @@ def test_a_changed_role_has_other_versions(field: str) -> None:
     other = replace(SHIPPED, roles=MappingProxyType(roles), models=MappingProxyType(models))
     before, after = versions("role", "coder", SHIPPED), versions("role", "coder", other)
     assert [old != new for old, new in zip(before, after, strict=True)] == [field == "model", field == "prompt"]
+
+
+def test_of_those_on_trial_three_at_a_time_are_offered_by_turns_and_none_that_is_long_or_that_nobody_may_try() -> None:
+    made = [Persona(name=f"p{n}", description="d", prompt=f"Be {n}.", roles=["worker"]) for n in range(5)]
+    long = Persona(name="long", description="d", prompt="x" * 3_000, roles=["worker"])
+    registry = with_trials(SHIPPED, [*made, long])
+    offered: set[str] = set()
+    for number in range(20):
+        asked_for = DOC.model_copy(update={"task_id": f"t-{number}"})
+        asked = request(asked_for, {"t": Plan.model_validate(ONE_STEP)}, registry, "x", roles_open=False)
+        assert asked is not None
+        (question,) = asked.questions
+        assert question.rules_choice == question.options[0].choice == "source-keeper"
+        assert question.options[-1].choice == NO_PERSONA
+        tried = [one.choice for one in question.options if one.choice in registry.on_trial]
+        assert len(tried) == 3
+        offered |= set(tried)
+    assert offered == {one.name for one in made}
+    closed = replace(registry, trials=TrialPolicy(offer=False))
+    asked = request(DOC, {"t": Plan.model_validate(ONE_STEP)}, closed, "x", roles_open=False)
+    assert asked is not None
+    assert not offered & {one.choice for one in asked.questions[0].options}

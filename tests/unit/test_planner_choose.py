@@ -64,10 +64,15 @@ def test_what_a_step_says_itself_is_never_overridden() -> None:
 
 
 def test_the_most_specific_fitting_persona_is_chosen_and_none_where_none_fits() -> None:
-    personas = SHIPPED.personas.values()
-    assert [entry.name for entry in fitting("coder", task("x", "code"), personas)] == ["careful-engineer", "test-first"]
-    assert fitting("worker", task("x", "doc"), personas)[0].name == "source-keeper"
-    assert fitting("extractor", task("x", "chat"), personas) == []
+    assert [entry.name for entry in fitting("coder", task("x", "code"), SHIPPED)] == [
+        "careful-engineer",  # two roles, and before the simplifier in the file
+        "simplifier",
+        "test-first",
+        "security-engineer",
+        "performance-engineer",
+    ]
+    assert fitting("worker", task("x", "doc"), SHIPPED)[0].name == "source-keeper"
+    assert fitting("extractor", task("x", "chat"), SHIPPED) == []
 
 
 def test_every_step_has_a_decision_for_its_role_and_the_task_one_for_its_decomposition() -> None:

@@ -164,9 +164,14 @@ def test_decisions_known_from_an_earlier_try_count_as_recorded() -> None:
     assert len(final.decisions) == len(command.request.decisions)
 
 
-def test_a_client_plan_loses_its_useless_edges_and_nobody_is_asked_about_it() -> None:
+def test_a_client_plan_loses_its_useless_edges_and_only_its_personas_are_asked_about() -> None:
     planning = Planning(SHIPPED)
     command = planning.handle(Requested(0, task("x", "doc", plan=CHAIN), None))
+    assert isinstance(command, AskMemory)
+    command = planning.handle(MemoryAnswered(1, MemoryFinal()))
+    assert isinstance(command, AskAdvice)
+    assert {question.subject for question in command.request.questions} == {"persona"}
+    command = planning.handle(MemoryAnswered(2, MemoryFinal()))
     final = finish(planning.handle(stored(command)))
     assert (final.source, final.reason) == ("client", "the task brought its plan")
     assert [(edge.step, edge.depends_on) for edge in final.removed_edges] == [("S2", "S1")]

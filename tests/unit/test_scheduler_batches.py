@@ -19,6 +19,8 @@ from protocol.messages.task import Priority
 from services.scheduler import batches
 from services.scheduler.simulation.world import CLIENT
 from tests.unit.simulation import Answer, World, final_of, say, stack, task_of
+from tests.unit.test_scheduler_recovery import lateral_registry
+from tests.unit.test_scheduler_recovery import world_with as lateral_world
 
 
 class Asker:
@@ -201,6 +203,28 @@ def test_a_prompt_whose_engine_dies_every_time_is_poisoned_and_no_other() -> Non
     assert bad.failure is not None
     assert bad.failure.category is Category.PEER
     assert bad.losses == asker.world.registry.failures.caps.worker_deaths
+
+
+def test_what_waits_for_a_model_that_nobody_serves_goes_to_the_lateral_one_and_comes_back_at_most_once() -> None:
+    world = lateral_world(infer=echo(2_000), registry=lateral_registry())  # type: ignore[arg-type]
+    asker = Asker(world)
+    own, spare = world.peers["inference-worker"], world.peers["inference-spare"]
+    ident = asker.ask([f"p{index}" for index in range(12)], deadline_ms=240_000)
+    world.run_for(3_000)
+    own.kill()
+    world.run_for(7_500)
+    assert len(spare.started) >= 2, "those that ran on the lost worker, and those that had not begun"
+    sideways = len(spare.started)
+    spare.kill()
+    own.start()
+    world.run_for(20_000)
+    own.kill()
+    spare.start()
+    world.run_for(20_000)
+    own.start()
+    final = asker.finish(ident, 300_000)
+    assert [answer.text for answer in final.answers] == [f"P{index}" for index in range(12)]
+    assert len(spare.started) == sideways, "two that take turns dying do not make it wander"
 
 
 def test_a_lack_of_resources_is_waited_out_as_often_as_the_table_says() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from protocol.messages.artefact import Artefact
 from protocol.messages.memory import Lesson
 from protocol.messages.task import Step, TaskIR
@@ -20,7 +22,15 @@ TASK = TaskIR.model_validate(
 )
 
 
-def prompt(inputs: list[Artefact], *, told: str = "", harder: bool = False, context_tokens: int = 2048) -> str:
+def prompt(
+    inputs: list[Artefact],
+    *,
+    told: str = "",
+    harder: bool = False,
+    context_tokens: int = 2048,
+    lessons: Sequence[Lesson] = (),
+    failed: Sequence[str] = (),
+) -> str:
     step = Step.model_validate({"id": "S1", "actor": "worker", "action": "Sum it up.", "outputs": [{"name": "o"}]})
     messages = compose(
         role=REGISTRY.roles["worker"],
@@ -28,7 +38,9 @@ def prompt(inputs: list[Artefact], *, told: str = "", harder: bool = False, cont
         task=TASK,
         step=step,
         inputs=inputs,
+        lessons=lessons,
         told=told,
+        failed=failed,
         harder=harder,
         context_tokens=context_tokens,
         max_tokens=128,
@@ -135,3 +147,19 @@ def test_lessons_stand_before_the_material_within_their_budget_and_cannot_open_a
     assert "gate.7" not in told, "the budget is spent"
     assert len(told) - len(without) <= 256 * 2.5
     assert told.count("</material>") == 1
+
+
+def test_an_attempt_after_a_failure_is_told_again_what_cured_that_failure_and_nothing_else() -> None:
+    lessons = [
+        Lesson(failure_code=code, finding=f"found {code}", action="retry", role="worker", times=2)
+        for code in ("gate.lint", "gate.unit")
+    ]
+    first = prompt([], lessons=lessons)
+    after = prompt([], lessons=lessons, told="x", failed=["gate.unit"])
+    assert "What cured such a failure" not in first
+    tail = after.partition("What cured such a failure in similar jobs")[2]
+    assert "gate.unit: found gate.unit; cured 2x by retry with worker" in tail
+    assert "gate.lint" not in tail
+    many = [lesson.model_copy(update={"finding": "w" * 190, "times": n + 1}) for n in range(8) for lesson in lessons]
+    tail = prompt([], told="x", lessons=many, failed=["gate.unit"]).partition("What cured such a failure")[2]
+    assert 1 <= tail.count("gate.unit") <= 2, "128 tokens"

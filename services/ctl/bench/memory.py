@@ -1,13 +1,19 @@
 """`tierline bench memory`: how fast and how exact the memory is at 1,000 to 100,000 episodes, and what it forgets.
 
-The memory's own log, projections and machine on a folder of its own, without a bus. Episodes are synthetic, from a
+`--crashes` measures something else, see `memory_crashes.py`.
+
+The memory's own log, projections and routing on a folder of its own, without a bus. Episodes are synthetic, from a
 seed: objectives of sixty kinds of work with words that vary, two decisions and outcomes each, written through the log's
 group commit. What is timed is what a request costs inside the service:
 
-* `retrieve`: embedding, both phases, the graph. `decide`: the values of a role's alternatives, looked up and ranked,
-  without embedding. `write`: one task's decisions, outcomes and episode, each in a durable transaction of its own.
+* `retrieve`: embedding, both phases, the graph. `decide`: what answers `advise` on the bus, for one question about
+  seven roles, the text's vector given. `write`: one task's decisions, outcomes and episode, each in a durable
+  transaction of its own.
 * `start_clean` and `start_unclean`: a new process opens everything, after a clean stop and after kill -9, until it
   could answer. `recall`: share of the ten nearest by exact search that the index finds.
+* `forgetting_rate`: two kinds of tasks take turns over ten epochs, fifty tasks each, the same ones every time, known
+  apart by their texts alone; the role is what the routing advises, its trying of others included. The share of
+  tasks solved at one time that fail the next time.
 """
 
 from __future__ import annotations
@@ -27,10 +33,22 @@ from typing import Any, Final
 
 import numpy as np
 
-from protocol.messages.memory import DecisionRecord, Episode, Outcome, RecordDecisions, RecordOutcomes, Retrieve
+from protocol.messages.memory import (
+    Advise,
+    DecisionRecord,
+    Episode,
+    Option,
+    Outcome,
+    Question,
+    RecordDecisions,
+    RecordOutcomes,
+    Retrieve,
+)
+from services.ctl.bench import memory_crashes
 from services.ctl.bench.memory_process import OpenedMemory
 from services.ctl.commands import Commands, Context
 from services.ctl.outcomes import ExitCode
+from services.memory.embedding import Vector
 from services.memory.log import Entry
 
 SIZES: Final = (1_000, 10_000, 100_000)
@@ -38,9 +56,12 @@ _SEED: Final = 11
 _GROUP: Final = 500
 """Tasks in one commit while the store is filled."""
 _ASKED: Final = 300
+_DECIDED: Final = 2_000
 _WRITTEN: Final = 100
+_MOST_KILLS: Final = 10_000
 _NEAREST: Final = 10
-_ROLES: Final = ("worker", "coder", "architect", "writer", "extractor")
+_ROLES: Final = ("worker", "coder", "architect", "writer", "extractor", "reviewer", "frontdoor")
+_SHAPES: Final = ("chat.single", "doc.map-join", "code.parts")
 _TYPES: Final = ("chat", "doc", "code", "ingest", "manage")
 _VERBS: Final = (
     "Compare",
@@ -60,7 +81,8 @@ _DETAILS: Final = (
     "with all figures", "for beginners", "as a table", "without jargon", "in three steps",
 )  # fmt: skip
 _EPOCHS: Final = 10
-_TASKS_AN_EPOCH: Final = 50
+_FAMILY: Final = 50
+"""Tasks of one kind."""
 
 
 def add(commands: Commands) -> None:
@@ -69,6 +91,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--sizes", type=_sizes, default=SIZES, metavar="N,N", help="episodes (default 1000,10000,100000)"
     )
+    parser.add_argument("--crashes", type=_crashes, metavar="N", help="instead: kill -9 N times, then every other harm")
+    parser.add_argument("--seed", type=int, default=_SEED, help="of the harm (default %(default)s)")
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -81,7 +105,19 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def _crashes(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError as err:
+        raise ArgumentTypeError(f"{text!r} is not a number of kills") from err
+    if not 1 <= count <= _MOST_KILLS:
+        raise ArgumentTypeError(f"{text}: expected 1 to {_MOST_KILLS}")
+    return count
+
+
 def _run(arguments: Namespace, context: Context) -> ExitCode:
+    if arguments.crashes is not None:
+        return _run_crashes(arguments, context)
     figures: dict[str, Any] = {"episodes": {}}
     for size in arguments.sizes:
         context.screen.note(f"{size} episodes …")
@@ -98,6 +134,15 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     return ExitCode.OK
 
 
+def _run_crashes(arguments: Namespace, context: Context) -> ExitCode:
+    figures = memory_crashes.measure(arguments.crashes, arguments.seed)
+    if context.screen.json:
+        context.screen.document(figures)
+    else:
+        context.screen.table(("figure", "value"), [(name, str(value)) for name, value in figures.items()])
+    return ExitCode.FAILED if figures["lost"] or figures["wrong_answers"] else ExitCode.OK
+
+
 def measure(folder: Path, size: int) -> dict[str, float]:
     """All figures of one size."""
     chance = random.Random(_SEED)  # noqa: S311  a workload, not a secret
@@ -106,11 +151,14 @@ def measure(folder: Path, size: int) -> dict[str, float]:
     for start in range(0, size, _GROUP):
         tasks = range(start, min(start + _GROUP, size))
         memory.commit([entry for number in tasks for entry in _task(memory, number, chance)])
-    memory.projector.advance()
+    memory.follow()
     fill_s = time.perf_counter() - began
     texts = [_objective(chance) for _ in range(_ASKED)]
     retrieve = _times(lambda text: memory.projector.retrieve(Retrieve(text=text, k=5)), texts)
-    decide = _times(lambda number: _decide(memory, _TYPES[number % len(_TYPES)]), range(1_000))
+    vectors = [memory.embedder.embed(text) for text in texts]
+    decide = _times(
+        lambda number: _decide(memory, texts[number % _ASKED], vectors[number % _ASKED], number), range(_DECIDED)
+    )
     recall = _recall(memory, texts)
     write = _times(lambda number: _write(memory, _task(memory, number, chance)), range(size, size + _WRITTEN))
     memory.close()
@@ -132,29 +180,30 @@ def measure(folder: Path, size: int) -> dict[str, float]:
 
 
 def forgetting_rate() -> float:
-    """Share of tasks solved with the best-valued choice in one epoch that fail with it in the next epoch of that kind.
-
-    Two families with different best roles alternate over ten epochs; in each task the role of highest value is taken,
-    a tenth of the time another one; the right role succeeds, a wrong one fails.
-    """
+    """See the module's docstring. The right role of a kind succeeds, any other one fails."""
     chance = random.Random(_SEED)  # noqa: S311  a workload, not a secret
-    best = {"code": "coder", "ingest": "extractor"}
+    families = {
+        "coder": [
+            f"Write a Python function that {_THINGS[n % 6]}s parse, case {n}, with tests" for n in range(_FAMILY)
+        ],
+        "extractor": [f"Extract every amount and date from the {_THINGS[n % 6]} of page {n}" for n in range(_FAMILY)],
+    }
     solved: dict[str, bool] = {}
     lost = kept = 0
     with tempfile.TemporaryDirectory(prefix="tl-memory-") as folder:
         memory = OpenedMemory(Path(folder))
         for epoch in range(_EPOCHS):
-            family = ("code", "ingest")[epoch % 2]
-            for number in range(_TASKS_AN_EPOCH):
-                ident = f"{family}{epoch}-{number}"
-                greedy = _decide(memory, family)
-                if solved.get(family):
-                    kept, lost = kept + 1, lost + (greedy != best[family])
-                role = chance.choice(_ROLES) if chance.random() < 0.1 else greedy
-                memory.commit([Entry(RecordDecisions(decisions=[_decision(ident, 0, family, role)]))])
-                reward = float(role == best[family])
-                memory.commit([Entry(RecordOutcomes(outcomes=[_outcome(ident, 0, reward, None)]))])
-            solved[family] = _decide(memory, family) == best[family]
+            right = list(families)[epoch % len(families)]
+            for number, text in enumerate(families[right]):
+                vector = memory.embedder.embed(text)
+                role = _decide(memory, text, vector, chance.randrange(2**31), clustered=False)
+                if solved.get(text):
+                    kept, lost = kept + 1, lost + (role != right)
+                solved[text] = role == right
+                ident = f"{epoch}-{number}"
+                decided = RecordDecisions(decisions=[_decision(ident, 0, _TYPES[0], "role", role)], text=text)
+                done = RecordOutcomes(outcomes=[_outcome(ident, 0, float(solved[text]), None)])
+                memory.commit([Entry(decided, vector), Entry(done)])
         memory.close()
     return round(lost / kept, 4) if kept else 1.0
 
@@ -164,10 +213,21 @@ def _write(memory: OpenedMemory, entries: Iterable[Entry]) -> None:
         memory.commit([entry])
 
 
-def _decide(memory: OpenedMemory, task_type: str) -> str:
-    """The alternative of highest value; one that was never tried stands at the prior."""
-    values = [(memory.projector.reader.value("role", task_type, role), role) for role in _ROLES]
-    return max(values, key=lambda pair: 0.5 if pair[0] is None else pair[0].q)[1]
+def _decide(memory: OpenedMemory, text: str, vector: Vector, seed: int, *, clustered: bool = True) -> str:
+    """The role that the routing advises, among all; the rules would take the worker."""
+    rules = _ROLES[0]
+    question = Question(
+        key="role",
+        subject="role",
+        cluster=rules if clustered else "",
+        rules_choice=rules,
+        options=[Option(choice=role) for role in _ROLES],
+    )
+    ask = Advise(
+        text=text, task_type=_TYPES[seed % len(_TYPES)] if clustered else _TYPES[0], questions=[question], seed=seed
+    )
+    (advised,) = memory.advisor.advise(ask, vector)
+    return advised.choice
 
 
 def _times(work: Callable[[Any], object], arguments: Any) -> list[float]:
@@ -211,13 +271,16 @@ def _task(memory: OpenedMemory, number: int, chance: random.Random) -> Iterator[
     kind = _TYPES[number % len(_TYPES)]
     ident, role, succeeded = f"t{number}", chance.choice(_ROLES), chance.random() < 0.8
     code = None if succeeded else chance.choice(("gate.unit", "gate.lint", "gate.schema"))
-    yield Entry(RecordDecisions(decisions=[_decision(ident, 0, kind, role), _decision(ident, 1, kind, "worker")]))
-    outcomes = [_outcome(ident, 0, float(succeeded), code), _outcome(ident, 1, 1.0, None)]
     text = _objective(chance)
+    vector = memory.embedder.embed(text)
+    shape = chance.choice(_SHAPES)
+    decisions = [_decision(ident, 0, kind, "role", role, _ROLES[0]), _decision(ident, 1, kind, "decomposition", shape)]
+    yield Entry(RecordDecisions(decisions=decisions, text=text), vector)
+    outcomes = [_outcome(ident, 0, float(succeeded), code), _outcome(ident, 1, 1.0, None)]
     episode = Episode(
         task_id=ident, task_type=kind, objective=text, steps=2, succeeded=succeeded, seconds=4.0, at_ms=number
     )
-    yield Entry(RecordOutcomes(outcomes=outcomes, episode=episode), memory.embedder.embed(text))
+    yield Entry(RecordOutcomes(outcomes=outcomes, episode=episode), vector)
 
 
 def _objective(chance: random.Random) -> str:
@@ -225,16 +288,18 @@ def _objective(chance: random.Random) -> str:
     return f"{chance.choice(_VERBS)} the {chance.choice(_THINGS)} {chance.randrange(10_000)} {details}"
 
 
-def _decision(task: str, step: int, task_type: str, role: str) -> DecisionRecord:
+def _decision(task: str, step: int, task_type: str, subject: str, choice: str, cluster: str = "") -> DecisionRecord:
+    others = _ROLES if subject == "role" else _SHAPES
     return DecisionRecord(
         decision_id=f"{task}-{step}",
         task_id=task,
         step=f"S{step + 1}",
-        subject="role",
-        choice=role,
-        alternatives=[other for other in _ROLES if other != role],
+        subject=subject,
+        choice=choice,
+        alternatives=[other for other in others if other != choice],
         propensity=0.2,
         task_type=task_type,
+        cluster=cluster,
     )
 
 

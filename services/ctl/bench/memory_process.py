@@ -14,26 +14,29 @@ from pathlib import Path
 
 from protocol.messages.failure import Failure
 from protocol.messages.memory import DecisionRecord, RecordDecisions
-from services.kit.logs import LogEvent
+from services.memory.advisor import Advisor
 from services.memory.embedding import Embedder
 from services.memory.graph import files, vouched
 from services.memory.graph_check import Checked, check_in_child
-from services.memory.log import Entry, MemoryLog
+from services.memory.log import Entry
+from services.memory.log_restore import open_log
 from services.memory.machine import Found
 from services.memory.manifest import ProjectionDoubt
 from services.memory.projector import Projector
+from services.memory.telling import tell_nobody
 
 
 class OpenedMemory:
-    """Log, embedder and projections of one folder, in this thread."""
+    """Log, embedder, projections and routing of one folder, in this thread."""
 
     def __init__(self, folder: Path) -> None:
         """Open everything; what cannot be trusted is rebuilt."""
         self.embedder = Embedder()
-        self._log = MemoryLog(folder)
+        self._log = open_log(folder, self.embedder, tell_nobody)
         self._log.adopt_embedder(self.embedder.name, self.embedder.embed)
-        self.projector = Projector(folder, self.embedder, _tell_nobody)
+        self.projector = Projector(folder, self.embedder, tell_nobody)
         self.projector.start(*_judged(folder))
+        self.advisor = Advisor(folder, self.embedder)
 
     def commit(self, entries: Sequence[Entry]) -> None:
         """Store a group of entries; raises RuntimeError unless all are taken."""
@@ -41,8 +44,14 @@ class OpenedMemory:
             if isinstance(answer, Failure):
                 raise RuntimeError(answer.message)
 
+    def follow(self) -> None:
+        """Let everything that is derived catch up with the log."""
+        self.projector.advance()
+        self.advisor.advance()
+
     def close(self) -> None:
         """A clean stop."""
+        self.advisor.close()
         self.projector.close()
         self._log.close()
 
@@ -61,10 +70,6 @@ def _judged(folder: Path) -> tuple[Found | None, Checked | None, str | None]:
         return None, None, str(err)
 
 
-def _tell_nobody(event: LogEvent, **fields: object) -> None:
-    """A benchmark prints figures, not the service's log."""
-
-
 def main() -> None:
     """Open, say so, wait, close."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -74,7 +79,7 @@ def main() -> None:
             decision_id="unclean", task_id="unclean", subject="role", choice="worker", propensity=1.0, task_type="doc"
         )
         memory.commit([Entry(RecordDecisions(decisions=[decision]))])
-        memory.projector.advance()
+        memory.follow()
     sys.stdout.write("open\n")
     sys.stdout.flush()
     signal.sigwait({signal.SIGTERM})

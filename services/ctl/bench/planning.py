@@ -1,9 +1,9 @@
 """`tierline bench planning`: how wide plans are, whether requests are split that divide, what discovery recovers.
 
-Three parts, each by itself: `--width FILE` plans every question of a file and compares the width of the plan with the
+Four parts, each by itself: `--width FILE` plans every question of a file and compares the width of the plan with the
 gold width; `--decompose FILE` judges whether the answer of a request divides, trained on `--train FILE` or, without
 one, in five folds of the file itself, beside the rules that ship; without a file the discovery of parallelism gets
-graphs that were made serial at random. `planning_graphs` has the graphs.
+graphs that were made serial at random. `planning_graphs` has the graphs. `--swarm` runs sub-agents (`swarm.py`).
 
 Both planners are the planner's own machine. `rules` leaves its questions unanswered; for `model` a stack with the demo
 model answers the one to the front door, under the grammar, and what is no plan for the question counts as not exact.
@@ -34,6 +34,7 @@ from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.demo_models import IDLE, decoding_threads, demo_entry
 from services.ctl.bench.graph_file import read_graphs
 from services.ctl.bench.planning_graphs import from_graph, measure_discovery, random_plans
+from services.ctl.bench.swarm import measure_swarm
 from services.ctl.commands import Commands, Context
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import Screen
@@ -69,6 +70,11 @@ def add(commands: Commands) -> None:
     parser.add_argument("--graphs", type=Path, metavar="FILE", help="also graphs of this file, as for makespan")
     parser.add_argument("--dags", type=int, default=200, metavar="N", help="random graphs to discover (default 200)")
     parser.add_argument("--seed", type=int, default=1, help="of graphs and folds (default 1)")
+    parser.add_argument("--swarm", action="store_true", help="sub-agents on the demo model, killed and resumed")
+    parser.add_argument("--agents", type=int, default=100, metavar="N", help="with --swarm: sub-agents (default 100)")
+    parser.add_argument(
+        "--baseline", type=int, default=24, metavar="N", help="with --swarm: in each run that is compared (default 24)"
+    )
 
 
 def _run(arguments: Namespace, context: Context) -> ExitCode:
@@ -87,13 +93,18 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
             parts["decompose"] = measure_split(rows, training, arguments.seed)
         except ValueError as err:  # BadRow is one, and so is what a judge says that cannot learn from the rows
             raise BadInput(str(err)) from err
+    if arguments.swarm:
+        if not 2 <= arguments.baseline <= arguments.agents <= 100:
+            raise BadInput("--agents N and --baseline M: expected 2 <= M <= N <= 100")
+        parts["swarm"] = measure_swarm(arguments.agents, arguments.baseline, arguments.engine)
     if arguments.graphs is not None or not parts:
         known = random_plans(arguments.dags, arguments.seed)
         if arguments.graphs is not None:
             known += [from_graph(graph, arguments.seed) for graph in read_graphs(arguments.graphs)]
         parts["discovery"] = measure_discovery(known)
     if context.screen.json:
-        context.screen.document(next(iter(parts.values())) if len(parts) == 1 else parts)
+        alone = len(parts) == 1 and "swarm" not in parts
+        context.screen.document(next(iter(parts.values())) if alone else parts)
     else:
         for name, figures in parts.items():
             _print(context.screen, name, figures)

@@ -12,15 +12,20 @@ above -0.02; the median over the seeds, a replay that never recovers counting wi
 
 APGR is offline: the policy is given both labels of one half of the rows and ranks the other half by expected gain; the
 share of the accuracy gap won back, averaged over all shares of strong calls, both halves in turn (random is 0.5).
-Intervals are Student's 95 % over the seeds.
+Intervals are Student's 95 % over the seeds. Seeds are replayed side by side, a process for each core.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +36,7 @@ from protocol.messages.memory import Advise, DecisionRecord, Option, Outcome, Qu
 from services.ctl.bench.outcome_file import RecordedOutcome, read_outcomes
 from services.ctl.commands import Commands, Context
 from services.ctl.outcomes import BadInput, ExitCode
+from services.kit.children import die_with_parent
 from services.memory.advisor import Advisor
 from services.memory.embedding import Embedder, Unembeddable, Vector
 from services.memory.log import Entry, MemoryLog
@@ -47,6 +53,7 @@ _MAX_SEEDS: Final = 1_000
 _WINDOW: Final = 100
 _MARGIN: Final = 0.02
 _TENTHS: Final = 10
+_SHARED_MEMORY: Final = "/dev/shm"  # noqa: S108  only for a private folder made there
 #: Student's t for 95 % by degrees of freedom, from 1; beyond the table it is 2.0 to one decimal.
 _T95: Final = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11)
 
@@ -71,6 +78,29 @@ class Replay:
     reward: Array
     explored: float
     """Share of steps that were exploration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the replays of all seeds have in common."""
+
+    rows: Sequence[RecordedOutcome]
+    vectors: Sequence[Vector | None]
+    penalty: float
+
+
+@dataclass(frozen=True, slots=True)
+class OfSeed:
+    """What one seed came to."""
+
+    plain: Replay
+    after_swap: tuple[float, float]
+    """Mean reward after the swap, and that of the arm that is best then."""
+    recovered: int | None
+    apgr: float | None
+
+
+_HERE: tuple[Job, Embedder] | None = None
 
 
 def add(commands: Commands) -> None:
@@ -102,19 +132,22 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
 def measure(rows: Sequence[RecordedOutcome], penalty: float, seeds: int) -> dict[str, Any]:
     """All figures over so many shuffled replays; see the module's docstring for what they mean."""
     embedder = Embedder()
-    vectors = [_vector(embedder, row.prompt) for row in rows]
+    job = Job(rows, [_vector(embedder, row.prompt) for row in rows], penalty)
     half = len(rows) // 2
-    plain, swapped, ranked, streams, greedy, recovered = [], [], [], [], [], []
-    for seed in range(seeds):
-        stream = _stream(rows, penalty, seed, swap=False)
-        streams.append(stream)
-        plain.append(_replay(rows, vectors, stream, penalty, seed, embedder))
-        greedy.append(float(_greedy(stream.net).mean()))
-        turned = _stream(rows, penalty, seed, swap=True)
-        after = _replay(rows, vectors, turned, penalty, seed, embedder).reward[half:]
-        swapped.append((float(after.mean()), float(turned.net[half:].mean(axis=0).max())))
-        recovered.append(_recovery_steps(after, turned.net[half:]))
-        ranked.append(_apgr(rows, vectors, seed))
+    workers = min(seeds, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_take_job, initargs=(job,)) as pool:
+        try:
+            found = list(pool.map(_of_seed, range(seeds)))
+        except BaseException:  # told to end: leaving the pool would wait for replays that nobody will read
+            for child in active_children():
+                child.terminate()
+            raise
+    streams = [_stream(rows, penalty, seed, swap=False) for seed in range(seeds)]
+    plain = [each.plain for each in found]
+    greedy = [float(_greedy(stream.net).mean()) for stream in streams]
+    swapped = [each.after_swap for each in found]
+    recovered = [each.recovered for each in found]
+    ranked = [each.apgr for each in found]
     net = streams[0].net
     rewards = [float(replay.reward.mean()) for replay in plain]
     second = [float(replay.reward[half:].mean()) for replay in plain]
@@ -163,57 +196,93 @@ def _stream(rows: Sequence[RecordedOutcome], penalty: float, seed: int, *, swap:
     return Stream(order, correct, correct - np.array([0.0, penalty]))
 
 
-def _replay(
-    rows: Sequence[RecordedOutcome],
-    vectors: Sequence[Vector | None],
-    stream: Stream,
-    penalty: float,
-    seed: int,
-    embedder: Embedder,
-) -> Replay:
+def _take_job(job: Job) -> None:
+    """What all replays of this process are about, and the embedder, which cannot be sent."""
+    global _HERE  # a process of a pool has no other place for what its tasks share
+    die_with_parent(signal.SIGKILL)
+    _HERE = job, Embedder()
+
+
+def _of_seed(seed: int) -> OfSeed:
+    """Both replays and the ranking of one seed, in a process of the pool."""
+    if _HERE is None:
+        raise RuntimeError("this process was given no rows")
+    job, embedder = _HERE
+    half = len(job.rows) // 2
+    turned = _stream(job.rows, job.penalty, seed, swap=True)
+    plain, after = _replay(job, _stream(job.rows, job.penalty, seed, swap=False), turned, seed, embedder)
+    return OfSeed(
+        plain=plain,
+        after_swap=(float(after.mean()), float(turned.net[half:].mean(axis=0).max())),
+        recovered=_recovery_steps(after, turned.net[half:]),
+        apgr=_apgr(job.rows, job.vectors, seed),
+    )
+
+
+def _replay(job: Job, stream: Stream, turned: Stream, seed: int, embedder: Embedder) -> tuple[Replay, Array]:
+    """The stream as it is, and the rewards of the second half where both columns change places there.
+
+    Both replays have the first half in common: at its end the memory is closed, copied, and each copy goes on.
+    """
+    half = len(job.rows) // 2
+    with tempfile.TemporaryDirectory(prefix="tierline-bench-", dir=_swift_folder()) as folder:
+        straight, swapped = Path(folder) / "straight", Path(folder) / "swapped"
+        straight.mkdir()
+        before = _steps(job, stream, range(half), straight, seed, embedder)
+        shutil.copytree(straight, swapped)
+        after = _steps(job, stream, range(half, len(job.rows)), straight, seed, embedder)
+        other = _steps(job, turned, range(half, len(job.rows)), swapped, seed, embedder)
+    taken = np.concatenate([before.taken, after.taken])
+    explored = (before.explored * half + after.explored * (len(job.rows) - half)) / len(job.rows)
+    return Replay(taken, np.concatenate([before.reward, after.reward]), explored), other.reward
+
+
+def _swift_folder() -> str | None:
+    """A file system in memory where there is one: waiting for a disk after every row changes no figure."""
+    return _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
+
+
+def _steps(job: Job, stream: Stream, steps: range, folder: Path, seed: int, embedder: Embedder) -> Replay:
     """Row by row through the log and the advisor of the memory service."""
-    options = [Option(choice=ARMS[0]), Option(choice=ARMS[1], cost=penalty)]
-    taken = np.zeros(len(rows), dtype=np.int64)
+    options = [Option(choice=ARMS[0]), Option(choice=ARMS[1], cost=job.penalty)]
+    taken = np.zeros(len(steps), dtype=np.int64)
     explored = 0
-    with tempfile.TemporaryDirectory(prefix="tierline-bench-") as folder:
-        log = MemoryLog(Path(folder))
-        log.adopt_embedder(embedder.name, embedder.embed)
-        advisor = Advisor(Path(folder), embedder)
-        for step, at in enumerate(stream.order):
-            row, vector = rows[at], vectors[at]
-            question = Question(
-                key="q", subject=_SUBJECT, cluster=row.domain, rules_choice=ARMS[RULES], options=options
-            )
-            ask = Advise(text=row.prompt, task_type=_TASK_TYPE, questions=[question], seed=seed * len(rows) + step)
-            (advised,) = advisor.advise(ask, vector)
-            taken[step] = ARMS.index(advised.choice)
-            explored += advised.won == "exploration"
-            decision = DecisionRecord(
-                decision_id=f"d{step}",
-                task_id=f"t{step}",
-                subject=_SUBJECT,
-                choice=advised.choice,
-                alternatives=[arm for arm in ARMS if arm != advised.choice],
-                propensity=advised.propensity,
-                task_type=_TASK_TYPE,
-                cluster=row.domain,
-            )
-            outcome = Outcome(
-                decision_id=f"d{step}",
-                reward=float(stream.correct[step, taken[step]]),
-                seconds=0,
-                attempts=1,
-                at_ms=step,
-            )
-            log.commit(
-                [
-                    Entry(RecordDecisions(decisions=[decision], text=row.prompt), vector),
-                    Entry(RecordOutcomes(outcomes=[outcome])),
-                ]
-            )
-        advisor.close()
-        log.close()
-    return Replay(taken, stream.net[np.arange(len(rows)), taken], explored / len(rows))
+    log = MemoryLog(folder)
+    log.adopt_embedder(embedder.name, embedder.embed)
+    advisor = Advisor(folder, embedder)
+    for number, step in enumerate(steps):
+        row, vector = job.rows[stream.order[step]], job.vectors[stream.order[step]]
+        question = Question(key="q", subject=_SUBJECT, cluster=row.domain, rules_choice=ARMS[RULES], options=options)
+        ask = Advise(text=row.prompt, task_type=_TASK_TYPE, questions=[question], seed=seed * len(job.rows) + step)
+        (advised,) = advisor.advise(ask, vector)
+        taken[number] = ARMS.index(advised.choice)
+        explored += advised.won == "exploration"
+        decision = DecisionRecord(
+            decision_id=f"d{step}",
+            task_id=f"t{step}",
+            subject=_SUBJECT,
+            choice=advised.choice,
+            alternatives=[arm for arm in ARMS if arm != advised.choice],
+            propensity=advised.propensity,
+            task_type=_TASK_TYPE,
+            cluster=row.domain,
+        )
+        outcome = Outcome(
+            decision_id=f"d{step}",
+            reward=float(stream.correct[step, taken[number]]),
+            seconds=0,
+            attempts=1,
+            at_ms=step,
+        )
+        log.commit(
+            [
+                Entry(RecordDecisions(decisions=[decision], text=row.prompt), vector),
+                Entry(RecordOutcomes(outcomes=[outcome])),
+            ]
+        )
+    advisor.close()
+    log.close()
+    return Replay(taken, stream.net[np.arange(steps.start, steps.stop), taken], explored / len(steps))
 
 
 def _greedy(net: Array) -> Array:

@@ -54,10 +54,12 @@ class Kill:
 
 @dataclass(slots=True)
 class Residence:
-    """Resident memory of the stack's processes over the run, sampled in a thread of its own."""
+    """Resident memory and processor time of the stack's processes over the run, sampled in a thread of its own."""
 
     stack: BareStack
     samples: list[dict[str, int]] = field(default_factory=list)
+    cpu: dict[tuple[str, int], float] = field(default_factory=dict)
+    """(Name, process id) -> seconds of processor time when last seen alive, user and system."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -82,6 +84,13 @@ class Residence:
         first, last = self.peaks_mb(self.samples[:third]), self.peaks_mb(self.samples[-third:])
         return {name: round(last.get(name, 0.0) - first.get(name, 0.0), 1) for name in self.stack.argv}
 
+    def cpu_s(self) -> dict[str, float]:
+        """Processor time of each service, that of killed processes included, their starts too."""
+        return {
+            name: round(sum(used for (owner, _), used in self.cpu.items() if owner == name), 1)
+            for name in self.stack.argv
+        }
+
     @staticmethod
     def peaks_mb(samples: Sequence[dict[str, int]]) -> dict[str, float]:
         """Highest resident memory of each process, in MiB."""
@@ -95,7 +104,10 @@ class Residence:
             sample = {}
             for name, process in list(self.stack.processes.items()):
                 try:
-                    sample[name] = psutil.Process(process.pid).memory_info().rss
+                    seen = psutil.Process(process.pid)
+                    sample[name] = seen.memory_info().rss
+                    used = seen.cpu_times()
+                    self.cpu[name, process.pid] = used.user + used.system
                 except psutil.NoSuchProcess:
                     continue  # killed a moment ago; its successor is in the next sample
             self.samples.append(sample)
@@ -177,6 +189,7 @@ def _figures(
         "recovery_by_victim_s": {name: statistics.median(values) for name, values in sorted(by_victim.items())},
         "rss_growth_mb": round(sum(residence.growth_mb().values()), 1),
         "rss_growth_by_process_mb": residence.growth_mb(),
+        "cpu_s_by_process": residence.cpu_s(),
         "rss_peak_mb": residence.peaks_mb(residence.samples),
         "failed": sum(count for load in loads for state, count in load.states.items() if state != "succeeded"),
         "kills": dict(sorted(Counter(kill.victim for kill in kills).items())),

@@ -3,11 +3,16 @@
 Both reach the same llama.cpp process, whose port and key are those of the running child. The direct side is a lean
 HTTP client with no bus, no service, no partials. Each round sends as many prompts at once as there are streams, first
 one way and then the other, and every second round the other way round, so that what else the machine does meets both;
-a ratio is made within a round, and the median is over rounds. Prompts differ in a number only: equally long, and new
-each time.
+a ratio is made within a round, and the median is over rounds.
+
+Both sides do the same work. Prompts are equally long and differ from their first character on, so that all there is in
+a cache is what the chat template puts before them; and every slot has read that before anything is measured, since
+llama.cpp by itself goes on in the slot it used last, while the service takes the one that was used longest ago. How
+many tokens were read and written for an answer is reported for both sides: figures of unequal work would say nothing.
 
 The service replaces an engine whose slots work for nobody it knows, for five seconds on end, and the direct side is
 nobody it knows. So answers are as long as fits into half of that, and after them the service gets to see free slots.
+Where the machine was too busy for that, the round is repeated on the new engine, a few times.
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ import asyncio
 import itertools
 import json
 import statistics
+import string
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -38,6 +44,10 @@ _DIRECT_S: Final = 2.5
 _SEEN_FREE_S: Final = 1.3
 """The service looks at the slots once a second."""
 _LEAST_TOKENS: Final = 4
+_REPEATS: Final = 3
+"""Rounds that may be lost to a machine that is too busy."""
+_FREE_POLL_S: Final = 0.005
+"""Asking for free slots without a pause would take the cores from the engine that has to free one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +79,8 @@ class Answered:
     first_s: float
     """From sending to the first text."""
     tokens: int
+    read_tokens: int
+    """Tokens of its prompt that were not in the slot's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +90,14 @@ class Round:
     tokens_per_s: float
     first_ms: float
     """Median time to the first text."""
+    read_tokens: float
+    """Mean of an answer."""
+    written_tokens: float
+    """Mean of an answer."""
+
+
+class EngineReplacedError(BenchmarkFailedError):
+    """The engine went away during a direct answer: its service took it for stuck."""
 
 
 def metrics_of(stack: BareStack, model: str) -> dict[str, Any]:
@@ -88,53 +108,83 @@ def metrics_of(stack: BareStack, model: str) -> dict[str, Any]:
 def measure_streams(
     stack: BareStack, model: str, streams: tuple[int, ...], rounds: int, answer_tokens: int
 ) -> dict[str, dict[str, float]]:
-    """Figures by number of streams: `tokens_ratio` (bus over direct), `ttft_added_ms_p50`, and both speeds."""
-    return asyncio.run(_measure(stack, model, streams, rounds, answer_tokens))
+    """Figures by number of streams: `tokens_ratio` (bus over direct), `ttft_added_ms_p50`, and of each side speed,
+    tokens read and tokens written for an answer. Raises BenchmarkFailedError.
+    """
+    return asyncio.run(_Comparison(stack, model).figures(streams, rounds, answer_tokens))
 
 
-async def _measure(
-    stack: BareStack, model: str, streams: tuple[int, ...], rounds: int, answer_tokens: int
-) -> dict[str, dict[str, float]]:
-    figures: dict[str, dict[str, float]] = {
-        "tokens_ratio": {},
-        "ttft_added_ms_p50": {},
-        "bus_tokens_per_s": {},
-        "direct_tokens_per_s": {},
-        "answer_tokens": {},
-    }
-    async with (
-        EngineAddress.of(stack, model).client() as http,
-        AsyncClient(stack.home.hub_address, name="bench") as bus,
-    ):
-        numbers = itertools.count()
+class _Comparison:
+    """The same prompts both ways."""
 
-        async def ask(side: str, count: int, tokens: int) -> Round:
-            prompts = [_request(next(numbers), tokens) for _ in range(count)]
-            began_s = time.perf_counter()
-            ways = [_over_bus(bus, model, one) if side == "bus" else _directly(http, one) for one in prompts]
-            found = _round(await asyncio.gather(*ways), time.perf_counter() - began_s)
-            if side == "direct":
-                await asyncio.sleep(_SEEN_FREE_S)
-            return found
+    def __init__(self, stack: BareStack, model: str) -> None:
+        self._stack = stack
+        self._model = model
+        self._numbers = itertools.count()
+        self._repeats = _REPEATS
 
-        for count in streams:
-            await ask("bus", count, _LEAST_TOKENS)  # from here on every slot holds how a prompt begins
-            rehearsed = await ask("bus", count, 2 * _LEAST_TOKENS)
-            tokens = max(_LEAST_TOKENS, min(answer_tokens, int(rehearsed.tokens_per_s * _DIRECT_S / count)))
-            taken: dict[str, list[Round]] = {"bus": [], "direct": []}
-            for turn in range(rounds):
-                for side in ("bus", "direct") if turn % 2 else ("direct", "bus"):
-                    taken[side].append(await ask(side, count, tokens))
-            pairs = list(zip(taken["bus"], taken["direct"], strict=True))
-            ratio = statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
-            added = statistics.median(one.first_ms - other.first_ms for one, other in pairs)
-            figures["tokens_ratio"][str(count)] = round(ratio, 3)
-            figures["ttft_added_ms_p50"][str(count)] = round(added, 2)
-            figures["answer_tokens"][str(count)] = tokens
-            for side, rows in taken.items():
-                speed = statistics.median(one.tokens_per_s for one in rows)
-                figures[f"{side}_tokens_per_s"][str(count)] = round(speed, 1)
-    return figures
+    async def figures(self, streams: tuple[int, ...], rounds: int, answer_tokens: int) -> dict[str, dict[str, float]]:
+        figures: dict[str, dict[str, float]] = {"tokens_ratio": {}, "ttft_added_ms_p50": {}}
+        async with AsyncClient(self._stack.home.hub_address, name="bench") as bus:
+            await self._warm(bus)
+            for count in streams:
+                rehearsed = await self._over_bus(bus, count, 2 * _LEAST_TOKENS)
+                tokens = max(_LEAST_TOKENS, min(answer_tokens, int(rehearsed.tokens_per_s * _DIRECT_S / count)))
+                pairs = [await self._pair(bus, count, tokens, turn % 2 == 1) for turn in range(rounds)]
+                name = str(count)
+                ratio = statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
+                added = statistics.median(one.first_ms - other.first_ms for one, other in pairs)
+                figures["tokens_ratio"][name] = round(ratio, 3)
+                figures["ttft_added_ms_p50"][name] = round(added, 2)
+                for side, taken in zip(("bus", "direct"), zip(*pairs, strict=True), strict=True):
+                    for figure in ("tokens_per_s", "first_ms", "read_tokens", "written_tokens"):
+                        value = statistics.median(getattr(one, figure) for one in taken)
+                        figures.setdefault(f"{side}_{figure}", {})[name] = round(value, 1)
+        return figures
+
+    async def _warm(self, bus: AsyncClient) -> None:
+        """From here on every slot holds how a prompt begins."""
+        await self._over_bus(bus, await _free_slots(bus, self._model), _LEAST_TOKENS)
+
+    async def _pair(self, bus: AsyncClient, count: int, tokens: int, bus_first: bool) -> tuple[Round, Round]:
+        """One round over the bus and one around it; again where the engine was replaced meanwhile."""
+        while True:
+            try:
+                over = await self._over_bus(bus, count, tokens) if bus_first else None
+                direct = await self._around(count, tokens)
+                return over or await self._over_bus(bus, count, tokens), direct
+            except EngineReplacedError:
+                if not self._repeats:
+                    raise
+                self._repeats -= 1
+                await asyncio.to_thread(self._until_back)
+                await self._warm(bus)
+
+    def _until_back(self) -> None:
+        time.sleep(_SEEN_FREE_S)
+        self._stack.wait_ready([f"inference-{self._model}"])
+        time.sleep(_SEEN_FREE_S)  # its next pong says where the new engine is
+
+    async def _over_bus(self, bus: AsyncClient, count: int, tokens: int) -> Round:
+        return await _together([_over_bus(bus, self._model, self._request(tokens)) for _ in range(count)])
+
+    async def _around(self, count: int, tokens: int) -> Round:
+        began_s = time.perf_counter()
+        try:
+            async with EngineAddress.of(self._stack, self._model).client() as http:
+                (await http.get("/health")).raise_for_status()  # its pool has a connection then, as the service's has
+                found = await _together([_directly(http, self._request(tokens)) for _ in range(count)])
+        except (httpx.TransportError, FileNotFoundError) as err:
+            took_s = time.perf_counter() - began_s
+            raise EngineReplacedError(
+                f"the engine went away during a direct answer, after {took_s:.1f} s ({type(err).__name__}): after some "
+                "five its service takes it for stuck and replaces it; the machine is too busy for figures"
+            ) from err
+        await asyncio.sleep(_SEEN_FREE_S)
+        return found
+
+    def _request(self, tokens: int) -> InferRequest:
+        return _request(next(self._numbers), tokens)
 
 
 def measure_cancel(stack: BareStack, model: str, count: int) -> dict[str, float]:
@@ -170,6 +220,7 @@ async def _measure_cancel(stack: BareStack, model: str, count: int) -> dict[str,
             while await _free_slots(bus, model) < all_free:
                 if time.perf_counter() - asked_s > _CANCEL_S:
                     raise BenchmarkFailedError(f"no slot was free {_CANCEL_S:g} s after a cancel")
+                await asyncio.sleep(_FREE_POLL_S)
             took_ms.append((time.perf_counter() - asked_s) * 1000)
             slots = (await http.get("/slots")).raise_for_status().json()
             if any(slot.get("is_processing") for slot in slots):
@@ -188,7 +239,7 @@ async def _free_slots(bus: AsyncClient, model: str) -> int:
 
 
 def _request(number: int, max_tokens: int) -> InferRequest:
-    text = f"{number:06d}. Tell a long story."
+    text = f"{string.ascii_letters[number % 52]} {number:06d}. Tell a long story."
     sampling = Sampling(temperature=0, top_k=1, seed=1)
     messages = [ChatMessage(role="user", content=text)]
     return InferRequest(role="bench", messages=messages, max_tokens=max_tokens, sampling=sampling, stream=True)
@@ -205,33 +256,28 @@ async def _over_bus(bus: AsyncClient, model: str, request: InferRequest) -> Answ
     final = await bus.infer(model, request, _CALL_S, on_partial=piece)
     if not first:
         raise BenchmarkFailedError(f"no piece of an answer came before its end: {final.text[:100]!r}")
-    return Answered(first[0] - began, final.generated_tokens)
+    return Answered(first[0] - began, final.generated_tokens, final.prompt_tokens - final.cached_tokens)
 
 
 async def _directly(http: httpx.AsyncClient, request: InferRequest) -> Answered:
     # What only our service asks for, the count of tokens in each event, is left out: it would slow this side down.
     payload = payload_of(request.model_copy(update={"stream": False}))
-    first_s, tokens = None, 0
+    first_s = None
+    usage: dict[str, Any] = {}
     began = time.perf_counter()
-    try:
-        async with http.stream("POST", "/v1/chat/completions", json=payload) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if first_s is None and _has_text(event):
-                    first_s = time.perf_counter() - began
-                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-    except httpx.HTTPError as err:
-        took_s = time.perf_counter() - began
-        raise BenchmarkFailedError(
-            f"the engine broke off a direct answer after {took_s:.1f} s ({type(err).__name__}); after about five its "
-            "service replaces it, which takes it for stuck: the machine is too busy for figures"
-        ) from err
-    if first_s is None or not tokens:
+    async with http.stream("POST", "/v1/chat/completions", json=payload) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if first_s is None and _has_text(event):
+                first_s = time.perf_counter() - began
+            usage = event.get("usage") or usage
+    if first_s is None or not usage.get("completion_tokens"):
         raise BenchmarkFailedError("the engine gave no answer over HTTP")
-    return Answered(first_s, tokens)
+    read = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+    return Answered(first_s, usage["completion_tokens"], read)
 
 
 def _has_text(event: Mapping[str, Any]) -> bool:
@@ -239,6 +285,14 @@ def _has_text(event: Mapping[str, Any]) -> bool:
     return bool(choices and choices[0].get("delta", {}).get("content"))
 
 
-def _round(answers: list[Answered], took_s: float) -> Round:
-    first_ms = statistics.median(one.first_s for one in answers) * 1000
-    return Round(sum(one.tokens for one in answers) / took_s, first_ms)
+async def _together(ways: list[Coroutine[Any, Any, Answered]]) -> Round:
+    """All of them at once."""
+    began_s = time.perf_counter()
+    answers = await asyncio.gather(*ways)
+    took_s = time.perf_counter() - began_s
+    return Round(
+        tokens_per_s=sum(one.tokens for one in answers) / took_s,
+        first_ms=statistics.median(one.first_s for one in answers) * 1000,
+        read_tokens=statistics.mean(one.read_tokens for one in answers),
+        written_tokens=statistics.mean(one.tokens for one in answers),
+    )

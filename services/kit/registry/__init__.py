@@ -18,9 +18,11 @@ from services.kit.registry.entries import (
     RemoteLimits,
     RoleEntry,
     Sampling,
+    TrialPolicy,
 )
 from services.kit.registry.problems import Problem, RegistryError, UnknownNameError
 from services.kit.registry.registry import Registry, load_registry
+from services.kit.registry.trials import free_name, persona_entry, with_own, with_trials
 
 __all__ = [
     "EarlyAbort",
@@ -38,9 +40,14 @@ __all__ = [
     "RemoteLimits",
     "RoleEntry",
     "Sampling",
+    "TrialPolicy",
     "UnknownNameError",
+    "free_name",
     "keep_copy",
     "load_registry",
     "make_current",
     "past_registries",
+    "persona_entry",
+    "with_own",
+    "with_trials",
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.failure import Category
@@ -243,6 +243,8 @@ class PersonaEntry(Entry):
     """Text that is added to the role's system prompt."""
     fits: PersonaFit = PersonaFit()
     """Where it may be chosen."""
+    by_rule: bool = True
+    """Whether the rules may choose it while outcomes do not speak yet; False = only a step, a plan or outcomes do."""
 
 
 Argument: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
@@ -405,6 +407,35 @@ class LearningEntry(Entry):
 
     enabled: bool = True
     """False: the rules choose alone, nothing is tried out."""
+
+
+class TrialPolicy(Entry):
+    """How personas that were made at run time earn a place in personas.yaml, and when they lose their trial."""
+
+    offer: bool = True
+    """Whether one on trial may be tried where nobody names it, as outcomes of that decide; False = only steps and plans
+    that name it use it."""
+    adopt: bool = True
+    """Whether one that has earned it is written into personas.yaml; False = it stays on trial and `tierline personas`
+    says so."""
+    at_once: int = Field(default=32, ge=0, le=64)
+    """Personas on trial at the same time. A further one takes the place of the one that was idle for longest, or only
+    the task that it was made for knows it."""
+    idle_s: float = Field(default=3_600.0, ge=0, le=31_536_000)
+    """Seconds without any use, after which a persona on trial may have to make way."""
+    least_outcomes: int = Field(default=20, ge=2, le=10_000)
+    """Outcomes before anything is decided."""
+    most_outcomes: int = Field(default=200, ge=2, le=100_000)
+    """Outcomes after which one that is still not clearly better is dropped."""
+    deviations: float = Field(default=1.64, gt=0, le=10)
+    """Standard deviations between the mean and a bound. Adopted is whose lower bound lies above the best declared
+    choice in the same kinds of work, dropped whose upper bound lies below it. 1.64: wrong once in twenty."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "TrialPolicy":
+        if self.most_outcomes < self.least_outcomes:
+            raise ValueError("most_outcomes must not be less than least_outcomes")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

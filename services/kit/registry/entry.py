@@ -1,13 +1,12 @@
 """The base of everything that an operator writes, and the kinds of text in it."""
 
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
-NAME_PATTERN: Final = r"^[a-z][a-z0-9_-]{0,31}$"
-"""Names become parts of process names, file names and log fields, hence so narrow."""
+from protocol.messages.base import REGISTRY_NAME_PATTERN
 
-Name: TypeAlias = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Name: TypeAlias = Annotated[str, StringConstraints(pattern=REGISTRY_NAME_PATTERN)]
 Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=16_000, strip_whitespace=True)]
 
 

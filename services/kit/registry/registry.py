@@ -8,7 +8,7 @@ from it by the services.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,7 @@ from services.kit.registry.entries import (
     ModelEntry,
     PersonaEntry,
     RoleEntry,
+    TrialPolicy,
 )
 from services.kit.registry.launch import Launch
 from services.kit.registry.launch_rules import LAUNCH_ERRORS, LAUNCH_NOTES, known_facts
@@ -54,6 +55,8 @@ class Registry:
         digest: sha256 in hex over the content of the files; comments, order and detected values do not change it.
         notes: what is worth knowing but refuses no launch.
         document: models.yaml as it was read, for the lines of its fields.
+        trials: how personas that were made at run time earn their place.
+        on_trial: names of those among `personas`.
     """
 
     models: Mapping[str, ModelEntry]
@@ -68,6 +71,8 @@ class Registry:
     digest: str
     notes: tuple[Problem, ...]
     document: Document
+    trials: TrialPolicy = field(default_factory=TrialPolicy)
+    on_trial: frozenset[str] = frozenset()
 
     def launch(self, model: str) -> Launch:
         """Return what the process of a model is started from. Raises `UnknownNameError`."""
@@ -158,6 +163,7 @@ def load_registry(
         digest=_digest(draft),
         notes=tuple(note for rule in (*NOTES, *LAUNCH_NOTES) for note in rule(scene)),
         document=draft.document("models"),
+        trials=draft.single("trials", TrialPolicy),
     )
 
 

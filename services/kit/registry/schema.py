@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from protocol.messages.base import REGISTRY_NAME_PATTERN
 from protocol.messages.failure import Category
 from services.kit.registry.entries import CLIENT_PATTERN
-from services.kit.registry.entry import NAME_PATTERN
 from services.kit.registry.sections import FILES, Section
 
 DEFAULT_FOLDER: Final = Path("registry/schema")
@@ -60,7 +60,7 @@ def _section_schema(section: Section, entry: dict[str, Any]) -> dict[str, Any]:
     entry["required"] = [name for name in entry.get("required", ()) if name != "name"]
     return {
         "type": ["object", "null"] if section.may_be_empty else "object",
-        "propertyNames": {"pattern": CLIENT_PATTERN if section.keys == "client" else NAME_PATTERN},
+        "propertyNames": {"pattern": CLIENT_PATTERN if section.keys == "client" else REGISTRY_NAME_PATTERN},
         "additionalProperties": entry,
         **({} if section.may_be_empty else {"minProperties": 1}),
     }

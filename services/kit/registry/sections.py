@@ -26,6 +26,7 @@ from services.kit.registry.entries import (
     ModelEntry,
     PersonaEntry,
     RoleEntry,
+    TrialPolicy,
 )
 from services.kit.registry.entry import Entry, Name
 from services.kit.registry.problems import Problem
@@ -60,7 +61,10 @@ FILES: Final[Mapping[str, tuple[Section, ...]]] = {
         Section("caps", FailureCaps, "field", may_be_empty=True),
     ),
     "hardware.yaml": (Section("hardware", HardwareEntry, "field", may_be_empty=True),),
-    "learning.yaml": (Section("learning", LearningEntry, "field", may_be_empty=True),),
+    "learning.yaml": (
+        Section("learning", LearningEntry, "field", may_be_empty=True),
+        Section("trials", TrialPolicy, "field", may_be_empty=True),
+    ),
     "clients.yaml": (Section("clients", ClientEntry, "client", may_be_empty=True),),
 }
 OPTIONAL: Final = frozenset({"clients.yaml", "learning.yaml"})

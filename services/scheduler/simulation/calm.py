@@ -170,15 +170,15 @@ class CalmWorld:
 
     def add_tiers(self, tiers: Sequence[Tier], seconds: Seconds) -> None:
         """Start the workers of these tiers; `seconds` says how long each step takes them."""
-        finals: dict[tuple[tuple[str, ArtefactKind], ...], Unpacked] = {}
+        finals: dict[tuple[bool, tuple[tuple[str, ArtefactKind], ...]], Unpacked] = {}
 
         def infer(call: c.Call) -> Answer:
             task = self.task(call.task or "")
             step = task.steps[call.step or ""]
             shape = tuple((output.name, output.kind) for output in step.spec.outputs)
-            final = finals.get(shape)
+            final = finals.get((step.is_turn, shape))
             if final is None:
-                final = finals[shape] = Unpacked(smallest_final(shape))
+                final = finals[step.is_turn, shape] = Unpacked(smallest_final(shape, turn=step.is_turn))
             return round(seconds(task, step) * 1000), final
 
         for tier in tiers:

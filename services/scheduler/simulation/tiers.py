@@ -51,9 +51,11 @@ def all_pass(gates: Sequence[str]) -> list[GateResult]:
     return [GateResult(gate=name, verdict=Verdict.PASS, category="CODE", started_ms=0, ended_ms=0) for name in gates]
 
 
-def smallest_final(shape: Sequence[tuple[str, ArtefactKind]]) -> InferFinal:
-    """An answer that yields these outputs, by name and kind."""
+def smallest_final(shape: Sequence[tuple[str, ArtefactKind]], *, turn: bool = False) -> InferFinal:
+    """An answer that yields these outputs, by name and kind; as a `turn` of a spawning step, without any sub-agent."""
     text = "{}" if shape[0][1] is ArtefactKind.JSON else WRITTEN
+    if turn:
+        text = f'{{"answer":{text if text == "{}" else chr(34) + text + chr(34)}}}'
     if len(shape) > 1:
         parts = (f'"{name}":{"{}" if kind is ArtefactKind.JSON else chr(34) * 2}' for name, kind in shape)
         text = f"{{{','.join(parts)}}}"

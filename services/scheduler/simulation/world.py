@@ -27,6 +27,7 @@ from services.scheduler.durations import LearnedDurations
 from services.scheduler.effects import Record
 from services.scheduler.machine import Hub
 from services.scheduler.past import Past
+from services.scheduler.personas import AdoptPersona, KeepPersona
 from services.scheduler.simulation.peers import Answer, SimPeer, SimulationError
 from services.scheduler.tasks import TaskRecord, fold
 
@@ -62,6 +63,10 @@ class World:
         self.peers: dict[str, SimPeer] = {}
         self.journal: list[tuple[str, int, str, bytes]] = []
         """Task, sequence number, kind and packed fact."""
+        self.personas: dict[str, bytes] = {}
+        """Rows of personas made at run time."""
+        self.adopting: list[AdoptPersona] = []
+        """What would be written into the registry's files."""
         self.ended: dict[str, TaskRecord] = {}
         """Tasks that have ended, in that order."""
         self.client_inbox: list[tuple[Header, Message]] = []
@@ -116,6 +121,7 @@ class World:
         self.hub = Hub(
             epoch=f"hub{next(self._order)}", registry=self.registry, started_ms=self.now, durations=LearnedDurations()
         )
+        self.hub.restore_personas(self.personas.values())
         for task in self.recorded_tasks().values():
             if not (task.state.final and task.settled):
                 self.feed(ev.Restored(task, self.now, self.past if self.hub.lacks(task) else None))
@@ -169,6 +175,10 @@ class World:
             case ev.Noted(event=told, fields=fields):
                 self.notes.append(f"{self.now} {told.name} {fields}")
                 del self.notes[:-_KEPT_NOTES]
+            case KeepPersona(name, data):
+                self.personas.pop(name, None) if data is None else self.personas.update({name: data})
+            case AdoptPersona():
+                self.adopting.append(command)
             case ev.ReadListing() | ev.ReadStatus() | ev.ReadEvents() | ev.ReadRegistry():
                 raise SimulationError("listings and reports are the business of the process, not of its machine")
 

@@ -1,0 +1,195 @@
+"""The swarm of `tierline bench planning --swarm`: sub-agents end to end, killed and resumed, against serial and stages.
+
+Sub-agents answer on the demo model. For the runs that are compared the planning model is a scripted peer
+(`scripted_leader`), since a model of 135 million parameters leads nobody; it hands out the same assignments at once,
+in stages as wide as the worker has slots (the next one begins when all of the last are back), or one by one. The demo
+model leads a small swarm of its own under the grammar as well, and what it made of it is counted.
+
+In the run with kills the hub and the worker get kill -9 in the middle. Exactly once is read from the journal: each
+assignment is done once, the spawning step is joined once, and the last turn was told of every result once.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+from protocol.errors import CallError
+from protocol.messages.result import TaskState, TaskView
+from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.demo_models import decoding_threads, demo_entry
+from services.ctl.bench.overhead import BenchmarkFailedError
+from services.ctl.bench.scripted_leader import order
+from services.scheduler.facts import SwarmTurned, unpack_fact
+
+SLOTS: Final = 8
+_TOKENS: Final = 16
+"""Of one answer: short ones, as many as there are."""
+_CONTEXT_TOKENS: Final = 1_536
+_RUN_S: Final = 240.0
+_KILLS: Final = {"scheduler": 0.3, "inference-worker": 0.6}
+"""Who is killed when this share of the assignments is done."""
+
+
+def measure_swarm(agents: int, baseline: int, engine: str) -> dict[str, Any]:
+    """Figures of the four scripted runs and of the one that the demo model leads.
+
+    The run with kills has `agents`; those without, which are compared, `baseline` each. Raises BenchmarkFailedError if
+    a run did not succeed, CommandError without the demo model.
+    """
+    threads = decoding_threads()
+    demo = demo_entry(engine, threads=threads, load_deadline_s=120)
+    models = {
+        "front": {"tier": "A", **demo, "slots": 1, "context_tokens": 2048},
+        "specialist": {"tier": "B", "engine": "noop", "slots": 1, "context_tokens": 65_536},
+        "worker": {"tier": "C", **demo, "slots": SLOTS, "context_tokens": _CONTEXT_TOKENS},
+    }
+    with tempfile.TemporaryDirectory(prefix="tl-") as folder:
+        stack = BareStack(Path(folder), models=models, core=("scheduler", "planner", "memory"))
+        stack.argv["inference-specialist"] = [sys.executable, "-m", "services.ctl.bench.scripted_leader", "specialist"]
+        with stack:
+            _led(stack, SLOTS, SLOTS)  # first use of everything
+            killed = _led(stack, agents, agents, kills=_KILLS)
+            at_once = _led(stack, baseline, baseline)
+            stages = _led(stack, baseline, SLOTS)
+            serial = _led(stack, baseline, 1)
+            by_model = _led_by_model(stack)
+    return {
+        "agents": agents,
+        "slots": SLOTS,
+        "compared_agents": baseline,
+        "killed_and_resumed": killed,
+        "at_once": at_once,
+        "stages": stages,
+        "serial": serial,
+        "faster_than_serial": round(serial["wall_s"] / at_once["wall_s"], 2),
+        "faster_than_stages": round(stages["wall_s"] / at_once["wall_s"], 2),
+        "killed_against_undisturbed": round(killed["s_per_assignment"] / at_once["s_per_assignment"], 2),
+        "exactly_once": all(run["exactly_once"] for run in (at_once, killed, stages, serial)),
+        "led_by_demo_model": by_model,
+    }
+
+
+def _led(stack: BareStack, agents: int, at_a_time: int, kills: dict[str, float] | None = None) -> dict[str, Any]:
+    step = {
+        "id": "L",
+        "actor": "architect",
+        "action": order(agents, at_a_time),
+        "outputs": [{"name": "joined"}],
+        "gates": [],
+        "max_tokens": 16_384,
+        "spawns": {"roles": ["worker"], "max_tokens": _TOKENS},
+    }
+    began = time.perf_counter()
+    task = stack.client.submit({"objective": "harbours", "plan": {"steps": [step]}}).task_id
+    for victim, share in (kills or {}).items():
+        _wait_for_done(stack, task, round(share * agents))
+        stack.restart(victim)
+    view = _result(stack, task)
+    wall_s = time.perf_counter() - began
+    if view.state is not TaskState.SUCCEEDED:
+        raise BenchmarkFailedError(f"a swarm {view.state.value}: {view.failure}")
+    done, joins = _done(stack, task)
+    told = int(str(view.artefacts[0].value))
+    spent = (view.swarms or [])[0]
+    lost = sum(step.losses for step in view.steps)
+    return {
+        "wall_s": round(wall_s, 2),
+        "s_per_assignment": round(wall_s / agents, 4),
+        "turns": spent.turns,
+        "tokens": spent.generated_tokens,
+        "most_at_once": _most_at_once(view),
+        "attempts_lost": lost,
+        "exactly_once": len(done) == told == agents and set(done.values()) == {1} and joins == 1,
+    }
+
+
+def _led_by_model(stack: BareStack) -> dict[str, Any]:
+    """A swarm that the demo model leads; whatever it calls, the step has to come to an end."""
+    step = {
+        "id": "L",
+        "actor": "frontdoor",
+        "action": "Make helpers, give each of them one question about harbours, then answer.",
+        "outputs": [{"name": "report"}],
+        "gates": [],
+        "max_tokens": 256,
+        "spawns": {"roles": ["worker"], "max_tokens": _TOKENS},
+    }
+    budget = {"max_subagents": 4, "max_tool_calls": 24}
+    view = stack.client.run({"objective": "harbours", "plan": {"steps": [step]}, "budget": budget}, timeout_s=_RUN_S)
+    swarm = (view.swarms or [])[0]
+    return {
+        "state": view.state.value,
+        "turns": swarm.turns,
+        "tool_calls": swarm.tool_calls,
+        "agents": len(swarm.agents),
+        "assignments_done": sum(agent.done for agent in swarm.agents),
+        "refused": dict(Counter(call.code for call in swarm.refused)),
+        "turns_that_were_no_json": sum(
+            1 for step in view.steps if ".turn" in step.id for one in step.attempts if one.failure is not None
+        ),
+        "tokens": swarm.generated_tokens,
+    }
+
+
+def _wait_for_done(stack: BareStack, task: str, count: int) -> None:
+    end = time.monotonic() + _RUN_S
+    while len(_done(stack, task)[0]) < count:
+        if time.monotonic() > end:
+            raise BenchmarkFailedError(f"{count} assignments were not done within {_RUN_S:g} s")
+        time.sleep(0.02)
+
+
+def _result(stack: BareStack, task: str) -> TaskView:
+    """The result, across restarts of the hub."""
+    end = time.monotonic() + _RUN_S
+    while True:
+        try:
+            return stack.client.result(task, timeout_s=_RUN_S)
+        except CallError:
+            if time.monotonic() > end:
+                raise
+
+
+def _done(stack: BareStack, task: str) -> tuple[Counter[str], int]:
+    """Assignments that are done, each with how often; and how often the spawning step was joined."""
+    path = stack.home.journal / "journal.sqlite"
+    kinds = ("StepDone", "StepJoined", SwarmTurned.__name__)
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as journal:
+        rows = journal.execute(
+            "SELECT kind, data FROM facts WHERE task = ? AND kind IN (?, ?, ?) ORDER BY seq", (task, *kinds)
+        ).fetchall()
+    done: Counter[str] = Counter()
+    given: set[str] = set()
+    joins = 0
+    for fact in (unpack_fact(kind, data) for kind, data in rows):
+        if isinstance(fact, SwarmTurned):
+            given |= {call["step"] for call in fact.calls if "step" in call}
+        elif type(fact).__name__ == "StepJoined":
+            joins += 1
+        else:
+            done[fact.step or ""] += 1
+    return Counter({step: times for step, times in done.items() if step in given}), joins
+
+
+def _most_at_once(view: TaskView) -> int:
+    """Most sub-agents that were decoding at the same moment."""
+    spans = [
+        (one.start_ms, one.end_ms)
+        for step in view.steps
+        if step.agent is not None
+        for attempt in step.attempts
+        for one in attempt.segments
+        if one.what == "inference"
+    ]
+    changes = sorted((at, change) for begin, end in spans for at, change in ((begin, 1), (end, -1)))
+    most = now = 0
+    for _, change in changes:  # at the same moment ends come before begins
+        now += change
+        most = max(most, now)
+    return most

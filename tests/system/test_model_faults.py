@@ -1,0 +1,130 @@
+"""A model that cannot be served, as an operator sees it: a real supervisord, `tierline status` and supervisorctl.
+
+The service of the model stays up and says why it does not serve; the rest of the stack goes on; what is repaired comes
+back without anybody's help. What each fault does to calls and slots is tested in `test_inference_fake.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from protocol.errors import CallFailed, DeadlineExceeded
+from protocol.messages.infer import ChatMessage, InferRequest
+from protocol.messages.result import TaskState
+from services.ctl.stack import stray_processes
+from services.kit.config import CHECKOUT
+from tests.system.test_registry_reload import Stack
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp") as folder:
+        stack = Stack(Path(folder))
+        try:
+            done = stack.tierline("up")
+            assert done.returncode == 0, done.stderr
+            yield stack
+        finally:
+            stack.client.close()
+            stack.tierline("down")
+            assert stray_processes(stack.home) == []
+
+
+def supervisorctl(stack: Stack, *words: str) -> str:
+    config = str(CHECKOUT / "deploy" / "supervisord.conf")
+    command = [sys.executable, "-m", "supervisor.supervisorctl", "-c", config, *words]
+    done = subprocess.run(command, env=stack.environment, cwd=CHECKOUT, capture_output=True, text=True, timeout=30)
+    return done.stdout + done.stderr
+
+
+def reason_in_status(stack: Stack) -> str:
+    services = json.loads(stack.tierline("status", "--json").stdout)["services"]
+    (worker,) = [one for one in services if one["name"] == "inference-worker"]
+    return str(worker["reason"]) if worker["state"] == "degraded" else ""
+
+
+def kill_engine(stack: Stack, number: signal.Signals = signal.SIGKILL) -> None:
+    figures = next(peer.metrics for peer in stack.client.status().peers if peer.service == "inference-worker")
+    os.kill(figures["child_pid"], number)
+
+
+def assert_degraded(stack: Stack, words: str, pid: int) -> None:
+    """The same words in both places, the same process of the service, and a call that waits no longer than it may."""
+    stack.until(lambda: words in reason_in_status(stack))
+    assert "RUNNING" in supervisorctl(stack, "status", "inference-worker")
+    assert words in supervisorctl(stack, "tail", "-20000", "inference-worker")
+    assert stack.pids()["inference-worker"] == pid
+    request = InferRequest(role="test", messages=[ChatMessage(role="user", content="Hi")], max_tokens=4)
+    with pytest.raises((DeadlineExceeded, CallFailed)):  # the hub keeps it waiting for the model, the client does not
+        stack.client.infer("worker", request, timeout_s=1.5)
+
+
+def assert_well(stack: Stack, slots: int = 2) -> None:
+    """Ready without a restart by hand, every slot is to be had, and a task runs."""
+    stack.until(lambda: stack.state("inference-worker") == "ready", within_s=45)
+    assert stack.client.result(stack.submit("Say it.", "worker"), timeout_s=30).state is TaskState.SUCCEEDED
+
+    def all_free() -> bool:
+        peer = next(one for one in stack.client.status().peers if one.service == "inference-worker")
+        return peer.granted - peer.used == slots and not peer.in_flight
+
+    stack.until(all_free)
+    assert reason_in_status(stack) == ""
+
+
+def test_a_damaged_model_file_is_a_reason_in_status_and_supervisorctl_until_it_is_repaired(stack: Stack) -> None:
+    pid = stack.pids()["inference-worker"]
+    model = stack.root / "worker.gguf"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:300])
+    kill_engine(stack)
+    assert_degraded(stack, str(model), pid)
+    model.write_bytes(whole)
+    assert_well(stack)
+
+
+def test_an_engine_that_hangs_is_replaced_and_status_says_so_meanwhile(stack: Stack) -> None:
+    pid = stack.pids()["inference-worker"]
+    kill_engine(stack, signal.SIGSTOP)
+    stack.until(lambda: "no answer and no token" in reason_in_status(stack))
+    assert "no answer and no token" in supervisorctl(stack, "tail", "-20000", "inference-worker")
+    assert_well(stack)
+    assert stack.pids()["inference-worker"] == pid
+
+
+def test_a_taken_port_is_a_reason_in_status_and_supervisorctl_until_it_is_free(stack: Stack) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        stack.models["worker"]["port"] = port
+        stack.write()
+        stack.reload("--no-wait")
+        stack.until(lambda: f"port {port}" in reason_in_status(stack))
+        assert_degraded(stack, f"port {port} of model worker is taken", stack.pids()["inference-worker"])
+    assert_well(stack)
+
+
+def test_a_model_that_is_too_large_for_the_budget_is_refused_and_the_old_one_serves_on(stack: Stack) -> None:
+    digest = stack.digests()["scheduler"]
+    stack.models["worker"]["memory_bytes"] = 2**50
+    stack.write()
+    refused = stack.tierline("registry", "reload")
+    assert refused.returncode == 2
+    assert "models.yaml:" in refused.stderr
+    assert f"{2**50:,}" in refused.stderr
+    assert "hardware.yaml" in refused.stderr
+    assert stack.digests()["scheduler"] == digest
+    del stack.models["worker"]["memory_bytes"]
+    stack.write()
+    assert_well(stack)
