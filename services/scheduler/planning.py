@@ -52,15 +52,12 @@ def grown(task: TaskRecord, partial: PlanPartial, registry: Registry, at_ms: int
 
 
 def adopted(task: TaskRecord, final: PlanFinal, registry: Registry, ranking: Ranking, at_ms: int) -> f.TaskPlanned:
-    """The fact by which a task takes up this plan. Raises CallFailed with SCHEMA for a plan that cannot run, or that
-    lacks steps which run already.
-    """
+    """The fact by which a task takes up this plan. Raises CallFailed with SCHEMA for a plan that cannot run."""
     if final.task.plan is None:
         raise _invalid("the planner returned no plan")
+    begun = {step.id: step for step in task.ir.plan.steps} if task.plan_open and task.ir.plan is not None else {}
     told = {step.id: step for step in final.task.plan.steps}
-    if lost := sorted(name for name in task.steps if name not in told):
-        raise _invalid(f"the plan lacks step {lost[0]}, which runs already")
-    steps = [task.steps[name].spec if name in task.steps else step for name, step in told.items()]
+    steps = list((told | begun).values())  # what runs stays as it is, and so does what a client has added meanwhile
     plan = final.task.plan.model_copy(update={"steps": steps})
     known = with_own(registry, task.personas.values())
     planned = final.task.model_copy(

@@ -34,6 +34,8 @@ from services.scheduler.versions import (
 
 _LOOK_MS: Final = 1_000
 """A task with a deadline is looked at once in so many ms, and one ms more for each open step: keeps the cost flat."""
+_LOOK_PER_S: Final = 50
+"""More often where there is little time: once in so many ms for each second of its deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +88,10 @@ class Replanning:
 
     def look(self, task: TaskRecord, at_ms: int) -> None:
         """Ask for a new rest if the deadline would be missed."""
-        if task.deadline_ms is None or at_ms < self._looked_ms.get(task.id, 0):
+        deadline_s = task.ir.deadline_s
+        if deadline_s is None or task.state is not TaskState.RUNNING or at_ms < self._looked_ms.get(task.id, 0):
             return
-        self._looked_ms[task.id] = at_ms + _LOOK_MS + task.unfinished
+        self._looked_ms[task.id] = at_ms + min(_LOOK_MS, int(deadline_s * _LOOK_PER_S)) + task.unfinished
         late = lateness(task, self.ranking, at_ms)
         if late is not None:
             self.hands.emit(task, asked_since_late(task, late, self.ranking.registry, at_ms))
