@@ -75,6 +75,17 @@ def test_an_edge_that_the_data_implies_anyway_is_said_to_be_implied() -> None:
     assert "keeps the order already" in found.removed[0].reason
 
 
+def test_a_parallel_group_is_a_hint_and_what_keeps_it_apart_is_said() -> None:
+    grouped = [step(1, [], []), step(2, [], ["S1"]), step(3, ["a1"], []), step(4, [], ["S1"], ordered=True)]
+    found = discover(Plan(steps=[one.model_copy(update={"parallel_group": "g"}) for one in grouped]))
+    assert [(edge.step, edge.depends_on) for edge in found.removed] == [("S2", "S1")]
+    assert "parallel group g" in found.removed[0].reason
+    assert found.notes == (
+        "parallel group g: S3 waits for S1 all the same, since it reads what it makes",
+        "parallel group g: S4 waits for S1 all the same, since it is `ordered`",
+    )
+
+
 def test_ordered_steps_keep_their_order() -> None:
     assert discover(Plan(steps=[step(1, [], []), step(2, [], ["S1"], ordered=True)])).removed == ()
 
