@@ -42,6 +42,7 @@ _LATE_SHARE: Final = 0.25
 """Of the time that is left, at most so much is spent on a plan that is made because of it."""
 _MAX_NOTES_CHARS: Final = 6_000
 _MAX_FINISHED: Final = 500
+_MAX_SAID_CHARS: Final = 2_000
 _OPEN: Final = (StepState.WAITING, StepState.READY)
 CONTRADICTED: Final = "plan.contradicted"
 
@@ -73,7 +74,7 @@ def may_contradict(task: TaskRecord, step: StepRecord, registry: Registry) -> bo
 
 def contradiction(answer: str) -> Failure | None:
     """The failure that an answer stands for which says that the plan is wrong; None for any other."""
-    said = answer.lstrip()
+    said = answer[:_MAX_SAID_CHARS].lstrip()
     if not said.startswith(CONTRADICTION):
         return None
     why = " ".join(said[len(CONTRADICTION) :].split())[:500] or "no reason given"

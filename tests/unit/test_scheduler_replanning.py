@@ -12,9 +12,10 @@ from protocol.codec import pack_body, unpack_body
 from protocol.header import Header
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
-from protocol.messages.plan import PlanFinal, PlanRequest
+from protocol.messages.plan import PlanFinal, PlanPartial, PlanRequest
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import TaskIR
+from protocol.messages.task import Output, Plan, Step, TaskIR
+from services.kit import session as s
 from services.planner.machine import Finish, Planning, Refuse, Requested, Unanswered
 from services.scheduler import facts as f
 from services.scheduler.audit import problems_of
@@ -273,6 +274,56 @@ def test_a_version_that_cannot_run_is_not_adopted(bad: str) -> None:
     assert view.state is TaskState.FAILED
     assert view.failure is not None
     assert view.failure.code == "x.wrong"
+
+
+def step_of(name: str, *reads: str) -> Step:
+    inputs = [f"{other}.out" for other in reads]
+    return Step(id=name, actor="worker", action=name, inputs=inputs, outputs=[Output(name=f"{name}.out")], gates=[])
+
+
+@pytest.mark.parametrize("killed", [(), ("hub",), ("planner",), ("hub", "planner")])
+def test_a_plan_begins_before_it_is_whole_and_kill_9_changes_nothing(killed: tuple[str, ...]) -> None:
+    world = planned_stack(wrong_at(took_ms=30))
+    whole = [step_of("S1"), step_of("S2", "S1"), step_of("S3", "S2")]
+    asked_with: list[list[str]] = []
+
+    def plan(_header: Header, body: bytes) -> Answer:
+        request = unpack_body(PlanRequest, body)
+        asked_with.append([one.id for one in request.begun or []])
+        assert request.task.plan is None
+        task = request.task.model_copy(update={"plan": Plan(steps=whole)})
+        return 2_000, PlanFinal(task=task, source="model", reason="whole")
+
+    planner_ = world.peers["planner"]
+    planner_.answer = plan
+    task = world.submit(TaskIR(objective="begin early"))
+    world.run_for(20)
+    for count in (1, 2, 2):  # they tell all steps so far, so one twice does no harm
+        told = pack_body(PlanPartial(steps=whole[:count]))
+        planner_.feed(s.PartialMade(world.now, planner_.started[-1], "plan.partial", told))
+        world.run_for(100)
+    record = world.recorded_tasks()[task]
+    assert record.plan_open
+    assert [step.state for step in record.steps.values()] == [StepState.DONE, StepState.DONE]
+    assert record.state is TaskState.RUNNING, "what is done does not end a task whose plan is not whole"
+    if "planner" in killed:
+        planner_.kill()
+    if "hub" in killed:
+        world.kill_hub()
+    world.run_for(100)
+    if "planner" in killed:
+        planner_.start()
+    if "hub" in killed:
+        world.boot_hub()
+    view = world.finish(task)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert [step.id for step in view.steps] == ["S1", "S2", "S3"]
+    assert len({fact.step for fact in of_type(world, task, f.StepDone)}) == len(of_type(world, task, f.StepDone)) == 3
+    assert len(of_type(world, task, f.TaskPlanned)) == 1
+    assert asked_with[0] == []
+    if "planner" in killed:
+        assert asked_with[-1] == ["S1", "S2"], "who comes after hears what has begun"
+    assert not list(problems_of(world.recorded_tasks()[task]))
 
 
 @st.composite
