@@ -30,6 +30,7 @@ from services.kit.registry import PersonaEntry, RoleEntry
 from services.planner.cast import ROLES_FOR, Work, cast
 from services.planner.made_personas import with_personas
 from services.planner.naming import Names
+from services.planner.partlist import PartList, list_request, steps_from, suits
 from services.planner.repair import Draft, repaired, result_of
 from services.planner.rules import for_orientation, quoted, result_name, room
 
@@ -117,10 +118,13 @@ def planning_request(
     hints: Sequence[Episode],
     parts: Sequence[str] = (),
 ) -> InferRequest:
-    """`parts` are what the rules see as independent, in words of the objective.
+    """`parts` are what the rules see as independent, in words of the objective; where they are all there is to a plan,
+    the model is asked for a list instead (`partlist`).
 
     Returns what the front-door model is asked: schema-bound, at temperature 0, a prompt of at most about 5,000 bytes.
     """
+    if suits(task, parts):
+        return list_request(task, planner)
     most = min(MAX_MODEL_STEPS, room(task))
     system = (
         _SYSTEM.format(most=most)
@@ -162,8 +166,8 @@ def read_plan(
 
     `personas` are those that there are: what the model makes gets a name that none of them has.
     """
-    answer = _parsed(text, finish_reason)
     labels = _labels(task)
+    answer = _parsed(text, finish_reason, labels, roles)
     wishes = {label: one.persona for label, one in zip(labels, answer, strict=False) if one.persona is not None}
     allowed = min(room(task), MAX_MODEL_STEPS)
     writes_code = task.task_type is TaskType.CODE
@@ -222,8 +226,8 @@ def steps_of(steps: Sequence[Draft], result: int | None, task: TaskIR) -> list[S
     ]
 
 
-def _parsed(text: str, finish_reason: str) -> list[ModelStep]:
-    """The steps of an answer; of one that was cut off, those that are complete."""
+def _parsed(text: str, finish_reason: str, labels: Sequence[str], roles: Mapping[str, RoleEntry]) -> list[ModelStep]:
+    """The steps of an answer in either form; of a plan that was cut off, those that are complete."""
     if len(text) > MAX_ANSWER_CHARS:
         raise ModelPlanRefused([f"the answer has {len(text)} characters, at most {MAX_ANSWER_CHARS} are read"])
     try:
@@ -237,6 +241,9 @@ def _parsed(text: str, finish_reason: str) -> list[ModelStep]:
                 ["the answer was cut at its token limit before its first step was complete"]
             ) from err
     try:
+        if isinstance(raw, dict) and "parts" in raw:
+            worker, joiner = cast(Work.READ, roles).role, cast(Work.JOIN, roles).role
+            raw = {"steps": steps_from(PartList.model_validate(raw), labels, worker, joiner)}
         return _ModelPlan.model_validate(raw).steps
     except ValidationError as err:
         raise ModelPlanRefused([describe(err)]) from err
