@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes depends on what else this machine does; timings are the benchmarks' business.
+settings.register_profile("tierline", deadline=None)
+settings.load_profile("tierline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

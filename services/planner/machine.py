@@ -38,9 +38,8 @@ from protocol.messages.plan import PlanFinal, PlanSource, Revision, RoutingDecis
 from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import PlanProblem, find_problems
 from services.kit.plan_check import plan_problems
-from services.kit.plan_shape import width_of
 from services.kit.registry import Registry, RoleEntry, with_own
-from services.planner.advice import WIDTH_KEY, answers, request, shape_of
+from services.planner.advice import WIDTH_KEY, answers, request, shape_of, split_cluster
 from services.planner.cast import ROLES_FOR, Work
 from services.planner.choose import Decomposition, choose, records
 from services.planner.digest import Fitted, fit_to_context
@@ -50,6 +49,7 @@ from services.planner.modelmade import ModelPlanRefused, planning_request, read_
 from services.planner.replan import renumbered, rest_as_task, rest_by_rules, whole
 from services.planner.rules import RulePlan, finishing_step, plans_by_rules
 from services.planner.streamed import StreamedPlan
+from services.planner.width import told, width_of
 
 MEMORY_S: Final = 1.0
 """Longest wait for memory, for each of its questions, in seconds."""
@@ -435,9 +435,15 @@ class Planning:
         if width is not None:
             template = next(name for name in opened.plans if shape_of(name) == width.choice)
             others = tuple(name for name in opened.plans if name != template)
-            choice = Decomposition(template, others, width.why, width)
+            choice = replace(opened.choice, choice=template, alternatives=others, rule=width.why, advice=width)
         if self._revision is not None:
             return self._fill_in_rest(at_ms, self._revision, opened.plans[template], choice)
+        if opened.source != "client":
+            offered = {plan.template: plan.plan for plan in self._by_rules}
+            widest = max(map(width_of, [*offered.values(), *opened.plans.values()]))
+            ruled = width_of(self._rules.plan)
+            choice = replace(choice, cluster=split_cluster(self._task, offered), rules_width=ruled, widest=widest)
+            self._reasons.append(told(opened.plans[template]))
         found = discover(opened.plans[template], self._task.inputs)
         self._reasons += found.notes[:_MAX_REPAIRS]
         fitted = Fitted(self._task, found.plan, ())

@@ -13,7 +13,7 @@ from protocol.memory_transport import MemoryRouter
 from protocol.transport import DealerPort, RouterPort
 from protocol.zmq_transport import ZmqDealer, ZmqRouter
 
-WAIT_MS = 5_000
+WAIT_MS = 20_000
 FAR_TOO_MANY = 200_000
 
 

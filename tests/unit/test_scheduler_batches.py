@@ -321,7 +321,7 @@ def test_every_prompt_has_exactly_one_end_whatever_dies(
         assert (answer.text is None) is not (answer.failure is None)
         if not prompt.startswith("fail") and answer.failure is not None:
             # a model that fails prompt after prompt is left alone for longer and longer, maybe until the deadline
-            assert answer.failure.code in ("item.poisoned", "batch.deadline", "call.expired")
+            assert answer.failure.code in ("item.poisoned", "batch.deadline", "call.expired", "call.deadline")
     assert final.widest <= slots * (1 + len(kills))
     assert world.hub is not None
     assert not world.hub.broker.calls

@@ -103,6 +103,7 @@ def test_a_sub_agent_knows_its_own_prompt_only_and_the_parent_gets_results_only(
     calls = [
         create("ann", "you are Ann"),
         create("bob", "you are Bob"),
+        create("kim", "you are Kim"),
         assign("ann", "first"),
         assign("bob", "second"),
     ]
@@ -115,6 +116,7 @@ def test_a_sub_agent_knows_its_own_prompt_only_and_the_parent_gets_results_only(
     assert not any(word in ann for word in ("Bob", "second", "secret objective", "lead"))
     turn = script.prompt("L.turn2")
     assert "ann: done <result>made by L.ann.1</result>" in turn
+    assert "Sub-agents made: ann, bob, kim; without work so far: kim" in turn
     assert "you are Ann" not in turn
     again = script.asked["L.ann.2"].messages
     assert [one.role for one in again] == ["system", "user", "assistant", "user"]
@@ -230,6 +232,17 @@ def test_what_goes_beyond_a_limit_is_refused_and_the_parent_goes_on(name: str) -
     assert f"refused, {code}: " in script.prompt("L.turn2")
 
 
+def test_the_budget_as_shipped_holds_for_fifteen_hundred_calls_and_not_one_more() -> None:
+    more = [assign(f"a{number % 100}") for number in range(250)]
+    turns = [{"calls": pairs(100)}] + [{"calls": more}] * 5 + [{"calls": more[:51]}, {"answer": "fine"}]
+    result = ran(Script(*turns), slots=32, budget={"max_steps": 2_000, "max_tokens": 10_000_000})
+    assert result.state is TaskState.SUCCEEDED, result.failure
+    assert result.swarms is not None
+    swarm = result.swarms[0]
+    assert (len(swarm.agents), sum(agent.done for agent in swarm.agents)) == (100, 1_400)
+    assert [one.code for one in swarm.refused] == ["budget.tool_calls"]
+
+
 def test_a_model_that_never_answers_is_made_to() -> None:
     script = Script({"calls": [assign("nobody")]})
     result = ran(script)
@@ -283,7 +296,7 @@ def test_cancelling_the_spawning_step_stops_its_turns_and_sub_agents() -> None:
     assert "L.turn2" not in script.runs
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     agents=st.integers(1, 12),
     per_agent=st.integers(1, 3),
