@@ -62,6 +62,44 @@ class Cure(Message):
     """Role whose attempt then succeeded."""
 
 
+class Spread(Message):
+    """How the steps of a finished task were spread: what the staged reward of its decomposition is made of.
+
+    A level holds all steps with equally many steps on the longest chain before them; *beside others* is a step whose
+    level has another one.
+    """
+
+    width: int = Field(ge=1)
+    """Steps of the widest level; 1 = one after the other."""
+    assigned: int = Field(ge=0)
+    """Steps beside others, sub-steps and added ones included."""
+    finished: int = Field(ge=0)
+    """Those of them that got done."""
+    useful: int = Field(ge=0)
+    """Those of them whose result is neither empty nor word for word another one's."""
+
+    @model_validator(mode="after")
+    def _each_is_part_of_the_one_before(self) -> Spread:
+        if not self.useful <= self.finished <= self.assigned:
+            raise ValueError("expected useful <= finished <= assigned")
+        return self
+
+
+class Staged(Message):
+    """The staged reward of one decomposition, as it was credited: `reward + weight · (parallel + finish)`."""
+
+    stage: int = Field(ge=0)
+    """Decompositions of this type of task that were credited before."""
+    weight: float = Field(ge=0, le=1)
+    """What both terms counted then; annealed from 0.1 to 0."""
+    parallel: float = Field(ge=0, le=1)
+    """1 - 1/width."""
+    finish: float = Field(ge=0, le=1)
+    """Finished per assigned step; 1 where none was assigned."""
+    shaped: float = Field(ge=0, le=2)
+    """The whole sum. It steers what is tried and is never reported as quality: that is `Outcome.reward`."""
+
+
 class Outcome(Message):
     """What became of a decision; the first outcome per id counts, later ones are duplicates."""
 
@@ -73,6 +111,10 @@ class Outcome(Message):
     failure_code: str | None = None
     cures: list[Cure] = Field(default_factory=list, max_length=8)
     """Only where the step succeeded after failures, and only with the decision about its role."""
+    spread: Spread | None = None
+    """Only with a decision about the decomposition that had an alternative."""
+    staged: Staged | None = None
+    """Written by memory when it takes an outcome with `spread`. What a sender says is replaced, unless imported."""
     at_ms: Millis
 
 
@@ -208,6 +250,8 @@ class Option(Message):
     """As in DecisionRecord."""
     cost: float = Field(default=0.0, ge=0, le=1)
     """Price of taking it, in units of reward; expected seconds are counted by memory itself."""
+    width: int | None = Field(default=None, ge=1)
+    """Of a decomposition: steps that it lets run side by side. Where all options say it the staged reward counts."""
 
 
 class Question(Message):
@@ -337,6 +381,10 @@ class ArmView(Message):
     """Those of the same cluster."""
     seconds: float = Field(ge=0)
     """How long it takes on average; 0 where nothing is known."""
+    width: int | None = None
+    """As asked."""
+    staged: float = Field(default=0.0, ge=0, le=1)
+    """What the terms of the staged reward add to its value at this stage, see Staged."""
 
 
 class Advised(Message):
@@ -361,6 +409,39 @@ class Advised(Message):
     why: str = Field(max_length=2_000)
 
 
+class WidthReport(Message):
+    """What became of the last decisions whether to split: too few splits, or too many?
+
+    Whether width pays is judged per kind of task (type and cluster), by quality and seconds of all its outcomes on
+    both sides; where one side has too few of them, by what the rules would have chosen.
+    """
+
+    tasks: int = Field(ge=0)
+    """Decisions with an outcome that were looked at: the last ones, at most 100."""
+    quality: float = Field(ge=0, le=1)
+    """Their mean raw reward."""
+    shaped: float = Field(ge=0, le=2)
+    """Their mean staged reward, for comparison."""
+    stage: int = Field(ge=0)
+    """Decompositions credited so far, of the type of task that is furthest."""
+    weight: float = Field(ge=0, le=1)
+    """What the two terms count now in the type of task that was credited last."""
+    split: int = Field(ge=0)
+    """Tasks with steps beside each other."""
+    serial: int = Field(ge=0)
+    """Tasks without."""
+    width_pays: int = Field(ge=0)
+    """Tasks of a kind where splitting pays."""
+    serial_though_width_pays: int = Field(ge=0)
+    """Of `width_pays` those that ran one step after the other."""
+    split_in_vain: int = Field(ge=0)
+    """Of `split` those with fewer than two useful results, or of a kind where splitting does not pay."""
+    serial_collapse: float = Field(ge=0, le=1)
+    """serial_though_width_pays / width_pays; 0 where there was none."""
+    spurious_parallelism: float = Field(ge=0, le=1)
+    """split_in_vain / split; 0 where there was none."""
+
+
 class MemoryFinal(Message):
     """Answer to any `memory.request`; the fields that the operation asks for are set."""
 
@@ -382,3 +463,5 @@ class MemoryFinal(Message):
     advice: list[Advised] = Field(default_factory=list)
     """One per question, in their order."""
     stats: dict[str, int] = Field(default_factory=dict)
+    width: WidthReport | None = None
+    """Only with `stats`."""

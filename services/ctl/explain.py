@@ -199,13 +199,15 @@ def _print_advice(screen: Screen, plan: PlanView) -> None:
         ],
     )
     screen.table(
-        ("step", "subject", "option", "expected", "value", "chance", "outcomes", "alike", "seconds"),
+        ("step", "subject", "option", "wide", "expected", "staged", "value", "chance", "outcomes", "alike", "seconds"),
         [
             (
                 item.step or "task",
                 item.subject,
                 arm.choice,
+                str(arm.width or ""),
                 f"{arm.expected_reward:.2f} ± {arm.deviation:.2f}",
+                f"+{arm.staged:.2f}" if arm.staged else "",
                 f"{arm.value:.2f}",
                 f"{arm.chance:.2f}",
                 f"{arm.outcomes:.0f}",
@@ -231,5 +233,9 @@ def _print_memory(screen: Screen, explained: list[Explained], why_not: str | Non
         decision, outcome = item.decision, item.outcome
         known = ", ".join(f"{value.choice} Q={value.q:.2f} n={value.count}" for value in item.values)
         reward = f"{outcome.reward:.2f} in {outcome.seconds:.1f} s, {outcome.attempts} tries" if outcome else ""
+        if outcome is not None and outcome.staged is not None and outcome.spread is not None:
+            spread = outcome.spread
+            reward += f"; {spread.width} wide, {spread.finished} of {spread.assigned} finished"
+            reward += f"; shaped {outcome.staged.shaped:.2f}"
         rows.append((decision.step or "task", decision.subject, decision.choice, reward, known))
     screen.table(("step", "subject", "choice", "outcome", "values"), rows)

@@ -33,6 +33,7 @@ from protocol.messages.memory import (
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import connect
 from services.ctl.outcomes import BadInput, ExitCode
+from services.memory.width_report import LAST
 
 FORMAT: Final = "tierline-memory"
 VERSION: Final = 1
@@ -47,7 +48,9 @@ _DAY_S: Final = 86_400.0
 def add(commands: Commands) -> None:
     """Add the commands of this file."""
     group = commands.group("memory", "look after what this stack has learned")
-    group.add("stats", _stats, "how much is remembered, and how far the projections are")
+    group.add(
+        "stats", _stats, "how much is remembered, how far the projections are, serial collapse and spurious parallelism"
+    )
     parser = group.add("values", _values, "what every choice about a subject has turned out to be worth")
     parser.add_argument("subject", metavar="SUBJECT", help="role, persona or decomposition")
     group.add("verify", _verify, "compare values, vectors and graph with the log; exit 1 where they differ")
@@ -74,8 +77,17 @@ def _days(text: str) -> float:
 
 
 def _stats(_: Namespace, context: Context) -> ExitCode:
-    stats = asyncio.run(_ask(context, Stats(), _SHORT_S)).stats
-    _figures(context, stats)
+    final = asyncio.run(_ask(context, Stats(), _SHORT_S))
+    width = final.width
+    if context.screen.json:
+        context.screen.document(final.stats | {"width": None if width is None else width.model_dump()})
+        return ExitCode.OK
+    _figures(context, final.stats)
+    if width is not None:
+        context.screen.heading(f"the last {width.tasks} decisions whether to split a task (at most {LAST})")
+        figures = width.model_dump(exclude={"tasks"}).items()
+        rows = [(name, f"{value:.3f}" if isinstance(value, float) else str(value)) for name, value in figures]
+        context.screen.table(("figure", "value"), rows)
     return ExitCode.OK
 
 

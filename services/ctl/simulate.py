@@ -2,6 +2,7 @@
 
 The tasks come from files or are made up. They run through the real hub machine in virtual time, once as the registry
 says and once as `--workers` and `--slots` say, and both are put side by side. Gates, planner and memory answer at once.
+`--learning` instead lets the policy that decides about splitting learn from made-up tasks, see `learning`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, Final
 from protocol.messages.task import TaskIR
 from services.ctl.commands import Commands, Context
 from services.ctl.learned import KnownDurations, add_duration_arguments, known_durations
+from services.ctl.learning.ablations import COURSES, LEAST_TASKS, TASKS, print_ablations, run_ablations
+from services.ctl.learning.families import SHIPPED, read_families
 from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.ctl.plan import dry_run
 from services.ctl.screen import Screen, seconds
@@ -35,6 +38,7 @@ _MAX_STEPS: Final = 1_000
 _MAX_ALL_STEPS: Final = 200_000
 """Of all tasks together: their histories are kept in memory until the end, a few KiB a step."""
 _MAX_NUMBER: Final = 1_000
+_MAX_COURSE: Final = 100_000
 
 
 def add(commands: Commands) -> None:
@@ -56,9 +60,25 @@ def add(commands: Commands) -> None:
             f"--{name}", action="append", default=[], metavar="MODEL=N", help=f"what if: {what}, repeatable"
         )
     add_duration_arguments(parser)
+    parser.add_argument(
+        "--learning",
+        action="store_true",
+        help="instead: learn whether to split, with each part of the staged reward left out once",
+    )
+    parser.add_argument(
+        "--families", type=Path, metavar="FILE", help="with --learning: families of tasks as JSON lines (default: five)"
+    )
+    parser.add_argument(
+        "--courses", type=int, metavar="N", help=f"with --learning: courses, each with its own seed (default {COURSES})"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="with --learning: draw the curves")
 
 
 def _simulate(args: Namespace, context: Context) -> ExitCode:
+    if args.learning:
+        return _learn(args, context)
+    if args.families is not None or args.courses is not None or args.png is not None:
+        raise BadInput("--families, --courses and --png belong to --learning")
     durations = known_durations(args, context.home)
     registry = with_live_trials(context.home, checked_registry(context.home, check_files=False))
     workers, slots = _numbers("workers", args.workers, registry), _numbers("slots", args.slots, registry)
@@ -76,6 +96,35 @@ def _simulate(args: Namespace, context: Context) -> ExitCode:
         message = task.failure.message if task.failure else ""
         context.screen.note(f"a task fails in the simulation: {message}")
     return ExitCode.FAILED if failed else ExitCode.OK
+
+
+def _learn(args: Namespace, context: Context) -> ExitCode:
+    if args.files or args.workers or args.slots:
+        raise BadInput("--learning makes up its tasks: give no task files, --workers or --slots")
+    tasks = TASKS if args.tasks is None else args.tasks
+    courses = COURSES if args.courses is None else args.courses
+    if not LEAST_TASKS <= tasks <= _MAX_COURSE:
+        raise BadInput(f"--tasks {tasks}: expected {LEAST_TASKS} to {_MAX_COURSE} of each course")
+    if not 1 <= courses <= _MAX_NUMBER:
+        raise BadInput(f"--courses {courses}: expected 1 to {_MAX_NUMBER}")
+    if args.seed < 0:
+        raise BadInput(f"--seed {args.seed}: expected 0 or more")
+    families = SHIPPED if args.families is None else read_families(args.families)
+    registry = checked_registry(context.home, check_files=False)
+    ablations = run_ablations(families, registry, tasks, range(args.seed, args.seed + courses))
+    if args.png is not None:
+        from services.ctl.learning.curves import draw  # matplotlib takes longer to load than most commands to run
+
+        try:
+            draw(ablations, args.png)
+        except OSError as err:
+            raise BadInput(f"--png {args.png} cannot be written: {err}") from err
+    figures = ablations.document()
+    if context.screen.json:
+        context.screen.document(figures)
+    else:
+        print_ablations(context.screen, figures)
+    return ExitCode.OK
 
 
 def _tasks(args: Namespace, registry: Registry) -> list[TaskIR]:

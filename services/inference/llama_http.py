@@ -2,6 +2,9 @@
 
 Everything the server sends is bounded and checked here: a broken engine is an EngineError, never a KeyError further
 up. Which failure the hub is told, what counts as healthy for how long, and what is generated, others decide.
+
+Answers are streamed with aiohttp, whose parser is compiled: every token is an event of its own, and what a token costs
+here is taken from cores that decode. All else, a request now and then, is httpx's.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import aiohttp
 import httpx
 
 from protocol.limits import MAX_ARTEFACT_CHARS
@@ -25,7 +29,9 @@ _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 _MAX_ERROR_BYTES: Final = 64 * 1024
 _PROBE_TIMEOUT_S: Final = 5.0
 _PATIENT: Final = httpx.Timeout(_PROBE_TIMEOUT_S, read=None)
+_STREAM: Final = aiohttp.ClientTimeout(total=None, sock_connect=_PROBE_TIMEOUT_S)
 _METRIC: Final = re.compile(r"^llamacpp:([a-z_]+) ([0-9.eE+-]+)$", re.MULTILINE)
+_REPLACED: Final = "the engine is being replaced"
 _TOO_LONG: Final = "exceed_context_size_error"
 _CALLERS_FAULT: Final = frozenset({"invalid_request_error", "not_supported_error"})
 
@@ -102,12 +108,16 @@ class ChatServer(Protocol):
 
 
 class LlamaServer:
-    """Client of one child. Raises only EngineError."""
+    """Client of one child; made and used in one event loop. Raises only EngineError."""
 
     def __init__(self, port: int, api_key: str) -> None:
+        base_url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {api_key}"}
+        self._streams = aiohttp.ClientSession(
+            base_url, headers=headers, timeout=_STREAM, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+        )
         self._http = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}",
-            headers={"Authorization": f"Bearer {api_key}"},
+            base_url=base_url,
+            headers=headers,
             timeout=_PROBE_TIMEOUT_S,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=4),
             trust_env=False,  # a proxy for the outside world must not see this
@@ -122,6 +132,7 @@ class LlamaServer:
 
     async def close(self) -> None:
         """Close all connections; running answers end with EngineGone, and so does whatever is asked afterwards."""
+        await self._streams.close()
         await self._http.aclose()
 
     async def ready(self, slots: int) -> bool:
@@ -150,18 +161,21 @@ class LlamaServer:
 
     async def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
         """Stream one answer; closing the iterator closes the connection, which cancels the generation."""
+        if self._streams.closed:
+            raise EngineGone(_REPLACED)
         try:
-            async with self._open.stream(
-                "POST", "/v1/chat/completions", json=self._pinned(payload), timeout=_PATIENT
-            ) as response:
-                if response.status_code != 200:
-                    raise _refusal(response.status_code, await _read_bounded(response))
-                async with aclosing(_events(response)) as events:
-                    async for data in events:
-                        if data == b"[DONE]":
-                            return
-                        yield _piece(data)
-        except httpx.HTTPError as err:
+            async with self._streams.post("/v1/chat/completions", json=self._pinned(payload)) as response:
+                try:
+                    if response.status != 200:
+                        raise _refusal(response.status, await _read_bounded(response))
+                    async with aclosing(_events(response)) as events:
+                        async for data in events:
+                            if data == b"[DONE]":
+                                return
+                            yield _piece(data)
+                finally:
+                    response.close()
+        except (aiohttp.ClientError, TimeoutError) as err:
             raise EngineGone(f"the connection to the engine broke: {type(err).__name__}") from err
 
     async def read(self, payload: Mapping[str, Any]) -> tuple[int, float]:
@@ -187,7 +201,7 @@ class LlamaServer:
     def _open(self) -> httpx.AsyncClient:
         """The connections. Raises EngineGone once they are closed: a call may have waited for its slot meanwhile."""
         if self._http.is_closed:
-            raise EngineGone("the engine is being replaced")
+            raise EngineGone(_REPLACED)
         return self._http
 
     def _pinned(self, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,19 +236,19 @@ class LlamaServer:
         return response
 
 
-async def _read_bounded(response: httpx.Response) -> bytes:
+async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
     body = bytearray()
-    async for part in response.aiter_bytes():
+    async for part in response.content.iter_any():
         body += part
         if len(body) > _MAX_ERROR_BYTES:
             break
     return bytes(body[:_MAX_ERROR_BYTES])
 
 
-async def _events(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
     """Data of every server-sent event."""
     rest = bytearray()
-    async for part in response.aiter_bytes():
+    async for part in response.content.iter_any():
         rest += part
         if len(rest) > _MAX_EVENT_BYTES:
             raise EngineFaulty(f"the engine sent an event of more than {_MAX_EVENT_BYTES} bytes")

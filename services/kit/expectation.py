@@ -24,8 +24,8 @@ class Expectation:
     """Standard deviation of the mean."""
 
     def bounds(self, deviations: float) -> tuple[float, float]:
-        """Lower and upper confidence bound."""
-        return self.mean - deviations * self.deviation, self.mean + deviations * self.deviation
+        """Lower and upper confidence bound, within [0, 1]."""
+        return max(0.0, self.mean - deviations * self.deviation), min(1.0, self.mean + deviations * self.deviation)
 
 
 def expected(outcomes: int, rewards: float) -> Expectation:

@@ -78,7 +78,7 @@ PROJECTION_TROUBLE: Final = (RuntimeError, ProjectionDoubt, BadVector, OSError, 
 _PROJECTOR_NICE: Final = 5
 """A third of the weight of others: enough to answer questions beside busy models, too little to delay the next step."""
 
-_FOLLOW_AFTER_S: Final = 3.0
+_FOLLOW_AFTER_S: Final = 10.0
 _FOLLOW_ROWS: Final = 2_000
 """Projections follow when the first of these is reached, or when a question needs them. A graph that takes every task
 on its own costs ten times the CPU time of one that takes a few hundred together, and it is the hub that waits then."""
@@ -399,8 +399,9 @@ class MemoryService:
         return answer
 
     def _stats(self) -> MemoryFinal:
+        projector = self._opened()
         try:
-            return MemoryFinal(stats=self._opened().stats())
+            return MemoryFinal(stats=projector.stats(), width=projector.reader.width_report())
         except PROJECTION_TROUBLE as err:
             raise CallFailed(self._unbuilt(str(err))) from err
 

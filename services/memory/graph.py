@@ -124,11 +124,9 @@ _ADD_CURE: Final = (
         "CREATE (e)-[:CURED_BY {finding: $finding}]->(m) RETURN m.id"
     ),
 )
-_LESSONS: Final = (
-    "MATCH (e:Episode)-[c:CURED_BY]->(m:Mitigation)-[:CURES]->(f:FailureMode), (m)-[:DONE_BY]->(r:Role), "
-    "(m)-[h:HELPED_IN]->(k:TaskCluster) WHERE e.task_id IN $task_ids AND k.name IN $clusters "
-    "RETURN f.code, m.action, r.name, min(c.finding), k.name, h.times"
-)
+# A statement per key, since only so Kuzu takes its index: with a list of keys it goes through all episodes.
+_CURES_OF: Final = "MATCH (e:Episode {task_id: $task_id})-[c:CURED_BY]->(m:Mitigation) RETURN m.id, c.finding"
+_HELP_OF: Final = "MATCH (m:Mitigation {id: $id})-[h:HELPED_IN]->(k:TaskCluster) RETURN k.name, h.times"
 # A fixed 40 ms, then 0.1 ms a row against 0.5 ms: for rebuilding and for the plans of large tasks.
 _COPY_DECISIONS: Final = (
     "COPY Decision FROM (UNWIND $rows AS r RETURN r.decision_id)",
@@ -138,10 +136,10 @@ _COPY_DECISIONS: Final = (
 _COPY_EPISODES: Final = "COPY Episode FROM (UNWIND $rows AS r RETURN r)"
 _COPY_CLUSTERS: Final = "COPY IN_CLUSTER FROM (UNWIND $rows AS r RETURN r.task_id, r.name)"
 _COPY_FROM_ROWS: Final = 100
-_KNOWN_FAILURES: Final = (
-    "MATCH (e:Episode)-[:TOOK]->(:Decision)-[:OF_CHOICE]->(c:Choice)-[f:FAILED_WITH]->(m:FailureMode) "
-    "WHERE e.task_id IN $task_ids RETURN DISTINCT e.task_id, c.id, m.code, f.times"
+_CHOICES_OF: Final = (
+    "MATCH (e:Episode {task_id: $task_id})-[:TOOK]->(:Decision)-[:OF_CHOICE]->(c:Choice) RETURN DISTINCT c.id"
 )
+_FAILURES_OF: Final = "MATCH (c:Choice {id: $id})-[f:FAILED_WITH]->(m:FailureMode) RETURN m.code, f.times"
 _LINEAGE: Final = (
     (
         "MATCH (e:Episode)-[:TOOK]->(d:Decision)-[:OF_CHOICE]->(c:Choice) "
@@ -225,30 +223,36 @@ class LineageGraph:
 
     def known_failures(self, task_ids: Sequence[str]) -> dict[str, list[str]]:
         """Per episode the failure codes its choices are known for in tasks of that type, most frequent first."""
-        times: dict[str, Counter[str]] = {task_id: Counter() for task_id in task_ids}
         self._renew_connection()
-        if task_ids:
-            for task_id, _, code, count in self._run(_KNOWN_FAILURES, {"task_ids": list(task_ids)}):
-                times[task_id][code] += count
-        return {
-            task_id: [code for _, code in sorted((-count, code) for code, count in counter.items())]
-            for task_id, counter in times.items()
+        choices = {task_id: self._column(_CHOICES_OF, {"task_id": task_id}) for task_id in task_ids}
+        failures = {
+            choice: Counter(dict(self._run(_FAILURES_OF, {"id": choice})))
+            for choice in dict.fromkeys(choice for taken in choices.values() for choice in taken)
         }
+        known: dict[str, list[str]] = {}
+        for task_id, taken in choices.items():
+            times = sum((failures[choice] for choice in taken), Counter[str]())
+            known[task_id] = [code for _, code in sorted((-count, code) for code, count in times.items())]
+        return known
 
     def lessons(self, task_ids: Sequence[str], clusters: Sequence[str]) -> list[Lesson]:
         """What cured the failures of these episodes, with how often it has helped in these clusters; most first."""
         self._renew_connection()
-        if not task_ids:
-            return []
         findings: dict[tuple[str, str, str], str] = {}
+        ids: dict[str, tuple[str, str, str]] = {}
+        for task_id in task_ids:
+            for ident, finding in self._run(_CURES_OF, {"task_id": task_id}):
+                code, action, role = json.loads(ident)
+                kind = ids[ident] = (code, action, role)
+                findings[kind] = min(finding, findings.get(kind, finding))
         helped: Counter[tuple[str, str, str]] = Counter()
-        rows = self._run(_LESSONS, {"task_ids": list(task_ids), "clusters": list(clusters)})
-        for code, action, role, finding, _, times in rows:  # one row per cluster
-            findings[code, action, role] = min(finding, findings.get((code, action, role), finding))
-            helped[code, action, role] += times
+        for ident, kind in ids.items():
+            for cluster, times in self._run(_HELP_OF, {"id": ident}):
+                helped[kind] += times if cluster in clusters else 0
         lessons = [
             Lesson(failure_code=code, action=action, role=role, finding=findings[code, action, role], times=times)
             for (code, action, role), times in helped.items()
+            if times
         ]
         return sorted(lessons, key=lambda each: (-each.times, each.failure_code, each.action, each.role))
 
@@ -339,6 +343,9 @@ class LineageGraph:
         else:
             for row in rows:
                 self._must(_ADD_DECISION, row)
+
+    def _column(self, statement: str, parameters: dict[str, Any]) -> list[Any]:
+        return [row[0] for row in self._run(statement, parameters)]
 
     def _must(self, statement: str, parameters: dict[str, Any]) -> None:
         """Run a statement that returns the row it has written. A damaged key index would make it write nothing."""

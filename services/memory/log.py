@@ -43,9 +43,10 @@ from services.memory.log_rows import (
     is_damage,
     put,
 )
-from services.memory.log_upkeep import delete, put_value, replay_values, stored_value
+from services.memory.log_upkeep import delete, put_value, replay_values, stage_key, stored_value
 from services.memory.machine import first_of_each, scored, unseen
 from services.memory.manifest import Manifest, ProjectionDoubt, sha256_of, sync_folder
+from services.memory.staged import STAGING
 from services.memory.telling import Tell, tell_nobody
 
 LOG_FILE: Final = "log.sqlite"
@@ -320,12 +321,13 @@ class MemoryLog:
                 put(self._db, "contexts", task_id, request.text, to_bytes(vector), verb="INSERT OR IGNORE")
         return MemoryFinal(stored=len(new), duplicates=len(decisions) - len(new))
 
-    def _store_outcomes(self, request: RecordOutcomes, vector: Vector | None) -> MemoryFinal:
+    def _store_outcomes(self, request: RecordOutcomes, vector: Vector | None, *, imported: bool = False) -> MemoryFinal:
         taken = self._store_decisions(RecordDecisions(decisions=request.decisions), None)
         ids = [outcome.decision_id for outcome in request.outcomes]
         self._refuse_unknown(ids)
         new = [request.outcomes[position] for position in first_of_each(ids, self._known("outcomes", ids))]
-        for outcome in new:
+        for sent in new:
+            outcome = self._credited(sent, imported=imported)
             fields = (outcome.decision_id, self._next(), outcome.failure_code, outcome.model_dump_json())
             put(self._db, "outcomes", *fields)
             self._learn(outcome)
@@ -341,7 +343,7 @@ class MemoryLog:
             if row.decision is not None:
                 answer = self._store_decisions(RecordDecisions(decisions=[row.decision], text=row.text), vector)
             elif row.outcome is not None:
-                answer = self._store_outcomes(RecordOutcomes(outcomes=[row.outcome]), None)
+                answer = self._store_outcomes(RecordOutcomes(outcomes=[row.outcome]), None, imported=True)
             else:
                 answer = self._store_outcomes(RecordOutcomes(episode=row.episode), vector)
             stored, duplicates = stored + answer.stored, duplicates + answer.duplicates
@@ -362,6 +364,23 @@ class MemoryLog:
                     evidence={"decision_ids": unknown[:100]},
                 )
             )
+
+    def _credited(self, outcome: Outcome, *, imported: bool) -> Outcome:
+        """With its staged reward where it says how its steps were spread; that counts one stage of the type of task.
+
+        An imported one keeps the reward that it was once given, and this log is as far as that afterwards.
+        """
+        if outcome.spread is None:
+            return outcome if outcome.staged is None else outcome.model_copy(update={"staged": None})
+        decision = next(find(self._db, "decisions", "WHERE decision_id = ?", outcome.decision_id))
+        key = stage_key(decision[4])
+        row = next(find(self._db, "meta", "WHERE key = ?", key), None)
+        stage = 0 if row is None else int(row[1])
+        staged = outcome.staged
+        if staged is None or not imported:
+            staged = STAGING.credit(outcome.reward, outcome.spread, stage)
+        self._set_meta(key, max(stage, staged.stage) + 1)
+        return outcome.model_copy(update={"staged": staged})
 
     def _learn(self, outcome: Outcome) -> None:
         decision = next(find(self._db, "decisions", "WHERE decision_id = ?", outcome.decision_id))

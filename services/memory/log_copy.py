@@ -34,8 +34,9 @@ class Copied:
 
     name: str = ""
     """Empty where the first line is damaged."""
-    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Row number -> `{"seq": …, one of decision, outcome, episode, maybe "text"}`."""
+    rows: dict[int, str] = field(default_factory=dict)
+    """Row number -> the JSON of `{"seq": …, one of decision, outcome, episode, maybe "text"}`: a tenth of the memory
+    that the parsed ones would take."""
     damaged_lines: int = 0
 
     @property
@@ -106,7 +107,7 @@ def read_copy(folder: Path) -> Copied:
             elif number == 0:
                 found.name = str(row.get("copy", ""))
             elif isinstance(row.get("seq"), int):
-                found.rows[row["seq"]] = row
+                found.rows[row["seq"]] = line[9:-1].decode()
     return found
 
 
@@ -133,7 +134,12 @@ def _texts(db: sqlite3.Connection, after: int, upto: int) -> Iterator[str]:
             told.add(task_id)
             context = next(find(db, "contexts", "WHERE task_id = ?", task_id), None)
             text = "" if context is None else f', "text": {json.dumps(context[1])}'
-        yield f'{{"seq": {seq}, "{kind}": {record}{text}}}'
+        yield as_row(seq, kind, record, text)
+
+
+def as_row(seq: int, kind: str, record: str, text: str = "") -> str:
+    """JSON of one row; `text` is what follows the record."""
+    return f'{{"seq": {seq}, "{kind}": {record}{text}}}'
 
 
 def _line(text: str) -> bytes:

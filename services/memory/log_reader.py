@@ -16,14 +16,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from protocol.messages.memory import DecisionRecord, Episode, Explained, Outcome, Row, Value
+from protocol.messages.memory import DecisionRecord, Episode, Explained, Outcome, Row, Spread, Value, WidthReport
 from services.memory.embedding import Vector, from_bytes
 from services.memory.log import LOG_FILE, read_meta
 from services.memory.log_copy import damaged_lines
 from services.memory.log_rows import RowDamaged, damaged_rows, fetched, find, parts, selected
-from services.memory.log_upkeep import stored_value, stored_values, wrong_values
+from services.memory.log_upkeep import stored_stages, stored_value, stored_values, wrong_values
 from services.memory.machine import episode_value
 from services.memory.routing import Observation
+from services.memory.staged import STAGING
+from services.memory.width_report import HISTORY, Decided, report
 
 _ROWS_AT_ONCE: Final = 5_000
 
@@ -91,6 +93,13 @@ _TAKEN: Final = (
     f"SELECT {selected('decisions', 'd')}, {selected('choice_values', 'v')} FROM decisions d "  # noqa: S608  literals
     "JOIN outcomes USING (decision_id) LEFT JOIN choice_values v USING (subject, task_type, choice) WHERE d.task_id = ?"
 )
+_DECOMPOSITIONS: Final = (
+    f"SELECT {selected('outcomes', 'o')}, {selected('decisions', 'd')} FROM outcomes o "  # noqa: S608  literals
+    "JOIN decisions d USING (decision_id) WHERE d.subject = 'decomposition' "
+    "AND json_extract(o.record, '$.staged') IS NOT NULL AND o.seq > ? ORDER BY o.seq DESC LIMIT ?"
+)
+_DECOMPOSITIONS_WITHIN: Final = 200_000
+"""Rows of the log in which decompositions are looked for, so that a report does not take longer with every year."""
 
 
 class LogReader:
@@ -218,6 +227,14 @@ class LogReader:
         found = [value for value in stored_values(self._db) if value.subject == subject]
         return sorted(found, key=lambda value: (value.task_type, -value.q, value.choice))
 
+    def width_report(self) -> WidthReport:
+        """How the last decisions whether to split came out; see `width_report.py`."""
+        found = fetched(self._db, _DECOMPOSITIONS, self.seq - _DECOMPOSITIONS_WITHIN, HISTORY)
+        decided = [_decided(*parts(row, "outcomes", "decisions")) for row in found][::-1]
+        stages = stored_stages(self._db)
+        now = stages.get(decided[-1].task_type, 0) if decided else 0
+        return report(decided, max(stages.values(), default=0), STAGING.weight(now))
+
     def rows(self, after: int, limit: int) -> list[Row]:
         """Up to `limit` rows after row `after`, in order, as they are exported."""
         found: list[tuple[int, dict[str, object]]] = []
@@ -288,6 +305,23 @@ class LogReader:
         return read_meta(self._db, key)
 
 
+def _decided(told: tuple[Any, ...] | None, taken: tuple[Any, ...] | None) -> Decided:
+    if told is None or taken is None:
+        raise RowDamaged("an outcome has no decision")
+    decision, outcome = json.loads(taken[-1]), json.loads(told[-1])
+    features = decision.get("features", {})
+    return Decided(
+        task_type=decision["task_type"],
+        cluster=decision.get("cluster", ""),
+        reward=outcome["reward"],
+        shaped=outcome["staged"]["shaped"],
+        seconds=outcome["seconds"],
+        spread=Spread.model_validate(outcome["spread"]),
+        rules_width=features.get("rules_width", 1.0),
+        widest=features.get("widest", 1.0),
+    )
+
+
 def _told_by(outcome: tuple[Any, ...], decision: tuple[Any, ...]) -> Iterator[ChoiceFailed | Cured]:
     """What the graph learns from one outcome."""
     ident, seq, code, record = outcome
@@ -307,6 +341,7 @@ def _observation(row: Sequence[Any]) -> Observation:
     # Plain JSON: both were validated before they were stored, and an old row lacks the newer fields.
     decision, outcome = json.loads(taken[-1]), json.loads(told[-1])
     subject, choice = taken[3], taken[5]
+    staged = outcome.get("staged")
     return Observation(
         seq=told[1],
         decision_seq=taken[1],
@@ -320,4 +355,6 @@ def _observation(row: Sequence[Any]) -> Observation:
         seconds=outcome["seconds"],
         model=decision.get("model", ""),
         prompt=decision.get("prompt", ""),
+        finish=None if staged is None else staged["finish"],
+        stage=0 if staged is None else staged["stage"],
     )

@@ -18,9 +18,9 @@ from typing import Any, Final, Protocol
 from services.kit.logs import LogEvent
 from services.memory.embedding import Unembeddable, Vector, to_bytes
 from services.memory.log import LOG_FILE, MemoryLog, fresh_meta
-from services.memory.log_copy import Copied, read_copy
+from services.memory.log_copy import Copied, as_row, read_copy
 from services.memory.log_rows import COLUMNS, SCHEMA, LogDamaged, opened, put, selected
-from services.memory.log_upkeep import replay_values
+from services.memory.log_upkeep import replay_values, restore_stages
 from services.memory.manifest import sync_file, sync_folder
 from services.memory.telling import Tell
 
@@ -43,7 +43,7 @@ class NamedEmbedder(Protocol):
 class Salvaged:
     """Sound rows of a damaged log."""
 
-    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[int, str] = field(default_factory=dict)
     """In the shape of `Copied.rows`."""
     meta: dict[str, Any] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class _Vectors:
         return self.saved.get((table, task_id)) or to_bytes(self.embed(text))
 
 
-def _write(path: Path, rows: dict[int, dict[str, Any]], salvaged: Salvaged, vectors: _Vectors, embedder: str) -> None:
+def _write(path: Path, rows: dict[int, str], salvaged: Salvaged, vectors: _Vectors, embedder: str) -> None:
     """A log that holds these rows under their old numbers."""
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("PRAGMA foreign_keys=OFF")  # an outcome whose decision is lost is lost with it, below
@@ -111,9 +111,10 @@ def _write(path: Path, rows: dict[int, dict[str, Any]], salvaged: Salvaged, vect
     for key, value in (fresh_meta() | known).items():
         put(db, "meta", key, value)
     for seq in sorted(rows):
-        _put_row(db, seq, rows[seq], salvaged.texts, vectors)
+        _put_row(db, seq, json.loads(rows[seq]), salvaged.texts, vectors)
     db.execute("DELETE FROM outcomes WHERE decision_id NOT IN (SELECT decision_id FROM decisions)")
     replay_values(db)
+    restore_stages(db, salvaged.meta)
     db.execute("COMMIT")
     db.close()
     sync_file(path)
@@ -171,10 +172,10 @@ def _keep(found: Salvaged, table: str, row: tuple[Any, ...]) -> None:
         found.texts[values[0]] = values[1]
         found.vectors[table, values[0]] = values[2]
     elif table == "episodes":
-        found.rows[values[1]] = {"seq": values[1], "episode": json.loads(values[3])}
+        found.rows[values[1]] = as_row(values[1], "episode", values[3])
         found.vectors[table, values[0]] = values[4]
     elif table in ("decisions", "outcomes"):
-        found.rows[values[1]] = {"seq": values[1], table.removesuffix("s"): json.loads(values[-1])}
+        found.rows[values[1]] = as_row(values[1], table.removesuffix("s"), values[-1])
 
 
 def _swap(folder: Path) -> None:

@@ -6,8 +6,9 @@ them. Opening, transactions and everyday writes are `log.py`.
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from protocol.messages.memory import Forget, Outcome, Value
@@ -23,6 +24,7 @@ _SCORED: Final = (
     f"SELECT {selected('decisions', 'd')}, {selected('outcomes', 'o')} FROM outcomes o "  # noqa: S608  literals
     "JOIN decisions d USING (decision_id) ORDER BY o.seq"
 )
+_STAGE: Final = "stage:"
 _OF_TASKS: Final = "SELECT decision_id FROM decisions WHERE task_id IN (SELECT task_id FROM forgotten)"
 _OF_CHOICE: Final = "SELECT decision_id FROM decisions WHERE choice = ?1 AND (?2 IS NULL OR subject = ?2)"
 
@@ -89,6 +91,29 @@ def replay_values(db: sqlite3.Connection) -> int:
                 (stored.subject, stored.task_type, stored.choice),
             )
     return len(wrong)
+
+
+def stage_key(task_type: str) -> str:
+    """Key in `meta` under which it stands how many decompositions of a type of task were credited."""
+    return f"{_STAGE}{task_type}"
+
+
+def stored_stages(db: sqlite3.Connection) -> dict[str, int]:
+    """Type of task -> decompositions whose staged reward was credited, those that were forgotten since included."""
+    return {key.removeprefix(_STAGE): int(value) for key, value in find(db, "meta") if key.startswith(_STAGE)}
+
+
+def restore_stages(db: sqlite3.Connection, known: Mapping[str, Any]) -> None:
+    """Put the stages into a log that is made anew: the ones that are known, and at least what its outcomes say."""
+    stages = {key: int(value) for key, value in known.items() if key.startswith(_STAGE)}
+    for row in fetched(db, _SCORED):
+        decision, told = parts(row, "decisions", "outcomes")
+        staged = json.loads(told[-1]).get("staged") if told is not None else None
+        if decision is not None and staged is not None:
+            key = stage_key(decision[4])
+            stages[key] = max(stages.get(key, 0), int(staged["stage"]) + 1)
+    for key, stage in stages.items():
+        put(db, "meta", key, stage, verb="INSERT OR REPLACE")
 
 
 def put_value(db: sqlite3.Connection, value: Value) -> None:

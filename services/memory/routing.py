@@ -9,6 +9,9 @@ of the arms as a whole plus a small part of that of the place. Sampling each pla
 exploring in every corner far longer than its outcomes can repay. A greedy rule would lock onto the first arm that does
 well.
 
+A question about a decomposition says how wide its options are; then the terms of the staged reward (`staged.py`) are
+added to what is compared, at the weight of the day. Values and posteriors hold raw rewards only.
+
 Change: each arm keeps a CUSUM of how much better its recent deviation would have predicted it than its posterior did;
 past `ALARM` most of its evidence is forgotten. A new model forgets all of it, a new prompt three quarters.
 
@@ -28,6 +31,7 @@ from protocol.messages.memory import Advised, ArmValue, ArmView, Option, Questio
 from services.kit.expectation import expected
 from services.memory.embedding import DIMENSION, Vector
 from services.memory.posterior import NOISE, STATE_ARRAYS, Array, Place, Posterior, Prior
+from services.memory.staged import STAGING, Staging
 
 PRIOR_MEAN: Final = 0.5
 """Expected reward of an arm that nobody has tried."""
@@ -82,6 +86,10 @@ class Observation:
     seconds: float
     model: str
     prompt: str
+    finish: float | None = None
+    """Share of its assigned steps that finished; only of a decomposition whose staged reward was credited."""
+    stage: int = 0
+    """How many were credited before it."""
 
 
 @dataclass(slots=True)
@@ -103,6 +111,15 @@ class Arm:
     alarms: int = 0
     in_cluster: dict[str, list[float]] = field(default_factory=dict)
     """Cluster -> outcomes and sum of their rewards since the last reset."""
+    finished: dict[str, list[float]] = field(default_factory=dict)
+    """Cluster -> decompositions and sum of the shares of their steps that finished."""
+
+    def expected_finish(self, cluster: str) -> float:
+        """Share of the steps that will finish: this cluster's mean, held back by the arm's and by one that did all."""
+        count = sum(own[0] for own in self.finished.values())
+        mean = (1.0 + sum(own[1] for own in self.finished.values())) / (1.0 + count)
+        own_count, own_sum = self.finished.get(cluster, (0.0, 0.0))
+        return (mean + own_sum) / (1.0 + own_count)
 
     def expected_deviation(self) -> float:
         """Mean residual of the recent window, shrunk as if ten more outcomes had met the expectation."""
@@ -126,8 +143,12 @@ _PROJECTION: Final = _projection()
 class Bandit:
     """What is known of the choices of one subject in tasks of one type."""
 
-    def __init__(self) -> None:
+    def __init__(self, staging: Staging = STAGING) -> None:
+        """`staging` weighs the terms of the staged reward where a question says the widths of its options."""
         self.arms: dict[str, Arm] = {}
+        self.staging = staging
+        self.stage = 0
+        """Decompositions whose staged reward was credited."""
         self._posteriors = (Posterior(PLAIN, PROJECTED), Posterior(LOCAL, PROJECTED))
         self._log_weights = np.zeros(2)
         self._named: dict[str, None] = {}
@@ -136,6 +157,8 @@ class Bandit:
     def learn(self, seen: Observation) -> None:
         """Take one outcome. One of an older model or prompt than the arm has now is left out."""
         arm = self._arm(seen)
+        if seen.finish is not None:
+            self.stage = max(self.stage, seen.stage + 1)
         if seen.decision_seq < arm.since_seq:
             return
         if (arm.model, arm.prompt) != (seen.model, seen.prompt):
@@ -163,6 +186,10 @@ class Bandit:
         counted = arm.in_cluster.setdefault(cluster, [0, 0.0])
         counted[0] += 1
         counted[1] += seen.reward
+        if seen.finish is not None:
+            finished = arm.finished.setdefault(cluster, [0, 0.0])
+            finished[0] += 1
+            finished[1] += seen.finish
         if arm.cusum > ALARM:
             arm.alarms += 1
             self._forget(seen.choice, KEPT_AFTER_ALARM)
@@ -174,7 +201,8 @@ class Bandit:
         rules = [option.choice for option in options].index(question.rules_choice)
         mean, cov, sampled, remaining = self._outlook(options, _place(vector, cluster))
         price = np.array([option.cost for option in options]) + self._time_price(options)
-        worth = mean - price
+        staged = self._incentives(options, cluster)
+        worth = mean - price + staged
         worth[rules] += RULES_BONUS * remaining[rules]
         generator = np.random.default_rng(seed)
         chances = chances_of_best(worth, sampled, generator)
@@ -198,6 +226,8 @@ class Bandit:
                 outcomes=counts[position],
                 similar_outcomes=self._similar(option, cluster),
                 seconds=arm.seconds if (arm := self.arms.get(option.choice)) is not None else 0.0,
+                width=option.width,
+                staged=float(staged[position]),
             )
             for position, option in enumerate(options)
         ]
@@ -266,6 +296,7 @@ class Bandit:
         """Everything learned: what JSON can hold, and the arrays."""
         names: dict[str, Any] = {
             "arms": {name: asdict(arm) for name, arm in self.arms.items()},
+            "stage": self.stage,
             "clusters": list(self._named),
             "posteriors": [],
         }
@@ -279,6 +310,7 @@ class Bandit:
     def restore(self, names: dict[str, Any], arrays: dict[str, Array]) -> None:
         """Reverse of `state`. Raises ValueError, KeyError or TypeError where the parts do not fit."""
         self.arms = {name: Arm(**arm) for name, arm in names["arms"].items()}
+        self.stage = int(names["stage"])
         self._named = dict.fromkeys(names["clusters"])
         self._log_weights, self._centroids = arrays["log_weights"].copy(), arrays["centroids"].copy()
         for number, (posterior, own) in enumerate(zip(self._posteriors, names["posteriors"], strict=True)):
@@ -300,6 +332,7 @@ class Bandit:
         arm.count *= keep * keep
         arm.deviation = arm.weight = arm.cusum = 0.0
         arm.in_cluster.clear()
+        arm.finished.clear()
 
     def _join(self, seen: Observation) -> str:
         """The cluster of an outcome; a new one is founded while there is room."""
@@ -350,6 +383,19 @@ class Bandit:
         known = [self.arms.get(name) for name in names]
         mean = mean + keep * np.array([0.0 if arm is None else arm.likely_shift() for arm in known])
         return mean, cov, BOLDNESS**2 * whole + LOCAL_BOLDNESS**2 * cov, share
+
+    def _incentives(self, options: Sequence[Option], cluster: str) -> Array:
+        """What both terms of the staged reward add to each option now; nothing unless all say their width."""
+        widths = [option.width for option in options if option.width is not None]
+        if len(widths) < len(options) or self.staging.left(self.stage) == 0.0:
+            return np.zeros(len(options))
+        nobody = Arm("", "", 0)
+        return np.array(
+            [
+                self.staging.incentive(self.stage, width, self.arms.get(option.choice, nobody).expected_finish(cluster))
+                for option, width in zip(options, widths, strict=True)
+            ]
+        )
 
     def _keep(self, option: Option) -> float:
         arm = self.arms.get(option.choice)
@@ -408,7 +454,8 @@ def _normal_cdf(z: float) -> float:
 def _why(arms: Sequence[ArmView], taken: int, best: int, rules: int, confidence: float, won: str, cluster: str) -> str:
     def told(position: int) -> str:
         arm = arms[position]
-        return f"{arm.choice} {arm.expected_reward:.2f}±{arm.deviation:.2f} after {arm.outcomes:.0f}"
+        staged = f" (+{arm.staged:.2f} staged)" if arm.staged > 0 else ""
+        return f"{arm.choice} {arm.expected_reward:.2f}±{arm.deviation:.2f}{staged} after {arm.outcomes:.0f}"
 
     where = f" ({arms[best].similar_outcomes} in cluster {cluster})" if cluster else ""
     if won == "learned":

@@ -19,6 +19,7 @@ from services.kit.identity import work_key
 from services.kit.registry import PersonaEntry, Registry
 from services.kit.registry.versions import versions
 from services.planner.cast import ROLES_FOR, Work, alternatives
+from services.planner.width import width_of
 
 WIDTH_KEY: Final = "width"
 MAX_QUESTIONS: Final = 64
@@ -76,6 +77,17 @@ def shape_of(template: str) -> str:
     return template.partition("/")[0]
 
 
+def split_cluster(task: TaskIR, plans: Mapping[str, Plan]) -> str:
+    """Kind of work that a decomposition is decided for: the rules' shape, how far it could be split, how much to read.
+
+    Numbers are rounded down to powers of two and four, so that tasks that resemble each other share their outcomes.
+    """
+    shape = shape_of(next(iter(plans))).partition(".")[2]
+    widest = max(map(width_of, plans.values()))
+    read_chars = sum(len(artefact.text()) for artefact in task.inputs)
+    return f"{shape}/{1 << (widest.bit_length() - 1)}/{4 ** ((read_chars.bit_length() - 1) // 2) if read_chars else 0}"
+
+
 def request(
     task: TaskIR, plans: Mapping[str, Plan], registry: Registry, text: str, *, roles_open: bool = True
 ) -> Advise | None:
@@ -87,8 +99,17 @@ def request(
     shapes = list(dict.fromkeys(map(shape_of, plans)))
     questions: list[Question] = []
     if len(shapes) > 1:
-        options = [Option(choice=shape) for shape in shapes]
-        questions.append(Question(key=WIDTH_KEY, subject="decomposition", rules_choice=shapes[0], options=options))
+        widths = {shape_of(template): width_of(plan) for template, plan in reversed(list(plans.items()))}
+        options = [Option(choice=shape, width=widths[shape]) for shape in shapes]
+        questions.append(
+            Question(
+                key=WIDTH_KEY,
+                subject="decomposition",
+                cluster=split_cluster(task, plans),
+                rules_choice=shapes[0],
+                options=options,
+            )
+        )
     steps = [step for plan in plans.values() for step in plan.steps]
     roles = dict.fromkeys(
         step.actor for plan in plans.values() for step in plan.steps if step.persona is None and plan.persona is None

@@ -34,6 +34,7 @@ from services.planner.advice import (
 )
 from services.planner.cast import crew
 from services.planner.tests_given import given_tests, module_under_test
+from services.planner.width import width_of
 
 #: Kind of output -> gates that judge it by default, where the registry has them and they know the language.
 #: `format` is left out on purpose: its failures never escalate, a model that is bad at layout stays bad at it, and a
@@ -70,6 +71,12 @@ class Decomposition:
     alternatives: tuple[str, ...]
     rule: str
     advice: Advised | None = None
+    cluster: str = ""
+    """See `advice.split_cluster`."""
+    rules_width: int = 1
+    """Width of the rules' plan."""
+    widest: int = 1
+    """Width of the widest plan that there was to choose from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,16 @@ def choose(
             rule=decomposition.rule[:1_000],
             advice=decomposition.advice,
             task_type=task_type,
-            features={"steps": width, "inputs": float(len(task.inputs)), "objective_chars": float(len(task.objective))},
+            features={
+                "steps": width,
+                "width": float(width_of(plan)),
+                "rules_width": float(decomposition.rules_width),
+                "widest": float(decomposition.widest),
+                "inputs": float(len(task.inputs)),
+                "objective_chars": float(len(task.objective)),
+                "read_chars": sum(sizes.values()),
+            },
+            cluster=decomposition.cluster,
         )
     ]
     by_role: dict[str, list[PersonaEntry]] = {}

@@ -34,7 +34,7 @@ from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import PlanProblem
 from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry, RoleEntry, with_own
-from services.planner.advice import WIDTH_KEY, answers, request, shape_of
+from services.planner.advice import WIDTH_KEY, answers, request, shape_of, split_cluster
 from services.planner.cast import ROLES_FOR, Work
 from services.planner.choose import Decomposition, choose, records
 from services.planner.digest import Fitted, fit_to_context
@@ -42,6 +42,7 @@ from services.planner.discovery import discover
 from services.planner.divide import Judge, RuleJudge
 from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
 from services.planner.rules import RulePlan, plans_by_rules
+from services.planner.width import told, width_of
 
 MEMORY_S: Final = 1.0
 """Longest wait for memory, for each of its questions, in seconds."""
@@ -330,7 +331,13 @@ class Planning:
         if width is not None:
             template = next(name for name in opened.plans if shape_of(name) == width.choice)
             others = tuple(name for name in opened.plans if name != template)
-            choice = Decomposition(template, others, width.why, width)
+            choice = replace(opened.choice, choice=template, alternatives=others, rule=width.why, advice=width)
+        if opened.source != "client":
+            offered = {plan.template: plan.plan for plan in self._by_rules}
+            widest = max(map(width_of, [*offered.values(), *opened.plans.values()]))
+            ruled = width_of(self._rules.plan)
+            choice = replace(choice, cluster=split_cluster(self._task, offered), rules_width=ruled, widest=widest)
+            self._reasons.append(told(opened.plans[template]))
         found = discover(opened.plans[template], self._task.inputs)
         self._reasons += [f"added: {edge.reason}" for edge in found.added]
         fitted = Fitted(self._task, found.plan, ())

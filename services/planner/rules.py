@@ -37,6 +37,8 @@ MIN_STEP_TOKENS: Final = 64
 """A step that may write less than this is not worth having; bounds the steps by `budget.max_tokens`."""
 
 _JOIN_FAN_IN: Final = 8
+_NARROWER: Final = (2, 4)
+"""Parts a step takes in the narrower plans that are offered beside the rules' one."""
 _QUOTE_BYTES: Final = 1_500
 _PYTHON: Final = "text/x-python"
 _VIEWS: Final = (
@@ -145,18 +147,26 @@ def plan_by_rules(task: TaskIR, roles: Collection[str], judge: Judge = _SHIPPED_
 
 
 def plans_by_rules(task: TaskIR, roles: Collection[str], judge: Judge = _SHIPPED_JUDGE) -> list[RulePlan]:
-    """The rules' plan, then the other valid ones that the evidence allows, of distinct templates; one step always is
-    among them, since whether to split at all is a choice too.
+    """The rules' plan, then the other valid ones that the evidence allows, of distinct templates: also narrower ones,
+    in which a step takes two or four parts, and always one step, since whether to split at all is a choice too.
     """
     plans: dict[str, RulePlan] = {}
+    offered: list[tuple[Callable[[_Draft], tuple[str, str]], tuple[str, ...]]] = []
 
-    def offer(build: Callable[[_Draft], tuple[str, str]], parts: tuple[str, ...] = ()) -> None:
-        draft = _Draft(task, roles)
+    def offer(build: Callable[[_Draft], tuple[str, str]], parts: tuple[str, ...] = (), each: int = 1) -> None:
+        draft = _Draft(task, roles, each)
         shape, because = build(draft)
-        template = f"{task.task_type.value}.{shape}"
-        plans.setdefault(
-            template, RulePlan(Plan(steps=draft.steps), template, because, tuple(dict.fromkeys(draft.notes)), parts)
-        )
+        if each == 1:
+            offered.append((build, parts))
+        elif not draft.narrowed:
+            return
+        else:
+            name, _, width = shape.partition("/")
+            shape, because = f"{name}-by{each}/{width}", f"{because}, {each} a step"
+        template, plan = f"{task.task_type.value}.{shape}", Plan(steps=draft.steps)
+        if each > 1 and any(other.plan == plan for other in plans.values()):
+            return  # the budget has made them equal
+        plans.setdefault(template, RulePlan(plan, template, because, tuple(dict.fromkeys(draft.notes)), parts))
 
     match task.task_type:
         case TaskType.CODE:
@@ -168,6 +178,9 @@ def plans_by_rules(task: TaskIR, roles: Collection[str], judge: Judge = _SHIPPED
         case TaskType.CHAT | TaskType.DOC:
             for option in split(task, room(task), judge).options:
                 offer(partial(_prose, option=option), option.items)
+    for each in _NARROWER:
+        for build, parts in tuple(offered):
+            offer(build, parts, each)
     offer(_single)
     return list(plans.values())
 
@@ -178,6 +191,9 @@ class _Draft:
 
     task: TaskIR
     roles: Collection[str]
+    each: int = 1
+    """Parts or inputs that a step of a map takes, where there are enough of them."""
+    narrowed: bool = False
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     names: Names = field(init=False)
@@ -192,6 +208,13 @@ class _Draft:
     @property
     def room(self) -> int:
         return room(self.task)
+
+    def width_for(self, count: int, taken: int = 0) -> int:
+        """Steps of a map over so many things, with `taken` steps before it; at least two, within the budget."""
+        if self.each > 1 and count >= 2 * self.each:
+            self.narrowed = True
+            count = -(-count // self.each)
+        return _map_width(count, self.room - taken)
 
     def add(
         self,
@@ -260,7 +283,7 @@ def _fan(draft: _Draft, option: Option) -> str:
     """One step per thing that is asked for, and a join."""
     task, given = draft.task, draft.given
     items = _matched_to_inputs(option.items, given)
-    groups = _grouped(items, _map_width(min(len(items), MAX_PARTS), draft.room))
+    groups = _grouped(items, draft.width_for(min(len(items), MAX_PARTS)))
     made, read = [], set[str]()
     for number, group in enumerate(groups, 1):
         asked = "\n".join(f"- {item}" for item, _ in group)
@@ -324,7 +347,7 @@ def _map_inputs(draft: _Draft, work: Work, json_schema: dict[str, Any] | None) -
         _single(draft)
         return "single/1", f"{len(given)} inputs" if len(given) < 2 else "the budget allows no fan-out"
     made = []
-    for group in _grouped(given, _map_width(len(given), draft.room)):
+    for group in _grouped(given, draft.width_for(len(given))):
         which = "this input" if len(group) == 1 else f"these {len(group)} inputs"
         action = f"{what}, from {which} only. Name the input: {', '.join(group)}.{for_orientation(task)}"
         made.append(draft.add(work, action, group, f"notes_{stem(group[0])}", kind, json_schema))
@@ -408,7 +431,7 @@ def _manage(draft: _Draft) -> tuple[str, str]:
     action = f"Break this down into workstreams that do not wait for each other:\n{task.objective}"
     breakdown = draft.add(Work.BREAK_DOWN, _bounded(action), given, "breakdown")
     made = []
-    for number, group in enumerate(_grouped(items, _map_width(min(len(items), MAX_PARTS), draft.room - 1)), 1):
+    for number, group in enumerate(_grouped(items, draft.width_for(min(len(items), MAX_PARTS), taken=1)), 1):
         asked = "\n".join(f"- {item}" for item in group)
         action = f"Work out this workstream only:\n{asked}{for_orientation(task)}"
         made.append(draft.add(Work.READ, action, [breakdown], f"workstream_{number}"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,17 @@ from typing import Final
 
 from protocol.messages.registry import EntryChange
 from services.kit.config import Home
-from services.kit.registry import Registry, RegistryError, keep_copy, load_registry, make_current, persona_entry
+from services.kit.registry import (
+    PersonaEntry,
+    Registry,
+    RegistryError,
+    keep_copy,
+    load_registry,
+    make_current,
+    persona_entry,
+)
 from services.kit.registry.personas_file import with_persona
+from services.kit.registry.sections import FILES
 from services.scheduler.personas import AdoptPersona
 from services.scheduler.reloading import changes
 
@@ -32,29 +42,48 @@ def adopt(asked: AdoptPersona, home: Home, declared: Registry) -> Registry | Non
     """Write it. Returns the registry to take up, or None where the files differ in more. Raises NotWritten."""
     source = home.registry_source
     path = (source / _FILE).resolve()
+    entry = persona_entry(asked.persona)
     with _nobody_reloads(home):
         try:
-            before = path.read_text(encoding="utf-8")
-            entry = persona_entry(asked.persona)
-            _replace(path, with_persona(before, entry, f"Made at run time, adopted for its outcomes: {asked.note}"))
+            text = path.read_text(encoding="utf-8")
+            text = with_persona(text, entry, f"Made at run time, adopted for its outcomes: {asked.note}")
+            found = _tried(text, source, home, entry)
+            _replace(path, text)
         except (OSError, UnicodeDecodeError, ValueError) as err:
             raise NotWritten(f"{path} could not be written: {err}") from err
+        added = EntryChange(section="personas", name=entry.name, change="added")
+        if found is None or changes(declared, found)[0] != [added]:
+            return None
         try:
-            found = load_registry(source, home.models, check_files=False)
-            if changes(declared, found)[0] != [EntryChange(section="personas", name=entry.name, change="added")]:
-                return None
             registry = keep_copy(source, home.models, home.registry_copies, check_files=False)
             if home.registry.resolve() != source.resolve():  # supervised: the services read a copy
                 make_current(home.registry_copies, registry.digest)
                 home.started_registry.write_text(registry.digest, encoding="ascii")
-        except RegistryError as err:
-            if any(entry.name in problem.field for problem in err.problems):
-                _replace(path, before)
-                raise NotWritten(f"the registry would refuse it: {err.problems[0]}") from err
-            return None  # the operator is at work on other entries
+        except RegistryError:
+            return None  # changed in this moment
         except OSError as err:
             raise NotWritten(f"it stands in {path}, but no copy of the registry can be kept: {err}") from err
     return registry
+
+
+def _tried(text: str, source: Path, home: Home, entry: PersonaEntry) -> Registry | None:
+    """The registry with this text of personas.yaml, before anything is written; None if other entries have problems,
+    since the operator is at work on them. Raises NotWritten where this one has.
+    """
+    with tempfile.TemporaryDirectory(prefix="tierline-") as name:
+        folder = Path(name)
+        for file in FILES:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, folder / file)
+        (folder / _FILE).write_text(text, encoding="utf-8")
+        try:
+            return load_registry(folder, home.models, check_files=False)
+        except RegistryError as err:
+            field = f"personas.{entry.name}"
+            for problem in err.problems:
+                if problem.field == field or problem.field.startswith(f"{field}."):
+                    raise NotWritten(f"the registry would refuse it: {problem}") from err
+            return None
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """What a finished task teaches: one outcome per decision, and the episode itself.
 
-A decision about a step is scored by what became of that step, a decision about the task by the task. Faults of
-processes and resources teach nothing (`quality_signal` in the failure table), and a cancelled task teaches nothing.
+A decision about a step is scored by what became of that step, a decision about the task by the task; one about its
+decomposition says beside it how the steps were spread, for the staged reward. Faults of processes and resources teach
+nothing (`quality_signal` in the failure table), and a cancelled task teaches nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from services.kit.identity import work_key
 from services.kit.registry import Registry, with_own
 from services.kit.registry.versions import versions
 from services.scheduler.failures import teaches
+from services.scheduler.spread import spread_of
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 _MAX_CURES: Final = 8  # bound of Outcome.cures
@@ -107,6 +109,7 @@ def _of_task(task: TaskRecord, decision: RoutingDecision, blameless: bool) -> Ou
         seconds=(task.ended_ms - task.created_ms) / 1000,
         attempts=1,
         failure_code=None if task.failure is None else task.failure.code,
+        spread=spread_of(task) if decision.subject == "decomposition" and decision.alternatives else None,
         at_ms=task.ended_ms,
     )
 

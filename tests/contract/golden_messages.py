@@ -42,7 +42,10 @@ from protocol.messages.memory import (
     RecordDecisions,
     RecordOutcomes,
     Row,
+    Spread,
+    Staged,
     Value,
+    WidthReport,
 )
 from protocol.messages.persona import (
     MakePersona,
@@ -242,6 +245,7 @@ _ADVISED = Advised(
     ],
     why="learned: careful 0.75±0.12 after 12",
 )
+_WIDE_ARM = _ADVISED.arms[0].model_copy(update={"width": 4, "staged": 0.0625})
 _ADVISED_DECISION = _DECISION.model_copy(update={"choice": "careful", "cluster": "coder", "advice": _ADVISED})
 _RECORD = DecisionRecord(
     decision_id="D-1",
@@ -258,6 +262,12 @@ _RECORD = DecisionRecord(
 )
 _VERSIONED_RECORD = _RECORD.model_copy(update={"cluster": "coder", "model": "0123abcd", "prompt": "89ef4567"})
 _OUTCOME = Outcome(decision_id="D-1", reward=1.0, seconds=4.5, attempts=2, at_ms=1_700_000_005_000)
+_SPREAD = _OUTCOME.model_copy(
+    update={
+        "spread": Spread(width=4, assigned=4, finished=3, useful=2),
+        "staged": Staged(stage=100, weight=0.0625, parallel=0.75, finish=0.75, shaped=1.09375),
+    }
+)
 _CURED = _OUTCOME.model_copy(
     update={"cures": [Cure(failure_code="gate.lint", finding="undefined name 'os'", action="retry", role="coder")]}
 )
@@ -844,6 +854,23 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         MemoryRequest(ask=Import(rows=[Row(seq=4, outcome=_CURED), Row(seq=5, episode=_EPISODE)])),
         MemoryRequest(ask=Arms(subject="persona")),
         MemoryRequest(ask=RecordOutcomes(decisions=[_VERSIONED_RECORD], outcomes=[_OUTCOME])),
+        MemoryRequest(
+            ask=Advise(
+                text="Write sum.py and test it",
+                task_type="doc",
+                questions=[
+                    Question(
+                        key="width",
+                        subject="decomposition",
+                        cluster="map-join/4/1024",
+                        rules_choice="doc.map-join",
+                        options=[Option(choice="doc.map-join", width=4), Option(choice="doc.single", width=1)],
+                    )
+                ],
+                seed=7,
+            )
+        ),
+        MemoryRequest(ask=Import(rows=[Row(seq=6, outcome=_SPREAD)])),
     ],
     "memory.final": [
         MemoryFinal(
@@ -882,6 +909,24 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                     mean_seconds=4.5,
                 )
             ]
+        ),
+        MemoryFinal(
+            advice=[_ADVISED.model_copy(update={"arms": [_WIDE_ARM]})],
+            stats={"episodes": 1},
+            width=WidthReport(
+                tasks=4,
+                quality=0.75,
+                shaped=0.875,
+                stage=100,
+                weight=0.0625,
+                split=2,
+                serial=2,
+                width_pays=2,
+                serial_though_width_pays=1,
+                split_in_vain=1,
+                serial_collapse=0.5,
+                spurious_parallelism=0.5,
+            ),
         ),
     ],
     "memory.cancel": [Empty()],

@@ -49,6 +49,7 @@ def fan_out(width: int, shared: str) -> dict[str, Any]:
             "action": f"Say one word about fact {n}.",
             "outputs": [{"name": f"word{n}"}],
             "inputs": ["facts"],
+            "persona": "plain-writer",  # what is learned may change it from task to task, and with it the beginning
             "max_tokens": 6,
             "gates": [],
         }

@@ -133,7 +133,7 @@ def test_the_disk_keeps_what_was_used_last_within_the_bound(tmp_path: Path, monk
     ]
     child = subprocess.Popen(command, env={**os.environ, "LLAMA_API_KEY": "key"})
     try:
-        asyncio.run(_two_groups(desk, LlamaServer(port, "key"), folder))
+        asyncio.run(_two_groups(desk, port, folder))
     finally:
         child.kill()
         child.wait()
@@ -143,7 +143,8 @@ def files_in(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
-async def _two_groups(desk: SlotDesk, server: LlamaServer, folder: Path) -> None:
+async def _two_groups(desk: SlotDesk, port: int, folder: Path) -> None:
+    server = LlamaServer(port, "key")
     for _ in range(100):
         if await server.alive():
             break

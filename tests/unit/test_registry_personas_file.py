@@ -108,6 +108,15 @@ def test_a_file_that_cannot_be_written_is_as_it_was_and_the_reason_names_it(home
     assert path.read_text() == "personas: ["
 
 
+def test_what_the_registry_would_refuse_is_not_written_at_all(home: Home) -> None:
+    declared = load_registry(home.registry, home.models, check_files=False)
+    before = (home.registry / "personas.yaml").read_text()
+    lost = AdoptPersona(PIRATE.model_copy(update={"roles": ["left-meanwhile"]}), "better")
+    with pytest.raises(NotWritten, match=r"the registry would refuse it: .*left-meanwhile"):
+        adopt(lost, home, declared)
+    assert (home.registry / "personas.yaml").read_text() == before
+
+
 def test_the_registry_that_services_read_is_a_copy_and_the_link_moves(home: Home, tmp_path: Path) -> None:
     declared = load_registry(home.registry, home.models, check_files=False)
     environ = {

@@ -33,7 +33,7 @@ from services.kit.registry import Registry, TrialPolicy, persona_entry
 from services.kit.registry.versions import prompt_digest
 from services.scheduler import events as ev
 from services.scheduler.persona_verdicts import standing_of, verdict
-from services.scheduler.personas import Personas
+from services.scheduler.personas import KeepPersona, Personas
 from services.scheduler.planning import plan_wanted
 from tests.unit.simulation import Answer, World, plan_as_given, say, shipped_registry, stack, task_of
 
@@ -388,3 +388,32 @@ def _with(policy: TrialPolicy) -> Registry:
 def _declaring(*personas: Persona) -> Registry:
     more = {one.name: persona_entry(one) for one in personas}
     return replace(SHIPPED, personas=MappingProxyType({**SHIPPED.personas, **more}))
+
+
+def test_where_the_operator_adopts_by_hand_a_trial_that_has_earned_it_says_so_and_stays() -> None:
+    personas = Personas(lambda: _with(TrialPolicy(adopt=False)))
+    personas.make(PIRATE, made_by="c", at_ms=0)
+    personas.take()
+    personas.judge([arm("none", 40, 4), arm("pirate", 40, 40, prompt_digest(PIRATE.prompt))], 5)
+    assert personas.trials["pirate"].state == "trial"
+    assert personas.trials["pirate"].why.startswith("has earned it, but `adopt` is off: better: 0.98")
+    assert [type(effect).__name__ for effect in personas.take()] == ["KeepPersona"], "nothing is written into the files"
+
+
+def test_rows_that_cannot_be_read_cost_no_other_persona() -> None:
+    personas = Personas(lambda: SHIPPED)
+    personas.make(PIRATE, made_by="c", at_ms=0)
+    (kept,) = personas.take()
+    assert isinstance(kept, KeepPersona)
+    assert kept.data is not None
+    again = Personas(lambda: SHIPPED)
+    again.restore([b"\xff", kept.data, kept.data[:-3]])
+    assert again.on_trial() == [PIRATE]
+
+
+def test_with_no_place_for_any_trial_only_tasks_have_personas() -> None:
+    personas = Personas(lambda: _with(TrialPolicy(at_once=0)))
+    with pytest.raises(BadFrame, match="0 personas are on trial"):
+        personas.make(PIRATE, made_by="c", at_ms=0)
+    _, made = personas.make(PIRATE, made_by="c", at_ms=0, task="T")
+    assert made.state == "dropped"

@@ -2,8 +2,9 @@
 
 Four parts, each by itself: `--width FILE` plans every question of a file and compares the width of the plan with the
 gold width; `--decompose FILE` judges whether the answer of a request divides, trained on `--train FILE` or, without
-one, in five folds of the file itself, beside the rules that ship; without a file the discovery of parallelism gets
-graphs that were made serial at random. `planning_graphs` has the graphs. `--swarm` runs sub-agents (`swarm.py`).
+one, in five folds of the file itself, beside the rules that ship; the discovery of parallelism gets graphs that were
+made serial at random (`planning_graphs` has them); `--learning` is `tierline simulate --learning`; `--swarm` runs
+sub-agents (`swarm.py`). Without any option it is discovery and learning, which need neither file nor model.
 
 Both planners are the planner's own machine. `rules` leaves its questions unanswered; for `model` a stack with the demo
 model answers the one to the front door, under the grammar, and what is no plan for the question counts as not exact.
@@ -26,14 +27,15 @@ import numpy as np
 from protocol.errors import CallError
 from protocol.messages.infer import InferFinal, InferRequest
 from protocol.messages.plan import PlanFinal
-from protocol.messages.task import Plan, TaskIR
-from protocol.plan_graph import needs
+from protocol.messages.task import TaskIR
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.demo_models import IDLE, decoding_threads, demo_entry
 from services.ctl.bench.graph_file import read_graphs
 from services.ctl.bench.planning_graphs import from_graph, measure_discovery, random_plans
 from services.ctl.bench.swarm import measure_swarm
 from services.ctl.commands import Commands, Context
+from services.ctl.learning.ablations import COURSES, TASKS, print_ablations, run_ablations
+from services.ctl.learning.families import SHIPPED
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import Screen
 from services.kit.config import CHECKOUT
@@ -42,8 +44,10 @@ from services.kit.registry import Registry, load_registry
 from services.planner.divide import Judge, RuleJudge
 from services.planner.labelled import BadRow, Labelled, read_labelled, trained_on
 from services.planner.machine import AskModel, Finish, ModelAnswered, ModelOutcome, Planning, Requested, Unanswered
+from services.planner.width import width_of
 
 _FOLDS: Final = 5
+_DAGS: Final = 200
 _ANSWER_S: Final = 120.0
 _MAX_ROWS: Final = 100_000
 
@@ -52,7 +56,9 @@ Ask = Callable[[str, InferRequest], InferFinal | None]
 
 def add(commands: Commands) -> None:
     """Add `bench planning`."""
-    parser = commands.add("planning", _run, "measure plans: width, whether to split, parallelism that is discovered")
+    parser = commands.add(
+        "planning", _run, "measure plans: width, whether to split, discovered parallelism, learning to split"
+    )
     parser.add_argument("--width", type=Path, metavar="FILE", help="questions as JSON lines: question, branch")
     parser.add_argument("--planner", choices=("rules", "model", "both"), default="rules", help="default rules")
     parser.add_argument("--rows", type=int, metavar="N", help="with --width: only the first N questions")
@@ -60,8 +66,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--decompose", type=Path, metavar="FILE", help="requests as JSON lines: request, decomposable")
     parser.add_argument("--train", type=Path, metavar="FILE", help="learn from these rows (default: five folds)")
     parser.add_argument("--graphs", type=Path, metavar="FILE", help="also graphs of this file, as for makespan")
-    parser.add_argument("--dags", type=int, default=200, metavar="N", help="random graphs to discover (default 200)")
-    parser.add_argument("--seed", type=int, default=1, help="of graphs and folds (default 1)")
+    parser.add_argument("--dags", type=int, metavar="N", help=f"random graphs to discover (default {_DAGS})")
+    parser.add_argument("--learning", action="store_true", help="the staged reward with each of its parts left out")
+    parser.add_argument("--seed", type=int, default=1, help="of graphs, folds and courses (default 1)")
     parser.add_argument("--swarm", action="store_true", help="sub-agents on the demo model, killed and resumed")
     parser.add_argument("--agents", type=int, default=100, metavar="N", help="with --swarm: sub-agents (default 100)")
     parser.add_argument(
@@ -72,8 +79,13 @@ def add(commands: Commands) -> None:
 def _run(arguments: Namespace, context: Context) -> ExitCode:
     if arguments.train is not None and arguments.decompose is None:
         raise BadInput("--train FILE is for --decompose FILE: give both")
-    if not 1 <= arguments.dags <= 10_000:
-        raise BadInput(f"--dags {arguments.dags}: expected 1 to 10000")
+    dags = _DAGS if arguments.dags is None else arguments.dags
+    if not 1 <= dags <= 10_000:
+        raise BadInput(f"--dags {dags}: expected 1 to 10000")
+    if arguments.seed < 0:
+        raise BadInput(f"--seed {arguments.seed}: expected 0 or more")
+    anything = (arguments.width, arguments.decompose, arguments.graphs, arguments.dags)
+    everything = not arguments.learning and all(one is None for one in anything)
     parts: dict[str, dict[str, Any]] = {}
     if arguments.width is not None:
         questions = read_questions(arguments.width)[: arguments.rows]
@@ -89,11 +101,15 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
         if not 2 <= arguments.baseline <= arguments.agents <= 100:
             raise BadInput("--agents N and --baseline M: expected 2 <= M <= N <= 100")
         parts["swarm"] = measure_swarm(arguments.agents, arguments.baseline, arguments.engine)
-    if arguments.graphs is not None or not parts:
-        known = random_plans(arguments.dags, arguments.seed)
+    if arguments.graphs is not None or arguments.dags is not None or everything:
+        known = random_plans(dags, arguments.seed)
         if arguments.graphs is not None:
             known += [from_graph(graph, arguments.seed) for graph in read_graphs(arguments.graphs)]
         parts["discovery"] = measure_discovery(known)
+    if arguments.learning or everything:
+        registry = load_registry(CHECKOUT / "registry", CHECKOUT, check_files=False)
+        seeds = range(arguments.seed, arguments.seed + COURSES)
+        parts["learning"] = run_ablations(SHIPPED, registry, TASKS, seeds).document()
     if context.screen.json:
         alone = len(parts) == 1 and "swarm" not in parts
         context.screen.document(next(iter(parts.values())) if alone else parts)
@@ -195,21 +211,6 @@ def measure_width(questions: Sequence[tuple[str, int]], registry: Registry, ask:
     return figures
 
 
-def width_of(plan: Plan) -> int:
-    """Most steps on one level of a plan without problems."""
-    waits = needs(plan)
-    level: dict[str, int] = {}
-    todo = list(waits)
-    while todo:
-        step = todo.pop()
-        missing = [other for other in waits[step] if other not in level]
-        if missing:
-            todo += [step, *missing]
-        else:
-            level[step] = max((level[other] + 1 for other in waits[step]), default=0)
-    return max(Counter(level.values()).values())
-
-
 def _planned(task: TaskIR, registry: Registry, ask: Ask | None) -> tuple[PlanFinal, ModelOutcome]:
     planning = Planning(registry)
     command = planning.handle(Requested(0, task, None))
@@ -274,6 +275,10 @@ def _balanced(said: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float
 
 
 def _print(screen: Screen, name: str, figures: dict[str, Any]) -> None:
+    if name == "learning":
+        screen.heading(name)
+        print_ablations(screen, figures)
+        return
     if name != "width":
         screen.heading(name)
         screen.table(("figure", "value"), [(key, str(value)) for key, value in figures.items()])

@@ -1,9 +1,9 @@
 """What the bus costs an answer: the same prompts through the hub and straight to the engine's HTTP port, in turn.
 
-Both reach the same llama.cpp process, whose port and key are those of the running child. The direct side is a lean
-HTTP client with no bus, no service, no partials. Each round sends as many prompts at once as there are streams, first
-one way and then the other, and every second round the other way round, so that what else the machine does meets both;
-a ratio is made within a round, and the median is over rounds.
+Both reach the same llama.cpp process, whose port and key are those of the running child. The direct side has no bus,
+no service, no partials: a loop over the events, with the HTTP library that the service streams with. Each round sends
+as many prompts at once as there are streams, first one way and then the other, and every second round the other way
+round, so that what else the machine does meets both; a ratio is made within a round, and the median is over rounds.
 
 Both sides do the same work. Prompts are equally long and differ from their first character on, so that all there is in
 a cache is what the chat template puts before them; and every slot has read that before anything is measured, since
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
+import aiohttp
 
 from protocol.client import AsyncClient
 from protocol.messages.infer import ChatMessage, InferPartial, InferRequest, Sampling
@@ -66,10 +66,18 @@ class EngineAddress:
         key = next(value for name, _, value in pairs if name == API_KEY_VARIABLE)
         return cls(f"http://127.0.0.1:{command[command.index('--port') + 1]}", key)
 
-    def client(self) -> httpx.AsyncClient:
-        """A client with its key and without proxies."""
-        headers = {"Authorization": f"Bearer {self.key}"}
-        return httpx.AsyncClient(base_url=self.base_url, headers=headers, timeout=_CALL_S, trust_env=False)
+    def client(self) -> aiohttp.ClientSession:
+        """A client with its key, without proxies, and with a connection for each request, as the service has.
+
+        Raises aiohttp.ClientError, as for any status of an error.
+        """
+        return aiohttp.ClientSession(
+            self.base_url,
+            headers={"Authorization": f"Bearer {self.key}"},
+            timeout=aiohttp.ClientTimeout(total=_CALL_S),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            raise_for_status=True,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +180,8 @@ class _Comparison:
         began_s = time.perf_counter()
         try:
             async with EngineAddress.of(self._stack, self._model).client() as http:
-                (await http.get("/health")).raise_for_status()  # its pool has a connection then, as the service's has
                 found = await _together([_directly(http, self._request(tokens)) for _ in range(count)])
-        except (httpx.TransportError, FileNotFoundError) as err:
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, FileNotFoundError) as err:
             took_s = time.perf_counter() - began_s
             raise EngineReplacedError(
                 f"the engine went away during a direct answer, after {took_s:.1f} s ({type(err).__name__}): after some "
@@ -222,7 +229,8 @@ async def _measure_cancel(stack: BareStack, model: str, count: int) -> dict[str,
                     raise BenchmarkFailedError(f"no slot was free {_CANCEL_S:g} s after a cancel")
                 await asyncio.sleep(_FREE_POLL_S)
             took_ms.append((time.perf_counter() - asked_s) * 1000)
-            slots = (await http.get("/slots")).raise_for_status().json()
+            async with http.get("/slots") as response:
+                slots = await response.json()
             if any(slot.get("is_processing") for slot in slots):
                 raise BenchmarkFailedError("the engine still decodes for a call whose slot was given back")
     took_ms.sort()
@@ -259,16 +267,15 @@ async def _over_bus(bus: AsyncClient, model: str, request: InferRequest) -> Answ
     return Answered(first[0] - began, final.generated_tokens, final.prompt_tokens - final.cached_tokens)
 
 
-async def _directly(http: httpx.AsyncClient, request: InferRequest) -> Answered:
+async def _directly(http: aiohttp.ClientSession, request: InferRequest) -> Answered:
     # What only our service asks for, the count of tokens in each event, is left out: it would slow this side down.
     payload = payload_of(request.model_copy(update={"stream": False}))
     first_s = None
     usage: dict[str, Any] = {}
     began = time.perf_counter()
-    async with http.stream("POST", "/v1/chat/completions", json=payload) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
+    async with http.post("/v1/chat/completions", json=payload) as response:
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
             if first_s is None and _has_text(event):
