@@ -53,6 +53,7 @@ BODIES: Final[Mapping[str, type[Message]]] = {
     "task.list": result.ListQuery,
     "task.listing": result.Listing,
     "plan.request": plan.PlanRequest,
+    "plan.partial": plan.PlanPartial,
     "plan.final": plan.PlanFinal,
     "plan.cancel": Empty,
     "infer.request": infer.InferRequest,

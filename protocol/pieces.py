@@ -59,7 +59,7 @@ def _joined(earlier: Message, later: Message) -> Message | None:
     """Both as one; None where they are not parts of the same text."""
     match earlier, later:
         case InferPartial(), InferPartial():
-            return later.model_copy(update={"text": earlier.text + later.text})
+            return later.model_copy(update={"text": earlier.text + later.text, "start_chars": earlier.start_chars})
         case BatchPartial(), BatchPartial():
             return later
         case TaskEvent(event=event), TaskEvent() if event == later.event == STEP_TOKENS:

@@ -89,7 +89,7 @@ class Staged(Message):
     """The staged reward of one decomposition, as it was credited: `reward + weight · (parallel + finish)`."""
 
     stage: int = Field(ge=0)
-    """Decompositions of this type of task that were credited before."""
+    """Decompositions of this kind (type of task and cluster) that were credited before."""
     weight: float = Field(ge=0, le=1)
     """What both terms counted then; annealed from 0.1 to 0."""
     parallel: float = Field(ge=0, le=1)
@@ -423,9 +423,9 @@ class WidthReport(Message):
     shaped: float = Field(ge=0, le=2)
     """Their mean staged reward, for comparison."""
     stage: int = Field(ge=0)
-    """Decompositions credited so far, of the type of task that is furthest."""
+    """Decompositions credited so far, of the kind (type of task and cluster) that is furthest."""
     weight: float = Field(ge=0, le=1)
-    """What the two terms count now in the type of task that was credited last."""
+    """What the two terms count now for the kind that was credited last."""
     split: int = Field(ge=0)
     """Tasks with steps beside each other."""
     serial: int = Field(ge=0)

@@ -15,7 +15,7 @@ from protocol.messages.base import Message, Millis
 from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult
 from protocol.messages.memory import Episode, Lesson
-from protocol.messages.plan import RemovedEdge, RoutingDecision
+from protocol.messages.plan import AddedEdge, PlanShape, PlanVersion, RemovedEdge, RoutingDecision
 
 
 class TaskState(StrEnum):
@@ -250,6 +250,14 @@ class PlanView(Message):
     similar: list[Episode]
     lessons: list[Lesson] = Field(default_factory=list)
     """What such tasks have failed with and what helped, as told in the prompts."""
+    added_edges: list[AddedEdge] | None = None
+    """Dependencies that the plan lacked; absent if there were none."""
+    as_written: PlanShape | None = None
+    """The plan before dependencies were dropped and added; absent in tasks of before this was kept."""
+    as_run: PlanShape | None = None
+    """The plan as it was adopted."""
+    versions: list[PlanVersion] | None = None
+    """Every version, oldest first; absent where the first one is the only one."""
 
 
 class Usage(Message):

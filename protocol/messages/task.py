@@ -64,6 +64,9 @@ class Step(Strict):
     outputs: list[Output] = Field(min_length=1, max_length=16)
     depends_on: list[Name] = Field(default_factory=list, max_length=2_000)
     """Control dependencies; dropped by the planner where no data flows, unless `ordered`."""
+    parallel_group: Name | None = None
+    """Steps that their author takes to be independent: a hint, never an order. A `depends_on` within a group goes, and
+    what keeps its steps apart all the same is reported."""
     map_over: Name | None = None
     """An artefact that holds a list: at run time one sub-step per item, whose outputs are joined in order."""
     ordered: bool = False
@@ -110,6 +113,9 @@ class Escalation(Strict):
 
     max_level: int = Field(default=2, ge=0, le=8)
     """Roles above the first that a step may reach; 0 = never escalate."""
+    max_replans: int | None = Field(default=None, ge=0, le=16)
+    """How often the rest of the plan may be made anew, never more than the registry's cap; absent = the cap for a plan
+    of the planner, never for a plan that came with the task."""
 
 
 class Budget(Strict):

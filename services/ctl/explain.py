@@ -91,7 +91,7 @@ def _explain_objective(args: Namespace, context: Context) -> ExitCode:
     registry = checked_registry(context.home, check_files=False)
     final = asyncio.run(_planned(task, registry, context))
     plan = PlanView.model_validate(
-        final.model_dump(include={"source", "reason", "removed_edges", "decisions", "similar"})
+        final.model_dump(include={"source", "reason", "removed_edges", "added_edges", "decisions", "similar"})
     )
     if context.screen.json:
         context.screen.document({"objective": task.objective, "learning": registry.learning.enabled, "plan": plan})

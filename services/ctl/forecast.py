@@ -6,14 +6,13 @@ speed, or the prior (`learned.py`). Gates and retries are not in it, nor other t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from graphlib import TopologicalSorter
 from typing import Final
 
 from protocol.messages.task import Plan, TaskIR
 from protocol.plan_graph import needs
 from services.ctl.learned import KnownDurations
+from services.kit.plan_shape import levels_of, longest_chain, width_of
 from services.kit.registry import Registry
 from services.kit.registry.memory import memory_needs
 from services.scheduler.ranks import job_of
@@ -100,7 +99,6 @@ class Forecast:
 def forecast(task: TaskIR, plan: Plan, registry: Registry, durations: KnownDurations) -> Forecast:
     """Forecast a plan without problems, whose roles the registry has; raises SimulationError where it cannot run."""
     waits_for = needs(plan)
-    order = list(TopologicalSorter(waits_for).static_order())
     limit = {step.id: step.max_tokens or registry.roles[step.actor].max_tokens for step in plan.steps}
     known = durations.fresh()
     given = {artefact.name: len(artefact.text()) for artefact in task.inputs}
@@ -110,12 +108,8 @@ def forecast(task: TaskIR, plan: Plan, registry: Registry, durations: KnownDurat
         )
         for step in plan.steps
     }
-    level: dict[str, int] = {}
-    finish: dict[str, float] = {}
-    for step in order:
-        level[step] = max((level[other] + 1 for other in waits_for[step]), default=0)
-        finish[step] = cost[step] + max((finish[other] for other in waits_for[step]), default=0.0)
-    path = _critical_path(waits_for, finish)
+    level = levels_of(waits_for)
+    path, critical_s = longest_chain(waits_for, cost)
     steps = tuple(
         StepForecast(
             id=step.id,
@@ -132,7 +126,7 @@ def forecast(task: TaskIR, plan: Plan, registry: Registry, durations: KnownDurat
         for step in plan.steps
     )
     models = tuple(_model(name, steps, registry) for name in registry.models if any(s.model == name for s in steps))
-    critical_s, tokens = max(finish.values()), sum(limit.values())
+    tokens = sum(limit.values())
     alone = task.model_copy(update={"idempotency_key": None, "plan": plan})
     run = run_tasks([alone], registry, tiers_of(registry), durations.fresh(), durations.fresh())
     schedule = _schedule(run)
@@ -145,7 +139,7 @@ def forecast(task: TaskIR, plan: Plan, registry: Registry, durations: KnownDurat
         bottleneck=_bottleneck(schedule, models, critical_s, makespan_s),
         failure=None if failed is None else f"{failed.code}: {failed.message}",
         models=models,
-        width=max(list(level.values()).count(number) for number in set(level.values())),
+        width=width_of(plan),
         levels=max(level.values()) + 1,
         critical=tuple(path),
         critical_s=critical_s,
@@ -176,16 +170,6 @@ def _bottleneck(
     name = max(waits, key=lambda model: waits[model])
     slots = next(model.slots for model in models if model.name == name)
     return f"{name}: its steps wait {waits[name]:.1f} s in all for one of {slots} slots, or for the cores it needs"
-
-
-def _critical_path(waits_for: Mapping[str, frozenset[str]], finish: Mapping[str, float]) -> list[str]:
-    """The chain that ends last, first step first; among equals the smaller id, so that every run says the same."""
-    at: str | None = min(finish, key=lambda step: (-finish[step], step))
-    path: list[str] = []
-    while at is not None:
-        path.append(at)
-        at = min(waits_for[at], key=lambda step: (-finish[step], step), default=None)
-    return path[::-1]
 
 
 def _model(name: str, steps: tuple[StepForecast, ...], registry: Registry) -> ModelForecast:

@@ -190,7 +190,21 @@ def _plan(view: TaskView) -> str:
         f"<p>{safe(edge.step)} does not wait for {safe(edge.depends_on)}: {safe(edge.reason)}</p>"
         for edge in view.plan.removed_edges
     )
+    edges += "".join(
+        f"<p>{safe(edge.step)} waits for {safe(edge.depends_on)}: {safe(edge.reason)}</p>"
+        for edge in view.plan.added_edges or ()
+    )
+    edges += "".join(
+        f"<p>version {one.version} ({safe(one.trigger)}): {safe(one.reason, 300)}; kept {_names(one.kept)}, "
+        f"dropped {_names(one.dropped)}, added {_names(one.added)}</p>"
+        for one in view.plan.versions or ()
+        if one.version > 1
+    )
     return f"<h2>Plan</h2><p>by {safe(view.plan.source)}: {safe(view.plan.reason, 600)}</p>{edges}"
+
+
+def _names(steps: Sequence[str]) -> str:
+    return safe(", ".join(steps) or "nothing", 300)
 
 
 def _gates(results: Sequence[GateResult]) -> str:

@@ -23,8 +23,8 @@ from services.ctl.screen import Screen, mebibytes, one_line, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.task_inputs import add_task_arguments, task_from
 from services.ctl.trials import with_live_trials
+from services.kit.plan_shape import as_written
 from services.kit.registry import Registry
-from services.planner.discovery import with_edges
 from services.planner.divide import Judge
 from services.planner.labelled import BadRow, judge_of
 from services.planner.machine import Finish, Planning, Refuse, Requested, Unanswered
@@ -56,8 +56,9 @@ def _plan(args: Namespace, context: Context) -> ExitCode:
         raise BadInput("the planner made no plan")
     try:
         expected = forecast(final.task, final.task.plan, registry, durations)
-        chained = with_edges(final.task.plan, final.removed_edges)
-        before = forecast(final.task, chained, registry, durations) if final.removed_edges else expected
+        written = as_written(final.task.plan, final.removed_edges, final.added_edges)
+        changed = final.removed_edges or final.added_edges
+        before = forecast(final.task, written, registry, durations) if changed else expected
     except SimulationError as err:
         raise BadInput(f"this plan cannot be run by this registry: {err}") from err
     if context.screen.json:
@@ -101,9 +102,22 @@ def _in_short(expected: Forecast) -> dict[str, float | list[str]]:
 def _print(screen: Screen, final: PlanFinal, before: Forecast, expected: Forecast, durations: KnownDurations) -> None:
     screen.line(f"dry run, nothing is executed: {one_line(final.task.objective, 200)}")
     screen.heading("steps")
-    actions = {step.id: step.action for step in final.task.plan.steps} if final.task.plan else {}
+    written = {step.id: step for step in final.task.plan.steps} if final.task.plan else {}
     screen.table(
-        ("level", "step", "critical", "role", "model", "waits for", "gates", "persona", "tokens", "expected", "action"),
+        (
+            "level",
+            "step",
+            "critical",
+            "role",
+            "model",
+            "waits for",
+            "group",
+            "gates",
+            "persona",
+            "tokens",
+            "expected",
+            "action",
+        ),
         [
             (
                 str(step.level),
@@ -112,11 +126,12 @@ def _print(screen: Screen, final: PlanFinal, before: Forecast, expected: Forecas
                 step.role,
                 step.model,
                 ", ".join(step.needs),
+                written[step.id].parallel_group or "",
                 ", ".join(step.gates),
                 step.persona or "",
                 str(step.max_tokens),
                 seconds(step.expected_s * 1000),
-                one_line(actions.get(step.id, ""), 50),
+                one_line(written[step.id].action, 50),
             )
             for step in sorted(expected.steps, key=lambda step: step.level)
         ],
@@ -170,6 +185,7 @@ def _print(screen: Screen, final: PlanFinal, before: Forecast, expected: Forecas
         source=final.source,
         reason=final.reason,
         removed_edges=final.removed_edges,
+        added_edges=final.added_edges or None,
         decisions=final.decisions,
         similar=final.similar,
     )

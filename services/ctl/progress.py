@@ -31,7 +31,8 @@ STATE_OF: Final[Mapping[str, str]] = {
 
 _MAX_ITEMS: Final = 20
 """Items of a list that one line of an event shows."""
-_SETTLED: Final = frozenset({"done", "failed", "skipped", "cancelled"})
+
+_SETTLED: Final = frozenset({"done", "failed", "skipped", "cancelled", "dropped"})
 
 
 @dataclass(slots=True)
@@ -64,6 +65,8 @@ class Progress:
     task_id: str = ""
     state: str = "planning"
     source: str = ""
+    note: str = ""
+    """What became of the plan since."""
     steps: dict[str, StepLine] = field(default_factory=dict)
     last_seq: int = 0
     began_ms: int | None = None
@@ -75,6 +78,22 @@ class Progress:
         self.began_ms = event.at_ms if self.began_ms is None else min(self.began_ms, event.at_ms)
         if event.event == "task.planned":
             self.state, self.source = "running", str(event.fields.get("source", ""))
+        elif event.event == "task.plan_grown":
+            self.state = "running, plan in the making"
+        elif event.event == "task.replanning":
+            self.note = (
+                f"version {event.fields.get('version')} of the plan in the making ({event.fields.get('trigger')})"
+            )
+        elif event.event == "task.replanned":
+            fields = event.fields
+            counts = [f"{len(fields.get(key, []))} {key}" for key in ("kept", "dropped")]
+            counts.append(f"{len(fields.get('steps', []))} added")
+            self.note = f"version {fields.get('version')} of the plan ({fields.get('trigger')}: {', '.join(counts)})"
+            for name in fields.get("dropped", []):
+                line = self.steps.setdefault(str(name), StepLine(str(name)))
+                line.state = "dropped" if line.state not in _SETTLED else line.state
+        elif event.event == "task.replan_abandoned":
+            self.note = f"version {event.fields.get('version')} of the plan was given up"
         elif event.event == "task.checked":
             self.state = "checking"
         elif event.event == "task.ended":
@@ -114,7 +133,8 @@ class Progress:
         settled = sum(line.state in _SETTLED for line in self.steps.values())
         tokens = sum(line.tokens for line in self.steps.values())
         elapsed = seconds(max(0, now_ms - self.began_ms)) if self.began_ms is not None else ""
-        return f"{self.task_id}  {self.state}  {settled}/{len(self.steps)} steps  {tokens} tokens  {elapsed}".rstrip()
+        line = f"{self.task_id}  {self.state}  {settled}/{len(self.steps)} steps  {tokens} tokens  {elapsed}".rstrip()
+        return f"{line}  {self.note}" if self.note else line
 
     def _apply_to_step(self, line: StepLine, event: TaskEvent) -> None:
         if line.state in _SETTLED:

@@ -110,6 +110,50 @@ def print_plan_choices(screen: Screen, plan: PlanView) -> None:
         )
     for edge in plan.removed_edges:
         screen.line(f"dropped: {edge.step} does not wait for {edge.depends_on}: {edge.reason}")
+    for new in plan.added_edges or ():
+        screen.line(f"added: {new.step} waits for {new.depends_on}: {new.reason}")
+    _print_shapes(screen, plan)
+    print_versions(screen, plan)
+
+
+def _print_shapes(screen: Screen, plan: PlanView) -> None:
+    """The plan before and after the discovery of parallelism."""
+    if plan.as_written is None or plan.as_run is None:
+        return
+    screen.table(
+        ("plan", "width", "levels", "predicted", "critical path"),
+        [
+            (
+                name,
+                str(one.width),
+                str(one.levels),
+                seconds(one.predicted_ms),
+                f"{seconds(one.critical_ms)}: {one_line(' -> '.join(one.critical), 100)}",
+            )
+            for name, one in (("as written", plan.as_written), ("as it runs", plan.as_run))
+        ],
+    )
+
+
+def print_versions(screen: Screen, plan: PlanView) -> None:
+    """Every version of a plan that was made anew: what asked for it, and what was kept, dropped and added."""
+    if plan.versions is None:
+        return
+    screen.heading("versions of the plan")
+    for one in plan.versions:
+        if one.version == 1:
+            screen.line("version 1: as planned")
+            continue
+        became = "in the making" if one.adopted_ms is None else "in force"
+        became = f"given up: {one.abandoned}" if one.abandoned is not None else became
+        style = "yellow" if one.abandoned is not None else None
+        screen.line(f"version {one.version}, {one.trigger}, {one_line(became, 200)}", style=style)
+        screen.line(f"  asked for by {one_line(one.reason, 300)} ({one_line(one.rule, 200)})")
+        for name, steps in (("kept", one.kept), ("dropped", one.dropped), ("added", one.added)):
+            if steps:
+                screen.line(f"  {name}: {one_line(', '.join(steps), 200)}")
+        if one.how:
+            screen.line(f"  {one_line(one.how, 300)}")
 
 
 def print_listing(screen: Screen, tasks: Sequence[TaskSummary]) -> None:

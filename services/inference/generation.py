@@ -235,7 +235,9 @@ class Generation:
         if now_s - self._sent_s < PARTIAL_S:
             return
         self._sent_s = now_s
-        if partial(InferPartial(text="".join(self._unsent), generated_tokens=stream.tokens)):
+        unsent = "".join(self._unsent)
+        start_chars = stream.chars - len(unsent)
+        if partial(InferPartial(text=unsent, generated_tokens=stream.tokens, start_chars=start_chars)):
             self._unsent.clear()
             self._figures["partials_sent"] += 1
         else:

@@ -30,15 +30,15 @@ _SNAPSHOT: Final = "routing-"
 _SNAPSHOT_EVERY: Final = 2_000
 _LARGE_BYTES: Final = 16 * 1024 * 1024
 """A state larger than this is written as much less often: writing it must not cost more than learning it again."""
-_NAMES: Final = "names.2"
+_NAMES: Final = "names.3"
 """Raised when what a snapshot holds means something else: an older one is then made anew from the log."""
-_APART: Final = frozenset({"persona"})
+_APART: Final = frozenset({"persona", "decomposition"})
 """Subjects with one bandit per kind of work."""
 _WITHIN: Final = "\x1f"
 
-MAX_BANDITS: Final = 64
-"""Pairs of subject and task type that are kept, for personas one for each role; a further one takes the place of the
-one longest without an outcome."""
+MAX_BANDITS: Final = 128
+"""Pairs of subject and task type that are kept, for personas one for each role, for decompositions one for each kind of
+work; a further one takes the place of the one longest without an outcome."""
 
 MAX_BYTES: Final = 128 * 1024 * 1024
 """Of all posteriors together; beyond it those longest without an outcome go. A pair with 16 arms has about 10 MB."""

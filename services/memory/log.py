@@ -366,14 +366,14 @@ class MemoryLog:
             )
 
     def _credited(self, outcome: Outcome, *, imported: bool) -> Outcome:
-        """With its staged reward where it says how its steps were spread; that counts one stage of the type of task.
+        """With its staged reward where it says how its steps were spread; that counts one stage of its kind.
 
         An imported one keeps the reward that it was once given, and this log is as far as that afterwards.
         """
         if outcome.spread is None:
             return outcome if outcome.staged is None else outcome.model_copy(update={"staged": None})
         decision = next(find(self._db, "decisions", "WHERE decision_id = ?", outcome.decision_id))
-        key = stage_key(decision[4])
+        key = stage_key(decision)
         row = next(find(self._db, "meta", "WHERE key = ?", key), None)
         stage = 0 if row is None else int(row[1])
         staged = outcome.staged

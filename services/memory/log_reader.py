@@ -232,7 +232,7 @@ class LogReader:
         found = fetched(self._db, _DECOMPOSITIONS, self.seq - _DECOMPOSITIONS_WITHIN, HISTORY)
         decided = [_decided(*parts(row, "outcomes", "decisions")) for row in found][::-1]
         stages = stored_stages(self._db)
-        now = stages.get(decided[-1].task_type, 0) if decided else 0
+        now = stages.get(f"{decided[-1].task_type}:{decided[-1].cluster}", 0) if decided else 0
         return report(decided, max(stages.values(), default=0), STAGING.weight(now))
 
     def rows(self, after: int, limit: int) -> list[Row]:

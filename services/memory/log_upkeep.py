@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from protocol.messages.memory import Forget, Outcome, Value
@@ -93,13 +93,13 @@ def replay_values(db: sqlite3.Connection) -> int:
     return len(wrong)
 
 
-def stage_key(task_type: str) -> str:
-    """Key in `meta` under which it stands how many decompositions of a type of task were credited."""
-    return f"{_STAGE}{task_type}"
+def stage_key(decision: Sequence[Any]) -> str:
+    """Key in `meta` under which it stands how many decompositions of one kind, type and cluster, were credited."""
+    return f"{_STAGE}{decision[4]}:{json.loads(decision[-1]).get('cluster', '')}"
 
 
 def stored_stages(db: sqlite3.Connection) -> dict[str, int]:
-    """Type of task -> decompositions whose staged reward was credited, those that were forgotten since included."""
+    """`<type of task>:<cluster>` -> decompositions that were credited, those that were forgotten since included."""
     return {key.removeprefix(_STAGE): int(value) for key, value in find(db, "meta") if key.startswith(_STAGE)}
 
 
@@ -110,7 +110,7 @@ def restore_stages(db: sqlite3.Connection, known: Mapping[str, Any]) -> None:
         decision, told = parts(row, "decisions", "outcomes")
         staged = json.loads(told[-1]).get("staged") if told is not None else None
         if decision is not None and staged is not None:
-            key = stage_key(decision[4])
+            key = stage_key(decision)
             stages[key] = max(stages.get(key, 0), int(staged["stage"]) + 1)
     for key, stage in stages.items():
         put(db, "meta", key, stage, verb="INSERT OR REPLACE")

@@ -6,7 +6,7 @@ r_perf is the raw reward of the task; r_parallel = 1 - 1/width asks for steps be
 tried before it is mastered; r_finish = finished/assigned takes that back where the split steps come to nothing. A task
 without any has nothing unfinished: its r_finish is 1. Against doing all in one step a split of w thus gains
 weight · (f - 1/w), which is more than nothing only if more than one of its steps finishes. The weight of both terms is
-annealed from 0.1 to 0 over the first `anneal_over` decompositions of a type of task.
+annealed from 0.1 to 0 over the first `anneal_over` decompositions of a kind, that is a type of task and a cluster.
 
 The log credits it (`log.py`: once per decision, in the transaction that stores the outcome, which also counts the
 stage). Choosing (`routing.py`) adds both terms at *today's* weight to the expected raw reward, as an on-policy learner

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
+from protocol.codec import unpack_body
 from protocol.errors import BadFrame, CallError, CallFailed, CallRefused
 from protocol.messages.base import Message
-from protocol.messages.infer import InferFinal
+from protocol.messages.infer import InferFinal, InferPartial
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.persona import Persona
-from protocol.messages.plan import PlanFinal, PlanRequest
+from protocol.messages.plan import PlanFinal, PlanPartial, PlanRequest
+from protocol.messages.task import Step
 from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
 from services.kit.registry import Registry, with_own, with_trials
@@ -33,7 +36,9 @@ from services.planner.machine import (
     Unanswered,
 )
 
-PLAN_MADE = LogEvent("plan.made", "task source template steps removed decisions similar model generated_tokens took_ms")
+PLAN_MADE = LogEvent(
+    "plan.made", "task source version template steps removed decisions similar model generated_tokens broke_off took_ms"
+)
 PLAN_REFUSED = LogEvent("plan.refused", "task code problems", "warning")
 QUESTION_UNANSWERED = LogEvent("plan.unanswered", "task asked why", "warning")
 
@@ -71,11 +76,13 @@ class PlannerApp:
         task = asked.task
         started_ms = self._service.clock.now_ms()
         planning = Planning(with_own(self._registry, asked.personas), self._judge)
-        command = planning.handle(Requested(started_ms, task, call.header.deadline))
+        begun = tuple(asked.begun or ())
+        command = planning.handle(Requested(started_ms, task, call.header.deadline, asked.revision, begun))
         while True:
             match command:
                 case Finish(final):
-                    self._note(final, planning.model_outcome, started_ms)
+                    version = 1 if asked.revision is None else asked.revision.version
+                    self._note(final, version, planning.model_outcome, started_ms)
                     return final
                 case Refuse(failure):
                     self._counters["refused"] += 1
@@ -83,12 +90,12 @@ class PlannerApp:
                     self._service.log.write(PLAN_REFUSED, task=task.task_id, code=failure.code, problems=problems)
                     raise CallFailed(failure)
                 case AskMemory() | AskModel() | AskAdvice() | Record():
-                    command = planning.handle(await self._ask(command, call))
+                    command = planning.handle(await self._ask(command, call, _Listener(planning, call)))
 
-    async def _ask(self, command: AskMemory | AskModel | AskAdvice | Record, call: Call) -> Event:
+    async def _ask(self, command: AskMemory | AskModel | AskAdvice | Record, call: Call, listener: _Listener) -> Event:
         asked = _target(command)
         try:
-            answer = await self._send(command, call)
+            answer = await self._send(command, call, listener)
         except (CallError, BadFrame) as err:
             # Going on is safe: the machine has a way without each answer, and says so in the plan's reason.
             why = _why(err)
@@ -104,11 +111,18 @@ class PlannerApp:
             case _:
                 return Unanswered(at_ms, f"a {type(answer).__name__} instead of an answer")
 
-    async def _send(self, command: AskMemory | AskModel | AskAdvice | Record, call: Call) -> Message:
+    async def _send(
+        self, command: AskMemory | AskModel | AskAdvice | Record, call: Call, listener: _Listener
+    ) -> Message:
         service, timeout_s, dst = self._service, command.timeout_s, _target(command)
         match command:
             case AskModel(request=request):
-                return await service.ask("infer.request", request, dst=dst, timeout_s=timeout_s, call=call)
+                try:
+                    return await service.ask(
+                        "infer.request", request, dst=dst, timeout_s=timeout_s, call=call, on_partial=listener.take
+                    )
+                finally:
+                    self._counters["steps_offered_early"] += listener.offered
             case AskMemory(retrieve=retrieve):
                 body = MemoryRequest(ask=retrieve)
             case AskAdvice(request=advise):
@@ -117,9 +131,11 @@ class PlannerApp:
                 body = MemoryRequest(ask=decisions)
         return await service.ask("memory.request", body, dst=dst, timeout_s=timeout_s, call=call)
 
-    def _note(self, final: PlanFinal, model: ModelOutcome, started_ms: int) -> None:
+    def _note(self, final: PlanFinal, version: int, model: ModelOutcome, started_ms: int) -> None:
         self._counters[f"plans_{final.source}"] += 1
         self._counters[f"model_{model}"] += 1
+        self._counters["revisions"] += version > 1
+        self._counters["broke_off"] += final.broke_off is not None
         self._counters["decisions"] += len(final.decisions)
         for item in final.decisions:
             if item.advice is not None:
@@ -129,6 +145,7 @@ class PlannerApp:
             PLAN_MADE,
             task=final.task.task_id,
             source=final.source,
+            version=version,
             template=next((item.choice for item in final.decisions if item.subject == "decomposition"), None),
             steps=len(final.task.plan.steps) if final.task.plan is not None else 0,
             removed=len(final.removed_edges),
@@ -136,8 +153,31 @@ class PlannerApp:
             similar=len(final.similar),
             model=model.value,
             generated_tokens=final.generated_tokens,
+            broke_off=final.broke_off,
             took_ms=self._service.clock.now_ms() - started_ms,
         )
+
+
+@dataclass(slots=True)
+class _Listener:
+    """Reads along while the model writes, and tells the hub of the steps that can start."""
+
+    planning: Planning
+    call: Call
+    offered: int = 0
+    unsent: list[Step] = field(default_factory=list)
+
+    def take(self, body: bytes) -> None:
+        """A piece has come. One that cannot be read leaves a gap, after which nothing more starts early."""
+        try:
+            piece = unpack_body(InferPartial, body)
+        except BadFrame:
+            return
+        ready = self.planning.hear(piece.text, piece.start_chars)
+        if ready:
+            self.offered, self.unsent = len(ready), ready
+        if self.unsent and self.call.partial(PlanPartial(steps=self.unsent)):
+            self.unsent = []
 
 
 def _target(command: Command) -> str:

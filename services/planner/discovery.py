@@ -7,9 +7,11 @@ for chains. Two steps keep the order that the plan gives them, directly or throu
  * there is a hazard between them: both write one file, or one writes the file that the other reads. Equal names are
    refused before, but `notes` (kept as notes.md) and `notes.md` are two names for one file, and so are `Notes.md` and
    `notes.md` on some file systems; then the order decides what is found there in the end.
-Every other control dependency goes, with a note that says which edge and why. Where an order must hold and no edge is
-left that holds it (it went through a step in between, or the plan gave none at all), an edge is added, with its reason.
-What is done with the result of the serial order is never changed by that: see the property tests.
+Every other control dependency goes, with a note that says which edge and why. A `parallel_group` is a hint: it adds
+weight to the reason, and where its steps have to wait for each other all the same, a note says so. Where an order must
+hold and no edge is left that holds it (it went through a step in between, or the plan gave none at all), an edge is
+added, with its reason. What is done with the result of the serial order is never changed by that: see the property
+tests.
 
 Expects a plan without problems (`protocol.plan_graph.find_problems`). Every edge of the result runs forward in one
 topological order of the plan, so that it is acyclic; doing it twice changes nothing. Takes time in proportion to the
@@ -26,7 +28,7 @@ from operator import or_
 from typing import Final
 
 from protocol.messages.artefact import Artefact
-from protocol.messages.plan import RemovedEdge
+from protocol.messages.plan import AddedEdge, RemovedEdge
 from protocol.messages.task import Plan, Step
 from protocol.plan_graph import needs, producers, reads
 from services.planner.naming import output_file
@@ -37,21 +39,14 @@ _WRITE_AFTER_READ: Final = "{later} writes the file {file!r}, which {earlier} re
 
 
 @dataclass(frozen=True, slots=True)
-class AddedEdge:
-    """A dependency that the plan lacked. It stands in the plan from here on, and its reason in the plan's."""
-
-    step: str
-    depends_on: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Discovery:
     """A plan without its needless edges, and with those that were missing."""
 
     plan: Plan
     removed: tuple[RemovedEdge, ...]
     added: tuple[AddedEdge, ...]
+    notes: tuple[str, ...] = ()
+    """Parallel groups whose steps have to wait for each other all the same."""
 
 
 def data_needs(plan: Plan) -> dict[str, frozenset[str]]:
@@ -88,27 +83,16 @@ def discover(plan: Plan, inputs: Iterable[Artefact] = ()) -> Discovery:
                 continue
             kept[step_id].append(other)
             added.append(AddedEdge(step=step_id, depends_on=other, reason=why))
+    apart = tuple(_kept_apart(plan, data, kept, hazards))
     if not removed and not added:
-        return Discovery(plan, (), ())
+        return Discovery(plan, (), (), apart)
     steps = [
         step if kept[step.id] == step.depends_on else step.model_copy(update={"depends_on": kept[step.id]})
         for step in plan.steps
     ]
-    return Discovery(
-        plan.model_copy(update={"steps": steps}), tuple(_with_reasons(removed, upstream, bit)), tuple(added)
-    )
-
-
-def with_edges(plan: Plan, removed: Iterable[RemovedEdge]) -> Plan:
-    """The plan with its dropped edges again: for showing what their removal has gained."""
-    dropped: dict[str, list[str]] = {}
-    for edge in removed:
-        dropped.setdefault(edge.step, []).append(edge.depends_on)
-    steps = [
-        step.model_copy(update={"depends_on": [*step.depends_on, *dropped[step.id]]}) if step.id in dropped else step
-        for step in plan.steps
-    ]
-    return plan.model_copy(update={"steps": steps})
+    group = {step.id: step.parallel_group for step in plan.steps}
+    reasons = tuple(_with_reasons(removed, upstream, bit, group))
+    return Discovery(plan.model_copy(update={"steps": steps}), reasons, tuple(added), apart)
 
 
 def _in_order(plan: Plan) -> list[str]:
@@ -185,11 +169,29 @@ def _upstream(waits: Mapping[str, Iterable[str]]) -> dict[str, int]:
     return upstream
 
 
+def _kept_apart(
+    plan: Plan,
+    data: Mapping[str, frozenset[str]],
+    kept: Mapping[str, list[str]],
+    hazards: Mapping[str, Mapping[str, str]],
+) -> Iterator[str]:
+    """Steps of one parallel group that wait for each other directly, and why: a hint is never an order, nor its end."""
+    groups = {step.id: step.parallel_group for step in plan.steps if step.parallel_group is not None}
+    for step, group in groups.items():
+        for other in sorted({*data[step], *kept[step]}):
+            if groups.get(other) != group:
+                continue
+            why = "reads what it makes" if other in data[step] else hazards.get(step, {}).get(other, "is `ordered`")
+            yield f"parallel group {group}: {step} waits for {other} all the same, since it {why}"
+
+
 def _with_reasons(
-    removed: list[tuple[str, str]], upstream: Mapping[str, int], bit: Mapping[str, int]
+    removed: list[tuple[str, str]], upstream: Mapping[str, int], bit: Mapping[str, int], group: Mapping[str, str | None]
 ) -> Iterator[RemovedEdge]:
     for step, other in removed:
-        if upstream[step] & bit[other]:
+        if group[step] is not None and group[step] == group[other]:
+            reason = f"the plan itself has both in parallel group {group[step]}, and no data flows between them"
+        elif upstream[step] & bit[other]:
             reason = f"{step} reads nothing of {other} itself; what else it waits for keeps the order already"
         else:
             reason = f"no output of {other} is read by {step}; set `ordered: true` on {step} to keep the order"

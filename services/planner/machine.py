@@ -3,6 +3,11 @@
     Requested -> AskMemory -> [AskModel] -> [AskAdvice] -> Record -> Finish    a client's plan needs no model
               -> Refuse                                       a plan or a registry reference that cannot run
 
+While the model answers, `hear` takes what it has written so far and says which steps can start: they are part of the
+plan from then on, whatever becomes of the rest of the answer. If it breaks off, a step by rule takes over the rest.
+For the rest of a running plan (`revision`) the rules of `replan` make the plan, or the model where a result has turned
+the plan over.
+
 Pure: time comes in with the events, questions go out as commands, and exactly one command answers each event. Every
 question has a bound of its own and an ending without an answer, so a plan comes out in time whoever is down: without
 memory there are no earlier tasks and no decisions (their outcomes could not be booked), without the front door there
@@ -29,9 +34,9 @@ from protocol.messages.memory import (
     Retrieve,
 )
 from protocol.messages.persona import Persona
-from protocol.messages.plan import PlanFinal, PlanSource, RoutingDecision
-from protocol.messages.task import Plan, TaskIR
-from protocol.plan_graph import PlanProblem
+from protocol.messages.plan import PlanFinal, PlanSource, Revision, RoutingDecision
+from protocol.messages.task import Plan, Step, TaskIR
+from protocol.plan_graph import PlanProblem, find_problems
 from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry, RoleEntry, with_own
 from services.planner.advice import WIDTH_KEY, answers, request, shape_of, split_cluster
@@ -41,7 +46,9 @@ from services.planner.digest import Fitted, fit_to_context
 from services.planner.discovery import discover
 from services.planner.divide import Judge, RuleJudge
 from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
-from services.planner.rules import RulePlan, plans_by_rules
+from services.planner.replan import renumbered, rest_as_task, rest_by_rules, whole
+from services.planner.rules import RulePlan, finishing_step, plans_by_rules
+from services.planner.streamed import StreamedPlan
 from services.planner.width import told, width_of
 
 MEMORY_S: Final = 1.0
@@ -67,6 +74,10 @@ class Requested:
     at_ms: int
     task: TaskIR
     deadline_ms: int | None
+    revision: Revision | None = None
+    """The rest of the task's plan is to be made anew."""
+    begun: tuple[Step, ...] = ()
+    """Steps that run already, of a plan that another planner began to tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +184,8 @@ class ModelOutcome(StrEnum):
     NOT_ASKED = "not_asked"
     UNANSWERED = "unanswered"
     REFUSED = "refused"
+    NARROW = "narrow"
+    """Fewer steps side by side than the objective names independent parts."""
     USED = "used"
 
 
@@ -199,6 +212,11 @@ class Planning:
         self._generated_tokens = 0
         self._memory_away = False
         self._open: OpenPlan
+        self._revision: Revision | None = None
+        self._whole_task: TaskIR
+        self._streamed: StreamedPlan | None = None
+        self._offered: list[Step] = []
+        self._broke_off: str | None = None
         self._asked: Advise
         self._personas: Sequence[Persona] = ()
         self._draft: PlanFinal
@@ -221,7 +239,7 @@ class Planning:
             case Phase.MODELLING, Unanswered():
                 self.model_outcome = ModelOutcome.UNANSWERED
                 self._reasons.append(f"the model gave no answer ({event.why})")
-                return self._use_rules(event.at_ms)
+                return self._break_off(event.at_ms, event.why) if self._offered else self._use_rules(event.at_ms)
             case Phase.ADVISING, MemoryAnswered(answer=answer):
                 return self._fill_in(event.at_ms, answers(answer.advice, self._asked))
             case Phase.ADVISING, Unanswered():
@@ -238,6 +256,8 @@ class Planning:
         task = self._task = event.task
         left_ms = int(_NO_DEADLINE_S * 1000)
         self._deadline_ms = event.at_ms + left_ms if event.deadline_ms is None else event.deadline_ms
+        if event.revision is not None:
+            return self._on_revision(event.at_ms, task, event.revision)
         if task.plan is not None:
             problems = plan_problems(task, self._registry)
             if problems:
@@ -249,6 +269,10 @@ class Planning:
         problems = plan_problems(task.model_copy(update={"plan": self._rules.plan}), self._registry)
         if problems:  # what templates cannot mend: inputs named twice, gates of the task that do not exist
             return self._refuse(problems)
+        if event.begun:
+            self._offered = list(event.begun)
+            self._reasons.append("the planner that began this plan is gone")
+            return self._break_off(event.at_ms, "peer.lost")
         return self._remember(self._memory_s(event.at_ms))
 
     def _remember(self, timeout_s: float) -> Command:
@@ -279,8 +303,31 @@ class Planning:
             self._reasons.append(f"the model was asked: {worth.because}")
             self.phase = Phase.MODELLING
             request = planning_request(self._task, self._registry.roles, planner, self._similar, self._rules.parts)
+            if self._task.task_id is not None and self._revision is None:  # else nothing of it could start early
+                self._streamed = StreamedPlan(self._task, self._registry.roles)
+                request = request.model_copy(update={"stream": True})
             return AskModel(planner.model, request, timeout_s)
         return self._use_rules(at_ms)
+
+    def hear(self, text: str, start_chars: int | None) -> list[Step]:
+        """A piece of the model's answer, which begins after so many characters.
+
+        Returns all steps that can start by now if there are new ones, else nothing. A text that is too long for its
+        reader is read in pieces first, and that shows in the whole plan only: then nothing starts early.
+        """
+        if self.phase is not Phase.MODELLING or self._streamed is None:
+            return []
+        ready = self._streamed.feed(text, start_chars)
+        if len(ready) <= len(self._offered):
+            return []
+        plan = Plan(steps=ready)
+        checked = self._task.model_copy(update={"plan": plan})
+        if plan_problems(checked, self._registry) or fit_to_context(self._task, plan, self._registry).plan != plan:
+            return []
+        chosen = choose(self._task, plan, Decomposition("", (), ""), self._registry, "model").plan.steps
+        known = {step.id for step in self._offered}
+        self._offered += [step for step in chosen if step.id not in known]
+        return list(self._offered)
 
     def _on_model_answered(self, event: ModelAnswered) -> Command:
         answer = event.answer
@@ -291,9 +338,26 @@ class Planning:
         except ModelPlanRefused as err:
             self.model_outcome = ModelOutcome.REFUSED
             self._reasons.append(f"its plan was refused: {err}")
-            return self._use_rules(event.at_ms)
-        self.model_outcome = ModelOutcome.USED
+            return self._break_off(event.at_ms, "plan.refused") if self._offered else self._use_rules(event.at_ms)
         plan = made.plan
+        if self._offered:
+            written = {step.id: step for step in plan.steps}
+            offered = {step.id: step for step in self._offered}
+            same = all(name in written and _alike(step, written[name]) for name, step in offered.items())
+            rest = [step for step in plan.steps if step.id not in offered]
+            plan = plan.model_copy(update={"steps": [*self._offered, *rest]})
+            if not same or find_problems(self._task.model_copy(update={"plan": plan})):
+                self.model_outcome = ModelOutcome.REFUSED
+                self._reasons.append("its plan ended otherwise than it began")
+                return self._break_off(event.at_ms, "plan.changed")
+            self._reasons.append(f"{len(self._offered)} of its steps began while it was written")
+        elif (narrow := self._too_narrow(plan)) is not None:
+            self.model_outcome = ModelOutcome.NARROW
+            self._reasons.append(narrow)
+            return self._use_rules(event.at_ms)
+        if self._revision is not None:
+            plan = renumbered(self._whole_task, self._revision, plan)
+        self.model_outcome = ModelOutcome.USED
         self._reasons.append(f"its plan of {len(plan.steps)} steps is valid, acyclic and within budget")
         choice = Decomposition(
             f"{self._task.task_type.value}.model/{len(plan.steps)}", (self._rules.template,), self._reasons[-1]
@@ -302,6 +366,46 @@ class Planning:
             self._reasons.append(f"it was repaired: {'; '.join(made.repairs[:_MAX_REPAIRS])}")
         self._personas, self._registry = made.personas, with_own(self._registry, made.personas)
         return self._settle(event.at_ms, OpenPlan("model", {choice.choice: plan}, choice))
+
+    def _too_narrow(self, plan: Plan) -> str | None:
+        """Why a model's plan is not used where the objective itself names parts that do not need each other.
+
+        A plan that does more side by side may know better; one that chains what could run at once, or leaves a part
+        out, does not.
+        """
+        parts = self._rules.parts
+        if len(parts) < 2 or self._revision is not None:
+            return None
+        wide, by_rules = width_of(plan), width_of(self._rules.plan)
+        if wide >= by_rules:
+            return None
+        return f"its plan does {wide} steps side by side, although the objective names {len(parts)} independent parts"
+
+    def _break_off(self, at_ms: int, code: str) -> Command:
+        """Steps of the model's plan run, and there will be no more of it: one step by rule makes the result of them."""
+        self._broke_off = code[:128]
+        last = finishing_step(self._task, self._registry.roles, self._offered)
+        plan = Plan(steps=[*self._offered, last])
+        self._reasons.append(f"{len(self._offered)} of its steps run already and stay, {last.id} by rule does the rest")
+        choice = Decomposition(
+            f"{self._task.task_type.value}.model/{len(plan.steps)}", (self._rules.template,), self._reasons[-1]
+        )
+        return self._settle(at_ms, OpenPlan("model", {choice.choice: plan}, choice))
+
+    def _on_revision(self, at_ms: int, task: TaskIR, revision: Revision) -> Command:
+        """The rest of a running plan: by rule, or by the model where a result says that the plan is wrong."""
+        self._revision, self._whole_task = revision, task
+        rules = rest_by_rules(task, revision, self._registry.roles)
+        self._by_rules, self._rules = [rules], rules
+        self._task = rest_as_task(task, revision)
+        problems = plan_problems(whole(task, revision, rules.plan), self._registry)
+        if problems:
+            return self._refuse(problems)
+        self._reasons.append(f"version {revision.version}: {revision.trigger}")
+        self._memory_away = True  # the choices that memory advises on were made with the first version
+        if revision.trigger == "contradicted" and rules.template == "replan.contradicted/1":
+            return self._model_or_rules(at_ms)
+        return self._use_rules(at_ms)
 
     def _use_rules(self, at_ms: int) -> Command:
         rules = self._rules
@@ -332,6 +436,8 @@ class Planning:
             template = next(name for name in opened.plans if shape_of(name) == width.choice)
             others = tuple(name for name in opened.plans if name != template)
             choice = replace(opened.choice, choice=template, alternatives=others, rule=width.why, advice=width)
+        if self._revision is not None:
+            return self._fill_in_rest(at_ms, self._revision, opened.plans[template], choice)
         if opened.source != "client":
             offered = {plan.template: plan.plan for plan in self._by_rules}
             widest = max(map(width_of, [*offered.values(), *opened.plans.values()]))
@@ -339,7 +445,7 @@ class Planning:
             choice = replace(choice, cluster=split_cluster(self._task, offered), rules_width=ruled, widest=widest)
             self._reasons.append(told(opened.plans[template]))
         found = discover(opened.plans[template], self._task.inputs)
-        self._reasons += [f"added: {edge.reason}" for edge in found.added]
+        self._reasons += found.notes[:_MAX_REPAIRS]
         fitted = Fitted(self._task, found.plan, ())
         if opened.source != "client":
             fitted = fit_to_context(self._task, found.plan, self._registry)
@@ -351,11 +457,34 @@ class Planning:
             source=opened.source,
             reason="",
             removed_edges=list(found.removed),
+            added_edges=list(found.added),
+            broke_off=self._broke_off,
             similar=self._similar,
             lessons=self._lessons,
             personas=_named_in(chosen.plan, self._personas),
             generated_tokens=self._generated_tokens,
         )
+        return self._have_recorded(at_ms)
+
+    def _fill_in_rest(self, at_ms: int, revision: Revision, plan: Plan, choice: Decomposition) -> Command:
+        """Choose for the new steps; those that stay have everything, and how a rest is made is no width to learn."""
+        stay = set(revision.open)
+        persona = self._whole_task.plan.persona if self._whole_task.plan is not None else None
+        new = Plan(steps=[step for step in plan.steps if step.id not in stay], persona=persona)
+        chosen = choose(self._task, new, choice, self._registry, self._open.source)
+        self._decisions = [one for one in chosen.decisions if one.subject != "decomposition"]
+        kept = [step for step in plan.steps if step.id in stay]
+        rest = Plan(steps=[*chosen.plan.steps, *kept], persona=persona)
+        self._draft = PlanFinal(
+            task=self._whole_task.model_copy(update={"plan": rest}),
+            source=self._open.source,
+            reason="",
+            personas=_named_in(rest, self._personas),
+            generated_tokens=self._generated_tokens,
+        )
+        return self._have_recorded(at_ms)
+
+    def _have_recorded(self, at_ms: int) -> Command:
         if self._task.task_id is None:
             # Nothing will run under this id, so no outcome will ever come; the decisions are shown all the same.
             self._reasons.append("dry run: the decisions are not recorded")
@@ -413,6 +542,11 @@ class Planning:
         if self._task.deadline_s is not None:
             bounds.append(self._task.deadline_s * _TASK_SHARE)
         return min(bounds)
+
+
+def _alike(offered: Step, written: Step) -> bool:
+    """Whether a step of the whole plan is the one that began early; gates and persona were chosen since."""
+    return (offered.action, offered.inputs, offered.outputs) == (written.action, written.inputs, written.outputs)
 
 
 def _named_in(plan: Plan, personas: Sequence[Persona]) -> list[Persona]:

@@ -30,6 +30,7 @@ from services.kit.registry import PersonaEntry, RoleEntry
 from services.planner.cast import ROLES_FOR, Work, cast
 from services.planner.made_personas import with_personas
 from services.planner.naming import Names
+from services.planner.partlist import PartList, list_request, steps_from, suits
 from services.planner.repair import Draft, repaired, result_of
 from services.planner.rules import for_orientation, quoted, result_name, room
 
@@ -38,7 +39,7 @@ MAX_NAMED_INPUTS: Final = 12
 """More inputs than this are a case for the rules' map: the list alone would fill a small context."""
 PLAN_TOKENS: Final = 512
 """Bound on the answer: eight short steps."""
-_MAX_ANSWER_CHARS: Final = 16 * 1024
+MAX_ANSWER_CHARS: Final = 16 * 1024
 _MAX_REASON_PROBLEMS: Final = 3
 _PYTHON: Final = "text/x-python"
 _SYSTEM: Final = (
@@ -59,7 +60,9 @@ class ModelPlanRefused(Exception):
         super().__init__(text + (f"; and {more} more" if more > 0 else ""))
 
 
-class _ModelStep(BaseModel):
+class ModelStep(BaseModel):
+    """One step as the schema lets a model write it."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Annotated[str, Field(max_length=64)]
@@ -72,7 +75,7 @@ class _ModelStep(BaseModel):
 class _ModelPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    steps: Annotated[list[_ModelStep], Field(min_length=1, max_length=MAX_MODEL_STEPS)]
+    steps: Annotated[list[ModelStep], Field(min_length=1, max_length=MAX_MODEL_STEPS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +118,13 @@ def planning_request(
     hints: Sequence[Episode],
     parts: Sequence[str] = (),
 ) -> InferRequest:
-    """`parts` are what the rules see as independent, in words of the objective.
+    """`parts` are what the rules see as independent, in words of the objective; where they are all there is to a plan,
+    the model is asked for a list instead (`partlist`).
 
     Returns what the front-door model is asked: schema-bound, at temperature 0, a prompt of at most about 5,000 bytes.
     """
+    if suits(task, parts):
+        return list_request(task, planner)
     most = min(MAX_MODEL_STEPS, room(task))
     system = (
         _SYSTEM.format(most=most)
@@ -160,13 +166,13 @@ def read_plan(
 
     `personas` are those that there are: what the model makes gets a name that none of them has.
     """
-    answer = _parsed(text, finish_reason)
     labels = _labels(task)
+    answer = _parsed(text, finish_reason, labels, roles)
     wishes = {label: one.persona for label, one in zip(labels, answer, strict=False) if one.persona is not None}
     allowed = min(room(task), MAX_MODEL_STEPS)
     writes_code = task.task_type is TaskType.CODE
     steps, repairs = repaired(
-        [Draft(label, one.role, one.action, tuple(one.reads)) for label, one in zip(labels, answer, strict=False)],
+        drafts_of(answer, task),
         [artefact.name for artefact in task.inputs],
         roles,
         worker=cast(Work.READ, roles).role,
@@ -182,7 +188,7 @@ def read_plan(
         coder = cast(Work.IMPLEMENT, roles).role
         repairs.append(f"{steps[result].label}: {coder!r} for the role {steps[result].role!r}, since it makes the code")
         steps[result] = replace(steps[result], role=coder)
-    plan = _as_plan(steps, result, task)
+    plan = Plan(steps=steps_of(steps, result, task))
     if unsound := find_problems(task.model_copy(update={"plan": plan})):
         raise ModelPlanRefused([str(problem) for problem in unsound])
     numbered = zip(plan.steps, steps, strict=True)
@@ -191,7 +197,15 @@ def read_plan(
     return ModelPlan(done.plan, (*repairs, *done.notes), done.personas)
 
 
-def _as_plan(steps: Sequence[Draft], result: int, task: TaskIR) -> Plan:
+def drafts_of(steps: Sequence[ModelStep], task: TaskIR) -> list[Draft]:
+    """Steps with the labels that their places give them."""
+    return [
+        Draft(label, one.role, one.action, tuple(one.reads)) for label, one in zip(_labels(task), steps, strict=False)
+    ]
+
+
+def steps_of(steps: Sequence[Draft], result: int | None, task: TaskIR) -> list[Step]:
+    """Drafts as steps of the task; `result` is the number of the one that makes its result, if any of them does."""
     names = Names(task.inputs)
     outputs: list[Output] = []
     for number, step in enumerate(steps):
@@ -200,24 +214,22 @@ def _as_plan(steps: Sequence[Draft], result: int, task: TaskIR) -> Plan:
         kind = ArtefactKind.CODE if writes_code else ArtefactKind.TEXT
         outputs.append(names.new(wish, kind, _PYTHON if writes_code else None))
     name_of = {step.label: output.name for step, output in zip(steps, outputs, strict=True)}
-    return Plan(
-        steps=[
-            Step(
-                id=f"S{number}",
-                actor=step.role,
-                action=_printable(step.action) + for_orientation(task),
-                inputs=[name_of.get(name, name) for name in step.reads],
-                outputs=[output],
-            )
-            for number, (step, output) in enumerate(zip(steps, outputs, strict=True), 1)
-        ]
-    )
+    return [
+        Step(
+            id=f"S{number}",
+            actor=step.role,
+            action=_printable(step.action) + for_orientation(task),
+            inputs=[name_of.get(name, name) for name in step.reads],
+            outputs=[output],
+        )
+        for number, (step, output) in enumerate(zip(steps, outputs, strict=True), 1)
+    ]
 
 
-def _parsed(text: str, finish_reason: str) -> list[_ModelStep]:
-    """The steps of an answer; of one that was cut off, those that are complete."""
-    if len(text) > _MAX_ANSWER_CHARS:
-        raise ModelPlanRefused([f"the answer has {len(text)} characters, at most {_MAX_ANSWER_CHARS} are read"])
+def _parsed(text: str, finish_reason: str, labels: Sequence[str], roles: Mapping[str, RoleEntry]) -> list[ModelStep]:
+    """The steps of an answer in either form; of a plan that was cut off, those that are complete."""
+    if len(text) > MAX_ANSWER_CHARS:
+        raise ModelPlanRefused([f"the answer has {len(text)} characters, at most {MAX_ANSWER_CHARS} are read"])
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as err:
@@ -229,6 +241,9 @@ def _parsed(text: str, finish_reason: str) -> list[_ModelStep]:
                 ["the answer was cut at its token limit before its first step was complete"]
             ) from err
     try:
+        if isinstance(raw, dict) and "parts" in raw:
+            worker, joiner = cast(Work.READ, roles).role, cast(Work.JOIN, roles).role
+            raw = {"steps": steps_from(PartList.model_validate(raw), labels, worker, joiner)}
         return _ModelPlan.model_validate(raw).steps
     except ValidationError as err:
         raise ModelPlanRefused([describe(err)]) from err

@@ -55,6 +55,20 @@ def repaired(
     return _inputs_read(kept, given, notes), notes
 
 
+def first_repaired(
+    steps: Sequence[Draft], given: Collection[str], roles: Collection[str], *, worker: str
+) -> tuple[list[Draft], set[str]]:
+    """The first steps of a plan, repaired as they will be in the whole one, and the labels of those that need something
+    of what follows.
+    """
+    notes: list[str] = []
+    kept = _roles_known(_without_repeats(steps, notes), roles, worker, notes)
+    known, waiting = set(given), set[str]()
+    for step in kept:
+        (known if known.issuperset(step.reads) else waiting).add(step.label)
+    return [replace(step, reads=tuple(dict.fromkeys(step.reads))) for step in kept], waiting
+
+
 def result_of(steps: Sequence[Draft]) -> int:
     """Number of the step whose result nobody reads; of several the last."""
     read = {name for step in steps for name in step.reads}

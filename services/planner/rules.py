@@ -26,6 +26,7 @@ from typing import Any, Final, TypeVar
 from protocol.limits import MAX_STEPS
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.task import Plan, Step, TaskIR, TaskType
+from protocol.plan_graph import reads
 from services.planner.cast import Work, cast
 from services.planner.divide import Judge, RuleJudge
 from services.planner.naming import Names, stem
@@ -183,6 +184,25 @@ def plans_by_rules(task: TaskIR, roles: Collection[str], judge: Judge = _SHIPPED
             offer(build, parts, each)
     offer(_single)
     return list(plans.values())
+
+
+def finishing_step(task: TaskIR, roles: Collection[str], begun: Sequence[Step]) -> Step:
+    """One step that makes the result of the task from what these steps make, where the plan they are of broke off."""
+    draft = _Draft(task, roles)
+    for step in begun:
+        draft.steps.append(step)
+        for output in step.outputs:
+            draft.names.new(output.name, output.kind, output.content_type)
+    read = {name for step in begun for name in reads(step)}
+    made = [output.name for step in begun for output in step.outputs if output.name not in read]
+    inputs = [*made, *(name for name in draft.given if name not in read)]
+    code = task.task_type is TaskType.CODE
+    action = f"Join the inputs into one result that fulfils this objective; do what is still missing.\n{task.objective}"
+    kind = ArtefactKind.CODE if code else ArtefactKind.TEXT
+    draft.add(Work.IMPLEMENT if code else Work.JOIN, _bounded(action), inputs, result_name(task), kind)
+    taken = {step.id for step in begun}
+    number = next(number for number in range(1, len(begun) + 2) if f"S{len(begun) + number}" not in taken)
+    return draft.steps[-1].model_copy(update={"id": f"S{len(begun) + number}"})
 
 
 @dataclass(slots=True)

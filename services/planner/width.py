@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from graphlib import TopologicalSorter
 from typing import Final
 
 from protocol.messages.task import Plan
 from protocol.plan_graph import needs
+from services.kit import plan_shape
 from services.planner.split import Shape
 
 _LEAST_ITEMS: Final = 2
@@ -16,11 +16,7 @@ _LEAST_ITEMS: Final = 2
 
 def levels_of(plan: Plan) -> dict[str, int]:
     """Steps on the longest chain before each step. The plan has no problems, see `plan_graph`."""
-    waits = needs(plan)
-    level: dict[str, int] = {}
-    for step in TopologicalSorter(waits).static_order():
-        level[step] = max((level[other] + 1 for other in waits[step]), default=0)
-    return level
+    return plan_shape.levels_of(needs(plan))
 
 
 def width_of(plan: Plan) -> int:

@@ -41,7 +41,10 @@ def task_checks(task: TaskRecord, artefacts: Sequence[Artefact], registry: Regis
         objective=task.ir.objective,
         criteria=task.ir.definition_of_done,
     )
-    return _wanted(("gates", *_again(task.setbacks, Work.CHECKS)), request, registry)
+    # Another version of the plan makes another result: the verdict on the earlier one says nothing about it.
+    adopted = [one.version for one in task.versions if one.adopted_ms is not None]
+    version = adopted[-1:] if adopted[-1:] > [1] else []
+    return _wanted(("gates", *_again(task.setbacks, Work.CHECKS), *(f"v{one}" for one in version)), request, registry)
 
 
 def step_check_parts(step: StepRecord) -> tuple[str | int, ...]:

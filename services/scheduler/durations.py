@@ -47,6 +47,10 @@ class Durations(Protocol):
         """Standard deviation of ln(actual / expected) to reckon with; 0 = the estimates are exact."""
         ...
 
+    def evidence(self, role: str) -> float:
+        """From how many of its steps the estimates of a role come; 0 = from the prior alone."""
+        ...
+
     def observe(self, job: Job, seconds: float) -> None:
         """A job of this kind took so long."""
         ...
@@ -89,6 +93,11 @@ class LearnedDurations:
                 mean = self._means[level] = _Mean()
             mean.add(log_s)
 
+    def evidence(self, role: str) -> float:
+        """See Durations."""
+        mean = self._means.get((role,))
+        return 0.0 if mean is None else mean.count
+
     def observations(self) -> dict[str, int]:
         """Role -> from how many of its steps its estimates come; old ones fade, so never more than the memory holds."""
         return {level[0]: round(mean.count) for level, mean in self._means.items() if len(level) == 1}
@@ -125,6 +134,10 @@ class TokenSpeed:
     def spread(self) -> float:
         """See Durations."""
         return 0.0
+
+    def evidence(self, role: str) -> float:
+        """See Durations."""
+        return math.inf
 
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations; there is nothing to learn."""

@@ -19,7 +19,7 @@ from protocol.messages.gate import GateFinal
 from protocol.messages.infer import InferFinal
 from protocol.messages.memory import MemoryFinal
 from protocol.messages.persona import Persona, PersonaMade
-from protocol.messages.plan import PlanFinal
+from protocol.messages.plan import PlanFinal, PlanPartial, ReplanTrigger
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Plan, Step, TaskIR
@@ -40,8 +40,9 @@ from services.scheduler.growth import items_of, join_of, reach_of
 from services.scheduler.outcomes import UNEMBEDDABLE, outcomes_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
 from services.scheduler.personas import Personas
-from services.scheduler.planning import PLANNER, adopted, plan_wanted, with_names
+from services.scheduler.planning import PLANNER, adopted, grown, plan_body, plan_wanted, with_names
 from services.scheduler.ranks import Ranking
+from services.scheduler.replanning import Hands, Replanning
 from services.scheduler.requests import infer_request
 from services.scheduler.setbacks import attempt_lost, is_retry, poisoned, step_history, task_history, task_setback
 from services.scheduler.swarm import opened, said_in, turned
@@ -49,6 +50,7 @@ from services.scheduler.swarm_state import turn_id
 from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
 from services.scheduler.toolcalls import Calls
 from services.scheduler.verdicts import gate_failure
+from services.scheduler.versions import CONTRADICTED, contradiction, may_contradict, replan_body
 
 MEMORY: Final = "memory"
 MAX_UNSETTLED: Final = 200
@@ -59,7 +61,7 @@ MAX_MOVES: Final = 2
 """Moves of one attempt to another model: there, and back when that one is gone as well. After that it waits."""
 _WORK_OF: Final = {"infer.request": Work.INFERENCE, "gate.request": Work.GATES}
 """Kind of a step's call -> what fails with it."""
-_WORK_OF_TASK: Final = {"plan.request": Work.PLAN, "gate.request": Work.CHECKS, "memory.request": Work.MEMORY}
+_WORK_OF_TASK: Final = {"gate.request": Work.CHECKS, "memory.request": Work.MEMORY}
 
 
 @dataclass(slots=True)
@@ -84,9 +86,24 @@ class Engine:
     """What came of larger budgets, retries and escalations."""
     watched: set[str] = field(default_factory=set)
     """Tasks somebody watches: their answers are streamed."""
+    replanning: Replanning = field(init=False)
     _effects: list[Effect] = field(default_factory=list)
     _calls: dict[str, set[str]] = field(default_factory=dict)
     """Task -> keys of its calls at the broker."""
+
+    def __post_init__(self) -> None:
+        """Lend a hand to what makes new versions of plans."""
+        self.replanning = Replanning(
+            self.ranking,
+            Hands(
+                emit=self._emit,
+                ask=lambda task, wanted, at_ms, hold_ms: self._ask(task, None, wanted, at_ms, hold_ms),
+                drop=lambda key: self._effects.append(Drop(key)),
+                proceed=self._proceed,
+                finish=self._finish,
+                fail=lambda task, failure, why, at_ms: self._end(task, TaskState.FAILED, failure, at_ms, why=why),
+            ),
+        )
 
     def take(self) -> list[Effect]:
         """Effects since the last call, in order."""
@@ -127,9 +144,13 @@ class Engine:
             self._settle_outcomes(task, at_ms)
         elif task.state is TaskState.PLANNING:
             self._ask_plan(task, at_ms)
-        elif task.state is TaskState.CHECKING or task.unfinished == 0:
+        elif task.state is TaskState.CHECKING or (task.unfinished == 0 and not self._will_grow(task)):
             self._finish(task, at_ms)
         else:
+            if task.revising is not None:
+                self.replanning.ask(task, at_ms)
+            elif task.plan_open:
+                self._ask_plan(task, at_ms)
             for step in task.steps.values():
                 if step.state in (StepState.READY, StepState.INFERRING):
                     hold = at_ms + REATTACH_MS if step.state is StepState.INFERRING else 0
@@ -163,7 +184,7 @@ class Engine:
             self._emit(task, f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why[:500]))
         if step.agent is not None:
             self._release(task, step, at_ms)
-        elif task.unfinished == 0:
+        elif task.unfinished == 0 and not self._will_grow(task):
             self._finish(task, at_ms)
 
     def make_persona(
@@ -213,6 +234,7 @@ class Engine:
         self.ranking.learn()
         for task in list(self.live.values()):
             self._expire(task, at_ms)
+            self.replanning.look(task, at_ms)
 
     def _expire(self, task: TaskRecord, at_ms: int) -> None:
         deadline = task.deadline_ms
@@ -261,7 +283,8 @@ class Engine:
         if step is not None:
             self._on_failure(task, step, _WORK_OF[call.kind], failure, at_ms, queued_again=call.key)
         else:
-            self._on_task_failure(task, _WORK_OF_TASK[call.kind], failure, at_ms, queued_again=call.key)
+            work = _WORK_OF_TASK.get(call.kind) or _planning_of(task)
+            self._on_task_failure(task, work, failure, at_ms, queued_again=call.key)
 
     def on_ended(self, call: Call, kind: str, body: bytes, worker: str, at_ms: int) -> None:
         """One of the hub's own calls has its ending."""
@@ -305,6 +328,8 @@ class Engine:
     def body_of(self, call: Call, at_ms: int) -> bytes:
         """Compose the body of one of the hub's own calls, when it starts."""
         task, step = self._locate(call)
+        if task is not None and call.kind == "plan.request":
+            return plan_body(task) if task.revising is None else replan_body(task, self.ranking, at_ms)
         if task is None or step is None:
             raise KeyError(f"call {call.key} belongs to no step")
         return pack_map(infer_request(task, step, self.registry, stream=task.id in self.watched))
@@ -313,21 +338,47 @@ class Engine:
 
     def _ask_plan(self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0) -> None:
         retries = sum(1 for one in task.setbacks.newest if is_retry(one.work, one.action, Work.PLAN))
-        self._ask(task, None, plan_wanted(task, retries), at_ms, hold_until_ms)
+        self._ask(task, None, plan_wanted(retries), at_ms, hold_until_ms)
 
     def _on_planned(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
+        if task.revising is None and task.state is not TaskState.PLANNING and not task.plan_open:
+            return  # nobody waits for it any more
+        work = _planning_of(task)
         if failure is None:
             try:
                 final = self._with_personas(task, unpack_body(PlanFinal, body), at_ms)
+                if work is Work.REPLAN:
+                    self.replanning.on_planned(task, final, at_ms)
+                    return
                 self._emit(task, adopted(task, final, self.registry, self.ranking, at_ms))
+                self.ranking.forget(task.id)
             except CallFailed as err:
                 failure = err.failure
         if failure is not None:
-            self._on_task_failure(task, Work.PLAN, failure, at_ms)
+            self._on_task_failure(task, work, failure, at_ms)
             return
+        self._begin_ready(task, at_ms)
+
+    def on_plan_partial(self, call: Call, partial: PlanPartial, at_ms: int) -> None:
+        """The first steps of a plan in the making can start; what cannot run is left to the whole plan."""
+        task, _ = self._locate(call)
+        if task is None or task.revising is not None or not (task.state is TaskState.PLANNING or task.plan_open):
+            return
+        fact = grown(task, partial, self.registry, at_ms)
+        if fact is not None:
+            self._emit(task, fact)
+            self.ranking.forget(task.id)
+            self._begin_ready(task, at_ms)
+
+    def _begin_ready(self, task: TaskRecord, at_ms: int) -> None:
         for step in list(task.steps.values()):
-            if not step.waiting_for:
+            if not step.waiting_for and step.state is StepState.WAITING:
                 self._begin(task, step, at_ms)
+        if task.unfinished == 0 and not task.state.final and not self._will_grow(task):
+            self._finish(task, at_ms)  # everything had ended before the plan was whole
+
+    def _will_grow(self, task: TaskRecord) -> bool:
+        return task.plan_open or task.revising is not None
 
     def _with_personas(self, task: TaskRecord, final: PlanFinal, at_ms: int) -> PlanFinal:
         """Make the personas that come with a plan; the plan with the names they got. Raises CallFailed (SCHEMA)."""
@@ -348,6 +399,8 @@ class Engine:
 
     def _begin(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
         """All inputs are there: start the step, one sub-step per item, or the first turn of one that spawns."""
+        if task.state.final or (task.revising is not None and step.spec.id in task.revising.held):
+            return
         if step.spec.spawns is not None:
             self._open_swarm(task, step, at_ms)
             return
@@ -357,7 +410,8 @@ class Engine:
         try:
             items = items_of(task, step)
         except CallFailed as err:
-            self._fail_step(task, step, err.failure, at_ms)
+            if not self.replanning.result_contradicts(task, step, err.failure, at_ms):
+                self._fail_step(task, step, err.failure, at_ms)
             return
         values = [item.model_dump(mode="json", exclude_none=True) for item in items]
         self._emit(task, f.StepExpanded(task=task.id, at_ms=at_ms, step=step.spec.id, items=values))
@@ -376,8 +430,17 @@ class Engine:
         self.ranking.forget(task.id)
         self._begin(task, task.steps[turn_id(step.spec.id, 1)], at_ms)
 
+    def _proceed(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
+        """Nothing is missing any more for a step that waits, or whose sub-steps do."""
+        if step.state is StepState.WAITING:
+            self._begin(task, step, at_ms)
+        elif step.state is StepState.EXPANDED:
+            self._join(task, step, at_ms)
+
     def _join(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
         """The last sub-step of a mapped step is done, or a spawning step has answered: so is the step, once."""
+        if task.revising is not None and step.spec.id in task.revising.held:
+            return
         try:
             made = join_of(task, step, sum(1 for other in step.needs if other.startswith(f"{step.spec.id}.")))
         except CallFailed as err:
@@ -410,11 +473,15 @@ class Engine:
         final = unpack_body(InferFinal, body)
         if step.attempt.started_ms is not None and at_home(step, self.registry):
             self.ranking.observe(task, step, (at_ms - step.attempt.started_ms) / 1000)
+        tokens = final.generated_tokens
+        against = contradiction(final.text)
+        if against is not None and may_contradict(task, step, self.registry):
+            self._on_failure(task, step, Work.RESULT, against, at_ms, generated_tokens=tokens)
+            return
         try:
             said = said_in(task, step, final)
             made = cut_outputs(said.text, step.spec.outputs) if said.calls is None else []
         except CallFailed as err:
-            tokens = final.generated_tokens
             self._on_failure(task, step, Work.INFERENCE, err.failure, at_ms, generated_tokens=tokens)
             return
         self._emit(task, a.answered(task, step, final, made, at_ms))
@@ -505,6 +572,12 @@ class Engine:
                 self._end(task, TaskState.FAILED, failure, at_ms, why="planning failed")
             case Work.PLAN:
                 self._ask_plan(task, at_ms, hold_until_ms=hold_ms)
+            case Work.REPLAN if gone:
+                self.replanning.abandon(task, failure, at_ms)
+            case Work.REPLAN:
+                self.replanning.ask(task, at_ms, hold_until_ms=hold_ms)
+            case Work.CHECKS if action.kind == "replan":
+                self.replanning.begin(task, "failed", None, failure, action.rule, at_ms)
             case Work.MEMORY if gone:
                 self._settled(task, 0, f"{failure.code}: {failure.message}"[:1_000], at_ms)
             case Work.MEMORY:
@@ -542,6 +615,11 @@ class Engine:
         self._emit(task, a.failed(task, step, failure, action, at_ms, generated_tokens))
         if action.kind == "fail":
             self._fail_step(task, step, failure, at_ms)
+        elif action.kind == "replan":
+            value = failure.model_dump(mode="json", exclude_none=True)
+            self._emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
+            trigger: ReplanTrigger = "contradicted" if failure.code == CONTRADICTED else "failed"
+            self.replanning.begin(task, trigger, step.spec.id, failure, action.rule, at_ms)
         else:
             self._begin_attempt(task, step, action, at_ms)
 
@@ -566,13 +644,9 @@ class Engine:
         """A step is over: begin what waited for nothing else."""
         for other in task.dependents[step.spec.id]:
             follower = task.steps[other]
-            if follower.waiting_for or task.state.final:
-                continue
-            if follower.state is StepState.WAITING:
-                self._begin(task, follower, at_ms)
-            elif follower.state is StepState.EXPANDED:
-                self._join(task, follower, at_ms)
-        if task.unfinished == 0 and not task.state.final:
+            if not follower.waiting_for and not task.state.final:
+                self._proceed(task, follower, at_ms)
+        if task.unfinished == 0 and not task.state.final and not self._will_grow(task):
             self._finish(task, at_ms)
 
     # The end of a task
@@ -616,6 +690,7 @@ class Engine:
         if not self.active[task.client]:
             del self.active[task.client]  # clients come and go under ever new names
         self.ranking.forget(task.id)
+        self.replanning.forget(task.id)
         self._settle_outcomes(task, at_ms)
 
     def _settle_outcomes(
@@ -682,3 +757,8 @@ class Engine:
     def _queue_call(self, task: TaskRecord, call: Call) -> None:
         self._calls.setdefault(task.id, set()).add(call.key)
         self._effects.append(Ask(call))
+
+
+def _planning_of(task: TaskRecord) -> Work:
+    """What the planner is at, for a task that waits for it."""
+    return Work.PLAN if task.revising is None else Work.REPLAN

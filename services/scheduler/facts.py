@@ -51,6 +51,55 @@ class TaskPlanned(Fact, frozen=True, kw_only=True):
     """That chain, first step first."""
     slots: dict[str, int] | None = None
     """Slots of the models that the steps are planned for."""
+    added_edges: list[dict[str, Any]] | None = None
+    as_written: dict[str, Any] | None = None
+    """Shape of the plan before dependencies were dropped and added, and `as_run` after that: `plan.PlanShape`."""
+    as_run: dict[str, Any] | None = None
+
+
+class PlanGrown(Fact, frozen=True, kw_only=True):
+    """First or further steps of a plan that is still in the making: they begin; `TaskPlanned` ends it."""
+
+    EVENT: ClassVar[str] = "task.plan_grown"
+    steps: list[dict[str, Any]]
+
+
+class ReplanAsked(Fact, frozen=True, kw_only=True):
+    """The rest of the plan is to be made anew; `held` does not begin meanwhile. `step` could not be done."""
+
+    EVENT: ClassVar[str] = "task.replanning"
+    version: int
+    trigger: str
+    reason: str
+    rule: str
+    held: list[str]
+    notes: str
+    """What happened, as material for whoever goes on: becomes the artefact `V<version>.notes`."""
+    failure: dict[str, Any] | None = None
+
+
+class TaskReplanned(Fact, frozen=True, kw_only=True):
+    """A new version of the plan is in force."""
+
+    EVENT: ClassVar[str] = "task.replanned"
+    version: int
+    trigger: str
+    source: str
+    reason: str
+    kept: list[str]
+    dropped: list[str]
+    added: list[dict[str, Any]]
+    decisions: list[dict[str, Any]]
+    generated_tokens: int
+    slots: dict[str, int]
+
+
+class ReplanAbandoned(Fact, frozen=True, kw_only=True):
+    """There is no new version: the old one goes on, or the task ends with what asked for it."""
+
+    EVENT: ClassVar[str] = "task.replan_abandoned"
+    version: int
+    reason: str
 
 
 class PersonasMade(Fact, frozen=True, kw_only=True):
@@ -252,6 +301,10 @@ TYPES: Final[dict[str, type[Fact]]] = {
     for cls in (
         TaskAccepted,
         TaskPlanned,
+        PlanGrown,
+        ReplanAsked,
+        TaskReplanned,
+        ReplanAbandoned,
         PersonasMade,
         StepsAdded,
         StepExpanded,

@@ -3,7 +3,7 @@
 Every path asks `decide`: the inference and the gates of a step, the gates of a task, its plan, what memory is told,
 the prompts of a batch. They differ in what can be done at all (`SCOPES`), never in what should be. Two kinds of answers
 come out: the same work again (`rerun`, `backoff`: nothing was said about the answer, so neither is an attempt), or an
-end of the attempt (`retry`, `escalate`, `fail`).
+end of the attempt (`retry`, `escalate`, `replan`, `fail`).
 
 Pure: same table, same history, same action. Leaves to others: carrying it out (`engine.py`, `batches.py`), what the
 next attempt is told (`feedback.py`), whether a model is served at all (`circuits.py`).
@@ -23,7 +23,7 @@ from services.kit.registry.rules import NEVER_QUALITY
 #: Codes of PEER failures in which no worker died: they do not count towards poison.
 BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled", "breaker.open", "remote.unreachable"})
 
-Kind = Literal["retry", "escalate", "rerun", "backoff", "fail"]
+Kind = Literal["retry", "escalate", "rerun", "backoff", "replan", "fail"]
 Arm = Literal["plain", "harder", "escalated"]
 ARMS: Final = frozenset(get_args(Arm))
 """Which of the ways out of a failure an attempt is, where they can be compared: the last attempt in the same role as
@@ -37,7 +37,11 @@ class Work(StrEnum):
     GATES = "gates"
     CHECKS = "checks"
     """The gates of a task's final artefacts."""
+    RESULT = "result"
+    """A result with which the plan cannot go on: no list where a step is mapped over one, or a worker's word for it."""
     PLAN = "plan"
+    REPLAN = "replan"
+    """The planner's work on a new version of the plan."""
     MEMORY = "memory"
     BATCH = "batch"
     """One prompt of a batch."""
@@ -53,13 +57,17 @@ class Scope:
     """A stronger role can take over."""
     patient: bool = False
     """Nobody waits for it: pauses go on until it works."""
+    replans: bool = False
+    """The rest of the plan can be made anew instead of failing."""
 
 
 SCOPES: Final[Mapping[Work, Scope]] = {
-    Work.INFERENCE: Scope(again=True, climbs=True),
-    Work.GATES: Scope(again=True, climbs=True),
-    Work.CHECKS: Scope(again=False, climbs=False),  # the steps are done: what they made stays what it is
+    Work.INFERENCE: Scope(again=True, climbs=True, replans=True),
+    Work.GATES: Scope(again=True, climbs=True, replans=True),
+    Work.CHECKS: Scope(again=False, climbs=False, replans=True),  # the steps are done: what they made stays what it is
+    Work.RESULT: Scope(again=False, climbs=False, replans=True),  # whoever did it again would find the same
     Work.PLAN: Scope(again=True, climbs=False),
+    Work.REPLAN: Scope(again=True, climbs=False),
     Work.MEMORY: Scope(again=False, climbs=False, patient=True),
     Work.BATCH: Scope(again=False, climbs=False),  # a prompt that has failed for good is an answer of its own
 }
@@ -85,6 +93,8 @@ class History:
     """Workers that have died with it, the newest included."""
     max_level: int = 0
     """The task's bound on escalations."""
+    replans_left: int = 0
+    """New versions of the plan that the task may still have."""
     harder_pays: bool = False
     """A larger budget is worth trying before the role above, as far as is known."""
 
@@ -131,9 +141,17 @@ def react(registry: Registry, work: Work, failure: Failure, role: str, history: 
 def decide(registry: Registry, work: Work, category: Category, role: str, history: History) -> Action:
     """Choose what follows a failure of `work` in this category, done by `role`.
 
-    Escalation follows `escalates_to` and refuses a role that has tried already, so that two roles cannot hand a step
-    back and forth. Nothing that the table calls `rerun` or `backoff` uses up an attempt.
+    Where the category allows it, what would be the end of the step is a reason to plan the rest anew, as often as the
+    task may. Escalation follows `escalates_to` and refuses a role that has tried already, so that two roles cannot hand
+    a step back and forth. Nothing that the table calls `rerun` or `backoff` uses up an attempt.
     """
+    action, rule = _decide(registry, work, category, role, history), registry.failures.rules[category]
+    if action.kind == "fail" and rule.replan and SCOPES[work].replans and history.replans_left > 0:
+        return Action("replan", f"{action.rule}; so the rest is planned anew, {history.replans_left} left", role)
+    return action
+
+
+def _decide(registry: Registry, work: Work, category: Category, role: str, history: History) -> Action:
     table, scope = registry.failures, SCOPES[work]
     rule, caps = table.rules[category], table.caps
     at = f"{table.source(category)} {category.value}"

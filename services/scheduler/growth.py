@@ -27,12 +27,15 @@ MAX_ITEMS: Final = 1_000
 
 
 def items_of(task: TaskRecord, step: StepRecord) -> list[Artefact]:
-    """The input artefact of every sub-step. Raises CallFailed (POLICY) for what is no list, or too long a one."""
+    """The input artefact of every sub-step. Raises CallFailed for what is no list (LOGIC: the plan is wrong about it)
+    or too long a one (POLICY).
+    """
     source = step.spec.map_over or ""
     value = task.artefacts[source].value
     if not isinstance(value, list):
         kind = type(value).__name__
-        raise _refuse("map.not_a_list", f"{source!r} holds a {kind}; step {step.spec.id} is mapped over a list")
+        message = f"{source!r} holds a {kind}; step {step.spec.id} is mapped over a list"
+        raise CallFailed(Failure(code="map.not_a_list", category=Category.LOGIC, origin="scheduler", message=message))
     room = min(MAX_ITEMS, task.ir.budget.max_steps - len(task.steps))
     if len(value) > room:
         why = f"{source!r} has {len(value)} items, and step {step.spec.id} may have {room} sub-steps"

@@ -280,6 +280,10 @@ class Journal:
                 case f.TaskPlanned() as fact:
                     total = len(fact.ir["plan"]["steps"])
                     self._move(fact.task, TaskState.RUNNING, "steps_total = ?", total)
+                case f.PlanGrown() as fact:
+                    self._move(fact.task, TaskState.RUNNING, "steps_total = steps_total + ?", len(fact.steps))
+                case f.TaskReplanned() as fact:
+                    self._add_steps(fact.task, len(fact.added))
                 case f.StepsAdded() as fact:
                     self._add_steps(fact.task, len(fact.steps))
                 case f.StepExpanded() as fact:
@@ -301,7 +305,7 @@ class Journal:
             raise sqlite3.IntegrityError(f"the index has lost task {task}; see `tierline replay --check`")
         self._tally(TaskState(before[0]), -1)
         self._tally(state, 1)
-        self._db.execute(f"UPDATE tasks SET state = ?, {assignment} WHERE task = ?", (state, value, task))  # noqa: S608  `assignment` is one of two constants above
+        self._db.execute(f"UPDATE tasks SET state = ?, {assignment} WHERE task = ?", (state, value, task))  # noqa: S608  `assignment` is one of the constants above
 
     def _add_steps(self, task: str, count: int) -> None:
         self._db.execute("UPDATE tasks SET steps_total = steps_total + ? WHERE task = ?", (count, task))

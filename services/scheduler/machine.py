@@ -23,6 +23,7 @@ from protocol.limits import MAX_BODY_BYTES, PROTOCOL_VERSION
 from protocol.messages.failure import Category
 from protocol.messages.infer import InferPartial
 from protocol.messages.persona import PersonasOnTrial
+from protocol.messages.plan import PlanPartial
 from protocol.messages.registry import Reloaded
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, Pong, Reject, StatusReport, Welcome
@@ -368,6 +369,10 @@ class Hub:
             return  # its call has ended or was cancelled
         if call.requester is not None:
             self.outbox.forward(call, header.kind, body)
+            return
+        if call.kind == "plan.request":
+            self.engine.on_plan_partial(call, unpack_body(PlanPartial, body), at_ms)
+            self._settle([], at_ms)
             return
         task = self.engine.live.get(call.task or "")
         if task is not None and self.watchers.sees_tokens(task.id):

@@ -20,7 +20,8 @@ class Wanted:
     kind: str
     target: str
     parts: tuple[str | int, ...]
-    body: bytes
+    body: bytes | None
+    """None = composed when it starts."""
     needs: Needs = NOTHING
     timeout_ms: int = 600_000
 

@@ -21,6 +21,9 @@ CHARS_PER_TOKEN: Final = 2.5
 _MIN_INPUT_CHARS: Final = 200
 _LESSON_TOKENS: Final = 256
 """What lessons may take of every prompt of a task; those that helped most come first, the rest is left out."""
+CONTRADICTION: Final = "CONTRADICTION:"
+"""How an answer begins that says the plan cannot go on from what it was given."""
+_CONTRADICT: Final = f"Only if the material makes this step impossible, answer with {CONTRADICTION} and the reason."
 _CURE_TOKENS: Final = 128
 """What they may take again in the prompt of a further attempt: those about the very failures that it follows."""
 _LEARNED: Final = "What went wrong in similar jobs, so that it need not happen again"
@@ -42,18 +45,20 @@ def compose(
     told: str,
     failed: Collection[str] = (),
     harder: bool,
+    may_contradict: bool = False,
     context_tokens: int,
     max_tokens: int,
 ) -> list[dict[str, str]]:
     """Messages for one attempt, as maps of role and content.
 
     `failed` are the codes of the step's failures so far, `told` is what `feedback.told` says about earlier attempts,
-    `harder` asks for more thought, and `context_tokens` is the model's context per slot, answer included.
+    `harder` asks for more thought, `may_contradict` tells how to say that the material turns the plan over, and
+    `context_tokens` is the model's context per slot, answer included.
     """
     system = role.prompt if persona is None else f"{role.prompt}\n\n{persona.prompt}"
     head = _head(task) + _lesson_lines(lessons, _LEARNED, _LESSON_TOKENS)
     cured = _lesson_lines([one for one in lessons if one.failure_code in failed], _CURED, _CURE_TOKENS)
-    tail = tail_of(step, told + cured, harder=harder)
+    tail = tail_of(step, told + cured, harder=harder, may_contradict=may_contradict)
     room = int((context_tokens - max_tokens) * CHARS_PER_TOKEN) - len(system) - len(head) - len(tail)
     body = _inputs(_shared_first(task, inputs), max(room, 0))
     user = "\n\n".join(part for part in (head, body, tail) if part)
@@ -135,9 +140,11 @@ def fair_share(lengths: Sequence[int], room: int, least: int = _MIN_INPUT_CHARS)
     return max([least, *lengths])
 
 
-def tail_of(step: Step, told: str, *, harder: bool) -> str:
+def tail_of(step: Step, told: str, *, harder: bool, may_contradict: bool = False) -> str:
     """What the step is to do, in which form, and what earlier attempts got wrong."""
     lines = [f"Your step: {step.action}", _form(step.outputs)]
+    if may_contradict:
+        lines.append(_CONTRADICT)
     if told:
         lines.append(told)
     if harder:

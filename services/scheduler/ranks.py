@@ -78,6 +78,8 @@ class Prediction:
     length_ms: int
     """Inference only: queueing, gates and retries are what the achieved path shows beside it."""
     steps: tuple[str, ...]
+    cost_s: Mapping[str, float]
+    """Expected seconds of every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,11 @@ class Ranking:
         chain = [max(ranks, key=lambda name: (ranks[name], name))]
         while followers[chain[-1]]:
             chain.append(max(followers[chain[-1]], key=lambda name: (ranks[name], name)))
-        return Prediction(round(1000 * ranks[chain[0]]), tuple(chain))
+        return Prediction(round(1000 * ranks[chain[0]]), tuple(chain), cost_s)
+
+    def expected_s(self, task: TaskRecord, step: Step, role: str) -> float:
+        """Seconds of inference that a step is expected to take in a role."""
+        return self.durations.expected_s(self._job(task, task.ir, step, role))
 
     def observe(self, task: TaskRecord, step: StepRecord, seconds: float) -> None:
         """The inference of this step's newest attempt took so long.

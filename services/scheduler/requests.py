@@ -18,6 +18,7 @@ from services.scheduler.feedback import room_for, told
 from services.scheduler.prompting import CHARS_PER_TOKEN, compose
 from services.scheduler.swarm_prompts import agent_messages, schema_of_turn, turn_spec
 from services.scheduler.tasks import StepRecord, TaskRecord
+from services.scheduler.versions import may_contradict
 
 
 def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, stream: bool) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def _messages(
         told=rejected,
         failed={one.failure.code for one in step.attempts[:-1] if one.failure is not None},
         harder=harder,
+        may_contradict=may_contradict(task, step, registry),
         context_tokens=context_tokens,
         max_tokens=max_tokens,
     )

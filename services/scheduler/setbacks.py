@@ -9,6 +9,7 @@ from services.scheduler import facts as f
 from services.scheduler.effort import EffortRecord
 from services.scheduler.failures import Action, History, Past, Work, kills
 from services.scheduler.tasks import StepRecord, TaskRecord
+from services.scheduler.versions import replans_left
 
 
 def step_history(
@@ -21,6 +22,7 @@ def step_history(
         repeats=step.attempt.setbacks.count(work, failure.category),
         losses=step.losses + kills(registry, failure),
         max_level=task.ir.escalation.max_level,
+        replans_left=0 if step.agent is not None else replans_left(task, registry),  # its parent hears of it instead
         harder_pays=effort.pays(mode, step.attempt.role, task.ir.task_type.value, work_key(task.id, step.spec.id)),
     )
 
@@ -33,6 +35,7 @@ def task_history(task: TaskRecord, work: Work, failure: Failure, registry: Regis
         ],
         repeats=task.setbacks.count(work, failure.category),
         losses=task.losses.get(work, 0) + kills(registry, failure),
+        replans_left=replans_left(task, registry),
     )
 
 

@@ -15,8 +15,9 @@ from protocol.messages.failure import Failure
 from protocol.messages.gate import GateResult
 from protocol.messages.memory import Lesson
 from protocol.messages.persona import Persona
+from protocol.messages.plan import PlanVersion
 from protocol.messages.result import StepState, TaskState
-from protocol.messages.task import Output, Step, TaskIR
+from protocol.messages.task import Output, Plan, Step, TaskIR
 from protocol.plan_graph import needs
 from services.scheduler import facts as f
 from services.scheduler.swarm_state import Agent, Swarm, ToolCall, turn_id
@@ -155,6 +156,25 @@ class PlanOrigin:
     similar: list[dict[str, Any]]
     lessons: tuple[Lesson, ...] = ()
     """What similar tasks have failed with and what helped; every prompt of the task tells it."""
+    added_edges: list[dict[str, Any]] = field(default_factory=list)
+    as_written: dict[str, Any] | None = None
+    as_run: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Revising:
+    """A new version of the plan that is in the making."""
+
+    version: int
+    trigger: str
+    step: str | None
+    """The step that could not be done, of the plan itself: the mapped one for a sub-step; None for the final checks and
+    for a deadline."""
+    failure: Failure | None
+    held: frozenset[str]
+    """Steps that do not begin before it is there: it may drop them."""
+    notes: str
+    """Artefact that tells what happened."""
 
 
 @dataclass(slots=True)
@@ -192,6 +212,11 @@ class TaskRecord:
     """Of its plan, its final checks and its outcomes."""
     losses: dict[str, int] = field(default_factory=dict)
     """Work of the task itself -> workers that died with it."""
+    plan_open: bool = False
+    """Its plan is still in the making: steps of it run, more will come."""
+    versions: list[PlanVersion] = field(default_factory=list)
+    """Of its plan, oldest first; those that were given up count too."""
+    revising: Revising | None = None
     settled: bool = False
     """Memory knows the outcomes."""
     seq: int = 0
@@ -241,6 +266,14 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
     match fact:
         case f.TaskPlanned():
             _adopt_plan(task, fact)
+        case f.PlanGrown():
+            _grow_plan(task, fact)
+        case f.ReplanAsked():
+            _ask_replan(task, fact)
+        case f.TaskReplanned():
+            _replan(task, fact)
+        case f.ReplanAbandoned():
+            _end_revising(task, fact.version, abandoned=fact.reason[:1_000])
         case f.PersonasMade():
             task.personas |= {one.name: one for one in map(Persona.model_validate, fact.personas)}
         case f.StepsAdded():
@@ -268,8 +301,22 @@ def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
     for artefact in task.ir.inputs:  # the planner may have added some: the pieces of a long input
         task.artefacts.setdefault(artefact.name, artefact)
     lessons = tuple(Lesson.model_validate(one) for one in fact.lessons or ())
-    task.plan = PlanOrigin(fact.source, fact.reason, fact.removed_edges, fact.decisions, fact.similar, lessons)
-    task.planned_ms = fact.at_ms
+    task.plan = PlanOrigin(
+        fact.source,
+        fact.reason,
+        fact.removed_edges,
+        fact.decisions,
+        fact.similar,
+        lessons,
+        fact.added_edges or [],
+        fact.as_written,
+        fact.as_run,
+    )
+    first = PlanVersion(version=1, at_ms=task.created_ms, trigger="planned", reason=fact.source, how=fact.reason)
+    task.versions = [first.model_copy(update={"adopted_ms": fact.at_ms})]
+    if not task.plan_open:
+        task.planned_ms = fact.at_ms
+    task.plan_open = False
     task.predicted_ms = fact.predicted_ms
     task.predicted_steps = fact.predicted_steps or []
     task.slots = fact.slots or {}
@@ -278,14 +325,93 @@ def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
     plan = task.ir.plan
     if plan is None:
         raise JournalError(f"task {task.id} was planned without a plan")
+    _begin_steps(task, plan, [spec for spec in plan.steps if spec.id not in task.steps])
+
+
+def _grow_plan(task: TaskRecord, fact: f.PlanGrown) -> None:
+    """The first steps make the task run, although its plan is not whole."""
+    added = [Step.model_validate(value) for value in fact.steps]
+    if task.ir.plan is None:
+        task.ir = task.ir.model_copy(update={"plan": Plan(steps=added)})
+        task.state, task.planned_ms, task.plan_open = TaskState.RUNNING, fact.at_ms, True
+        _begin_steps(task, Plan(steps=added), added)
+    else:
+        _add_steps(task, added)
+
+
+def _ask_replan(task: TaskRecord, fact: f.ReplanAsked) -> None:
+    notes = Artefact(name=f"V{fact.version}.notes", value=fact.notes)
+    task.artefacts[notes.name] = notes
+    held = frozenset(fact.held)
+    task.revising = Revising(fact.version, fact.trigger, fact.step, _failure(fact.failure), held, notes.name)
+    asked = {"version": fact.version, "at_ms": fact.at_ms, "trigger": fact.trigger, "reason": fact.reason}
+    task.versions.append(PlanVersion.model_validate(asked | {"rule": fact.rule}))
+
+
+def _end_revising(task: TaskRecord, version: int, **changes: Any) -> None:
+    if task.revising is None or task.revising.version != version:
+        raise JournalError(f"version {version} of the plan of {task.id} ended without having been asked for")
+    task.revising = None
+    task.versions[-1] = task.versions[-1].model_copy(update=changes)
+
+
+def _replan(task: TaskRecord, fact: f.TaskReplanned) -> None:
+    """What was dropped leaves the plan, not the story: its record stays, skipped, and so does everything it made."""
+    added = [Step.model_validate(value) for value in fact.added]
+    ids = [step.id for step in added]
+    how = f"{fact.source}: {fact.reason}"
+    _end_revising(task, fact.version, adopted_ms=fact.at_ms, how=how, kept=fact.kept, dropped=fact.dropped, added=ids)
+    if task.ir.plan is None:
+        raise JournalError(f"task {task.id} was planned anew without a plan")
+    for name in fact.dropped:
+        if not task.steps[name].state.final:
+            _end_step(task, task.steps[name], StepState.SKIPPED, fact.at_ms)
+    alive = {*fact.kept, *ids}
+    kept = [
+        step.model_copy(update={"depends_on": [other for other in step.depends_on if other in alive]})
+        for step in task.ir.plan.steps
+        if step.id in alive
+    ]
+    plan = task.ir.plan.model_copy(update={"steps": [*kept, *added]})
+    task.ir = task.ir.model_copy(update={"plan": plan})
+    task.slots = fact.slots | task.slots
+    task.generated_tokens += fact.generated_tokens
+    if task.plan is not None:
+        task.plan.decisions.extend(fact.decisions)
     waits = needs(plan)
-    for spec in plan.steps:
-        task.steps[spec.id] = StepRecord(spec=spec, needs=waits[spec.id], waiting_for=set(waits[spec.id]))
+    for spec in kept:
+        record = task.steps[spec.id]
+        if record.state is StepState.WAITING:
+            record.spec, record.needs, record.waiting_for = spec, waits[spec.id], _missing(task, waits[spec.id], alive)
+    for spec in added:
+        missing = _missing(task, waits[spec.id], alive)
+        task.steps[spec.id] = StepRecord(spec=spec, needs=waits[spec.id], waiting_for=missing)
+    task.unfinished += len(added)
+    task.dependents = {name: [] for name in task.steps}
+    for name, record in task.steps.items():
+        for other in record.needs:
+            task.dependents[other].append(name)
+
+
+def _missing(task: TaskRecord, names: Iterable[str], coming: Iterable[str]) -> set[str]:
+    return {name for name in names if name in coming and not _is_done(task, name)}
+
+
+def _is_done(task: TaskRecord, name: str) -> bool:
+    return name in task.steps and task.steps[name].state is StepState.DONE
+
+
+def _begin_steps(task: TaskRecord, plan: Plan, specs: list[Step]) -> None:
+    """Steps of a plan that has just been adopted, or grown."""
+    waits = needs(plan)
+    for spec in specs:
+        missing = {other for other in waits[spec.id] if not _is_done(task, other)}
+        task.steps[spec.id] = StepRecord(spec=spec, needs=waits[spec.id], waiting_for=missing)
         task.dependents[spec.id] = []
-    for step, others in waits.items():
-        for other in others:
-            task.dependents[other].append(step)
-    task.unfinished = len(task.steps)
+    for spec in specs:
+        for other in waits[spec.id]:
+            task.dependents[other].append(spec.id)
+    task.unfinished += len(specs)
 
 
 def _add_steps(task: TaskRecord, added: list[Step]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from protocol.messages.gate import GateResult
 from protocol.messages.memory import Episode
-from protocol.messages.plan import RemovedEdge, RoutingDecision
+from protocol.messages.plan import AddedEdge, PlanShape, PlanVersion, RemovedEdge, RoutingDecision
 from protocol.messages.result import (
     AttemptView,
     PlanView,
@@ -43,7 +43,7 @@ def view(task: TaskRecord) -> TaskView:
         created_ms=task.created_ms,
         ended_ms=task.ended_ms,
         last_seq=task.seq,
-        plan=_plan(task.plan),
+        plan=_plan(task.plan, task.versions),
         steps=steps,
         artefacts=_final_artefacts(task),
         gates=task.gates,
@@ -100,8 +100,17 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
                 "assigned": [call["step"] for call in kept if "step" in call],
                 "refused": refused,
             }
-        case f.StepsAdded():
+        case f.StepsAdded() | f.PlanGrown():
             return {"steps": [{"id": step["id"], "actor": step["actor"]} for step in fact.steps]}
+        case f.ReplanAsked():
+            asked = {"version": fact.version, "trigger": fact.trigger, "reason": fact.reason}
+            return asked | {"held": fact.held, "rule": fact.rule}
+        case f.TaskReplanned():
+            steps = [{"id": step["id"], "actor": step["actor"]} for step in fact.added]
+            told = {"version": fact.version, "trigger": fact.trigger, "source": fact.source, "reason": fact.reason}
+            return told | {"kept": fact.kept, "dropped": fact.dropped, "steps": steps}
+        case f.ReplanAbandoned():
+            return {"version": fact.version, "reason": fact.reason}
         case f.AttemptQueued():
             return {"role": fact.role, "model": fact.model}
         case f.AttemptStarted():
@@ -139,9 +148,10 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
             return {}
 
 
-def _plan(plan: PlanOrigin | None) -> PlanView | None:
+def _plan(plan: PlanOrigin | None, versions: list[PlanVersion]) -> PlanView | None:
     if plan is None:
         return None
+    as_run = None if plan.as_run is None else PlanShape.model_validate(plan.as_run)
     return PlanView(
         source=plan.source,
         reason=plan.reason,
@@ -149,6 +159,10 @@ def _plan(plan: PlanOrigin | None) -> PlanView | None:
         decisions=[RoutingDecision.model_validate(one) for one in plan.decisions],
         similar=[Episode.model_validate(one) for one in plan.similar],
         lessons=list(plan.lessons),
+        added_edges=[AddedEdge.model_validate(edge) for edge in plan.added_edges] or None,
+        as_written=as_run if plan.as_written is None else PlanShape.model_validate(plan.as_written),
+        as_run=as_run,
+        versions=versions if len(versions) > 1 else None,
     )
 
 

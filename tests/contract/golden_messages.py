@@ -56,7 +56,17 @@ from protocol.messages.persona import (
     PersonasOnTrial,
     PersonaView,
 )
-from protocol.messages.plan import PlanFinal, PlanRequest, RemovedEdge, RoutingDecision
+from protocol.messages.plan import (
+    AddedEdge,
+    PlanFinal,
+    PlanPartial,
+    PlanRequest,
+    PlanShape,
+    PlanVersion,
+    RemovedEdge,
+    Revision,
+    RoutingDecision,
+)
 from protocol.messages.registry import EntryChange, RegistryChanged, Reload, Reloaded
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import (
@@ -470,6 +480,45 @@ _SWARMED = _VIEW.model_copy(
         ],
     }
 )
+_ADDED_EDGE = AddedEdge(step="S2", depends_on="S1", reason="both write one file")
+_SHAPE = PlanShape(width=2, levels=3, critical=["S1", "S2"], critical_ms=900, predicted_ms=1_200)
+_STEP = Step(
+    id="S1",
+    actor="coder",
+    action="Write it",
+    outputs=[Output(name="sum.py", kind=ArtefactKind.CODE)],
+    parallel_group="parts",
+)
+_REPLANNED = _VIEW.model_copy(
+    update={
+        "plan": PlanView(
+            source="model",
+            reason="cut",
+            removed_edges=[_EDGE],
+            decisions=[],
+            similar=[],
+            added_edges=[_ADDED_EDGE],
+            as_written=_SHAPE.model_copy(update={"width": 1}),
+            as_run=_SHAPE,
+            versions=[
+                PlanVersion(version=1, at_ms=1, trigger="planned", reason="model", adopted_ms=2),
+                PlanVersion(
+                    version=2,
+                    at_ms=3,
+                    trigger="contradicted",
+                    reason="step S2: plan.contradicted",
+                    rule="failures.yaml:26 LOGIC",
+                    adopted_ms=4,
+                    how="rules: one step does it",
+                    kept=["S1"],
+                    dropped=["S2"],
+                    added=["V2S1"],
+                ),
+                PlanVersion(version=3, at_ms=5, trigger="late", reason="9 s", abandoned="plan.no_faster: 9 s"),
+            ],
+        )
+    }
+)
 
 EXAMPLES: Final[Mapping[str, list[Message]]] = {
     "session.hello": [
@@ -650,6 +699,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _LEARNED,
         _TAUGHT,
         _SWARMED,
+        _REPLANNED,
     ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
@@ -700,7 +750,23 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         PlanRequest(task=_TASK),
         PlanRequest(task=_TASK, personas=[_PERSONA]),
         PlanRequest(task=_SPAWNING),
+        PlanRequest(
+            task=_TASK,
+            revision=Revision(
+                version=2,
+                trigger="failed",
+                failed="S1",
+                failure=_FAILURE,
+                open=["S2"],
+                finished=[Output(name="notes")],
+                notes="V2.notes",
+                left_s=12.5,
+                step_s={"worker": 1.5},
+            ),
+            begun=[_STEP],
+        ),
     ],
+    "plan.partial": [PlanPartial(steps=[_STEP])],
     "plan.final": [
         PlanFinal(
             task=_TASK,
@@ -715,6 +781,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         PlanFinal(task=_TASK, source="rules", reason="taught", similar=[_EPISODE], lessons=[_LESSON]),
         PlanFinal(task=_TASK, source="model", reason="with a persona of its own", personas=[_PERSONA]),
         PlanFinal(task=_SPAWNING, source="client", reason="as given"),
+        PlanFinal(task=_TASK, source="model", reason="cut", added_edges=[_ADDED_EDGE], broke_off="call.expired"),
     ],
     "plan.cancel": [Empty()],
     "infer.request": [
@@ -742,7 +809,10 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             judged=False,
         ),
     ],
-    "infer.partial": [InferPartial(text="h", generated_tokens=1)],
+    "infer.partial": [
+        InferPartial(text="h", generated_tokens=1),
+        InferPartial(text="i", generated_tokens=2, start_chars=1),
+    ],
     "infer.final": [
         InferFinal(
             text="hi",

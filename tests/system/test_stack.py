@@ -44,6 +44,10 @@ def test_the_example_runs_through_every_service(stack: BareStack) -> None:
     }
     assert view.plan is not None
     assert [(edge.step, edge.depends_on) for edge in view.plan.removed_edges] == [("S6", "S5")]
+    assert view.plan.as_written is not None
+    assert view.plan.as_run is not None
+    assert (view.plan.as_written.levels, view.plan.as_run.levels, view.plan.as_run.width) == (3, 3, 3)
+    assert view.plan.as_run.critical_ms <= view.plan.as_run.predicted_ms
     path = view.critical_path.path
     assert path[0].start_ms == view.created_ms
     assert path[-1].end_ms == view.ended_ms

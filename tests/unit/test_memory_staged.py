@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from protocol.messages.memory import (
+    Advise,
     DecisionRecord,
     Forget,
     Import,
@@ -22,6 +23,7 @@ from protocol.messages.memory import (
     Spread,
     Staged,
 )
+from services.memory.advisor import Advisor
 from services.memory.embedding import Embedder
 from services.memory.log import LOG_FILE, Entry, MemoryLog
 from services.memory.log_reader import LogReader
@@ -34,7 +36,9 @@ WIDE = Spread(width=4, assigned=4, finished=3, useful=3)
 SERIAL = Spread(width=1, assigned=0, finished=0, useful=0)
 
 
-def decided(log: MemoryLog, ident: str, choice: str = "doc.map-join/4", task_type: str = "doc") -> None:
+def decided(
+    log: MemoryLog, ident: str, choice: str = "doc.map-join/4", task_type: str = "doc", cluster: str = "map-join/4/0"
+) -> None:
     record = DecisionRecord(
         decision_id=ident,
         task_id=f"task-{ident}",
@@ -44,7 +48,7 @@ def decided(log: MemoryLog, ident: str, choice: str = "doc.map-join/4", task_typ
         propensity=0.5,
         task_type=task_type,
         features={"widest": 4.0, "rules_width": 4.0},
-        cluster="map-join/4/0",
+        cluster=cluster,
     )
     (answer,) = log.commit([Entry(RecordDecisions(decisions=[record]))])
     assert answer == MemoryFinal(stored=1)
@@ -217,6 +221,30 @@ def test_the_terms_are_added_at_the_weight_of_the_day_and_fade() -> None:
     for number in range(200, 400):
         bandit.learn(seen(number, "doc.map-join", 1.0, finish=0.25))
     assert [arm.staged for arm in bandit.advise(question(4), None, 1).arms] == [0.0, 0.0]
+
+
+def test_what_splits_well_in_one_kind_says_nothing_of_another(tmp_path: Path) -> None:
+    log = MemoryLog(tmp_path)
+    for number in range(40):
+        for kind, choice, reward in (
+            ("one", "doc.map-join/4", 1.0),
+            ("one", "doc.single/1", 0.0),
+            ("other", "doc.map-join/4", 0.0),
+            ("other", "doc.single/1", 1.0),
+        ):
+            ident = f"{kind}-{choice}-{number}"
+            decided(log, ident, choice, cluster=kind)
+            spread = SERIAL if choice == "doc.single/1" else WIDE
+            ended(log, outcome(ident, reward, spread))
+    advisor = Advisor(tmp_path, Embedder())
+    options = [Option(choice="doc.single", width=1), Option(choice="doc.map-join", width=4)]
+    for kind, right in (("one", "doc.map-join"), ("other", "doc.single")):
+        asked = Question(key="width", subject="decomposition", cluster=kind, rules_choice="doc.single", options=options)
+        (advice,) = advisor.advise(Advise(text="write it down", task_type="doc", questions=[asked], seed=1))
+        assert advice.learned_choice == right
+        assert advisor.bandit("decomposition", "doc", kind).stage == 80
+    advisor.close()
+    log.close()
 
 
 def test_questions_without_widths_know_no_stage() -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from protocol.messages.artefact import Artefact
 from protocol.messages.task import Budget, Output, Plan, Step, TaskIR
 from protocol.plan_graph import find_problems, needs
-from services.planner.discovery import Discovery, data_needs, discover, with_edges
+from services.kit.plan_shape import as_written
+from services.planner.discovery import Discovery, data_needs, discover
 from services.planner.naming import output_file
 
 
@@ -72,6 +73,17 @@ def test_a_chain_without_data_becomes_a_fan_out_and_says_why() -> None:
 def test_an_edge_that_the_data_implies_anyway_is_said_to_be_implied() -> None:
     found = discover(Plan(steps=[step(1, [], []), step(2, ["a1"], []), step(3, ["a2"], ["S1"])]))
     assert "keeps the order already" in found.removed[0].reason
+
+
+def test_a_parallel_group_is_a_hint_and_what_keeps_it_apart_is_said() -> None:
+    grouped = [step(1, [], []), step(2, [], ["S1"]), step(3, ["a1"], []), step(4, [], ["S1"], ordered=True)]
+    found = discover(Plan(steps=[one.model_copy(update={"parallel_group": "g"}) for one in grouped]))
+    assert [(edge.step, edge.depends_on) for edge in found.removed] == [("S2", "S1")]
+    assert "parallel group g" in found.removed[0].reason
+    assert found.notes == (
+        "parallel group g: S3 waits for S1 all the same, since it reads what it makes",
+        "parallel group g: S4 waits for S1 all the same, since it is `ordered`",
+    )
 
 
 def test_ordered_steps_keep_their_order() -> None:
@@ -152,7 +164,7 @@ def test_two_steps_that_write_one_file_keep_their_order_when_the_step_between_th
     assert {(edge.step, edge.depends_on) for edge in found.removed} == {("S2", "S1"), ("S3", "S2")}
     assert [(edge.step, edge.depends_on) for edge in found.added] == [("S3", "S1")]
     assert "notes.md" in found.added[0].reason
-    assert with_edges(found.plan, found.removed).steps[1] == plan.steps[1]
+    assert as_written(found.plan, found.removed, found.added).steps[1] == plan.steps[1]
 
 
 def test_a_step_that_writes_the_file_of_an_input_waits_for_those_who_read_it() -> None:

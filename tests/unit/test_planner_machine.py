@@ -96,6 +96,16 @@ def test_a_good_plan_of_the_model_is_used() -> None:
     assert planning.model_outcome is ModelOutcome.USED
 
 
+def test_a_plan_that_is_narrower_than_the_parts_the_objective_names_gives_way_to_the_rules() -> None:
+    planning, command = asked(task("Which is taller, the Eiffel Tower, Big Ben or the Burj Khalifa?", "chat"))
+    assert isinstance(command, AskModel)
+    chain = [{"role": "worker", "action": f"Look up tower {number}", "reads": []} for number in (1, 2, 3)]
+    chain[1]["reads"], chain[2]["reads"] = ["step1"], ["step2"]
+    final = finish(planning.handle(stored(go(planning, says(json.dumps({"steps": chain}))))))
+    assert (final.source, planning.model_outcome) == ("rules", ModelOutcome.NARROW)
+    assert "1 steps side by side, although the objective names 3 independent parts" in final.reason
+
+
 @pytest.mark.parametrize("text", ["no JSON", '{"steps": []}', GOOD.replace('"reads"', '"needs"')])
 def test_a_bad_plan_of_the_model_is_replaced_by_the_rules_with_the_reason(text: str) -> None:
     planning, _ = asked()

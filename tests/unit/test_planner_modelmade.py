@@ -217,3 +217,30 @@ def test_the_model_is_asked_only_where_it_could_improve_the_plan(task_: TaskIR, 
     worth = worth_asking(task_, rule_steps)
     assert worth.ask is ask
     assert worth.because
+
+
+ASKING = task("Which is taller, the Eiffel Tower, Big Ben or the Burj Khalifa?", "chat")
+
+
+def test_where_only_the_parts_are_open_a_list_of_names_is_asked_for_and_becomes_a_plan() -> None:
+    parts = ["the Eiffel Tower", "Big Ben", "the Burj Khalifa"]
+    request = planning_request(ASKING, SHIPPED.roles, SHIPPED.roles["frontdoor"], [], parts)
+    assert request.json_schema is not None
+    assert set(request.json_schema["properties"]) == {"parts"}
+    assert request.max_tokens <= 160
+    plan = read_plan(json.dumps({"parts": ["Eiffel Tower", "Big Ben", "big  ben"]}), "stop", ASKING, SHIPPED.roles).plan
+    assert [step.inputs for step in plan.steps] == [[], [], ["step1", "step2"]]
+    assert "Big Ben" in plan.steps[1].action or "big ben" in plan.steps[1].action
+    assert final_artefacts(plan) == ["answer"]
+
+
+@pytest.mark.parametrize("text", ['{"parts": []}', '{"parts": [1]}', '{"parts": ["a"], "steps": []}', '{"parts": 3}'])
+def test_a_list_that_is_none_is_refused(text: str) -> None:
+    assert refusal(text, ASKING)
+
+
+def test_a_task_with_inputs_or_another_kind_of_result_is_asked_for_steps() -> None:
+    for other in (DOC, task("Write a parser and a printer", "code")):
+        request = planning_request(other, SHIPPED.roles, SHIPPED.roles["frontdoor"], [], ["one", "two"])
+        assert request.json_schema is not None
+        assert "steps" in request.json_schema["properties"]

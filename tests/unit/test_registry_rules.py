@@ -268,6 +268,10 @@ BAD_EDITS = [
         "failures.yaml", "rerun, quality_signal: false", "rerun, quality_signal: true", 8,
         "failures.PEER.quality_signal", "never-quality", "false",
     ),
+    (
+        "failures.yaml", "action: rerun", "action: rerun, replan: true", 8,
+        "failures.PEER.replan", "never-replan", "no cure",
+    ),
     ("failures.yaml", "action: rerun", "action: escalate", 8, "failures.PEER.action", "never-escalate", "no cure"),
     (
         "failures.yaml", "backoff, same_role: 3", "backoff, same_role: 3, then: escalate", 9,

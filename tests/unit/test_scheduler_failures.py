@@ -87,7 +87,7 @@ def test_work_of_the_task_itself_is_never_given_to_a_stronger_role(work: Work, c
     if SCOPES[work].climbs:
         return
     action = decide(REGISTRY, work, category, "planner", History(max_level=2))
-    again = work is Work.PLAN and category in RETRIES
+    again = work in (Work.PLAN, Work.REPLAN) and category in RETRIES
     assert action.kind == ("retry" if again else "fail")
 
 

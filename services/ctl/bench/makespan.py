@@ -104,6 +104,10 @@ class KnownDurations:
         """See Durations."""
         return self._seconds[job.step]
 
+    def evidence(self, role: str) -> float:
+        """See Durations."""
+        return math.inf
+
     def spread(self) -> float:
         """See Durations."""
         return self._sigma
@@ -116,6 +120,10 @@ class NothingKnown:
     """Knows nothing, so every step has the same rank and the first that came goes first."""
 
     def expected_s(self, job: Job) -> float:
+        """See Durations."""
+        return 0.0
+
+    def evidence(self, role: str) -> float:
         """See Durations."""
         return 0.0
 
@@ -161,6 +169,10 @@ class _Scaled:
         if task is None:
             return 0.0
         return self._unit_s * self._known.expected_s(Job(job.role, job.task_type, 0, 0, task))
+
+    def evidence(self, role: str) -> float:
+        """See Durations."""
+        return self._known.evidence(role)
 
     def spread(self) -> float:
         """See Durations."""

@@ -19,6 +19,9 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,11 +47,16 @@ from services.kit.registry import Registry, load_registry
 from services.planner.divide import Judge, RuleJudge
 from services.planner.labelled import BadRow, Labelled, read_labelled, trained_on
 from services.planner.machine import AskModel, Finish, ModelAnswered, ModelOutcome, Planning, Requested, Unanswered
+from services.planner.modelmade import ModelPlanRefused, read_plan
 from services.planner.width import width_of
 
 _FOLDS: Final = 5
 _DAGS: Final = 200
-_ANSWER_S: Final = 120.0
+_ANSWER_S: Final = 60.0
+_SLOTS: Final = 4
+"""Questions at once: prompts share their beginning, and decoding in a batch costs little more than one answer."""
+_CONTEXT_TOKENS: Final = 2048
+_PROGRESS_S: Final = 5.0
 _MAX_ROWS: Final = 100_000
 
 Ask = Callable[[str, InferRequest], InferFinal | None]
@@ -89,7 +97,7 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     parts: dict[str, dict[str, Any]] = {}
     if arguments.width is not None:
         questions = read_questions(arguments.width)[: arguments.rows]
-        parts["width"] = _widths(questions, arguments.planner, arguments.engine)
+        parts["width"] = _widths(questions, arguments.planner, arguments.engine, context.screen.note)
     if arguments.decompose is not None:
         try:
             rows = read_labelled(arguments.decompose)
@@ -144,13 +152,17 @@ def read_questions(path: Path) -> list[tuple[str, int]]:
     return questions
 
 
-def _widths(questions: Sequence[tuple[str, int]], planner: str, engine: str) -> dict[str, Any]:
+def _widths(
+    questions: Sequence[tuple[str, int]], planner: str, engine: str, progress: Callable[[str], None]
+) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if planner in ("rules", "both"):
         registry = load_registry(CHECKOUT / "registry", CHECKOUT, check_files=False)
         figures["rules"] = measure_width(questions, registry, None)
     if planner in ("model", "both"):
-        front = demo_entry(engine, slots=1, context_tokens=3072, threads=decoding_threads(), load_deadline_s=120)
+        front = demo_entry(
+            engine, slots=_SLOTS, context_tokens=_CONTEXT_TOKENS, threads=decoding_threads(), load_deadline_s=120
+        )
         models = {"front": {"tier": "A", **front}, "specialist": {"tier": "B", **IDLE}, "worker": {"tier": "C", **IDLE}}
         with (
             tempfile.TemporaryDirectory(prefix="tl-") as folder,
@@ -164,60 +176,92 @@ def _widths(questions: Sequence[tuple[str, int]], planner: str, engine: str) -> 
                     return None  # counted: without an answer the machine uses the rules, which is not the model's plan
 
             registry = load_registry(stack.registry, stack.home.models, check_files=False)
-            figures["model"] = measure_width(questions, registry, ask)
+            figures["model"] = measure_width(questions, registry, ask, at_once=_SLOTS, progress=progress)
     return figures
 
 
-def measure_width(questions: Sequence[tuple[str, int]], registry: Registry, ask: Ask | None) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What came of one question."""
+
+    gold: int
+    final: PlanFinal
+    outcome: ModelOutcome
+    width: int
+    """Of the plan that would run; 0 = it cannot."""
+    own_width: int
+    """Of the plan as the model wrote it, before rules replaced it; 0 = it wrote none."""
+    took_ms: float
+    tokens: int
+
+
+def measure_width(
+    questions: Sequence[tuple[str, int]],
+    registry: Registry,
+    ask: Ask | None,
+    *,
+    at_once: int = 1,
+    progress: Callable[[str], None] = lambda _line: None,
+) -> dict[str, Any]:
     """Plan every question; a plan is valid if it can run, exact if as many steps as the gold width are on one level.
 
-    With `ask` only plans that the model made can be exact; those of the rules that stand in for it are counted apart.
+    With `ask`, `width_exact` and the confusion are those of the plans as the model wrote them, whatever the planner
+    made of it; what would run, the rules' plans in place of unsound ones included, is told apart.
     """
-    valid = exact = used = with_rules = repaired = 0
-    confusion: Counter[tuple[int, int]] = Counter()
-    milliseconds = []
-    for question, gold in questions:
-        started = time.perf_counter()
-        final, outcome = _planned(TaskIR(objective=question), registry, ask)
-        milliseconds.append((time.perf_counter() - started) * 1000)
-        plan = final.task.plan
-        width = 0
-        if plan is not None and not plan_problems(final.task, registry):
-            valid += 1
-            width = width_of(plan)
-        by_model = outcome is ModelOutcome.USED
-        used += by_model
-        repaired += by_model and "repaired" in final.reason
-        with_rules += width == gold
-        exact += width == gold and (ask is None or by_model)
-        confusion[gold, width] += 1
-    rows = len(questions)
+    began_s = told_s = time.monotonic()
+    planned: list[_Planned] = []
+    with ThreadPoolExecutor(at_once) as pool:
+        for one in pool.map(lambda row: _plan(row[0], row[1], registry, ask), questions):
+            planned.append(one)
+            if time.monotonic() - told_s > _PROGRESS_S:
+                told_s = time.monotonic()
+                progress(f"{len(planned)} of {len(questions)} questions planned, {told_s - began_s:.0f} s")
+    rows = len(planned)
+    widths = Counter((one.gold, one.width if ask is None else one.own_width) for one in planned)
     figures: dict[str, Any] = {
         "rows": rows,
-        "valid": round(valid / rows, 4),
-        "width_exact": round(exact / rows, 4),
+        "valid": round(sum(one.width > 0 for one in planned) / rows, 4),
+        "width_exact": round(sum(count for (gold, width), count in widths.items() if gold == width) / rows, 4),
         "confusion": {
-            str(gold): {str(width): confusion[gold, width] for width in sorted({w for g, w in confusion if g == gold})}
-            for gold in sorted({gold for gold, _ in confusion})
+            str(gold): {str(width): widths[gold, width] for width in sorted({w for g, w in widths if g == gold})}
+            for gold in sorted({gold for gold, _ in widths})
         },
-        "ms_p50": round(statistics.median(milliseconds), 2),
+        "ms_p50": round(statistics.median(one.took_ms for one in planned), 2),
     }
     if ask is not None:
+        outcomes = Counter(one.outcome for one in planned)
+        used = [one for one in planned if one.outcome is ModelOutcome.USED]
         figures |= {
-            "plans_of_the_model": used,
-            "of_these_repaired": repaired,
-            "width_exact_with_the_rules_plans": round(with_rules / rows, 4),
+            "plans_of_the_model_used": len(used),
+            "of_these_repaired": sum("repaired" in one.final.reason for one in used),
+            "replaced_by_rules": {
+                outcome.value: outcomes[outcome] for outcome in ModelOutcome if outcome is not ModelOutcome.USED
+            },
+            "width_exact_of_what_runs": round(sum(one.width == one.gold for one in planned) / rows, 4),
+            "tokens_p50": int(statistics.median(one.tokens for one in planned)),
+            "total_s": round(time.monotonic() - began_s, 1),
         }
     return figures
 
 
-def _planned(task: TaskIR, registry: Registry, ask: Ask | None) -> tuple[PlanFinal, ModelOutcome]:
+def _plan(question: str, gold: int, registry: Registry, ask: Ask | None) -> _Planned:
+    started_s = time.perf_counter()
+    task = TaskIR(objective=question)
     planning = Planning(registry)
     command = planning.handle(Requested(0, task, None))
+    own_width = tokens = 0
     while not isinstance(command, Finish):
         answer = ask(command.model, command.request) if ask is not None and isinstance(command, AskModel) else None
+        if answer is not None:
+            tokens = answer.generated_tokens
+            with suppress(ModelPlanRefused):  # the machine says so in its outcome
+                own_width = width_of(read_plan(answer.text, answer.finish_reason, task, registry.roles).plan)
         command = planning.handle(Unanswered(0, "not asked") if answer is None else ModelAnswered(0, answer))
-    return command.final, planning.model_outcome
+    final = command.final
+    runs = final.task.plan is not None and not plan_problems(final.task, registry)
+    width = width_of(final.task.plan) if final.task.plan is not None and runs else 0
+    took_ms = (time.perf_counter() - started_s) * 1000
+    return _Planned(gold, final, planning.model_outcome, width, own_width, took_ms, tokens)
 
 
 def measure_split(rows: Sequence[Labelled], training: Sequence[Labelled] | None, seed: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """`python -m services.ctl.bench.scripted_leader MODEL`: a planning model that leads a swarm exactly as it is told.
 
 Benchmark equipment, put by a benchmark in the place of an inference process; a true peer of the hub. The action of the
-step it leads says how: `lead 100 sub-agents, 8 at a time`. Each turn makes and assigns that many, until all have been
-given work, then it answers with the number of results it was told of. It keeps nothing: which turn it is follows from
-the step's id, so a turn that is asked again is answered the same.
+step it leads says how: `lead 100 sub-agents, 8 at a time, run a`. Each turn makes and assigns that many, until all have
+been given work, then it answers with the number of results it was told of. It keeps nothing: which turn it is follows
+from the step's id, so a turn that is asked again is answered the same. The name of the run is in every prompt: no run
+finds the prompts of another one in the model's cache.
 """
 
 from __future__ import annotations
@@ -19,25 +20,27 @@ from services.kit.config import load_home
 from services.kit.registry import load_registry
 from services.kit.service import Call, Service
 
-_ORDER: Final = re.compile(r"lead (\d+) sub-agents, (\d+) at a time")
+_ORDER: Final = re.compile(r"lead (\d+) sub-agents, (\d+) at a time, run ([a-z]+)")
 _TURN: Final = re.compile(r"\.turn(\d+)\Z")
+_ASKED: Final = ("Give one word for", "Describe in two sentences what people do with")
+"""Short answers and longer ones by turns."""
 _TOPICS: Final = ("a crane", "a lighthouse", "a tug", "an anchor", "a pier", "a dry dock", "a pilot", "a buoy")
 
 
-def order(agents: int, at_a_time: int) -> str:
-    """What the action of the leading step says."""
-    return f"lead {agents} sub-agents, {at_a_time} at a time"
+def order(agents: int, at_a_time: int, run: str) -> str:
+    """What the action of the leading step says; `run` is a name in small letters."""
+    return f"lead {agents} sub-agents, {at_a_time} at a time, run {run}"
 
 
-def calls_of(first: int, last: int) -> list[dict[str, Any]]:
+def calls_of(first: int, last: int, run: str) -> list[dict[str, Any]]:
     """Tool calls that make the sub-agents from `first` to before `last`, and give each its one assignment."""
-    names = [f"expert-{number}" for number in range(first, last)]
+    names = [f"{run}-{number}" for number in range(first, last)]
     made = [
         {"tool": "create_subagent", "name": name, "system_prompt": f"You are {name} on harbours. Be brief."}
         for name in names
     ]
     given = [
-        {"tool": "assign_task", "agent": name, "prompt": f"Say in one sentence what {_TOPICS[n % len(_TOPICS)]} does."}
+        {"tool": "assign_task", "agent": name, "prompt": f"{_ASKED[n % 2]} {_TOPICS[n // 2 % len(_TOPICS)]}."}
         for n, name in enumerate(names, first)
     ]
     return made + given
@@ -52,7 +55,7 @@ def _said(call: Call) -> str:
     first = (int(turn[1]) - 1) * width
     if first >= agents:
         return json.dumps({"answer": str(prompt.count(": done <result>"))})
-    return json.dumps({"calls": calls_of(first, min(agents, first + width))})
+    return json.dumps({"calls": calls_of(first, min(agents, first + width), found[3])})
 
 
 def _service(model: str) -> Service:

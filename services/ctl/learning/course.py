@@ -8,6 +8,7 @@ how good a result is and which steps find something to do, is the family's. The 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -143,6 +144,10 @@ class _StepSeconds:
     def spread(self) -> float:
         """See Durations."""
         return 0.0
+
+    def evidence(self, role: str) -> float:
+        """See Durations."""
+        return math.inf
 
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations."""

@@ -341,6 +341,8 @@ class FailureRule(Entry):
     """For retry and backoff: what follows when `same_role` is used up."""
     constrained: bool = False
     """For retry: decode under the step's JSON Schema."""
+    replan: bool = False
+    """Where the step would fail for good, the rest of the plan is made anew instead, within caps.replans_per_task."""
     quality_signal: bool
     """Whether the outcome says something about role, persona or plan, so that learning counts it."""
 
@@ -352,6 +354,10 @@ class FailureCaps(Entry):
     """Further attempts of one step, retries and escalations together; reruns and pauses are no attempts."""
     worker_deaths: int = Field(default=3, ge=1, le=100)
     """Processes that may die while they run one step; then it counts as poisoned and fails with that reason."""
+    replans_per_task: int = Field(default=2, ge=0, le=16)
+    """New versions of one task's plan, whatever asks for them: a failure, a result that contradicts the plan, or a
+    deadline that would be missed; 0 = plans are never changed. Plans that came with their task are changed only where
+    the task says so (`escalation.max_replans`)."""
     peer_backoff_ms: int = Field(default=200, ge=0, le=600_000)
     """Pause before the first rerun after a lost peer, in milliseconds; doubles each time."""
     resource_backoff_ms: int = Field(default=1_000, ge=0, le=600_000)

@@ -366,6 +366,9 @@ def _failure_rules(scene: Scene) -> Iterator[Problem]:
             if rule.action == "escalate" or rule.then == "escalate":
                 message = f"a stronger role is no cure for {key}; use rerun, backoff or fail"
                 yield problem((*at, "action" if rule.action == "escalate" else "then"), "never-escalate", message)
+            if rule.replan:
+                message = f"another plan is no cure for {key}; set it to false"
+                yield problem((*at, "replan"), "never-replan", message)
     if caps.backoff_max_ms < max(caps.peer_backoff_ms, caps.resource_backoff_ms):
         message = "is less than the first pause (peer_backoff_ms or resource_backoff_ms); raise it"
         yield problem(("caps", "backoff_max_ms"), "backoff-order", message)

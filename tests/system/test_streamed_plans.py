@@ -1,0 +1,133 @@
+"""Plans that begin while the model still writes them: real processes around a front door that takes its time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from protocol.messages.result import StepState, TaskState, TaskView
+from tests.system.scripted_stack import ScriptedStack, scripted_stack
+
+PLANNING = "You plan work for a team."
+
+
+def plan_of(word: str) -> str:
+    """Two readers side by side, one that needs both, and the whole."""
+    steps = [
+        {"role": "worker", "action": f"{word} list the claims of the first", "reads": ["a.md"]},
+        {"role": "worker", "action": f"{word} list the claims of the second", "reads": ["b.md"]},
+        {"role": "worker", "action": f"{word} find what differs between both", "reads": ["step1", "step2"]},
+        {"role": "writer", "action": f"{word} write the comparison", "reads": ["step3"]},
+    ]
+    return json.dumps({"steps": steps})
+
+
+def task_about(word: str) -> dict[str, Any]:
+    inputs = [{"name": "a.md", "value": f"{word} alpha"}, {"name": "b.md", "value": f"{word} beta"}]
+    return {"task_type": "doc", "objective": f"Compare both {word} reports", "inputs": inputs}
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[ScriptedStack]:
+    with scripted_stack() as running:
+        running.switch_learning(on=False)
+        yield running
+
+
+def started_ms(view: TaskView, step: str) -> int:
+    attempt = next(one for one in view.steps if one.id == step).attempts[0]
+    assert attempt.started_ms is not None
+    return attempt.started_ms
+
+
+def planned_ms(scripted: ScriptedStack, task: str) -> int:
+    """When the planning call had ended."""
+    lines = scripted.tierline("watch", task, "--json").splitlines()
+    return next(event["at_ms"] for event in map(json.loads, lines) if event.get("event") == "task.planned")
+
+
+def test_the_first_steps_run_before_the_planning_call_has_ended(scripted: ScriptedStack) -> None:
+    scripted.say(
+        {
+            "match": f"Objective: {task_about('kumquat')['objective']}",
+            "answers": [{"text": plan_of("kumquat"), "token_s": 0.06}],
+        },
+        {"match": "kumquat write the comparison", "answers": ["the kumquat comparison"]},
+        {"match": "kumquat", "answers": ["claims"]},
+    )
+    task = scripted.stack.client.submit(task_about("kumquat")).task_id
+    seen: list[TaskView] = []
+    end = time.monotonic() + 30
+    while time.monotonic() < end and not (seen and seen[-1].state.final):
+        seen.append(scripted.stack.client.show(task))
+        time.sleep(0.02)
+    view = seen[-1]
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert [step.id for step in view.steps] == ["S1", "S2", "S3", "S4"]
+    whole = planned_ms(scripted, task)
+    assert started_ms(view, "S1") < whole
+    assert started_ms(view, "S2") < whole
+    assert started_ms(view, "S4") >= whole, "the last step may still be changed by the whole plan"
+    early = [one for one in seen if one.plan is None and any(s.state is StepState.INFERRING for s in one.steps)]
+    done = [one for one in seen if one.plan is None and any(s.state is StepState.DONE for s in one.steps)]
+    assert early or done, "somebody who looks sees steps at work while the plan is not whole"
+    assert view.plan is not None
+    assert view.plan.source == "model"
+    assert "of its steps began while it was written" in view.plan.reason
+    assert len(scripted.prompts_with("list the claims of the first")) >= 1
+    assert [artefact.value for artefact in view.artefacts] == ["the kumquat comparison"]
+    decided = {one.step for one in view.plan.decisions if one.subject == "role"}
+    assert decided == {"S1", "S2", "S3", "S4"}, "choices of steps that began early are learned from like others"
+    figures = next(peer.metrics for peer in scripted.stack.client.status().peers if peer.service == "planner")
+    assert figures["steps_offered_early"] >= 2
+
+
+def test_a_plan_that_breaks_off_leaves_its_steps_and_rules_do_the_rest(scripted: ScriptedStack) -> None:
+    half = plan_of("loganberry")
+    half = half[: half.index("find what differs") + 40]
+    scripted.say(
+        {
+            "match": f"Objective: {task_about('loganberry')['objective']}",
+            "answers": [{"text": half, "token_s": 0.05, "fault": "cut"}],
+        },
+        {"match": "do what is still missing", "answers": ["the loganberry whole"]},
+        {"match": "loganberry", "answers": ["claims"]},
+    )
+    task = scripted.stack.client.submit(task_about("loganberry")).task_id
+    view = scripted.stack.client.result(task, timeout_s=60)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert [step.id for step in view.steps] == ["S1", "S2", "S3"]
+    assert all(step.state is StepState.DONE for step in view.steps)
+    assert started_ms(view, "S1") < planned_ms(scripted, task)
+    assert view.steps[-1].needs == ["S1", "S2"]
+    assert view.plan is not None
+    assert "2 of its steps run already and stay, S3 by rule does the rest" in view.plan.reason
+    assert [artefact.value for artefact in view.artefacts] == ["the loganberry whole"]
+
+
+def test_kill_9_of_the_planner_in_the_middle_of_a_plan_leaves_its_steps_too(scripted: ScriptedStack) -> None:
+    scripted.say(
+        {
+            "match": f"Objective: {task_about('salmonberry')['objective']}",
+            "answers": [{"text": plan_of("salmonberry"), "token_s": 0.1}],
+        },
+        {"match": "do what is still missing", "answers": ["the salmonberry whole"]},
+        {"match": "salmonberry", "answers": ["claims"]},
+    )
+    task = scripted.stack.client.submit(task_about("salmonberry")).task_id
+    end = time.monotonic() + 20
+    while len(scripted.stack.client.show(task).steps) < 2:
+        assert time.monotonic() < end, "two steps begin early"
+        time.sleep(0.02)
+    scripted.stack.restart("planner")
+    view = scripted.stack.client.result(task, timeout_s=60)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert {"S1", "S2"} < {step.id for step in view.steps}
+    assert view.plan is not None
+    assert "the planner that began this plan is gone" in view.plan.reason
+    assert [artefact.value for artefact in view.artefacts] == ["the salmonberry whole"]
+    assert len(scripted.prompts_with("salmonberry list the claims of the first")) == 1
