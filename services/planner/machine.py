@@ -469,14 +469,17 @@ class Planning:
     def _fill_in_rest(self, at_ms: int, revision: Revision, plan: Plan, choice: Decomposition) -> Command:
         """Choose for the new steps; those that stay have everything, and how a rest is made is no width to learn."""
         stay = set(revision.open)
-        new = Plan(steps=[step for step in plan.steps if step.id not in stay])
+        persona = self._whole_task.plan.persona if self._whole_task.plan is not None else None
+        new = Plan(steps=[step for step in plan.steps if step.id not in stay], persona=persona)
         chosen = choose(self._task, new, choice, self._registry, self._open.source)
         self._decisions = [one for one in chosen.decisions if one.subject != "decomposition"]
         kept = [step for step in plan.steps if step.id in stay]
+        rest = Plan(steps=[*chosen.plan.steps, *kept], persona=persona)
         self._draft = PlanFinal(
-            task=self._whole_task.model_copy(update={"plan": Plan(steps=[*chosen.plan.steps, *kept])}),
+            task=self._whole_task.model_copy(update={"plan": rest}),
             source=self._open.source,
             reason="",
+            personas=_named_in(rest, self._personas),
             generated_tokens=self._generated_tokens,
         )
         return self._have_recorded(at_ms)

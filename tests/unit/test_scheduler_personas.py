@@ -34,7 +34,7 @@ from services.kit.registry.versions import prompt_digest
 from services.scheduler import events as ev
 from services.scheduler.persona_verdicts import standing_of, verdict
 from services.scheduler.personas import KeepPersona, Personas
-from services.scheduler.planning import plan_wanted
+from services.scheduler.planning import plan_body
 from tests.unit.simulation import Answer, World, plan_as_given, say, shipped_registry, stack, task_of
 
 
@@ -246,8 +246,7 @@ def test_a_task_that_is_planned_anew_tells_the_planner_of_its_own_personas() -> 
     world.run_for(50)
     make(world, PIRATE, task_id=task)
     assert world.hub is not None
-    wanted = plan_wanted(world.hub.engine.live[task], 1)
-    assert unpack_body(PlanRequest, wanted.body).personas == [PIRATE]
+    assert unpack_body(PlanRequest, plan_body(world.hub.engine.live[task])).personas == [PIRATE]
 
 
 def test_a_persona_that_has_earned_it_is_adopted_and_one_that_has_not_is_dropped_but_not_from_its_task() -> None:
