@@ -103,9 +103,13 @@ def _record(task: TaskRecord, decision: RoutingDecision, registry: Registry) -> 
 def _of_task(task: TaskRecord, decision: RoutingDecision, blameless: bool) -> Outcome | None:
     if blameless or task.ended_ms is None:
         return None
+    # A plan whose rest had to be made anew did not do it: the version that did was not what was decided on.
+    given_up = decision.subject == "decomposition" and any(
+        one.trigger in ("failed", "contradicted") and one.adopted_ms is not None for one in task.versions
+    )
     return Outcome(
         decision_id=decision.decision_id,
-        reward=1.0 if task.state is TaskState.SUCCEEDED else 0.0,
+        reward=1.0 if task.state is TaskState.SUCCEEDED and not given_up else 0.0,
         seconds=(task.ended_ms - task.created_ms) / 1000,
         attempts=1,
         failure_code=None if task.failure is None else task.failure.code,

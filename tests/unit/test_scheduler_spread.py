@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from protocol.messages.memory import Spread
+from protocol.messages.memory import Outcome, RecordOutcomes, Spread
+from protocol.messages.plan import PlanVersion, RoutingDecision
 from protocol.messages.result import StepState
 from protocol.messages.task import TaskIR
 from services.scheduler.durations import TokenSpeed
+from services.scheduler.outcomes import outcomes_of
 from services.scheduler.simulation.run import run_tasks, tiers_of
 from services.scheduler.spread import spread_of
 from services.scheduler.tasks import TaskRecord
@@ -52,3 +55,39 @@ def test_the_sub_steps_of_a_map_count_and_their_join_does_not() -> None:
         inputs=[{"name": "things", "kind": "json", "value": [1, 2, 3]}],
     )
     assert spread_of(record) == Spread(width=3, assigned=3, finished=3, useful=1)
+
+
+def of_decomposition(record: TaskRecord, *alternatives: str) -> Outcome:
+    """What memory is told about a decision for this task's plan, taken from these alternatives."""
+    decision = RoutingDecision(
+        decision_id="D-1",
+        subject="decomposition",
+        choice="doc.map-join/2",
+        alternatives=list(alternatives),
+        propensity=0.5,
+        rule="two inputs",
+        task_type="doc",
+    )
+    assert record.plan is not None
+    record.plan = replace(record.plan, decisions=[decision.model_dump(mode="json")])
+    request = outcomes_of(record, SHIPPED)
+    assert request is not None
+    assert isinstance(request.ask, RecordOutcomes)
+    (outcome,) = request.ask.outcomes
+    return outcome
+
+
+def test_a_decomposition_is_told_its_spread_where_there_was_a_choice() -> None:
+    record = ran(made("a"), made("b"), made("c", "a", "b"))
+    chosen, given = of_decomposition(record, "doc.single/1"), of_decomposition(record)
+    assert (chosen.reward, chosen.spread) == (1.0, spread_of(record))
+    assert (given.reward, given.spread) == (1.0, None)
+    assert chosen.staged is None, "crediting is memory's business"
+
+
+def test_a_plan_that_was_given_up_has_no_success_though_its_task_has() -> None:
+    record = ran(made("a"), made("b"), made("c", "a", "b"))
+    made_anew = PlanVersion(version=2, at_ms=1, trigger="failed", reason="a review says no", adopted_ms=2)
+    for version, reward in ((made_anew.model_copy(update={"adopted_ms": None}), 1.0), (made_anew, 0.0)):
+        record.versions = [version]
+        assert of_decomposition(record, "doc.single/1").reward == reward
