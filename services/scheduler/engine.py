@@ -613,8 +613,8 @@ class Engine:
         if teaches(self.registry, failure):
             learn_effort(self.effort, task, step, self.registry, at_ms, solved=False)
         self._emit(task, a.failed(task, step, failure, action, at_ms, generated_tokens))
-        if action.kind == "fail" or (action.kind == "replan" and step.agent is not None):
-            self._fail_step(task, step, failure, at_ms)  # a sub-agent is in no plan: whoever leads it makes a new one
+        if action.kind == "fail":
+            self._fail_step(task, step, failure, at_ms)
         elif action.kind == "replan":
             value = failure.model_dump(mode="json", exclude_none=True)
             self._emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
