@@ -125,7 +125,7 @@ class ClientRequests:
         if asked.task_id is not None and (task is None or task.state.final):
             raise BadFrame("task.not_running", f"there is no task {asked.task_id!r} that has not ended")
         client = self.broker.peers[identity].service
-        made = self.engine.make_persona(asked.persona, made_by=client, at_ms=at_ms, task=task, rename=asked.rename)
+        made = self.engine.casting.make(asked.persona, made_by=client, at_ms=at_ms, task=task, rename=asked.rename)
         self.settle(at_ms)
         self.outbox.answer(identity, header, "persona.made", made)
 

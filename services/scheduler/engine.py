@@ -8,7 +8,7 @@ follows a failure is `failures.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,7 +18,7 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal
 from protocol.messages.infer import InferFinal
 from protocol.messages.memory import MemoryFinal
-from protocol.messages.persona import Persona, PersonaMade
+from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanPartial, ReplanTrigger
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
@@ -31,6 +31,7 @@ from services.scheduler import facts as f
 from services.scheduler.answers import cut_outputs
 from services.scheduler.broker import REATTACH_MS
 from services.scheduler.calls import Call
+from services.scheduler.casting import Casting
 from services.scheduler.checking import step_check_parts, step_checks, task_checks
 from services.scheduler.effects import Ask, Drop, Effect, Record
 from services.scheduler.effort import EffortRecord, at_home, learn_effort
@@ -40,7 +41,7 @@ from services.scheduler.growth import items_of, join_of, reach_of
 from services.scheduler.outcomes import UNEMBEDDABLE, outcomes_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
 from services.scheduler.personas import Personas
-from services.scheduler.planning import PLANNER, adopted, grown, plan_body, plan_wanted, with_names
+from services.scheduler.planning import adopted, grown, plan_body, plan_wanted
 from services.scheduler.ranks import Ranking
 from services.scheduler.replanning import Hands, Replanning
 from services.scheduler.requests import infer_request
@@ -55,8 +56,6 @@ from services.scheduler.versions import CONTRADICTED, contradiction, may_contrad
 MEMORY: Final = "memory"
 MAX_UNSETTLED: Final = 200
 """Ended tasks that wait for memory at once; further ones wait in the journal."""
-MAX_OWN_PERSONAS: Final = 256
-"""Of one task: each is in its facts and in memory for as long as it runs."""
 MAX_MOVES: Final = 2
 """Moves of one attempt to another model: there, and back when that one is gone as well. After that it waits."""
 _WORK_OF: Final = {"infer.request": Work.INFERENCE, "gate.request": Work.GATES}
@@ -86,13 +85,15 @@ class Engine:
     """What came of larger budgets, retries and escalations."""
     watched: set[str] = field(default_factory=set)
     """Tasks somebody watches: their answers are streamed."""
+    casting: Casting = field(init=False)
     replanning: Replanning = field(init=False)
     _effects: list[Effect] = field(default_factory=list)
     _calls: dict[str, set[str]] = field(default_factory=dict)
     """Task -> keys of its calls at the broker."""
 
     def __post_init__(self) -> None:
-        """Lend a hand to what makes new versions of plans."""
+        """Lend a hand to what gives tasks personas, and to what makes new versions of plans."""
+        self.casting = Casting(self.personas, self._emit)
         self.replanning = Replanning(
             self.ranking,
             Hands(
@@ -187,40 +188,9 @@ class Engine:
         elif task.unfinished == 0 and not self._will_grow(task):
             self._finish(task, at_ms)
 
-    def make_persona(
-        self, persona: Persona, *, made_by: str, at_ms: int, task: TaskRecord | None = None, rename: bool = False
-    ) -> PersonaMade:
-        """Have a persona, for everybody or also for a task that is not final; steps name it as the answer says.
-
-        Raises BadFrame, see `Personas.make`.
-        """
-        own = {} if task is None else task.personas
-        if len(own) >= MAX_OWN_PERSONAS and persona.name not in own:
-            raise BadFrame("persona.full", f"the task has {MAX_OWN_PERSONAS} personas of its own, more are not taken")
-        named, made = self.personas.make(
-            persona, made_by=made_by, at_ms=at_ms, task=None if task is None else task.id, own=own, rename=rename
-        )
-        if task is not None:
-            self._give_personas(task, [named], at_ms)
-        return made
-
-    def _give_personas(self, task: TaskRecord, personas: Iterable[Persona], at_ms: int) -> None:
-        """They are the task's own from now on."""
-        new = [one for one in personas if task.personas.get(one.name) != one]
-        if new:
-            values = [one.model_dump(mode="json") for one in new]
-            self._emit(task, f.PersonasMade(task=task.id, at_ms=at_ms, personas=values))
-            self.personas.used([one.name for one in new], at_ms)
-
-    def _take_up_trials(self, task: TaskRecord, plan: Plan, at_ms: int) -> None:
-        """What these steps name and is on trial the task keeps, whatever becomes of the trial."""
-        names = {plan.persona, *(step.persona for step in plan.steps)} - task.personas.keys()
-        if names & self.registry.on_trial:
-            self._give_personas(task, [one for one in self.personas.on_trial() if one.name in names], at_ms)
-
     def extend(self, task: TaskRecord, steps: Sequence[Step], client: str, at_ms: int) -> None:
         """Add steps that `growth.checked_extension` has let through."""
-        self._take_up_trials(task, Plan(steps=list(steps)), at_ms)
+        self.casting.take_up_trials(task, Plan(steps=list(steps)), self.registry, at_ms)
         values = [step.model_dump(mode="json", exclude_none=True) for step in steps]
         self._emit(task, f.StepsAdded(task=task.id, at_ms=at_ms, steps=values, client=client))
         self.ranking.forget(task.id)
@@ -346,7 +316,7 @@ class Engine:
         work = _planning_of(task)
         if failure is None:
             try:
-                final = self._with_personas(task, unpack_body(PlanFinal, body), at_ms)
+                final = self.casting.make_those_of(task, unpack_body(PlanFinal, body), self.registry, at_ms)
                 if work is Work.REPLAN:
                     self.replanning.on_planned(task, final, at_ms)
                     return
@@ -379,21 +349,6 @@ class Engine:
 
     def _will_grow(self, task: TaskRecord) -> bool:
         return task.plan_open or task.revising is not None
-
-    def _with_personas(self, task: TaskRecord, final: PlanFinal, at_ms: int) -> PlanFinal:
-        """Make the personas that come with a plan; the plan with the names they got. Raises CallFailed (SCHEMA)."""
-        try:
-            made = {
-                one.name: self.make_persona(one, made_by=PLANNER, at_ms=at_ms, task=task, rename=True).name
-                for one in final.personas
-            }
-        except BadFrame as err:
-            failure = Failure(code="plan.invalid", category=Category.SCHEMA, origin=PLANNER, message=str(err)[:8_000])
-            raise CallFailed(failure) from err
-        final = with_names(final, made)
-        if final.task.plan is not None:
-            self._take_up_trials(task, final.task.plan, at_ms)
-        return final
 
     # Steps
 
@@ -498,7 +453,7 @@ class Engine:
         """A turn of a planning model: what it calls is carried out or refused, and recorded in one fact."""
 
         def make(persona: Persona) -> str:
-            made = self.make_persona(persona, made_by=step.attempt.role, at_ms=at_ms, task=task, rename=True)
+            made = self.casting.make(persona, made_by=step.attempt.role, at_ms=at_ms, task=task, rename=True)
             return made.name
 
         self._emit(task, turned(task, step, calls, self.registry, make, at_ms))
