@@ -82,10 +82,13 @@ def contradiction(answer: str) -> Failure | None:
 
 
 def failed_in_plan(task: TaskRecord) -> str | None:
-    """A step of the plan in force that has failed, or one of whose sub-steps has: what remains to be planned around."""
+    """A step of the plan in force that has failed, or one of whose sub-steps has: what remains to be planned around.
+
+    A sub-agent that failed is none: the step that leads it was told.
+    """
     ids = _plan_ids(task)
     for name, step in task.steps.items():
-        if step.state is StepState.FAILED and _planned(ids, name) in ids:
+        if step.state is StepState.FAILED and step.agent is None and _planned(ids, name) in ids:
             return name
     return None
 

@@ -262,16 +262,17 @@ def test_calls_beyond_the_bound_of_a_turn_are_counted_and_refused() -> None:
     assert "146 further calls were refused" in script.prompt("L.turn2")
 
 
-def test_a_sub_agent_that_fails_or_is_cancelled_is_told_to_the_parent_which_goes_on() -> None:
+@pytest.mark.parametrize("category", [Category.POLICY, Category.LOGIC])
+def test_a_sub_agent_that_fails_or_is_cancelled_is_told_to_the_parent_which_goes_on(category: Category) -> None:
     class Failing(Script):
         def answer(self, step: str) -> Any:
             if step != "L.a1.1":
                 return super().answer(step)
-            return Failure(code="refused", category=Category.POLICY, origin="x", message="not that")
+            return Failure(code="refused", category=category, origin="x", message="not that")
 
     script = Failing({"calls": pairs(3)}, {"answer": "two of three"}, took_ms=2_000)
     world = stack(script)
-    task = world.submit(task_of([LEADER, AFTER]))
+    task = world.submit(task_of([LEADER, AFTER], escalation={"max_replans": 2}))
     world.run(lambda: "L.a2.1" in script.runs)
     world.client("task.cancel", CancelQuery(task_id=task, step="L.a2.1"))
     result = finished(world, task)
@@ -282,6 +283,7 @@ def test_a_sub_agent_that_fails_or_is_cancelled_is_told_to_the_parent_which_goes
     assert "a2: cancelled" in script.prompt("L.turn2")
     assert result.swarms is not None
     assert [agent.failed for agent in result.swarms[0].agents] == [0, 1, 1]
+    assert not [fact for fact in world.facts(task) if type(fact).__name__ == "ReplanAsked"]
 
 
 def test_cancelling_the_spawning_step_stops_its_turns_and_sub_agents() -> None:
