@@ -99,3 +99,11 @@ def test_a_small_swarm_is_killed_resumed_and_joined_once(capsys: pytest.CaptureF
 def test_a_swarm_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "planning", "--swarm", "--agents", "101"]) == 2
     assert "--agents" in capsys.readouterr().err
+
+
+def test_learning_is_a_part_beside_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = figures(capsys, "--learning", "--courses", "1", "--dags", "5")
+    assert list(parts) == ["discovery", "learning"]
+    learning = parts["learning"]
+    assert isinstance(learning, dict)
+    assert learning["full"] > max(learning[name] for name in ("no_parallel_term", "no_finish_term", "no_annealing"))

@@ -76,6 +76,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--graphs", type=Path, metavar="FILE", help="also graphs of this file, as for makespan")
     parser.add_argument("--dags", type=int, metavar="N", help=f"random graphs to discover (default {_DAGS})")
     parser.add_argument("--learning", action="store_true", help="the staged reward with each of its parts left out")
+    parser.add_argument(
+        "--courses", type=int, default=COURSES, metavar="N", help=f"with --learning: of each kind (default {COURSES})"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of graphs, folds and courses (default 1)")
     parser.add_argument("--swarm", action="store_true", help="sub-agents on the demo model, killed and resumed")
     parser.add_argument("--agents", type=int, default=100, metavar="N", help="with --swarm: sub-agents (default 100)")
@@ -90,10 +93,12 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     dags = _DAGS if arguments.dags is None else arguments.dags
     if not 1 <= dags <= 10_000:
         raise BadInput(f"--dags {dags}: expected 1 to 10000")
+    if not 1 <= arguments.courses <= 1_000:
+        raise BadInput(f"--courses {arguments.courses}: expected 1 to 1000")
     if arguments.seed < 0:
         raise BadInput(f"--seed {arguments.seed}: expected 0 or more")
     anything = (arguments.width, arguments.decompose, arguments.graphs, arguments.dags)
-    everything = not arguments.learning and all(one is None for one in anything)
+    everything = not (arguments.learning or arguments.swarm) and all(one is None for one in anything)
     parts: dict[str, dict[str, Any]] = {}
     if arguments.width is not None:
         questions = read_questions(arguments.width)[: arguments.rows]
@@ -116,7 +121,7 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
         parts["discovery"] = measure_discovery(known)
     if arguments.learning or everything:
         registry = load_registry(CHECKOUT / "registry", CHECKOUT, check_files=False)
-        seeds = range(arguments.seed, arguments.seed + COURSES)
+        seeds = range(arguments.seed, arguments.seed + arguments.courses)
         parts["learning"] = run_ablations(SHIPPED, registry, TASKS, seeds).document()
     if context.screen.json:
         alone = len(parts) == 1 and "swarm" not in parts
