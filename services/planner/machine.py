@@ -374,7 +374,7 @@ class Planning:
         out, does not.
         """
         parts = self._rules.parts
-        if len(parts) < 2 or self._revision is not None:
+        if len(parts) < 2 or self._task.inputs or self._revision is not None:
             return None
         wide, by_rules = width_of(plan), width_of(self._rules.plan)
         if wide >= by_rules:
