@@ -129,7 +129,7 @@ def _led_by_model(stack: BareStack) -> dict[str, Any]:
         "max_tokens": 256,
         "spawns": {"roles": ["worker"], "max_tokens": _TOKENS},
     }
-    budget = {"max_subagents": 4, "max_tool_calls": 24}
+    budget = {"max_subagents": 3, "max_tool_calls": 8}
     view = stack.client.run({"objective": "harbours", "plan": {"steps": [step]}, "budget": budget}, timeout_s=_RUN_S)
     swarm = (view.swarms or [])[0]
     return {
