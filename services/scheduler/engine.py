@@ -17,8 +17,6 @@ from protocol.errors import BadFrame, CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal
 from protocol.messages.infer import InferFinal
-from protocol.messages.memory import MemoryFinal
-from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanPartial, ReplanTrigger
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
@@ -37,8 +35,8 @@ from services.scheduler.effects import Ask, Drop, Effect, Record
 from services.scheduler.effort import EffortRecord, at_home, learn_effort
 from services.scheduler.ended import EndedTasks
 from services.scheduler.failures import Action, Work, react, teaches
-from services.scheduler.growth import items_of, join_of, reach_of
-from services.scheduler.outcomes import UNEMBEDDABLE, outcomes_of
+from services.scheduler.fold import apply, begin
+from services.scheduler.growth import reach_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
 from services.scheduler.personas import Personas
 from services.scheduler.planning import adopted, grown, plan_body, plan_wanted
@@ -46,16 +44,13 @@ from services.scheduler.ranks import Ranking
 from services.scheduler.replanning import Hands, Replanning
 from services.scheduler.requests import infer_request
 from services.scheduler.setbacks import attempt_lost, is_retry, poisoned, step_history, task_history, task_setback
-from services.scheduler.swarm import opened, said_in, turned
-from services.scheduler.swarm_state import turn_id
-from services.scheduler.tasks import StepRecord, TaskRecord, apply, begin
-from services.scheduler.toolcalls import Calls
+from services.scheduler.settling import Settling
+from services.scheduler.swarm import said_in
+from services.scheduler.tasks import StepRecord, TaskRecord
+from services.scheduler.unfolding import StepHands, Unfolding
 from services.scheduler.verdicts import gate_failure
 from services.scheduler.versions import CONTRADICTED, contradiction, may_contradict, replan_body
 
-MEMORY: Final = "memory"
-MAX_UNSETTLED: Final = 200
-"""Ended tasks that wait for memory at once; further ones wait in the journal."""
 MAX_MOVES: Final = 2
 """Moves of one attempt to another model: there, and back when that one is gone as well. After that it waits."""
 _WORK_OF: Final = {"infer.request": Work.INFERENCE, "gate.request": Work.GATES}
@@ -77,33 +72,54 @@ class Engine:
     """Client -> its tasks that are not final."""
     ended: EndedTasks = field(default_factory=EndedTasks)
     """The newest of those that are over."""
-    unsettled: set[str] = field(default_factory=set)
-    """Ended tasks whose outcomes are on their way to memory."""
-    deferred: bool = False
-    """Some ended tasks are only in the journal and still to be told to memory."""
     effort: EffortRecord = field(default_factory=EffortRecord)
     """What came of larger budgets, retries and escalations."""
     watched: set[str] = field(default_factory=set)
     """Tasks somebody watches: their answers are streamed."""
     casting: Casting = field(init=False)
     replanning: Replanning = field(init=False)
+    unfolding: Unfolding = field(init=False)
+    settling: Settling = field(init=False)
     _effects: list[Effect] = field(default_factory=list)
     _calls: dict[str, set[str]] = field(default_factory=dict)
     """Task -> keys of its calls at the broker."""
 
     def __post_init__(self) -> None:
-        """Lend a hand to what gives tasks personas, and to what makes new versions of plans."""
+        """Lend hands to those that carry out a part of this."""
+
+        def ask(task: TaskRecord, wanted: Wanted, at_ms: int, hold_until_ms: int) -> None:
+            self._ask(task, None, wanted, at_ms, hold_until_ms)
+
         self.casting = Casting(self.personas, self._emit)
         self.replanning = Replanning(
             self.ranking,
             Hands(
                 emit=self._emit,
-                ask=lambda task, wanted, at_ms, hold_ms: self._ask(task, None, wanted, at_ms, hold_ms),
+                ask=ask,
                 drop=lambda key: self._effects.append(Drop(key)),
-                proceed=self._proceed,
+                proceed=lambda task, step, at_ms: self.unfolding.proceed(task, step, at_ms),
                 finish=self._finish,
                 fail=lambda task, failure, why, at_ms: self._end(task, TaskState.FAILED, failure, at_ms, why=why),
             ),
+        )
+        self.unfolding = Unfolding(
+            self.ranking,
+            self.casting,
+            StepHands(
+                emit=self._emit,
+                attempt=self._begin_attempt,
+                finish=self._finish_step,
+                fail=self._fail_step,
+                contradicted=self.replanning.result_contradicts,
+            ),
+        )
+        self.settling = Settling(
+            self.personas,
+            lambda: self.registry,
+            self._emit,
+            ask,
+            lambda task, failure, at_ms: self._on_task_failure(task, Work.MEMORY, failure, at_ms),
+            self._retire,
         )
 
     def take(self) -> list[Effect]:
@@ -142,7 +158,7 @@ class Engine:
         if not task.state.final and known is None:
             self.active[task.client] += 1
         if task.state.final:
-            self._settle_outcomes(task, at_ms)
+            self.settling.begin(task, at_ms)
         elif task.state is TaskState.PLANNING:
             self._ask_plan(task, at_ms)
         elif task.state is TaskState.CHECKING or (task.unfinished == 0 and not self._will_grow(task)):
@@ -197,7 +213,7 @@ class Engine:
         for step in steps:
             record = task.steps[step.id]
             if not record.waiting_for:
-                self._begin(task, record, at_ms)
+                self.unfolding.begin(task, record, at_ms)
 
     def on_tick(self, at_ms: int) -> None:
         """Fail the tasks whose deadline has passed; learn from what was observed."""
@@ -266,7 +282,7 @@ class Engine:
         try:
             failure = unpack_body(ErrorReply, body).failure if kind == "error" else None
             if call.kind == "memory.request":
-                self._on_settled(task, body, failure, at_ms)
+                self.settling.on_answer(task, body, failure, at_ms)
             elif task.state.final:
                 return
             elif call.kind == "plan.request":
@@ -343,7 +359,7 @@ class Engine:
     def _begin_ready(self, task: TaskRecord, at_ms: int) -> None:
         for step in list(task.steps.values()):
             if not step.waiting_for and step.state is StepState.WAITING:
-                self._begin(task, step, at_ms)
+                self.unfolding.begin(task, step, at_ms)
         if task.unfinished == 0 and not task.state.final and not self._will_grow(task):
             self._finish(task, at_ms)  # everything had ended before the plan was whole
 
@@ -351,59 +367,6 @@ class Engine:
         return task.plan_open or task.revising is not None
 
     # Steps
-
-    def _begin(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        """All inputs are there: start the step, one sub-step per item, or the first turn of one that spawns."""
-        if task.state.final or (task.revising is not None and step.spec.id in task.revising.held):
-            return
-        if step.spec.spawns is not None:
-            self._open_swarm(task, step, at_ms)
-            return
-        if step.spec.map_over is None:
-            self._begin_attempt(task, step, Action("retry", "as planned", step.spec.actor), at_ms)
-            return
-        try:
-            items = items_of(task, step)
-        except CallFailed as err:
-            if not self.replanning.result_contradicts(task, step, err.failure, at_ms):
-                self._fail_step(task, step, err.failure, at_ms)
-            return
-        values = [item.model_dump(mode="json", exclude_none=True) for item in items]
-        self._emit(task, f.StepExpanded(task=task.id, at_ms=at_ms, step=step.spec.id, items=values))
-        self.ranking.forget(task.id)
-        for number in range(1, len(items) + 1):
-            self._begin(task, task.steps[f"{step.spec.id}.{number}"], at_ms)
-        if not items:
-            self._join(task, step, at_ms)
-
-    def _open_swarm(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        try:
-            self._emit(task, opened(task, step, at_ms))
-        except CallFailed as err:
-            self._fail_step(task, step, err.failure, at_ms)
-            return
-        self.ranking.forget(task.id)
-        self._begin(task, task.steps[turn_id(step.spec.id, 1)], at_ms)
-
-    def _proceed(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        """Nothing is missing any more for a step that waits, or whose sub-steps do."""
-        if step.state is StepState.WAITING:
-            self._begin(task, step, at_ms)
-        elif step.state is StepState.EXPANDED:
-            self._join(task, step, at_ms)
-
-    def _join(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
-        """The last sub-step of a mapped step is done, or a spawning step has answered: so is the step, once."""
-        if task.revising is not None and step.spec.id in task.revising.held:
-            return
-        try:
-            made = join_of(task, step, sum(1 for other in step.needs if other.startswith(f"{step.spec.id}.")))
-        except CallFailed as err:
-            self._fail_step(task, step, err.failure, at_ms)
-            return
-        value = made.model_dump(mode="json", exclude_none=True)
-        self._emit(task, f.StepJoined(task=task.id, at_ms=at_ms, step=step.spec.id, artefact=value))
-        self._finish_step(task, step, at_ms)
 
     def _begin_attempt(self, task: TaskRecord, step: StepRecord, action: Action, at_ms: int) -> None:
         if task.state.final or step.state.final:
@@ -441,22 +404,12 @@ class Engine:
             return
         self._emit(task, a.answered(task, step, final, made, at_ms))
         if said.calls is not None:
-            self._take_turn(task, step, said.calls, at_ms)
-            self.ranking.forget(task.id)
+            self.unfolding.take_turn(task, step, said.calls, self.registry, at_ms)
             self._finish_step(task, step, at_ms)
         elif step.spec.gates:
             self._ask_gates(task, step, at_ms)
         else:
             self._finish_step(task, step, at_ms)
-
-    def _take_turn(self, task: TaskRecord, step: StepRecord, calls: Calls, at_ms: int) -> None:
-        """A turn of a planning model: what it calls is carried out or refused, and recorded in one fact."""
-
-        def make(persona: Persona) -> str:
-            made = self.casting.make(persona, made_by=step.attempt.role, at_ms=at_ms, task=task, rename=True)
-            return made.name
-
-        self._emit(task, turned(task, step, calls, self.registry, make, at_ms))
 
     def _ask_gates(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
         self._ask(task, step, step_checks(task, step, self.registry), at_ms, hold_until_ms)
@@ -534,9 +487,9 @@ class Engine:
             case Work.CHECKS if action.kind == "replan":
                 self.replanning.begin(task, "failed", None, failure, action.rule, at_ms)
             case Work.MEMORY if gone:
-                self._settled(task, 0, f"{failure.code}: {failure.message}"[:1_000], at_ms)
+                self.settling.end(task, 0, f"{failure.code}: {failure.message}"[:1_000], at_ms)
             case Work.MEMORY:
-                self._settle_outcomes(task, at_ms, hold_until_ms=hold_ms)
+                self.settling.begin(task, at_ms, hold_until_ms=hold_ms)
             case _ if gone:
                 self._end(task, TaskState.FAILED, failure, at_ms, why="the final checks failed")
             case _:
@@ -600,7 +553,7 @@ class Engine:
         for other in task.dependents[step.spec.id]:
             follower = task.steps[other]
             if not follower.waiting_for and not task.state.final:
-                self._proceed(task, follower, at_ms)
+                self.unfolding.proceed(task, follower, at_ms)
         if task.unfinished == 0 and not task.state.final and not self._will_grow(task):
             self._finish(task, at_ms)
 
@@ -646,40 +599,9 @@ class Engine:
             del self.active[task.client]  # clients come and go under ever new names
         self.ranking.forget(task.id)
         self.replanning.forget(task.id)
-        self._settle_outcomes(task, at_ms)
-
-    def _settle_outcomes(
-        self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0, *, with_episode: bool = True
-    ) -> None:
-        """Tell memory what became of the decisions; the task leaves `live` when memory has them."""
-        request = outcomes_of(task, self.registry, with_episode=with_episode)
-        if request is None:
-            self._settled(task, 0, "nothing to learn", at_ms)
-            return
-        if task.id not in self.unsettled and len(self.unsettled) >= MAX_UNSETTLED:
-            self.deferred = True  # memory is away for long: the journal keeps it, `restore` brings it back later
-            self._retire(task)
-            return
-        self.unsettled.add(task.id)
-        parts = ("outcomes", "episode" if with_episode else "bare")
-        self._ask(task, None, Wanted("memory.request", MEMORY, parts, pack_body(request)), at_ms, hold_until_ms)
-
-    def _on_settled(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
-        if failure is None:
-            self._settled(task, unpack_body(MemoryFinal, body).stored, "", at_ms)
-        elif failure.code == UNEMBEDDABLE and task.plan is not None and task.plan.decisions:
-            self._settle_outcomes(task, at_ms, with_episode=False)  # the outcomes still teach
-        else:
-            self._on_task_failure(task, Work.MEMORY, failure, at_ms)
-
-    def _settled(self, task: TaskRecord, stored: int, reason: str, at_ms: int) -> None:
-        self._emit(task, f.OutcomesSettled(task=task.id, at_ms=at_ms, stored=stored, reason=reason))
-        if task.personas and stored:
-            self.personas.settled()
-        self._retire(task)
+        self.settling.begin(task, at_ms)
 
     def _retire(self, task: TaskRecord) -> None:
-        self.unsettled.discard(task.id)
         self.live.pop(task.id, None)
         self._calls.pop(task.id, None)
         self.ended.add(task)

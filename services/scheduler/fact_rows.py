@@ -10,7 +10,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 from services.scheduler import facts as f
-from services.scheduler.tasks import JournalError, TaskRecord, apply, begin
+from services.scheduler.fold import apply, begin
+from services.scheduler.tasks import JournalError, TaskRecord
 
 Row = tuple[int, str, bytes, int | None]
 """seq, kind, data, seal; no seal in rows of journal version 1."""

@@ -1,7 +1,7 @@
 """What has happened to tasks: the records of the journal, and nothing but them rebuilds the state.
 
 A fact is past tense, holds plain values only (it must be readable by tools and by later versions), and is applied
-by `services.scheduler.tasks`. Decisions are taken before a fact is made, in `machine.py`; replaying facts decides
+by `services.scheduler.fold`. Decisions are taken before a fact is made, in `machine.py`; replaying facts decides
 nothing again. Fields are added at the end with a default, never renamed: old journals stay readable.
 """
 

@@ -66,6 +66,7 @@ from services.scheduler.ranks import Ranking
 from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
 from services.scheduler.residency import TRUST_MS
 from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
+from services.scheduler.settling import MAX_UNSETTLED
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.unread import RETRY_AFTER_MS
 from services.scheduler.watchers import Watchers
@@ -480,9 +481,10 @@ class Hub:
             self._cleaned_ms = at_ms
             self.broker.forget_silent_clients(at_ms, self.watchers.identities() | self.batches.requesters())
             self.outbox.unread.want_marks(self.broker.peers)
-            if self.engine.deferred and len(self.engine.unsettled) < e.MAX_UNSETTLED // 2:
-                self.engine.deferred = False
-                self.outbox.add(ReloadUnsettled(e.MAX_UNSETTLED // 2))
+            settling = self.engine.settling
+            if settling.deferred and len(settling.waiting) < MAX_UNSETTLED // 2:
+                settling.deferred = False
+                self.outbox.add(ReloadUnsettled(MAX_UNSETTLED // 2))
 
     # Joining broker and engine
 

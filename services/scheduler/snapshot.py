@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.scheduler import facts, swarm_state, tasks, timeline
+from services.scheduler import facts, fold, swarm_state, tasks, timeline
 from services.scheduler.tasks import TaskRecord
 
 _LEAST_FACTS: Final = 4_096
@@ -23,7 +23,7 @@ snapshots per fact stays the same however large the task is."""
 
 _RECORD: Final = TypeAdapter(TaskRecord)
 FOLD: Final = hashlib.sha256(
-    b"".join(Path(module.__file__ or "").read_bytes() for module in (facts, tasks, timeline, swarm_state))
+    b"".join(Path(module.__file__ or "").read_bytes() for module in (facts, fold, tasks, timeline, swarm_state))
 ).hexdigest()[:16]
 """Names the code that folds: a digest rather than a number that somebody has to remember to raise."""
 

@@ -1,6 +1,6 @@
 """What a spawning step has done so far: its sub-agents, its tool calls and what became of each. Part of the fold.
 
-Plain values that facts are folded into (`tasks.py`); which calls are carried out is decided in `swarm.py`.
+Plain values that facts are folded into (`fold.py`); which calls are carried out is decided in `swarm.py`.
 """
 
 from __future__ import annotations

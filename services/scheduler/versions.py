@@ -5,7 +5,7 @@ deadline that will be missed by what is known of durations. However often they a
 versions as registry and task allow, and those that came to nothing count. What is finished stays: a version drops
 only what is not done, and everything made so far may be read by what it adds.
 
-Carrying it out is `replanning.py`; the fold of the facts, `tasks.py`; what the new rest is, the planner's business.
+Carrying it out is `replanning.py`; the fold of the facts, `fold.py`; what the new rest is, the planner's business.
 """
 
 from __future__ import annotations

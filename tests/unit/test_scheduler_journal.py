@@ -10,9 +10,10 @@ import pytest
 from protocol.messages.result import TaskState
 from services.scheduler import facts as f
 from services.scheduler.effects import Record
+from services.scheduler.fold import fold
 from services.scheduler.journal import Journal
 from services.scheduler.journal_file import JournalVersionError
-from services.scheduler.tasks import JournalError, fold
+from services.scheduler.tasks import JournalError
 from tests.unit.simulation import stack, task_of
 
 

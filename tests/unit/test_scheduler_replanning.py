@@ -19,7 +19,7 @@ from services.kit import session as s
 from services.planner.machine import Finish, Planning, Refuse, Requested, Unanswered
 from services.scheduler import facts as f
 from services.scheduler.audit import problems_of
-from services.scheduler.tasks import fold
+from services.scheduler.fold import fold
 from services.scheduler.versions import replans_left
 from tests.unit.simulation import Answer, World, final_of, gates_pass, stack, task_of
 

@@ -25,11 +25,12 @@ from services.scheduler import events as ev
 from services.scheduler import facts as f
 from services.scheduler.durations import LearnedDurations
 from services.scheduler.effects import Record
+from services.scheduler.fold import fold
 from services.scheduler.machine import Hub
 from services.scheduler.past import Past
 from services.scheduler.personas import AdoptPersona, KeepPersona
 from services.scheduler.simulation.peers import Answer, SimPeer, SimulationError
-from services.scheduler.tasks import TaskRecord, fold
+from services.scheduler.tasks import TaskRecord
 
 CLIENT: Final = b"client"
 """Socket identity of the one client, whose messages take no time."""
