@@ -240,14 +240,12 @@ class Handler(BaseHTTPRequestHandler):
             if number > len(words) // 2:
                 self.break_down(fault)
             self.slots.predicted += 1
-            timings = {"predicted_n": number} if body.get("timings_per_token") else None
             if stream:
                 choice = {"index": 0, "finish_reason": None, "delta": {"content": word}}
                 if body.get("logprobs") and answer.get("top_logprobs"):
                     candidates = [{"token": "x", "logprob": value} for value in answer["top_logprobs"]]
                     choice["logprobs"] = {"content": [{"token": word, "top_logprobs": candidates}]}
-                delta = {"choices": [choice]}
-                self.event({**delta, "timings": timings} if timings else delta)
+                self.event({"choices": [choice]})
             self.pause(answer.get("token_s", 0))
             took_ms = (time.monotonic() - began) * 1000
             if "\n" in word and 0 < body.get("t_max_predict_ms", 0) < took_ms:
