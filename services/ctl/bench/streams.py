@@ -5,6 +5,8 @@ no service, no partials: a loop over the events, with the HTTP library that the 
 as many prompts at once as there are streams, first one way and then the other, and every second pair the other way
 round, so that what else the machine does meets both. A ratio is made within a pair, and the median is over all pairs:
 on a shared virtual machine one pair says little (a standard deviation of 6 % where nothing else ran), hence so many.
+Of several streams the first to begin is compared with the first, the second with the second, and so on: llama.cpp reads
+the prompts that have arrived together, so that the streams of a round begin in steps of a whole batch.
 
 Both sides do the same work. Prompts are equally long and differ from their first character on, so that all there is in
 a cache is what the chat template puts before them; and every slot has read that before anything is measured, since
@@ -99,12 +101,17 @@ class Round:
     """Some answers that were asked for at once."""
 
     tokens_per_s: float
-    first_ms: float
-    """Median time to the first text."""
+    firsts_ms: tuple[float, ...]
+    """Times to the first text, rising."""
     read_tokens: float
     """Mean of an answer."""
     written_tokens: float
     """Mean of an answer."""
+
+    @property
+    def first_ms(self) -> float:
+        """Median time to the first text."""
+        return statistics.median(self.firsts_ms)
 
 
 class EngineReplacedError(BenchmarkFailedError):
@@ -144,7 +151,11 @@ class _Comparison:
                 pairs = [await self._pair(bus, count, tokens, turn % 2 == 0) for turn in range(_PAIRS_PER_RUN * runs)]
                 name = str(count)
                 ratio = statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
-                added = statistics.median(one.first_ms - other.first_ms for one, other in pairs)
+                added = statistics.median(
+                    over - around
+                    for one, other in pairs
+                    for over, around in zip(one.firsts_ms, other.firsts_ms, strict=True)
+                )
                 figures["tokens_ratio"][name] = round(ratio, 3)
                 figures["ttft_added_ms_p50"][name] = round(added, 2)
                 for side, taken in zip(("bus", "direct"), zip(*pairs, strict=True), strict=True):
@@ -299,7 +310,7 @@ async def _together(ways: list[Coroutine[Any, Any, Answered]]) -> Round:
     took_s = time.perf_counter() - began_s
     return Round(
         tokens_per_s=sum(one.tokens for one in answers) / took_s,
-        first_ms=statistics.median(one.first_s for one in answers) * 1000,
+        firsts_ms=tuple(sorted(one.first_s * 1000 for one in answers)),
         read_tokens=statistics.mean(one.read_tokens for one in answers),
         written_tokens=statistics.mean(one.tokens for one in answers),
     )
