@@ -135,6 +135,10 @@ class RoutingDecision(Message):
     """What the choice was based on, as numbers."""
     cluster: str = Field(default="", max_length=128)
     """Kind of work, as in DecisionRecord."""
+    registry_digest: str = ""
+    """As in DecisionRecord, like the next two: what was chosen from is known here, and may have changed by the end."""
+    model: str = Field(default="", max_length=128)
+    prompt: str = Field(default="", max_length=128)
     advice: Advised | None = None
     """What memory advised; given once for all steps that share it."""
 

@@ -30,7 +30,6 @@ from services.planner.machine import (
     ModelAnswered,
     ModelOutcome,
     Planning,
-    Record,
     Refuse,
     Requested,
     Unanswered,
@@ -89,10 +88,10 @@ class PlannerApp:
                     problems = failure.evidence["problems"]
                     self._service.log.write(PLAN_REFUSED, task=task.task_id, code=failure.code, problems=problems)
                     raise CallFailed(failure)
-                case AskMemory() | AskModel() | AskAdvice() | Record():
+                case AskMemory() | AskModel() | AskAdvice():
                     command = planning.handle(await self._ask(command, call, _Listener(planning, call)))
 
-    async def _ask(self, command: AskMemory | AskModel | AskAdvice | Record, call: Call, listener: _Listener) -> Event:
+    async def _ask(self, command: AskMemory | AskModel | AskAdvice, call: Call, listener: _Listener) -> Event:
         asked = _target(command)
         try:
             answer = await self._send(command, call, listener)
@@ -111,9 +110,7 @@ class PlannerApp:
             case _:
                 return Unanswered(at_ms, f"a {type(answer).__name__} instead of an answer")
 
-    async def _send(
-        self, command: AskMemory | AskModel | AskAdvice | Record, call: Call, listener: _Listener
-    ) -> Message:
+    async def _send(self, command: AskMemory | AskModel | AskAdvice, call: Call, listener: _Listener) -> Message:
         service, timeout_s, dst = self._service, command.timeout_s, _target(command)
         match command:
             case AskModel(request=request):
@@ -127,8 +124,6 @@ class PlannerApp:
                 body = MemoryRequest(ask=retrieve)
             case AskAdvice(request=advise):
                 body = MemoryRequest(ask=advise)
-            case Record(request=decisions):
-                body = MemoryRequest(ask=decisions)
         return await service.ask("memory.request", body, dst=dst, timeout_s=timeout_s, call=call)
 
     def _note(self, final: PlanFinal, version: int, model: ModelOutcome, started_ms: int) -> None:

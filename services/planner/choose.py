@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from protocol.messages.artefact import ArtefactKind
-from protocol.messages.memory import Advised, DecisionRecord
+from protocol.messages.memory import Advised
 from protocol.messages.persona import NO_PERSONA
 from protocol.messages.plan import PlanSource, RoutingDecision
 from protocol.messages.task import Output, Plan, Step, TaskIR
@@ -191,25 +191,16 @@ def choose(
     return Chosen(plan.model_copy(update={"steps": steps}), tuple(decisions))
 
 
-def records(task: TaskIR, decisions: Sequence[RoutingDecision], registry: Registry) -> list[DecisionRecord]:
-    """The decisions as the memory stores them."""
+def as_of(registry: Registry, decisions: Sequence[RoutingDecision]) -> list[RoutingDecision]:
+    """The decisions with what stands behind their choices in this registry."""
     digests = {key: versions(*key, registry) for key in {(decision.subject, decision.choice) for decision in decisions}}
     return [
-        DecisionRecord(
-            decision_id=decision.decision_id,
-            task_id=task.task_id or "dry-run",
-            step=decision.step,
-            subject=decision.subject,
-            choice=decision.choice,
-            alternatives=decision.alternatives,
-            propensity=decision.propensity,
-            rule=decision.rule,
-            task_type=decision.task_type,
-            features=decision.features,
-            registry_digest=registry.digest,
-            cluster=decision.cluster,
-            model=digests[decision.subject, decision.choice][0],
-            prompt=digests[decision.subject, decision.choice][1],
+        decision.model_copy(
+            update={
+                "registry_digest": registry.digest,
+                "model": digests[decision.subject, decision.choice][0],
+                "prompt": digests[decision.subject, decision.choice][1],
+            }
         )
         for decision in decisions
     ]
