@@ -22,6 +22,10 @@ _MEMORY: Final = 64.0
 _LEAST_S: Final = 0.001
 _PRIOR_SPREAD: Final = 1.0
 """Spread before anything was observed: within a factor of three, two times out of three."""
+_ENOUGH: Final = 4.0
+"""Observations of a role from which on its mean counts as it is."""
+_FEW_MARGIN: Final = 2.0
+"""Before that, so many standard errors below it are what a step takes at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,15 @@ class Durations(Protocol):
         """Seconds of inference to expect; 0 where nothing at all is known, so that no step is preferred."""
         ...
 
-    def spread(self) -> float:
-        """Standard deviation of ln(actual / expected) to reckon with; 0 = the estimates are exact."""
+    def surely_s(self, job: Job, running_s: float = 0.0) -> float:
+        """Seconds of inference that a job takes at the least, as far as its role was seen at work: 0 where it was not.
+
+        `running_s`: one of the role runs so long by now and has not ended, which says something too.
+        """
         ...
 
-    def evidence(self, role: str) -> float:
-        """From how many of its steps the estimates of a role come; 0 = from the prior alone."""
+    def spread(self) -> float:
+        """Standard deviation of ln(actual / expected) to reckon with; 0 = the estimates are exact."""
         ...
 
     def observe(self, job: Job, seconds: float) -> None:
@@ -93,10 +100,24 @@ class LearnedDurations:
                 mean = self._means[level] = _Mean()
             mean.add(log_s)
 
-    def evidence(self, role: str) -> float:
-        """See Durations."""
-        mean = self._means.get((role,))
-        return 0.0 if mean is None else mean.count
+    def surely_s(self, job: Job, running_s: float = 0.0) -> float:
+        """See Durations.
+
+        The prior is left out: it is made from what a step may write, and most write far less. Few observations speak
+        for less than their mean m: exp(m - 2 s / sqrt(n)) with s the spread of the prior, so that a single one says
+        that a step takes a seventh of it, two a quarter.
+        """
+        levels = _levels(job)
+        own = self._means.get(levels[0])
+        count, log_s = (0.0, 0.0) if own is None else (own.count, own.value)
+        if running_s > 0 and (count == 0 or math.log(running_s) > log_s):
+            log_s = (count * log_s + math.log(running_s)) / (count + 1)
+            count += 1
+        if count == 0:
+            return 0.0
+        if count < _ENOUGH:
+            return math.exp(log_s - _FEW_MARGIN * _PRIOR_SPREAD / math.sqrt(count))
+        return math.exp(min(self._drawn_to(log_s, levels[1:]), self._expected_log_s(job, levels)))
 
     def observations(self) -> dict[str, int]:
         """Role -> from how many of its steps its estimates come; old ones fade, so never more than the memory holds."""
@@ -113,7 +134,10 @@ class LearnedDurations:
         self._errors = self._means.pop((), _Mean(_PRIOR_SPREAD**2, 1.0))
 
     def _expected_log_s(self, job: Job, levels: tuple[tuple[str, ...], ...]) -> float:
-        log_s = math.log(max(_LEAST_S, job.max_tokens / PRIOR_TOKENS_PER_S))
+        return self._drawn_to(math.log(max(_LEAST_S, job.max_tokens / PRIOR_TOKENS_PER_S)), levels)
+
+    def _drawn_to(self, log_s: float, levels: Iterable[tuple[str, ...]]) -> float:
+        """An estimate drawn towards the means of these levels, as far as they have observations."""
         for level in levels:
             mean = self._means.get(level)
             if mean is not None:
@@ -135,9 +159,9 @@ class TokenSpeed:
         """See Durations."""
         return 0.0
 
-    def evidence(self, role: str) -> float:
+    def surely_s(self, job: Job, running_s: float = 0.0) -> float:
         """See Durations."""
-        return math.inf
+        return self.expected_s(job)
 
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations; there is nothing to learn."""

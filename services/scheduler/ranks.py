@@ -150,6 +150,10 @@ class Ranking:
         """Seconds of inference that a step is expected to take in a role."""
         return self.durations.expected_s(self._job(task, task.ir, step, role))
 
+    def surely_s(self, task: TaskRecord, step: Step, role: str, running_s: float) -> float:
+        """Seconds of inference that it takes at the least, where one of its role has run so long by now."""
+        return self.durations.surely_s(self._job(task, task.ir, step, role), running_s)
+
     def observe(self, task: TaskRecord, step: StepRecord, seconds: float) -> None:
         """The inference of this step's newest attempt took so long.
 

@@ -30,6 +30,7 @@ from services.scheduler.versions import (
     lateness,
     replan_wanted,
     replans_left,
+    trigger_of,
 )
 
 _LOOK_MS: Final = 1_000
@@ -71,8 +72,10 @@ class Replanning:
     def begin(
         self, task: TaskRecord, trigger: ReplanTrigger, step: str | None, failure: Failure, rule: str, at_ms: int
     ) -> None:
-        """Have the rest planned anew; where that is being done already, this failure's turn comes afterwards."""
-        if task.revising is not None:
+        """Have the rest planned anew. Where that is being done already, or the plan is still being written, this
+        failure's turn comes afterwards (`go_on`).
+        """
+        if task.revising is not None or task.plan_open:
             return
         self.hands.emit(task, asked(task, trigger, step, failure, rule, at_ms))
         self.ask(task, at_ms)
@@ -83,7 +86,7 @@ class Replanning:
         if action.kind != "replan":
             return False
         self.hands.emit(task, _failed(task, step, failure, at_ms))
-        self.begin(task, "contradicted", step.spec.id, failure, action.rule, at_ms)
+        self.begin(task, trigger_of(failure), step.spec.id, failure, action.rule, at_ms)
         return True
 
     def look(self, task: TaskRecord, at_ms: int) -> None:
@@ -112,7 +115,7 @@ class Replanning:
                 self.hands.drop(work_key(task.id, *step_check_parts(step)))
         self.hands.emit(task, fact)
         self.ranking.forget(task.id)
-        self._go_on(task, at_ms)
+        self.go_on(task, at_ms)
 
     def abandon(self, task: TaskRecord, failure: Failure, at_ms: int) -> None:
         """There will be no new version: the task ends with what asked for it, or goes on as it was."""
@@ -127,14 +130,16 @@ class Replanning:
             where = "the final checks" if revising.step is None else f"step {revising.step}"
             self._end(task, revising.failure, where, at_ms)
         else:
-            self._go_on(task, at_ms)
+            self.go_on(task, at_ms)
 
     def forget(self, task_id: str) -> None:
         """The task has ended."""
         self._looked_ms.pop(task_id, None)
 
-    def _go_on(self, task: TaskRecord, at_ms: int) -> None:
-        """Begin what can; plan around whatever else has failed meanwhile, or end with it."""
+    def go_on(self, task: TaskRecord, at_ms: int) -> None:
+        """The plan is whole, or there is another one, or none will come: begin what can, plan around whatever has
+        failed meanwhile, or end with it.
+        """
         name = failed_in_plan(task)
         if name is not None:
             failure = task.steps[name].failure
@@ -142,7 +147,7 @@ class Replanning:
                 raise ValueError(f"step {name} of {task.id} has failed without a failure")
             action = react(self.ranking.registry, Work.RESULT, failure, task.steps[name].role, self.history(task))
             if action.kind == "replan":
-                self.begin(task, "failed", name, failure, action.rule, at_ms)
+                self.begin(task, trigger_of(failure), name, failure, action.rule, at_ms)
             else:
                 self._end(task, failure, f"step {name}", at_ms)
                 return
@@ -151,7 +156,7 @@ class Replanning:
                 return
             if not step.waiting_for and step.state in (StepState.WAITING, StepState.EXPANDED):
                 self.hands.proceed(task, step, at_ms)
-        if task.unfinished == 0 and task.state is TaskState.RUNNING:
+        if task.unfinished == 0 and task.state is TaskState.RUNNING and task.revising is None:
             self.hands.finish(task, at_ms)
 
     def _end(self, task: TaskRecord, failure: Failure, where: str, at_ms: int) -> None:

@@ -11,6 +11,7 @@ Carrying it out is `replanning.py`; the fold of the facts, `fold.py`; what the n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,7 +27,7 @@ from services.kit.plan_shape import least_s, longest_chain
 from services.kit.registry import Registry, with_own
 from services.scheduler import facts as f
 from services.scheduler.feedback import points_of
-from services.scheduler.growth import reach_of
+from services.scheduler.growth import NOT_A_LIST, reach_of
 from services.scheduler.own_calls import Wanted
 from services.scheduler.prompting import CONTRADICTION
 from services.scheduler.ranks import Ranking
@@ -36,8 +37,6 @@ PLANNER: Final = "planner"
 MIN_LEFT_S: Final = 0.5
 """With less time than this before the deadline no new plan helps."""
 _TIMEOUT_MS: Final = 60_000
-_MIN_EVIDENCE: Final = 4
-"""Steps of a role that must have been seen before its estimates may call a task late."""
 _LATE_SHARE: Final = 0.25
 """Of the time that is left, at most so much is spent on a plan that is made because of it."""
 _MAX_NOTES_CHARS: Final = 6_000
@@ -45,6 +44,8 @@ _MAX_FINISHED: Final = 500
 _MAX_SAID_CHARS: Final = 2_000
 _OPEN: Final = (StepState.WAITING, StepState.READY)
 CONTRADICTED: Final = "plan.contradicted"
+_CONTRADICTIONS: Final = frozenset({CONTRADICTED, NOT_A_LIST})
+"""Codes of failures that say that a result turns the plan over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +58,17 @@ class Late:
 
 
 def replans_left(task: TaskRecord, registry: Registry) -> int:
-    """New versions that the plan may still have, those in the making and those that were given up counted."""
-    if task.plan is None or task.plan_open:
+    """New versions that the plan may still have, those in the making and those that were given up counted.
+
+    A plan that is still being written has those that it will have when it is whole.
+    """
+    if task.plan is None and not task.plan_open:
         return 0
     own = task.ir.escalation.max_replans
-    if own is None and task.plan.source == "client":
+    if own is None and task.plan is not None and task.plan.source == "client":
         return 0  # it runs as it was sent, unless it says otherwise
     most = registry.failures.caps.replans_per_task
-    return max(0, min(most, most if own is None else own) - len(task.versions) + 1)
+    return max(0, min(most, most if own is None else own) - max(0, len(task.versions) - 1))
 
 
 def may_contradict(task: TaskRecord, step: StepRecord, registry: Registry) -> bool:
@@ -79,6 +83,11 @@ def contradiction(answer: str) -> Failure | None:
         return None
     why = " ".join(said[len(CONTRADICTION) :].split())[:500] or "no reason given"
     return Failure(code=CONTRADICTED, category=Category.LOGIC, origin="worker", message=why)
+
+
+def trigger_of(failure: Failure) -> ReplanTrigger:
+    """What asks for a new version where this is the end of a step."""
+    return "contradicted" if failure.code in _CONTRADICTIONS else "failed"
 
 
 def failed_in_plan(task: TaskRecord) -> str | None:
@@ -133,25 +142,28 @@ def lateness(task: TaskRecord, ranking: Ranking, at_ms: int) -> Late | None:
 
     The estimate counts as far as it can be trusted: late is a task whose rest takes longer than the time that is left
     even if everything goes faster than expected by one standard deviation. Errors of single steps are taken to be
-    independent, so that those of a chain of n are smaller by the root of n; before a role has been seen at work a few
-    times nothing is called late because of it.
+    independent, so that those of a chain of n are smaller by the root of n. Steps of a role that was seen at work only
+    a few times, or still is for the first time, count for what they take at the least (`durations.surely_s`); those of
+    one that nobody has seen, for nothing.
     """
     deadline_ms = task.deadline_ms
-    if deadline_ms is None or task.state is not TaskState.RUNNING or task.revising is not None:
+    if deadline_ms is None or task.state is not TaskState.RUNNING or task.revising is not None or task.plan_open:
         return None
     if replans_left(task, ranking.registry) < 1:
         return None
     left_s = (deadline_ms - at_ms) / 1000
     if left_s < MIN_LEFT_S:
         return None
-    cost_s = _rest_s(task, ranking, at_ms)
-    roles = {task.steps[name].role for name, seconds in cost_s.items() if seconds > 0}
-    if any(ranking.durations.evidence(role) < _MIN_EVIDENCE for role in roles):
-        return None
+    running_s = _running_s(task, at_ms)
+
+    def at_least_s(step: StepRecord) -> float:
+        return ranking.surely_s(task, step.spec, step.role, running_s.get(step.role, 0.0))
+
+    cost_s = _rest_s(task, at_least_s, at_ms)
     waits = {name: [other for other in task.steps[name].needs if other in cost_s] for name in cost_s}
     steps = len(longest_chain(waits, cost_s)[0])
-    expected_s = _least_s(task, cost_s, ranking)
-    surely_s = expected_s * math.exp(-ranking.durations.spread() / math.sqrt(max(1, steps)))
+    least = _least_s(task, cost_s, ranking)
+    surely_s = least * math.exp(-ranking.durations.spread() / math.sqrt(max(1, steps)))
     if surely_s <= left_s:
         return None
     held = {name for name in cost_s if task.steps[name].state in _OPEN or cost_s[name] > left_s}
@@ -161,6 +173,7 @@ def lateness(task: TaskRecord, ranking: Ranking, at_ms: int) -> Late | None:
     held = {name for name in held if not task.steps[name].state.final}
     if not any(task.steps[name].state in _OPEN for name in held):
         return None
+    expected_s = _least_s(task, _rest_s(task, _expected_s(task, ranking), at_ms), ranking)
     reason = f"the rest takes {expected_s:.1f} s, surely {surely_s:.1f} s, and {left_s:.1f} s are left"
     return Late(reason, tuple(sorted(held)))
 
@@ -261,7 +274,7 @@ def _without(steps: list[Step], dropped: set[str]) -> list[Step]:
 
 
 def _must_be_faster(task: TaskRecord, new: Plan, added: list[Step], ranking: Ranking, at_ms: int) -> None:
-    rest_s = _rest_s(task, ranking, at_ms)
+    rest_s = _rest_s(task, _expected_s(task, ranking), at_ms)
     before_s = _least_s(task, rest_s, ranking)
     waits = needs(new)
     cost_s = {name: seconds for name, seconds in rest_s.items() if name in waits}
@@ -276,8 +289,21 @@ def _must_be_faster(task: TaskRecord, new: Plan, added: list[Step], ranking: Ran
         raise CallFailed(Failure(code="plan.no_faster", category=Category.POLICY, origin=PLANNER, message=message))
 
 
-def _rest_s(task: TaskRecord, ranking: Ranking, at_ms: int) -> dict[str, float]:
-    """Step -> expected seconds that it still takes, for those that are not over."""
+def _expected_s(task: TaskRecord, ranking: Ranking) -> Callable[[StepRecord], float]:
+    return lambda step: ranking.expected_s(task, step.spec, step.role)
+
+
+def _running_s(task: TaskRecord, at_ms: int) -> dict[str, float]:
+    """Role -> how long the longest of its steps that are running has run."""
+    longest: dict[str, float] = {}
+    for step in task.steps.values():
+        if step.state is StepState.INFERRING and step.attempt.started_ms is not None:
+            longest[step.role] = max(longest.get(step.role, 0.0), (at_ms - step.attempt.started_ms) / 1000)
+    return longest
+
+
+def _rest_s(task: TaskRecord, takes_s: Callable[[StepRecord], float], at_ms: int) -> dict[str, float]:
+    """Step -> seconds that it still takes, for those that are not over."""
     rest: dict[str, float] = {}
     for name, step in task.steps.items():
         if step.state.final:
@@ -285,7 +311,7 @@ def _rest_s(task: TaskRecord, ranking: Ranking, at_ms: int) -> dict[str, float]:
         if step.state in (StepState.EXPANDED, StepState.CHECKING):
             rest[name] = 0.0
             continue
-        seconds = ranking.expected_s(task, step.spec, step.role)
+        seconds = takes_s(step)
         if step.state is StepState.INFERRING and step.attempt.started_ms is not None:
             seconds = max(0.0, seconds - (at_ms - step.attempt.started_ms) / 1000)
         rest[name] = seconds
