@@ -77,7 +77,7 @@ class InferPartial(Message):
 
     text: str
     generated_tokens: int = Field(ge=0)
-    """Tokens so far."""
+    """Tokens so far, at least: pieces that the engine has sent."""
     start_chars: int | None = Field(default=None, ge=0)
     """Characters of the answer before this piece, so that whoever reads along sees that one got lost; absent from
     services of before this was told."""

@@ -139,6 +139,7 @@ class InferenceService:
             engine=engine.engine_name,
             left_s=left_s,
             figures=self._figures,
+            calls=lambda: engine.calls,
         )
 
     async def _infer_here(

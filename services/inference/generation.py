@@ -36,7 +36,8 @@ from services.inference.llama_http import (
 )
 
 PARTIAL_S: Final = 0.05
-"""Shortest time between two partials of one call; pieces that come faster are joined."""
+"""Shortest time between two partials of a service; pieces that come faster are joined. Each of n calls at the same time
+has its turn every n times as long: what partials cost is taken from the cores that decode, and must not grow with n."""
 
 LOGPROB_CANDIDATES: Final = 10
 """Candidates per token whose probabilities are asked for where entropy is watched."""
@@ -63,8 +64,6 @@ def payload_of(request: InferRequest, t_max_ms: int | None = None) -> dict[str, 
     }
     if t_max_ms is not None:
         payload["t_max_predict_ms"] = max(1, t_max_ms)
-    if request.stream:
-        payload["timings_per_token"] = True  # the count of tokens in a partial; twice the bytes, so only when asked
     if request.early_abort is not None and request.early_abort.entropy_nats is not None:
         payload |= {"logprobs": True, "top_logprobs": LOGPROB_CANDIDATES}
     if request.json_schema is not None:
@@ -84,7 +83,7 @@ class _Stream:
     text: list[str] = field(default_factory=list)
     chars: int = 0
     tokens: int = 0
-    """Pieces with text, or what the engine counts: at least the tokens so far."""
+    """Pieces with text: no fewer tokens than that so far."""
     finish: str | None = None
     usage: Usage | None = None
     first_s: float | None = None
@@ -101,7 +100,8 @@ class _Stream:
 class Generation:
     """One answer in the making. `service` and `model` name its origin in failures and in the final.
 
-    `left_s` are the seconds until the deadline, `figures` the service's counters (see FIGURES).
+    `left_s` are the seconds until the deadline, `figures` the service's counters (see FIGURES), `calls` says how many
+    answers the service makes at the moment.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class Generation:
         engine: str,
         left_s: float | None,
         figures: Counter[str],
+        calls: Callable[[], int],
     ) -> None:
         self._request = request
         self._service = service
@@ -120,6 +121,7 @@ class Generation:
         self._engine = engine
         self._left_s = left_s
         self._figures = figures
+        self._calls = calls
         self._began_s = 0.0
         self._stream: _Stream | None = None
         self._unsent: list[str] = []
@@ -215,7 +217,7 @@ class Generation:
         stream.first_s = now_s if stream.first_s is None else stream.first_s
         stream.text.append(piece.text)
         stream.chars += len(piece.text)
-        stream.tokens = max(stream.tokens + 1, piece.generated_tokens or 0)
+        stream.tokens += 1
         if stream.chars > MAX_ARTEFACT_CHARS:
             message = f"the answer grew beyond {MAX_ARTEFACT_CHARS} characters and was cut off"
             evidence = {"answer": "".join(stream.text)[:500], "generated_tokens": stream.tokens}
@@ -232,7 +234,7 @@ class Generation:
 
     def _hand_on(self, stream: _Stream, text: str, now_s: float, partial: Callable[[InferPartial], bool]) -> None:
         self._unsent.append(text)
-        if now_s - self._sent_s < PARTIAL_S:
+        if now_s - self._sent_s < PARTIAL_S * max(1, self._calls()):
             return
         self._sent_s = now_s
         unsent = "".join(self._unsent)

@@ -77,7 +77,6 @@ class Piece:
 
     text: str
     finish_reason: str | None
-    generated_tokens: int | None
     usage: Usage | None
     top_logprobs: tuple[tuple[float, ...], ...] = ()
     """Per token of the piece the log probabilities of its most probable candidates, where they were asked for."""
@@ -306,7 +305,6 @@ def _piece(data: bytes) -> Piece:
     return Piece(
         text=text,
         finish_reason=finish_reason,
-        generated_tokens=_count(timings.get("predicted_n")) if timings else None,
         usage=_usage(event["usage"], timings) if isinstance(event.get("usage"), dict) else None,
         top_logprobs=top_logprobs,
     )

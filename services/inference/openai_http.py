@@ -54,7 +54,6 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
             "repeat_penalty",
             "grammar",
             "cache_prompt",
-            "timings_per_token",
         )
     },
 }
@@ -172,7 +171,7 @@ class OpenAiServer:
             raise EngineGone(f"the connection to {_origin(self._base)} broke: {type(err).__name__}") from err
         if answer.finish is None:
             raise EngineGone("the server ended its answer before it was complete")
-        yield Piece("", answer.finish, None, _usage(answer, body, began_s, loop.time()))
+        yield Piece("", answer.finish, _usage(answer, body, began_s, loop.time()))
 
     def _translated(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """The request as this server takes it."""
@@ -213,7 +212,7 @@ class OpenAiServer:
         delta = choice.get("delta")
         text = _text(delta.get("content")) if isinstance(delta, dict) else ""
         answer.pieces += bool(text)
-        return Piece(text, None, answer.pieces, None, candidate_logprobs(choice.get("logprobs")))
+        return Piece(text, None, None, candidate_logprobs(choice.get("logprobs")))
 
     def _finish(self, reason: Any) -> str:
         if reason == "content_filter":

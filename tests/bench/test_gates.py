@@ -9,7 +9,6 @@ import pytest
 from services.ctl.__main__ import main
 
 
-@pytest.mark.timeout(170)
 def test_a_sample_of_the_corpus_is_judged_as_it_is_outside(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "gates", "--sample", "2", "--no-escapes", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)

@@ -18,13 +18,15 @@ from services.ctl.__main__ import main
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.overhead import NOOP_MODELS
 from services.kit.children import resident_bytes
+from tests.waiting import until
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 KILLS = 5
-SOAK_TASKS = 3_000
-SOAK_CHUNK = 250
-SOAK_BOUND_MB = 8.0
+SOAK_TASKS = 1_000
+SOAK_CHUNK = 100
+SOAK_BOUND_MB = 4.0
+"""What 500 further tasks may add: 8 KB each. `tierline bench overhead` measures it after 100,000 steps."""
 
 
 @pytest.fixture
@@ -55,11 +57,11 @@ def test_whatever_was_accepted_ends_once_however_often_the_hub_is_killed(
     for _ in range(KILLS):
         began = time.monotonic()
         while time.monotonic() - began < 0.7:
-            accepted.append(stack.client.submit(small_task(index), timeout_s=30).task_id)
+            accepted.append(stack.client.submit(small_task(index), timeout_s=100).task_id)
             index += 1
         stack.restart("scheduler")
     for task in accepted:
-        assert stack.client.result(task, timeout_s=60).state is TaskState.SUCCEEDED
+        assert stack.client.result(task, timeout_s=200).state is TaskState.SUCCEEDED
     assert len(set(accepted)) == index
     effects = Counter(
         rows(stack, "SELECT task, kind FROM facts WHERE kind IN ('TaskEnded', 'TaskAccepted', 'StepDone')")
@@ -78,17 +80,15 @@ def test_durations_that_were_learned_outlive_kill_9(stack: BareStack) -> None:
         return levels.get(("worker",), 0.0)
 
     def wait_for(count: float) -> None:
-        end = time.monotonic() + 20
-        while observed() < count and time.monotonic() < end:
-            time.sleep(0.2)
+        until(lambda: observed() >= count, f"{count} steps are learned from")
         assert observed() == count
 
     for index in range(3):
-        stack.client.run(small_task(index), timeout_s=30)
+        stack.client.run(small_task(index), timeout_s=100)
     wait_for(6)
     stack.restart("scheduler")
     stack.wait_ready()
-    stack.client.run(small_task(99), timeout_s=30)
+    stack.client.run(small_task(99), timeout_s=100)
     wait_for(8)
 
 
@@ -97,11 +97,11 @@ def test_resident_memory_does_not_grow_with_the_number_of_tasks(stack: BareStack
     sizes: list[float] = []
     for first in range(0, SOAK_TASKS, SOAK_CHUNK):
         tasks = [
-            stack.client.submit(small_task(index), timeout_s=30, wait_if_refused=True).task_id
+            stack.client.submit(small_task(index), timeout_s=100, wait_if_refused=True).task_id
             for index in range(first, first + SOAK_CHUNK)
         ]
         for task in tasks:
-            assert stack.client.result(task, timeout_s=60).state is TaskState.SUCCEEDED
+            assert stack.client.result(task, timeout_s=200).state is TaskState.SUCCEEDED
         sizes.append(resident_bytes(pid) / 1024**2)
     half = len(sizes) // 2
     assert stack.client.status().tasks == {"succeeded": SOAK_TASKS}

@@ -29,7 +29,7 @@ from tests.system.test_memory_service import OBJECTIVES, MemoryStand, teach
 
 pytestmark = pytest.mark.chaos
 
-FLIPS_PER_FILE = 2
+FLIPS_PER_FILE = 1
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_row_that_changes_under_the_running_service_is_not_served_and_is_right
     assert answer.failure.code == "memory.log_damaged"
     assert answer.failure.category == "RESOURCE"
     assert stand.process is not None
-    stand.process.wait(timeout=30)
+    stand.process.wait(timeout=90)
     assert stand.events("memory.log_damaged")
     stand.start()
     assert stand.answers() == expected

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -77,6 +76,15 @@ def outcomes(task: str) -> RecordOutcomes:
     )
 
 
+def acknowledged(stand: MemoryStand, waiting: dict[str, str]) -> set[str]:
+    """Those of the tasks in `waiting` (request -> task) whose outcomes it has taken."""
+    return {
+        waiting[header.corr]
+        for _, header, _ in stand.hub.received
+        if header.corr in waiting and header.kind in ENDINGS and header.kind != "error"
+    }
+
+
 def test_no_acknowledged_outcome_is_lost_and_none_applied_twice(
     stand: MemoryStand, request: pytest.FixtureRequest
 ) -> None:
@@ -86,22 +94,19 @@ def test_no_acknowledged_outcome_is_lost_and_none_applied_twice(
     for number in range(rounds):
         tasks = [f"r{number}t{task}" for task in range(TASKS_A_ROUND)]
         waiting: dict[str, str] = {}
-        kill_at = time.monotonic() + chance.uniform(0.05, 0.35)
+        kill_after = chance.randint(1, TASKS_A_ROUND // 3)
         for task in tasks:
             stand.hub.request("memory", "memory.request", MemoryRequest(ask=decisions(task)))
             waiting[stand.hub.request("memory", "memory.request", MemoryRequest(ask=outcomes(task)))] = task
             stand.hub.pump(1)
-            if time.monotonic() > kill_at:
+            if len(acknowledged(stand, waiting)) >= kill_after:
                 break
+        stand.hub.until(lambda n=kill_after, told=waiting: len(acknowledged(stand, told)) >= n, "it acknowledges")
         stand.end(signal.SIGKILL)
         del stand.hub.peers["memory"]  # pinging the dead one would fail
         for _ in range(5):
             stand.hub.pump(10)  # answers that it had sent before it died
-        before_the_kill = {
-            waiting[header.corr]
-            for _, header, _ in stand.hub.received
-            if header.corr in waiting and header.kind in ENDINGS and header.kind != "error"
-        }
+        before_the_kill = acknowledged(stand, waiting)
         caught_working += 0 < len(before_the_kill) < len(waiting)
         stand.start()
         # Those of earlier rounds are counted at the end.

@@ -23,9 +23,13 @@ from protocol.messages.failure import Category, Failure
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, Ping, Pong, Welcome
 from protocol.zmq_transport import ZmqRouter
+from tests.waiting import WITHIN_S
 
 Script = Callable[[Header, bytes], Iterable[tuple[str, Message]]]
 """Takes a request; gives the messages to answer with, each as kind and body. May be empty: the hub stays silent."""
+
+_PING_EVERY_S = 0.2
+"""Often, since a test sees a service change by its pongs only."""
 
 
 class ScriptedHub:
@@ -46,6 +50,8 @@ class ScriptedHub:
         self._answers: dict[str, list[tuple[Header, bytes]]] = defaultdict(list)
         self._scripts: dict[str, Script] = {}
         self._pinged = 0.0
+        self._ponged: set[str | None] = set()
+        """Ids of the pings that were answered."""
 
     def answer(self, kind: str, script: Script) -> None:
         """From now on, answer requests of this kind by script."""
@@ -83,8 +89,8 @@ class ScriptedHub:
         self.port.close()
 
     def pump(self, timeout_ms: int = 50) -> None:
-        """Answer sessions, ping once a second, file the rest."""
-        if time.monotonic() - self._pinged > 1:
+        """Answer sessions, ping now and then, file the rest."""
+        if time.monotonic() - self._pinged > _PING_EVERY_S:
             self._pinged = time.monotonic()
             for service, identity in self.peers.items():
                 if self.hellos[service].capabilities:
@@ -106,6 +112,7 @@ class ScriptedHub:
                 self._reply(identity, header, "error", ErrorReply(failure=_UNKNOWN))
             elif header.kind == "session.pong":
                 self.pongs[header.src or ""] = unpack_body(Pong, frames[1])
+                self._ponged.add(header.corr)
             else:
                 self.received.append((identity, header, frames[1]))
                 if header.corr:
@@ -123,22 +130,42 @@ class ScriptedHub:
         self.port.send(identity, pack_header(Header(kind=kind, id=ident, **fields)), pack_body(body))  # type: ignore[arg-type]
         return ident
 
-    def await_peer(self, service: str, state: str = "ready", timeout_s: float = 30) -> Hello:
-        """Wait until that service has said HELLO and reported this state."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
+    def until(self, holds: Callable[[], object], what: str, within_s: float = WITHIN_S) -> None:
+        """Pump until `holds` gives something true."""
+        deadline = time.monotonic() + within_s
+        while not holds():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not within {within_s:g} s: {what}; pongs: {self.pongs}")
             self.pump()
+
+    def pump_for(self, seconds: float) -> None:
+        """Pump for a while: to let time pass, never to let something come to hold."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.pump()
+
+    def await_peer(self, service: str, state: str = "ready", timeout_s: float = WITHIN_S) -> Hello:
+        """Wait until that service has said HELLO and reported this state."""
+
+        def reached() -> bool:
             pong = self.pongs.get(service)
-            if service in self.peers and pong is not None and pong.state.value == state:
-                return self.hellos[service]
-        raise TimeoutError(f"{service} did not become {state}: {self.pongs.get(service)}")
+            return service in self.peers and pong is not None and pong.state.value == state
+
+        self.until(reached, f"{service} is {state}", timeout_s)
+        return self.hellos[service]
+
+    def newest_pong(self, service: str) -> Pong:
+        """Ping the service now and wait for its answer to that."""
+        ping = self.send(self.peers[service], "session.ping", Ping(at_ms=int(time.time() * 1000)))
+        self.until(lambda: ping in self._ponged, f"{service} answers a ping")
+        return self.pongs[service]
 
     def request(self, service: str, kind: str, body: Message, **fields: object) -> str:
         """Send a request; returns its id for `collect`. A key is made where none is given."""
         fields.setdefault("key", uuid.uuid4().hex)
         return self.send(self.peers[service], kind, body, **fields)
 
-    def collect(self, request_id: str, timeout_s: float = 30) -> tuple[Header, Message, list[Message]]:
+    def collect(self, request_id: str, timeout_s: float = WITHIN_S) -> tuple[Header, Message, list[Message]]:
         """Wait for the ending of a request: its header, its body, and the partials before it."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -150,7 +177,7 @@ class ScriptedHub:
             self.pump()
         raise TimeoutError(f"no ending for {request_id}: {self._answers[request_id]}")
 
-    def ask(self, service: str, kind: str, body: Message, timeout_s: float = 30, **fields: object) -> Message:
+    def ask(self, service: str, kind: str, body: Message, timeout_s: float = WITHIN_S, **fields: object) -> Message:
         """Request and collect; returns the body of the ending, whatever it is."""
         return self.collect(self.request(service, kind, body, **fields), timeout_s)[1]
 

@@ -17,11 +17,13 @@ The first rule counts whose `match` is part of the prompt (all messages, joined 
 given, is the --alias; its answers are given in turn, the last one again and again. An ANSWER is a string or
 
     {"text": "...", "repeat": 1, "delay_s": 0, "token_s": 0, "finish_reason": "stop", "fault": null,
-     "top_logprobs": [], "retry_after": null, "style": null}
+     "top_logprobs": [], "retry_after": null, "style": null, "hold": null, "together": 1}
 
-with `delay_s` before the first token, `token_s` between tokens, `top_logprobs` the log probabilities of each token's
-candidates, sent where the request asks for them. `style` `foreign` streams as other servers do: CRLF, comments, fields
-that nobody asked for, usage null in every chunk and figures without timings at the end; `bare` gives no usage at all.
+with `delay_s` before the first token, `token_s` between tokens, no token before the file `hold` is there (so that a
+test decides how long an answer takes), none before so many answers are at work `together`, `top_logprobs` the log
+probabilities of each token's candidates, sent where the request asks for them. `style` `foreign` streams as other
+servers do: CRLF, comments, fields that nobody asked for, usage null in every chunk and figures without timings at the
+end; `bare` gives no usage at all.
 Faults: `500`, `429`, `503` an error body, with a Retry-After header if `retry_after` is given; `401` one that quotes
 the key it was sent; `garbage` an event that is no JSON; `cut` a stream that ends without an ending; `disconnect` in the
 middle of the text; `hang` no byte until the client leaves; `stuck` tokens, and a slot that stays busy for ever; `die`
@@ -44,7 +46,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 #: Flags that change how the real one computes and nothing here, with what its help says of their values.
 ACCEPTED = {
@@ -137,6 +139,7 @@ class Handler(BaseHTTPRequestHandler):
     options: argparse.Namespace
     script: Script
     slots: Slots
+    meetings: ClassVar[dict[int, threading.Barrier]] = {}
     began = time.monotonic()
     retry_after: Any = None
     style: str | None = None
@@ -212,6 +215,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.slots.prompted += prompt_tokens
             self.pause(answer.get("delay_s", 0))
+            self.meet(answer.get("together", 1))
+            while answer.get("hold") and not os.path.exists(answer["hold"]):
+                self.pause(0.05)
             self.generate(body, answer, prompt_tokens)
         except (Gone, BrokenPipeError, ConnectionResetError):
             self.close_connection = True
@@ -240,14 +246,12 @@ class Handler(BaseHTTPRequestHandler):
             if number > len(words) // 2:
                 self.break_down(fault)
             self.slots.predicted += 1
-            timings = {"predicted_n": number} if body.get("timings_per_token") else None
             if stream:
                 choice = {"index": 0, "finish_reason": None, "delta": {"content": word}}
                 if body.get("logprobs") and answer.get("top_logprobs"):
                     candidates = [{"token": "x", "logprob": value} for value in answer["top_logprobs"]]
                     choice["logprobs"] = {"content": [{"token": word, "top_logprobs": candidates}]}
-                delta = {"choices": [choice]}
-                self.event({**delta, "timings": timings} if timings else delta)
+                self.event({"choices": [choice]})
             self.pause(answer.get("token_s", 0))
             took_ms = (time.monotonic() - began) * 1000
             if "\n" in word and 0 < body.get("t_max_predict_ms", 0) < took_ms:
@@ -295,6 +299,16 @@ class Handler(BaseHTTPRequestHandler):
         """Wait, but notice a client that leaves: a readable socket that gives no byte is closed."""
         if seconds > 0 and select.select([self.connection], [], [], seconds)[0]:
             raise Gone
+
+    def meet(self, count: int) -> None:
+        """Wait until so many answers have come here."""
+        if count > 1:
+            with self.slots.changed:
+                meeting = self.meetings.setdefault(count, threading.Barrier(count))
+            try:
+                meeting.wait(60)
+            except threading.BrokenBarrierError:
+                raise Gone from None
 
     def allowed(self) -> bool:
         key = os.environ.get("LLAMA_API_KEY")

@@ -36,6 +36,7 @@ from protocol.messages.session import StatusReport
 from protocol.messages.task import Accepted, Submit, TaskIR
 from services.kit.config import load_home
 from tests.fakes.hub import Script, ScriptedHub
+from tests.waiting import WITHIN_S
 
 TASK = TaskIR(objective="Say hello")
 
@@ -64,9 +65,9 @@ def failing(code: str) -> tuple[str, Message]:
     return "error", ErrorReply(failure=Failure(code=code, category=Category.SCHEMA, origin="test", message="no"))
 
 
-async def until(reached: object, timeout_s: float = 10) -> None:
+async def until(reached: object) -> None:
     """Wait until the callable `reached` gives something true."""
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(WITHIN_S):
         while not reached():  # type: ignore[operator]  # noqa: ASYNC110  the hub is in a thread, without our loop
             await asyncio.sleep(0.01)
 
@@ -109,10 +110,8 @@ async def test_a_client_may_be_there_before_its_hub(address: str) -> None:
 
 async def test_without_a_hub_a_call_ends_at_its_deadline_and_says_what_to_do(address: str) -> None:
     async with AsyncClient(address) as client:
-        began = time.monotonic()
         with pytest.raises(HubUnreachable, match="tierline up"):
             await client.show("T1", timeout_s=0.3)
-    assert time.monotonic() - began < 2
 
 
 async def test_a_silent_hub_is_a_deadline_exceeded_and_not_an_unreachable_one(address: str) -> None:
@@ -120,7 +119,7 @@ async def test_a_silent_hub_is_a_deadline_exceeded_and_not_an_unreachable_one(ad
         async with AsyncClient(address) as client:
             await until(lambda: hub.known)
             with pytest.raises(DeadlineExceeded) as ended:
-                await client.show("T1", timeout_s=0.5)
+                await client.show("T1", timeout_s=2)
     assert not isinstance(ended.value, HubUnreachable)
 
 
@@ -145,9 +144,9 @@ async def test_a_batch_gives_its_answers_in_order_and_tells_its_progress(address
     seen: list[BatchPartial] = []
     with hub.serving():
         async with AsyncClient(address) as client:
-            got = await client.llm_batch("worker", ["x", "y"], timeout_s=5, max_tokens=7, on_progress=seen.append)
+            got = await client.llm_batch("worker", ["x", "y"], timeout_s=20, max_tokens=7, on_progress=seen.append)
             with pytest.raises(ValueError, match="at most 1000"):
-                await client.llm_batch("worker", ["x"] * 1_001, timeout_s=5)
+                await client.llm_batch("worker", ["x"] * 1_001, timeout_s=WITHIN_S)
         header, body = hub.seen("batch.request")[0]
     assert got == final
     assert seen == [progress]
@@ -155,7 +154,7 @@ async def test_a_batch_gives_its_answers_in_order_and_tells_its_progress(address
     assert header.prio == "batch"
     assert header.key
     assert header.deadline is not None
-    assert header.deadline <= time.time() * 1000 + 5_000, "the hub is told the deadline itself, not our grace"
+    assert header.deadline <= time.time() * 1000 + 20_000, "the hub is told the deadline itself, not our grace"
 
 
 async def test_a_batch_nobody_waits_for_is_cancelled(address: str) -> None:
@@ -163,7 +162,7 @@ async def test_a_batch_nobody_waits_for_is_cancelled(address: str) -> None:
     hub.answer("batch.request", always())
     with hub.serving():
         async with AsyncClient(address) as client:
-            asked = asyncio.create_task(client.llm_batch("worker", ["x"], timeout_s=30, key="K"))
+            asked = asyncio.create_task(client.llm_batch("worker", ["x"], timeout_s=WITHIN_S, key="K"))
             await until(lambda: hub.seen("batch.request"))
             asked.cancel()
             await until(lambda: hub.seen("batch.cancel"))
@@ -173,14 +172,14 @@ async def test_a_batch_nobody_waits_for_is_cancelled(address: str) -> None:
 
 async def test_a_refusal_carries_the_time_to_wait(address: str) -> None:
     hub = ScriptedHub(address)
-    hub.answer("task.submit", always(("refused", Refused(reason="full", retry_after_ms=250))))
+    hub.answer("task.submit", always(("refused", Refused(reason="full", retry_after_ms=25_000))))
     with hub.serving():
         async with AsyncClient(address) as client:
             with pytest.raises(CallRefused) as refused:
                 await client.submit(TASK)
-            assert refused.value.retry_after_ms == 250
+            assert refused.value.retry_after_ms == 25_000
             with pytest.raises(CallRefused):  # the next try would come after the deadline
-                await client.submit(TASK, timeout_s=0.2, wait_if_refused=True)
+                await client.submit(TASK, timeout_s=20, wait_if_refused=True)
 
 
 async def test_a_patient_submit_asks_again_with_the_same_key(address: str) -> None:
@@ -205,7 +204,7 @@ async def test_a_submit_outlives_its_hub_and_stays_one_task(address: str) -> Non
     """The first hub takes the request and dies silent; the second gets the same request again."""
     with ScriptedHub(address, "first").serving() as first:
         client = await AsyncClient(address).__aenter__()
-        asked = asyncio.create_task(client.submit(TASK, timeout_s=20))
+        asked = asyncio.create_task(client.submit(TASK, timeout_s=WITHIN_S))
         await until(lambda: first.seen("task.submit"))
     second = ScriptedHub(address, "second")
     second.answer("task.submit", always(("task.accepted", Accepted(task_id="T1", duplicate=True))))
@@ -222,7 +221,7 @@ async def test_a_watch_goes_on_after_a_restart_of_the_hub_and_shows_each_event_o
     got: list[TaskEvent | TaskView] = []
 
     async def read(client: AsyncClient) -> None:
-        async for piece in client.watch("T1", timeout_s=30):
+        async for piece in client.watch("T1", timeout_s=WITHIN_S):
             got.append(piece)  # noqa: PERF401  the test reads the list while it grows
 
     first = ScriptedHub(address, "first")
@@ -235,7 +234,7 @@ async def test_a_watch_goes_on_after_a_restart_of_the_hub_and_shows_each_event_o
     ending = (("task.event", event(2)), ("task.event", event(3)), ("task.result", view(last_seq=3)))
     second.answer("task.watch", always(*ending))
     with second.serving():
-        await asyncio.wait_for(reading, 20)
+        await asyncio.wait_for(reading, WITHIN_S)
         await client.close()
     assert [piece.seq for piece in got if isinstance(piece, TaskEvent)] == [1, 2, 3]
     assert isinstance(got[-1], TaskView)
@@ -253,7 +252,7 @@ async def test_an_answer_lost_by_a_living_hub_is_asked_for_again(address: str) -
     hub.answer("session.status", always(("session.report", EMPTY_REPORT)))
     with hub.serving():
         async with AsyncClient(address) as client:
-            assert (await client.show("T1", timeout_s=20)).state is TaskState.SUCCEEDED
+            assert (await client.show("T1", timeout_s=WITHIN_S)).state is TaskState.SUCCEEDED
 
 
 async def test_a_call_of_a_worker_is_not_repeated_to_a_hub_that_lives(address: str) -> None:
@@ -276,7 +275,7 @@ async def test_tokens_repeat_the_last_number_and_are_shown(address: str) -> None
     hub.answer("task.watch", always(("task.event", event(1)), *tokens, ("task.result", view())))
     with hub.serving():
         async with AsyncClient(address) as client:
-            got = [piece async for piece in client.watch("T1", timeout_s=5)]
+            got = [piece async for piece in client.watch("T1", timeout_s=WITHIN_S)]
     first, *told, last = got
     assert (first, last) == (event(1), view())
     assert "".join(one.fields["text"] for one in told if isinstance(one, TaskEvent)) == "ab", "in one piece or in two"
@@ -321,13 +320,13 @@ async def test_every_call_has_its_value(address: str) -> None:
     pieces: list[InferPartial] = []
     with hub.serving():
         async with AsyncClient(address) as client:
-            assert (await client.run(TASK, timeout_s=5)).state is TaskState.SUCCEEDED
+            assert (await client.run(TASK, timeout_s=WITHIN_S)).state is TaskState.SUCCEEDED
             assert (await client.list()).tasks == []
             assert (await client.cancel("T1", reason="test")).state is TaskState.CANCELLED
             assert (await client.artefact("T1", "a")).value == "b"
             assert (await client.status()).hub_epoch == "scripted"
-            assert await client.infer("worker", ASK, 5, key="K1", on_partial=pieces.append) == final
-            assert (await client.plan(TASK, timeout_s=5)).source == "rules"
+            assert await client.infer("worker", ASK, WITHIN_S, key="K1", on_partial=pieces.append) == final
+            assert (await client.plan(TASK, timeout_s=WITHIN_S)).source == "rules"
             assert (await client.memory(MemoryRequest(ask=Stats()))).stored == 1
     assert pieces == [piece]
     assert (hub.seen("infer.request")[0][0].dst, hub.seen("infer.request")[0][0].key) == ("infer.worker", "K1")
@@ -340,9 +339,9 @@ def test_the_blocking_client_makes_the_same_calls_from_several_threads(address: 
     hub.answer("task.show", always(("task.detail", view())))
     hub.answer("task.watch", always(("task.event", event(1)), ("task.result", view())))
     with hub.serving(), Client(address) as client:
-        assert client.run(TASK, 5).state is TaskState.SUCCEEDED
-        assert [type(piece) for piece in client.watch("T1", timeout_s=5)] == [TaskEvent, TaskView]
-        for piece in client.watch("T1", timeout_s=5):
+        assert client.run(TASK, WITHIN_S).state is TaskState.SUCCEEDED
+        assert [type(piece) for piece in client.watch("T1", timeout_s=WITHIN_S)] == [TaskEvent, TaskView]
+        for piece in client.watch("T1", timeout_s=WITHIN_S):
             assert isinstance(piece, TaskEvent)
             break  # leaving early must not leave the request behind
         shown: list[TaskView] = []
@@ -350,7 +349,7 @@ def test_the_blocking_client_makes_the_same_calls_from_several_threads(address: 
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(WITHIN_S)
         assert len(shown) == 8
 
 
@@ -360,19 +359,17 @@ def test_closing_the_blocking_client_is_bounded_and_wakes_who_waits(address: str
 
     def wait() -> None:
         try:
-            client.result("T1", 60)
+            client.result("T1", 300)
         except BaseException as err:  # noqa: BLE001  the test looks at what it was
             ended.append(err)
 
     thread = threading.Thread(target=wait)
     thread.start()
-    time.sleep(0.2)
-    began = time.monotonic()
+    time.sleep(0.2)  # it may wait already, or come to a client that is closed: both have to end
     client.close()
     client.close()
-    thread.join(5)
-    assert time.monotonic() - began < 4.5
-    assert len(ended) == 1
+    thread.join(30)
+    assert len(ended) == 1, "long before the minutes that it would have waited"
     with pytest.raises(RuntimeError, match="closed"):
         client.status()
 

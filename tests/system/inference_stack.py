@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from protocol.messages.base import Message
 from protocol.messages.infer import ChatMessage, InferRequest
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.fakes.hub import ScriptedHub
+from tests.waiting import WITHIN_S
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FAKE_BINARY = CHECKOUT / "tests" / "fakes" / "llama_server.py"
@@ -106,12 +106,21 @@ class InferenceStack:
     def stderr(self, name: str) -> str:
         return (self.root / f"{name}.err").read_text()
 
-    def ask(self, name: str, body: Message, timeout_s: float = 30) -> Message:
+    def ask(self, name: str, body: Message, timeout_s: float = WITHIN_S) -> Message:
         return self.hub.ask(f"inference-{name}", "infer.request", body, timeout_s=timeout_s)
 
-    def figures(self, name: str, fresh_s: float = 0.0) -> dict[str, Any]:
-        """Metrics of the newest pong; with `fresh_s`, after pumping for so long."""
-        deadline = time.monotonic() + fresh_s
-        while time.monotonic() < deadline:
-            self.hub.pump()
-        return self.hub.pongs[f"inference-{name}"].metrics
+    def figures(self, name: str) -> dict[str, Any]:
+        """What the service counts at this moment; what it has from its engine may be a second old."""
+        return self.hub.newest_pong(f"inference-{name}").metrics
+
+    def await_figures(self, name: str, within_s: float = WITHIN_S, **wanted: Any) -> dict[str, Any]:
+        """Metrics of the newest pong once it has these figures."""
+        service = f"inference-{name}"
+
+        def reached() -> bool:
+            metrics = self.hub.pongs[service].metrics
+            return all(metrics.get(figure) == value for figure, value in wanted.items())
+
+        self.hub.newest_pong(service)
+        self.hub.until(reached, f"{service} has {wanted}", within_s)
+        return self.hub.pongs[service].metrics

@@ -25,6 +25,7 @@ class ScriptedStack:
         self.model = folder / "tiny.gguf"
         self._script = folder / "script.json"
         self._record = folder / "record.jsonl"
+        self._folder = folder
 
     def say(self, *rules: dict[str, Any], persist: bool = False) -> None:
         """Rules for all models; every test uses words of its own, so that turns do not mix.
@@ -36,6 +37,14 @@ class ScriptedStack:
         draft.write_text(json.dumps(script), encoding="utf-8")
         draft.replace(self._script)
 
+    def held(self, name: str) -> str:
+        """The `hold` of an answer that is not given before `release` is called with this name."""
+        return str(self._folder / f"{name}.released")
+
+    def release(self, name: str) -> None:
+        """Let the answers be given that are held under this name."""
+        Path(self.held(name)).touch()
+
     def prompts_with(self, text: str) -> list[str]:
         """Prompts that held this text, in order."""
         lines = self._record.read_text(encoding="utf-8").splitlines() if self._record.exists() else []
@@ -44,7 +53,7 @@ class ScriptedStack:
     def tierline(self, *argv: str) -> str:
         """What the command prints; fails if it could not."""
         command = [sys.executable, "-m", "services.ctl", *argv]
-        done = subprocess.run(command, env=self.stack.environ, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.stack.environ, capture_output=True, text=True, timeout=120)
         assert done.returncode in (0, 1), done.stderr  # 1 = about a task that failed
         return done.stdout
 
@@ -56,7 +65,7 @@ class ScriptedStack:
         """Run a task of these steps; the actor is the worker and there are no gates unless a step says otherwise."""
         filled = [{"actor": "worker", "gates": []} | step for step in steps]
         task = {"objective": "test the routing of failures", "plan": {"steps": filled}} | fields
-        return self.stack.client.run(task, timeout_s=100)
+        return self.stack.client.run(task, timeout_s=300)
 
     def switch_learning(self, *, on: bool) -> None:
         """Whether memory's advice may replace the rules'; off where a test needs the rules' choice every time."""

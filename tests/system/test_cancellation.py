@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
 from services.ctl.bench.bare_stack import BareStack
 from tests.system.inference_stack import InferenceStack, ask_for
-
-pytestmark = pytest.mark.timeout(120)
+from tests.waiting import until
 
 MODELS = {
     "front": {"tier": "A", "engine": "noop", "slots": 4, "context_tokens": 4096},
@@ -67,13 +66,6 @@ def sandboxed(stack: BareStack) -> list[psutil.Process]:
     return found
 
 
-def until(what: str, holds: Callable[[], bool], within_s: float = 20) -> None:
-    end = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
-
-
 def states(stack: BareStack, task_id: str) -> dict[str, StepState]:
     return {step.id: step.state for step in stack.client.show(task_id).steps}
 
@@ -85,26 +77,26 @@ def gates_are_free(stack: BareStack) -> bool:
 
 def test_cancelling_a_task_ends_what_runs_in_its_sandbox(stack: BareStack) -> None:
     task_id = stack.client.submit(hanging_task()).task_id
-    until("the gate runs", lambda: len(sandboxed(stack)) >= 2)
+    until(lambda: len(sandboxed(stack)) >= 2, "the gate runs")
     inside = sandboxed(stack)
-    until("S3 is done", lambda: states(stack, task_id)["S3"] is StepState.DONE)
+    until(lambda: states(stack, task_id)["S3"] is StepState.DONE, "S3 is done")
     assert stack.client.cancel(task_id).state is TaskState.CANCELLED
-    until("the sandbox ends", lambda: not sandboxed(stack) and not any(one.is_running() for one in inside), 5)
-    until("its slot is free", lambda: gates_are_free(stack), 5)
+    until(lambda: not sandboxed(stack) and not any(one.is_running() for one in inside), "the sandbox ends")
+    until(lambda: gates_are_free(stack), "its slot is free")
     assert stack.client.cancel(task_id).state is TaskState.CANCELLED, "a second time changes nothing"
     assert states(stack, task_id) == {"S1": StepState.CANCELLED, "S2": StepState.CANCELLED, "S3": StepState.DONE}
 
 
 def test_cancelling_a_step_ends_its_sandbox_and_its_subtree_and_nothing_else(stack: BareStack) -> None:
     task_id = stack.client.submit(hanging_task()).task_id
-    until("the gate runs", lambda: len(sandboxed(stack)) >= 2)
+    until(lambda: len(sandboxed(stack)) >= 2, "the gate runs")
     stack.client.cancel(task_id, step="S1")
-    until("the sandbox ends", lambda: not sandboxed(stack), 5)
-    view = stack.client.result(task_id, 20)
+    until(lambda: not sandboxed(stack), "the sandbox ends")
+    view = stack.client.result(task_id, 100)
     assert view.state is TaskState.SUCCEEDED
     assert [artefact.name for artefact in view.artefacts] == ["c"]
     assert states(stack, task_id) == {"S1": StepState.CANCELLED, "S2": StepState.CANCELLED, "S3": StepState.DONE}
-    until("its slot is free", lambda: gates_are_free(stack), 5)
+    until(lambda: gates_are_free(stack), "its slot is free")
 
 
 def test_a_worker_does_not_begin_what_is_past_its_deadline_when_it_gets_to_it() -> None:
@@ -117,8 +109,8 @@ def test_a_worker_does_not_begin_what_is_past_its_deadline_when_it_gets_to_it() 
         wanted = stack.hub.request("inference-m", "infer.request", ask_for("y"))
         time.sleep(0.6)
         process.send_signal(signal.SIGCONT)
-        _, refused, _ = stack.hub.collect(late, 10)
+        _, refused, _ = stack.hub.collect(late)
         assert isinstance(refused, ErrorReply)
         assert (refused.failure.code, refused.failure.category.value) == ("call.expired", "TIMEOUT")
-        header, _, _ = stack.hub.collect(wanted, 10)
+        header, _, _ = stack.hub.collect(wanted)
         assert header.kind == "infer.final", "the next one is not held up"

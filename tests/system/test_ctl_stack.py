@@ -54,7 +54,7 @@ class Installation:
         models = {"front": {"tier": "A", **entry}, "worker": {"tier": "C", **entry}}
         (self.root / "registry" / "models.yaml").write_text(yaml.safe_dump({"models": models}))
 
-    def tierline(self, *argv: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    def tierline(self, *argv: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "services.ctl", *argv],
             env=self.environment,
@@ -98,7 +98,7 @@ def test_up_twice_at_the_same_time_starts_one_stack(installation: Installation) 
         for _ in range(2)
     ]
     for up in ups:
-        out, err = up.communicate(timeout=120)
+        out, err = up.communicate(timeout=300)
         assert up.returncode == 0, err
         assert {service["name"] for service in json.loads(out)["services"]} == SERVICES
     supervisors = [
@@ -180,7 +180,7 @@ def test_down_ends_what_a_killed_supervisord_left_behind(running: Installation) 
         process for process in stray_processes(running.home) if "supervisor.supervisord" in process.cmdline()
     )
     supervisord.kill()
-    supervisord.wait(10)
+    supervisord.wait(60)
     done = running.tierline("down")
     assert done.returncode == 0, done.stderr
     assert stray_processes(running.home) == []

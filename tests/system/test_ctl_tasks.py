@@ -12,14 +12,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.kit.config import CHECKOUT
+from protocol.client import Client
+from protocol.errors import CallError
+from services.kit.config import CHECKOUT, load_home
+from tests.waiting import until
 
 WORKERS = """
 import asyncio, sys
@@ -82,16 +84,18 @@ class Stack:
         ]
 
     def await_ready(self) -> None:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            done = self.tierline("status", "--json")
-            peers = json.loads(done.stdout)["services"]
-            if {peer["name"] for peer in peers if peer["state"] == "ready"} >= {"planner", "scripted"}:
-                return
-            time.sleep(0.2)
-        raise TimeoutError((self.root / "services.out").read_text())
+        with Client(load_home(self.environment).hub_address, name="test") as client:
 
-    def tierline(self, *argv: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+            def ready() -> bool:
+                try:
+                    states = {peer.service: peer.state for peer in client.status(timeout_s=2).peers}
+                except CallError:
+                    return False
+                return states.get("planner") == states.get("scripted") == "ready"
+
+            until(ready, "its services are ready; services.out says why not")
+
+    def tierline(self, *argv: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "services.ctl", *argv],
             env=self.environment,
@@ -106,7 +110,7 @@ class Stack:
             process.terminate()
         for process in self.processes:
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -128,7 +132,7 @@ def stack() -> Iterator[Stack]:
     yield from started(0.05)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def slow_stack() -> Iterator[Stack]:
     yield from started(60)
 
@@ -181,7 +185,7 @@ def test_run_on_a_terminal_draws_a_table_and_passes_no_escape_of_a_model(stack: 
             break
         shown += data
     os.close(reader)
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
     assert b"\x1b[" in shown  # it is a terminal, there is colour
     assert b"[31msequence" in shown
     assert b"\x1b[31msequence" not in shown
@@ -280,12 +284,9 @@ def test_the_first_ctrl_c_cancels_the_task(slow_stack: Stack) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 30
-    while "running" not in slow_stack.tierline("list").stdout:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    until(lambda: "running" in slow_stack.tierline("list").stdout, "the task runs")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert json.loads(out)["state"] == "cancelled"
     assert "cancelling" in err
@@ -303,7 +304,7 @@ def test_ctrl_c_leaves_a_watched_task_running(slow_stack: Stack) -> None:
     assert process.stdout is not None
     assert "task.accepted" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "goes on" in err
     view = json.loads(slow_stack.tierline("show", task, "--json").stdout)

@@ -10,13 +10,14 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from supervisor.datatypes import RestartUnconditionally
 from supervisor.options import ServerOptions
+
+from tests.waiting import until
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DEPLOY = CHECKOUT / "deploy"
@@ -85,7 +86,7 @@ def stand_in_checkout(tmp_path: Path, home: Path) -> Iterator[Path]:
     )
     yield checkout
     daemon.terminate()
-    assert daemon.wait(timeout=20) == 0
+    assert daemon.wait(timeout=90) == 0
 
 
 def supervisorctl(checkout: Path, state: Path, *arguments: str) -> str:
@@ -101,20 +102,22 @@ def supervisorctl(checkout: Path, state: Path, *arguments: str) -> str:
         env={**env, "XDG_STATE_HOME": str(state)},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=90,
         check=False,
     )
     return done.stdout + done.stderr
 
 
-def wait_for(pattern: str, checkout: Path, state: Path, *, timeout_s: float = 15) -> str:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        output = supervisorctl(checkout, state, "status")
-        if found := re.search(pattern, output):
-            return found.group(1)
-        time.sleep(0.1)
-    raise AssertionError(f"no {pattern!r} within {timeout_s} s; the last status was: {output}")
+def wait_for(pattern: str, checkout: Path, state: Path) -> str:
+    said: list[re.Match[str] | None] = [None]
+
+    def found() -> bool:
+        said[0] = re.search(pattern, supervisorctl(checkout, state, "status"))
+        return said[0] is not None
+
+    until(found, f"supervisorctl says {pattern!r}")
+    assert said[0] is not None
+    return said[0].group(1)
 
 
 def test_plain_supervisorctl_finds_the_stack_and_a_killed_program_comes_back(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from protocol.messages.failure import Category
 from protocol.messages.gate import Verdict
 from protocol.messages.result import TaskState, TaskView
 from tests.system.scripted_stack import ScriptedStack, scripted_stack
+from tests.waiting import until
 
 GOOD = "def double(x: int) -> int:\n    return 2 * x\n"
 WRONG = "def double(x: int) -> int:\n    return 3 * x\n"
@@ -55,13 +55,6 @@ def scripted() -> Iterator[ScriptedStack]:
 
 def told_of(view: TaskView) -> list[str]:
     return [attempt.told or "" for attempt in view.steps[0].attempts]
-
-
-def wait_until(reached: Callable[[], bool], what: str, within_s: float = 30) -> None:
-    end = time.monotonic() + within_s
-    while not reached():
-        assert time.monotonic() < end, f"{what} within {within_s} s"
-        time.sleep(0.05)
 
 
 def beside(work: Callable[[], TaskView]) -> tuple[threading.Thread, list[TaskView]]:
@@ -249,12 +242,13 @@ def test_json_without_a_schema_is_asked_for_again_under_constraint(scripted: Scr
 
 
 def test_a_killed_worker_is_run_again_without_being_counted(scripted: ScriptedStack) -> None:
-    scripted.say({"match": "raspberry", "answers": [{"text": "made it", "delay_s": 2}]})
+    scripted.say({"match": "raspberry", "answers": [{"text": "made it", "hold": scripted.held("raspberry")}]})
     step = {"id": "S1", "action": "raspberry: wait", "outputs": [{"name": "a"}]}
     thread, views = beside(lambda: scripted.run(step))
-    wait_until(lambda: bool(scripted.prompts_with("raspberry")), "the worker has it")
+    until(lambda: scripted.prompts_with("raspberry"), "the worker has it")
     scripted.stack.restart("inference-worker")
-    thread.join(60)
+    scripted.release("raspberry")
+    thread.join(300)
     (view,) = views
     assert view.state is TaskState.SUCCEEDED, view.failure
     (attempt,) = view.steps[0].attempts
@@ -293,7 +287,7 @@ def test_what_a_batch_still_waits_for_goes_to_the_lateral_model_when_its_own_is_
             scripted.stack.kill("inference-worker")
 
     try:
-        final = scripted.stack.client.llm_batch("worker", words, timeout_s=60, on_progress=kill_once)
+        final = scripted.stack.client.llm_batch("worker", words, timeout_s=200, on_progress=kill_once)
     finally:
         scripted.stack.restart("inference-worker")
     assert [answer.text for answer in final.answers] == [f"saw {word}" for word in words]
@@ -329,10 +323,10 @@ def test_an_answer_that_is_not_json_where_json_was_required_is_asked_for_again(s
 
 def test_a_step_past_its_time_is_escalated_at_once(scripted: ScriptedStack) -> None:
     scripted.say(
-        {"match": "fig", "model": "worker", "answers": [{"text": "too late", "delay_s": 30}]},
+        {"match": "fig", "model": "worker", "answers": [{"text": "too late", "delay_s": 100}]},
         {"match": "fig", "model": "specialist", "answers": ["in time"]},
     )
-    view = scripted.run({"id": "S1", "action": "fig: hurry", "outputs": [{"name": "a"}], "timeout_s": 1.5})
+    view = scripted.run({"id": "S1", "action": "fig: hurry", "outputs": [{"name": "a"}], "timeout_s": 4})
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert [attempt.role for attempt in view.steps[0].attempts] == ["worker", "coder"]
     failed = view.steps[0].attempts[0].failure
@@ -389,15 +383,17 @@ def test_what_cured_a_failure_is_told_in_the_prompts_of_a_similar_task(scripted:
     first = scripted.run(code_step("write double", ["lint"]), objective=f"Please {words}", **with_tests())
     assert first.state is TaskState.SUCCEEDED, first.failure
     # The outcome travels to memory after the client has its result.
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        scripted.say({"match": "quince", "answers": ["Here it is."]})
-        later = scripted.stack.client.run({"objective": f"Kindly {words}"}, timeout_s=60)
-        assert later.state is TaskState.SUCCEEDED, later.failure
-        if later.plan is not None and later.plan.lessons:
-            break
-    assert later.plan is not None
-    (lesson,) = later.plan.lessons
+    scripted.say({"match": "quince", "answers": ["Here it is."]})
+    seen: list[TaskView] = []
+
+    def taught() -> bool:
+        seen.append(scripted.stack.client.run({"objective": f"Kindly {words}"}, timeout_s=200))
+        assert seen[-1].state is TaskState.SUCCEEDED, seen[-1].failure
+        return seen[-1].plan is not None and bool(seen[-1].plan.lessons)
+
+    until(taught, "a similar task is told the lesson")
+    assert seen[-1].plan is not None
+    (lesson,) = seen[-1].plan.lessons
     assert (lesson.failure_code, lesson.action, lesson.role) == ("gate.lint", "retry", "worker")
     assert lesson.times >= 1, "other tests of this file may have taught it too"
     prompt = scripted.prompts_with("quince")[-1]

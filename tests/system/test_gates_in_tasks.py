@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from protocol.messages.failure import Category
 from protocol.messages.gate import Verdict
 from protocol.messages.result import TaskState
 from tests.system.scripted_stack import ScriptedStack, scripted_stack
+from tests.waiting import until
 
 NOTES = "# Notes\n\nThe harbour is open.\n"
 
@@ -97,10 +97,7 @@ def test_the_same_artefact_is_not_checked_twice(scripted: ScriptedStack) -> None
     first, second = (scripted.run(step("hawthorn: write notes", "markdown")) for _ in range(2))
     cached = [view.steps[0].attempts[0].gates[0].cached for view in (first, second)]
     assert cached == [False, True]
-    end = time.monotonic() + 5
-    while hits(scripted) == 0 and time.monotonic() < end:
-        time.sleep(0.1)  # a service tells its figures with its next pong
-    assert hits(scripted) >= 1
+    until(lambda: hits(scripted) >= 1, "the service tells of it with a pong")
 
 
 def hits(scripted: ScriptedStack) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,12 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.base import Message
@@ -22,31 +24,32 @@ from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.reply import ErrorReply
 from services.gates.control_groups import ControlGroups
 from tests.fakes.hub import ScriptedHub
+from tests.waiting import until
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 MORE_GATES = """
-  hang:
-    description: Runs the artefact, whatever it does.
+  hasty:
+    description: Runs the artefact for a short time, whatever it does.
     kinds: [code]
     category: CODE
     argv: ["{python}", "{artefact}"]
     executes: true
-    timeout_s: 3
-  hang2:
+    timeout_s: 4
+  patient:
+    description: The same with time enough for anything on a busy machine.
+    kinds: [code]
+    category: CODE
+    argv: ["{python}", "{artefact}"]
+    executes: true
+    timeout_s: 90
+  patient2:
     description: The same again, to see two at once.
     kinds: [code]
     category: CODE
     argv: ["{python}", "{artefact}"]
     executes: true
-    timeout_s: 3
-  patient:
-    description: The same with time enough to fill memory on a busy machine.
-    kinds: [code]
-    category: CODE
-    argv: ["{python}", "{artefact}"]
-    executes: true
-    timeout_s: 25
+    timeout_s: 90
   small:
     description: Runs the artefact with little memory.
     kinds: [code]
@@ -102,8 +105,9 @@ class Stack:
         self.registry = root / "registry"
         shutil.copytree(CHECKOUT / "registry", self.registry)
         table = self.registry / "gates.yaml"
-        gates, policy = table.read_text().replace("timeout_s: 60", "timeout_s: 4").split("\npolicy:\n")
-        table.write_text(f"{gates}{MORE_GATES}\npolicy:\n{policy}")
+        gates, policy = table.read_text().split("\npolicy:\n")
+        unit = yaml.safe_load(gates)["gates"]["unit"] | {"timeout_s": 4}
+        table.write_text(f"{gates}{MORE_GATES}  hasty_unit: {json.dumps(unit)}\n\npolicy:\n{policy}")
         hardware = self.registry / "hardware.yaml"
         hardware.write_text(hardware.read_text().replace("# cores: 2", "cores: 2"))
         self.home = root / "home"
@@ -122,28 +126,35 @@ class Stack:
     def close(self) -> None:
         self.process.terminate()
         try:
-            self.process.wait(10)
+            self.process.wait(60)
         finally:
             self.process.kill()
             self.hub.close()
 
-    def ask(self, *gates: str, timeout_s: float = 30, cores: int | None = None, **fields: Any) -> list[GateResult]:
-        body = self.hub.ask("gates", "gate.request", request(*gates, **fields), timeout_s, cores=cores)
+    def ask(self, *gates: str, cores: int | None = None, **fields: Any) -> list[GateResult]:
+        body = self.hub.ask("gates", "gate.request", request(*gates, **fields), cores=cores)
         assert isinstance(body, GateFinal), body
         return body.results
 
-    def run_code(self, source: str, gate: str = "hang") -> GateResult:
+    def run_code(self, source: str, gate: str = "patient") -> GateResult:
         (result,) = self.ask(gate, artefacts=[python("program", source)])
         return result
 
-    def test_code(self, tests: str, source: str = "def add(a, b):\n    return a + b\n") -> GateResult:
-        (result,) = self.ask("unit", artefacts=[python("sums", source)], context=[python("test_sums", tests)])
+    def test_code(self, tests: str, gate: str = "unit") -> GateResult:
+        source = "def add(a, b):\n    return a + b\n"
+        (result,) = self.ask(gate, artefacts=[python("sums", source)], context=[python("test_sums", tests)])
         return result
 
     def inside(self) -> list[psutil.Process]:
         """Everything that lives below the service: sandboxes and what runs in them."""
-        tree = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in tree if process.status() != psutil.STATUS_ZOMBIE]
+        return [one for one in psutil.Process(self.process.pid).children(recursive=True) if lives(one)]
+
+
+def lives(process: psutil.Process) -> bool:
+    """False once it has ended, be it reaped or not."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def python(name: str, source: str) -> Artefact:
@@ -248,7 +259,7 @@ def test_a_schema_that_would_compute_for_ever_is_killed_while_the_service_answer
     )
     waiting = stack.hub.request("gates", "gate.request", slow)
     assert stack.run_code("print(1)").verdict is Verdict.PASS
-    _, body, _ = stack.hub.collect(waiting, 20)
+    _, body, _ = stack.hub.collect(waiting)
     assert isinstance(body, GateFinal)
     assert (body.results[0].verdict, body.results[0].category.value) == (Verdict.ERROR, "RESOURCE")
     assert "timed out" in body.results[0].message
@@ -285,44 +296,39 @@ def test_a_workspace_cannot_replace_the_tool_or_the_artefact(stack: Stack) -> No
 
 
 def test_a_hanging_test_is_killed_at_its_timeout_with_everything_it_started(stack: Stack) -> None:
-    tests = "import subprocess, time\n\ndef test_a():\n    subprocess.Popen(['sleep', '77'])\n    time.sleep(60)\n"
-    began = time.monotonic()
-    result = stack.test_code(tests)
-    assert time.monotonic() - began < 8
+    tests = "import subprocess, time\n\ndef test_a():\n    subprocess.Popen(['sleep', '777'])\n    time.sleep(600)\n"
+    result = stack.test_code(tests, "hasty_unit")
     assert (result.verdict, result.category.value, result.findings[0].rule) == (Verdict.FAIL, "CODE", "timed-out")
     assert "4 s" in result.message
     assert stack.inside() == []
-    assert not [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "77"]]
+    assert not [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "777"]]
 
 
 def test_a_flood_of_output_is_cut_off(stack: Stack) -> None:
     result = stack.run_code("while True:\n    print('x' * 10_000)\n")
     assert (result.verdict, result.findings[0].rule) == (Verdict.FAIL, "flooded")
-    assert result.ended_ms - result.started_ms < 2_500
     assert stack.inside() == []
 
 
 def test_a_fork_bomb_is_bounded_and_leaves_others_room(stack: Stack) -> None:
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
-    waiting = stack.hub.request("gates", "gate.request", request("hang", artefacts=[python("bomb", bomb)]))
+    waiting = stack.hub.request("gates", "gate.request", request("hasty", artefacts=[python("bomb", bomb)]))
+    stack.hub.until(lambda: len(stack.inside()) > 10, "it multiplies")
     beside = stack.run_code("import threading\nfor _ in range(20):\n    threading.Thread(target=print).start()\n")
-    most = 0
-    for _ in range(8):
-        most = max(most, len(stack.inside()))
-        time.sleep(0.1)
+    most = len(stack.inside())
     _, body, _ = stack.hub.collect(waiting)
     assert beside.verdict is Verdict.PASS, beside
     assert isinstance(body, GateFinal)
     assert body.results[0].findings[0].rule == "timed-out"
-    assert 10 < most < 100
+    assert most < 100
     assert stack.inside() == []
 
 
 def test_memory_is_bounded_for_one_process_and_for_many(stack: Stack) -> None:
     alone = stack.run_code("x = bytearray(3 * 1024**3)\n")
     assert "MemoryError" in alone.findings[0].message
-    source = "import os, time\nos.fork(); os.fork(); os.fork()\nx = b'x' * (300 << 20)\ntime.sleep(30)\n"
-    many = stack.run_code(source, "patient")
+    source = "import os, time\nos.fork(); os.fork(); os.fork()\nx = b'x' * (300 << 20)\ntime.sleep(300)\n"
+    many = stack.run_code(source)
     assert many.findings[0].rule == "grew"
 
 
@@ -332,17 +338,12 @@ def test_a_burst_of_many_processes_is_over_before_anybody_could_have_looked(stac
     source = "import os\nos.fork(); os.fork()\nx = b'x' * (80 << 20)\n"
     assert stack.run_code(source, "small").findings[0].rule == "grew"
     assert stack.run_code("x = b'x' * (80 << 20)\n", "small").verdict is Verdict.PASS
-    assert left_groups() == []
+    until(lambda: left_groups() == [], "the last process is reaped, and its group is gone")
 
 
 def left_groups() -> list[Path]:
-    """Control groups of gates that are still there; a moment may pass until the last process is reaped."""
-    end = time.monotonic() + 5
-    while found := list(Path("/sys/fs/cgroup").rglob("tierline-gate-*")):
-        if time.monotonic() > end:
-            break
-        time.sleep(0.05)
-    return found
+    """Control groups of gates that are still there."""
+    return list(Path("/sys/fs/cgroup").rglob("tierline-gate-*"))
 
 
 def test_there_is_no_network(stack: Stack) -> None:
@@ -448,26 +449,23 @@ def test_a_gate_without_anything_to_judge_says_so(stack: Stack) -> None:
 
 
 def test_independent_gates_overlap_in_time(stack: Stack) -> None:
-    artefacts = [python("a", "import time\ntime.sleep(0.7)\n")]
-    alone = stack.ask("hang", "hang2", artefacts=artefacts)
+    artefacts = [python("a", "import time\ntime.sleep(0.2)\n")]
+    alone = stack.ask("patient", "patient2", artefacts=artefacts)
     assert alone[0].ended_ms <= alone[1].started_ms, (
         "without a word from the hub a run has the cores of its widest gate"
     )
-    other = [python("b", "import time\ntime.sleep(0.7)\n")]
-    first, second = stack.ask("hang", "hang2", artefacts=other, cores=2)
+    other = [python("b", "import time\ntime.sleep(2.5)\n")]
+    first, second = stack.ask("patient", "patient2", artefacts=other, cores=2)
     assert (first.verdict, second.verdict) == (Verdict.PASS, Verdict.PASS)
-    assert max(first.started_ms, second.started_ms) < min(first.ended_ms, second.ended_ms) - 300
+    assert max(first.started_ms, second.started_ms) < min(first.ended_ms, second.ended_ms)
 
 
 def test_cancel_kills_the_tree_and_frees_the_cores(stack: Stack) -> None:
-    source = "import os, time\nos.fork()\nos.fork()\ntime.sleep(30)\n"
-    waiting = stack.hub.request("gates", "gate.request", request("hang", artefacts=[python("a", source)]), key="k1")
-    deadline = time.monotonic() + 5
-    while len(stack.inside()) < 6 and time.monotonic() < deadline:
-        stack.hub.pump(20)
-    assert len(stack.inside()) >= 6
+    source = "import os, time\nos.fork()\nos.fork()\ntime.sleep(300)\n"
+    waiting = stack.hub.request("gates", "gate.request", request("patient", artefacts=[python("a", source)]), key="k1")
+    stack.hub.until(lambda: len(stack.inside()) >= 6, "four processes run in their sandbox")
     stack.hub.send(stack.hub.peers["gates"], "gate.cancel", Message(), key="k1", corr=waiting)
-    _, body, _ = stack.hub.collect(waiting, 3)
+    _, body, _ = stack.hub.collect(waiting)
     assert stack.inside() == []
     assert isinstance(body, ErrorReply)
     assert body.failure.code == "call.cancelled"
@@ -479,8 +477,8 @@ def test_past_its_deadline_a_request_ends_as_a_timeout(stack: Stack) -> None:
     body: Message = stack.hub.ask(
         "gates",
         "gate.request",
-        request("hang", artefacts=[python("a", "import time\ntime.sleep(30)\n")]),
-        deadline=int(time.time() * 1000) + 800,
+        request("patient", artefacts=[python("a", "import time\ntime.sleep(300)\n")]),
+        deadline=int(time.time() * 1000) + 1_500,
     )
     assert isinstance(body, ErrorReply)
     assert (body.failure.code, body.failure.category.value) == ("gates.deadline", "TIMEOUT")
@@ -489,16 +487,13 @@ def test_past_its_deadline_a_request_ends_as_a_timeout(stack: Stack) -> None:
 
 def test_kill_9_of_the_service_takes_its_sandboxes_along() -> None:
     with started() as stack:
-        source = "import time\ntime.sleep(30)\n"
-        stack.hub.request("gates", "gate.request", request("hang", artefacts=[python("a", source)]))
-        deadline = time.monotonic() + 5
-        while len(stack.inside()) < 3 and time.monotonic() < deadline:
-            stack.hub.pump(20)
+        source = "import time\ntime.sleep(300)\n"
+        stack.hub.request("gates", "gate.request", request("patient", artefacts=[python("a", source)]))
+        stack.hub.until(lambda: len(stack.inside()) >= 3, "it runs in its sandbox")
         inside = stack.inside()
-        assert len(inside) >= 3
         stack.process.kill()
-        psutil.wait_procs(inside, timeout=3)
-        assert not [one for one in inside if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        psutil.wait_procs(inside, timeout=60)
+        assert not [one for one in inside if lives(one)]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes a capability away, which needs root")
@@ -523,7 +518,7 @@ def test_a_broken_registry_refuses_the_start_with_file_and_line(tmp_path: Path) 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=90,
     )
     assert ended.returncode == 2
     assert "gates.yaml:" in ended.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,8 +85,7 @@ def test_a_verdict_is_found_again_until_artefact_context_or_command_change(stack
     assert [cached(add, TESTS), cached(add, TESTS)] == [False, True]
     assert not cached(f"{add}\n", TESTS)
     assert not cached(add, f"{TESTS}\n")
-    stack.hub.pump(1_200)
-    assert stack.hub.pongs["gates"].metrics["cache_hits"] >= 1
+    assert stack.hub.newest_pong("gates").metrics["cache_hits"] >= 1
 
 
 def test_a_tool_that_hangs_is_not_the_artefacts_fault_and_is_asked_again_next_time(stack: Stack) -> None:
@@ -95,14 +93,12 @@ def test_a_tool_that_hangs_is_not_the_artefacts_fault_and_is_asked_again_next_ti
         (result,) = stack.ask("slowtool", artefacts=[python("a", "x = 1\n")])
         assert (result.verdict, result.category.value, result.cached) == (Verdict.ERROR, "RESOURCE", False)
         assert "timed out" in result.message
-        assert 1_900 < result.ended_ms - result.started_ms < 5_000
+        assert result.ended_ms - result.started_ms > 1_900
 
 
 def test_a_tool_that_prints_a_gigabyte_is_cut_off(stack: Stack) -> None:
-    began = time.monotonic()
     (result,) = stack.ask("loudtool", artefacts=[python("a", "x = 1\n")])
     assert (result.verdict, result.findings[0].rule) == (Verdict.FAIL, "flooded")
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("megabytes", [2, 100])
@@ -137,8 +133,7 @@ def test_without_a_command_the_gate_that_runs_one_says_so(stack: Stack) -> None:
 
 
 def test_when_a_required_gate_fails_the_others_that_cost_cores_are_stopped(stack: Stack) -> None:
-    sleeping = python("a", "import time\ntime.sleep(2.5)\n")
-    began = time.monotonic()
+    sleeping = python("a", "import time\ntime.sleep(300)\n")
     body = stack.hub.ask(
         "gates",
         "gate.request",
@@ -149,5 +144,4 @@ def test_when_a_required_gate_fails_the_others_that_cost_cores_are_stopped(stack
     patient, integration = body.results
     assert (patient.verdict, integration.verdict) == (Verdict.SKIPPED, Verdict.FAIL)
     assert patient.message == "stopped: integration, which is required, has failed"
-    assert time.monotonic() - began < 2.4
     assert stack.inside() == []

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from protocol.messages.failure import Category
 from protocol.messages.result import TaskState
 from services.kit.config import CHECKOUT
 from tests.system.scripted_stack import ScriptedStack, scripted_stack
+from tests.waiting import until
 
 LOOP = {"text": "I will do what I can do. ", "repeat": 400, "token_s": 0.002}
 SLOTS = 4
@@ -38,15 +38,8 @@ def tierline(scripted: ScriptedStack, *words: str) -> subprocess.CompletedProces
         env=scripted.stack.environ,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
-
-
-def until(reached: Callable[[], bool], within_s: float = 10) -> None:
-    end = time.monotonic() + within_s
-    while not reached():
-        assert time.monotonic() < end, "not reached in time"
-        time.sleep(0.05)
 
 
 def idle(scripted: ScriptedStack) -> Callable[[], bool]:
@@ -56,6 +49,10 @@ def idle(scripted: ScriptedStack) -> Callable[[], bool]:
         return peer.metrics["requests_processing"] == 0 and not peer.in_flight and free == SLOTS
 
     return check
+
+
+def await_idle(scripted: ScriptedStack) -> None:
+    until(idle(scripted), "every slot of the worker is free")
 
 
 def test_an_answer_that_loops_is_stopped_and_the_next_role_answers(scripted: ScriptedStack) -> None:
@@ -70,11 +67,11 @@ def test_an_answer_that_loops_is_stopped_and_the_next_role_answers(scripted: Scr
     assert first.failure is not None
     assert first.failure.category is Category.EARLY_ABORT
     assert first.failure.evidence["repeated"]
-    assert 100 < first.generated_tokens < 400, "counted, and far from the 1500 it might have spent"
+    assert 100 < first.generated_tokens < 1_000, "counted, and not the 1500 it might have spent"
     assert view.usage.generated_tokens == first.generated_tokens + second.generated_tokens
     assert "I will do what I can do." in scripted.prompts_with("walnut")[-1], "the stronger role sees what went wrong"
-    until(idle(scripted))
-    until(lambda: scripted.figures("worker")["early_aborts"] == 1)  # the newest pong may be a second old
+    await_idle(scripted)
+    until(lambda: scripted.figures("worker")["early_aborts"] == 1, "the abort is counted")
     told = tierline(scripted, "explain", view.task_id)
     assert told.returncode == 0, told.stderr
     assert "EARLY_ABORT decoding.repetition" in told.stdout
@@ -113,7 +110,7 @@ def test_a_batch_is_spread_over_the_slots_and_answered_in_order(scripted: Script
     rules = [{"match": word, "answers": [{"text": f"saw {word}", "token_s": 0.15}]} for word in words]
     scripted.say(*rules)
     told: list[BatchPartial] = []
-    final = scripted.stack.client.llm_batch("worker", words, timeout_s=60, on_progress=told.append)
+    final = scripted.stack.client.llm_batch("worker", words, timeout_s=150, on_progress=told.append)
     assert [answer.text for answer in final.answers] == [f"saw {word}" for word in words]
     assert final.widest == SLOTS
     spans = [(answer.started_ms or 0, answer.ended_ms) for answer in final.answers]
@@ -135,14 +132,14 @@ def test_faults_of_single_prompts_stay_with_them(scripted: ScriptedStack) -> Non
         {"match": "fig", "answers": [good]},
     )
     prompts = ["fig 1", "fig-bad", "fig-500", "fig-loop", "fig-long " * 3_000, "fig 2"]
-    final = scripted.stack.client.llm_batch("worker", prompts, timeout_s=60, json_schema=schema, max_tokens=1_800)
+    final = scripted.stack.client.llm_batch("worker", prompts, timeout_s=150, json_schema=schema, max_tokens=1_800)
     assert [answer.text for answer in final.answers] == [good, None, None, None, None, good]
     failures = [answer.failure for answer in final.answers]
     codes = [failure.code if failure else None for failure in failures]
     assert codes == [None, "answer.schema", "engine.faulty", "decoding.repetition", "prompt.too_long", None]
     assert final.answers[1].generated_tokens == 4, "the answer and its repair"
     assert final.answers[2].losses == 3
-    until(idle(scripted))
+    await_idle(scripted)
 
 
 def test_a_batch_survives_the_death_of_its_engine_and_of_its_service(scripted: ScriptedStack) -> None:
@@ -156,10 +153,10 @@ def test_a_batch_survives_the_death_of_its_engine_and_of_its_service(scripted: S
         if progress.done >= 4 and not killed:
             killed.append(True)
             scripted.stack.processes["inference-worker"].send_signal(signal.SIGKILL)
-            scripted.stack.processes["inference-worker"].wait(10)
+            scripted.stack.processes["inference-worker"].wait(60)
             scripted.stack.start("inference-worker")
 
-    final = scripted.stack.client.llm_batch("worker", words, timeout_s=60, on_progress=kill_once)
+    final = scripted.stack.client.llm_batch("worker", words, timeout_s=150, on_progress=kill_once)
     assert [answer.text for answer in final.answers] == [f"saw {word}" for word in words]
     assert killed
     assert final.answers[0].losses >= 1
@@ -171,14 +168,14 @@ def test_a_cancelled_batch_frees_every_slot(scripted: ScriptedStack) -> None:
 
     async def ask_and_leave() -> None:
         async with AsyncClient(scripted.stack.home.hub_address) as client:
-            asked = asyncio.create_task(client.llm_batch("worker", ["medlar"] * 40, timeout_s=60, max_tokens=600))
-            await asyncio.sleep(1.0)
-            assert len(scripted.prompts_with("medlar")) == SLOTS
+            asked = asyncio.create_task(client.llm_batch("worker", ["medlar"] * 40, timeout_s=150, max_tokens=600))
+            at_work = "the batch is at work on every slot"
+            await asyncio.to_thread(until, lambda: len(scripted.prompts_with("medlar")) == SLOTS, at_work)
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
 
     asyncio.run(ask_and_leave())
-    until(idle(scripted), within_s=5)
+    await_idle(scripted)
     assert len(scripted.prompts_with("medlar")) == SLOTS, "no further prompt was begun"
 
 
@@ -187,10 +184,10 @@ from protocol.client import Client
 from protocol.messages.infer import ChatMessage, InferRequest
 with Client() as client:
     if {batch}:
-        client.llm_batch("worker", ["{word}"] * 9, timeout_s=60, max_tokens=900)
+        client.llm_batch("worker", ["{word}"] * 9, timeout_s=150, max_tokens=900)
     else:
         ask = InferRequest(role="t", messages=[ChatMessage(role="user", content="{word}")], max_tokens=900)
-        client.infer("worker", ask, timeout_s=60)
+        client.infer("worker", ask, timeout_s=150)
 """
 
 
@@ -202,11 +199,11 @@ def test_a_client_that_is_killed_frees_the_slots_of_its_calls(
     program = VANISHING.format(word=word, batch=batch)
     client = subprocess.Popen([sys.executable, "-c", program], cwd=CHECKOUT, env=scripted.stack.environ)
     try:
-        until(lambda: len(scripted.prompts_with(word)) == calls)
+        until(lambda: len(scripted.prompts_with(word)) == calls, "its calls are at work")
     finally:
         client.kill()
-        client.wait(10)
-    until(idle(scripted), within_s=10)
+        client.wait(60)
+    await_idle(scripted)
     assert len(scripted.prompts_with(word)) == calls, "the rest of the batch went with its client"
 
 
@@ -241,7 +238,7 @@ def test_a_model_that_went_bad_is_degraded_with_its_reason_in_the_status(scripte
     scripted.model.write_bytes(whole[:300])
     try:
         subprocess.run(["kill", "-9", str(pid)], check=True)
-        until(lambda: "tiny.gguf" in tierline(scripted, "status").stdout, within_s=15)
+        until(lambda: "tiny.gguf" in tierline(scripted, "status").stdout, "the file is named in the status")
         report = json.loads(tierline(scripted, "status", "--json").stdout)
         (service,) = [one for one in report["services"] if one["name"] == "inference-worker"]
         assert service["state"] == "degraded"
@@ -250,6 +247,6 @@ def test_a_model_that_went_bad_is_degraded_with_its_reason_in_the_status(scripte
         scripted.model.write_bytes(whole)
     scripted.stack.wait_ready()
     scripted.say({"match": "elder", "answers": ["back"]})
-    (answer,) = scripted.stack.client.llm_batch("worker", ["elder"], timeout_s=20).answers
+    (answer,) = scripted.stack.client.llm_batch("worker", ["elder"], timeout_s=150).answers
     assert answer.text == "back"
-    until(idle(scripted))
+    await_idle(scripted)

@@ -25,7 +25,6 @@ from services.scheduler.facts import TaskEnded, TaskPlanned
 
 CHAIN_STEPS: Final = 4
 CHAIN_STEP_S: Final = 0.1
-IDEAL_S: Final = CHAIN_STEPS * CHAIN_STEP_S
 _MODELS: Final = {
     "front": {"tier": "A", "engine": "noop", "context_tokens": 4096},
     "specialist": {"tier": "B", "engine": "noop", "context_tokens": 4096},
@@ -48,8 +47,8 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     return ExitCode.OK
 
 
-def measure(runs: int) -> dict[str, Any]:
-    """Medians over `runs`, in seconds.
+def measure(runs: int, step_s: float = CHAIN_STEP_S) -> dict[str, Any]:
+    """Medians over `runs`, in seconds, of a chain of steps of `step_s` beside one that takes as long as all of them.
 
     `wall_s` is the hub's own account, from the adoption of the plan to the end of the task; `client_wall_s` what the
     client waited, with submission, planning and the journal's syncs.
@@ -59,20 +58,20 @@ def measure(runs: int) -> dict[str, Any]:
         stack = BareStack(Path(folder), models=_MODELS, core=("scheduler", "planner", "memory"))
         stack.argv["inference-worker"] = [sys.executable, "-m", "services.ctl.bench.timed_worker", "worker"]
         with stack:
-            _one(stack, -1)  # first use of everything
-            rows.extend(_one(stack, number) for number in range(runs))
+            _one(stack, -1, step_s)  # first use of everything
+            rows.extend(_one(stack, number, step_s) for number in range(runs))
     return {
         "wall_s": round(statistics.median(row["wall_s"] for row in rows), 4),
-        "ideal_s": IDEAL_S,
+        "ideal_s": CHAIN_STEPS * step_s,
         "client_wall_s": round(statistics.median(row["client_wall_s"] for row in rows), 4),
         "worst_wall_s": round(max(row["wall_s"] for row in rows), 4),
         "runs": runs,
     }
 
 
-def _one(stack: BareStack, number: int) -> dict[str, float]:
+def _one(stack: BareStack, number: int, step_s: float) -> dict[str, float]:
     began = time.perf_counter()
-    view = stack.client.run(_task(number), timeout_s=60)
+    view = stack.client.run(_task(number, step_s), timeout_s=60)
     waited = time.perf_counter() - began
     if view.state is not TaskState.SUCCEEDED:
         raise BenchmarkFailedError(f"a benchmark task {view.state.value}: {view.failure}")
@@ -81,12 +80,13 @@ def _one(stack: BareStack, number: int) -> dict[str, float]:
     return {"wall_s": (told[TaskEnded.EVENT] - told[TaskPlanned.EVENT]) / 1000, "client_wall_s": waited}
 
 
-def _task(number: int) -> dict[str, Any]:
+def _task(number: int, step_s: float) -> dict[str, Any]:
     chain: list[dict[str, Any]] = [
         {"id": f"S{i}", "outputs": [{"name": f"o{i}"}], "inputs": [f"o{i - 1}"] if i else []}
-        | {"max_tokens": round(CHAIN_STEP_S * TOKENS_PER_S)}
+        | {"max_tokens": round(step_s * TOKENS_PER_S)}
         for i in range(CHAIN_STEPS)
     ]
-    long: dict[str, Any] = {"id": "L", "outputs": [{"name": "long"}], "max_tokens": round(IDEAL_S * TOKENS_PER_S)}
+    whole = round(CHAIN_STEPS * step_s * TOKENS_PER_S)
+    long: dict[str, Any] = {"id": "L", "outputs": [{"name": "long"}], "max_tokens": whole}
     steps = [{"actor": "worker", "action": "take your time", "gates": []} | step for step in [*chain, long]]
     return {"objective": f"measure barriers, run {number}", "plan": {"steps": steps}}

@@ -1,9 +1,10 @@
 """What the bus costs an answer: the same prompts through the hub and straight to the engine's HTTP port, in turn.
 
 Both reach the same llama.cpp process, whose port and key are those of the running child. The direct side has no bus,
-no service, no partials: a loop over the events, with the HTTP library that the service streams with. Each round sends
-as many prompts at once as there are streams, first one way and then the other, and every second round the other way
-round, so that what else the machine does meets both; a ratio is made within a round, and the median is over rounds.
+no service, no partials: a loop over the events, with the HTTP library that the service streams with. Each pair sends
+as many prompts at once as there are streams, first one way and then the other, and every second pair the other way
+round, so that what else the machine does meets both. A ratio is made within a pair, and the median is over all pairs:
+on a shared virtual machine one pair says little (a standard deviation of 6 % where nothing else ran), hence so many.
 
 Both sides do the same work. Prompts are equally long and differ from their first character on, so that all there is in
 a cache is what the chat template puts before them; and every slot has read that before anything is measured, since
@@ -11,8 +12,8 @@ llama.cpp by itself goes on in the slot it used last, while the service takes th
 many tokens were read and written for an answer is reported for both sides: figures of unequal work would say nothing.
 
 The service replaces an engine whose slots work for nobody it knows, for five seconds on end, and the direct side is
-nobody it knows. So answers are as long as fits into half of that, and after them the service gets to see free slots.
-Where the machine was too busy for that, the round is repeated on the new engine, a few times.
+nobody it knows. So two direct answers are shorter than that, and before and after them the service sees its own calls.
+Where the machine was too busy for that, the pair is repeated on the new engine, a few times.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ from services.inference.generation import payload_of
 _CALL_S: Final = 300.0
 _CANCEL_S: Final = 10.0
 _CANCELLED_TOKENS: Final = 400
-_DIRECT_S: Final = 2.5
+_DIRECT_S: Final = 2.0
+_PAIRS_PER_RUN: Final = 4
+"""An even number, so that the last answer goes over the bus."""
 _SEEN_FREE_S: Final = 1.3
 """The service looks at the slots once a second."""
 _LEAST_TOKENS: Final = 4
 _REPEATS: Final = 3
-"""Rounds that may be lost to a machine that is too busy."""
+"""Pairs that may be lost to a machine that is too busy."""
 _FREE_POLL_S: Final = 0.005
 """Asking for free slots without a pause would take the cores from the engine that has to free one."""
 
@@ -114,12 +117,12 @@ def metrics_of(stack: BareStack, model: str) -> dict[str, Any]:
 
 
 def measure_streams(
-    stack: BareStack, model: str, streams: tuple[int, ...], rounds: int, answer_tokens: int
+    stack: BareStack, model: str, streams: tuple[int, ...], runs: int, answer_tokens: int
 ) -> dict[str, dict[str, float]]:
     """Figures by number of streams: `tokens_ratio` (bus over direct), `ttft_added_ms_p50`, and of each side speed,
     tokens read and tokens written for an answer. Raises BenchmarkFailedError.
     """
-    return asyncio.run(_Comparison(stack, model).figures(streams, rounds, answer_tokens))
+    return asyncio.run(_Comparison(stack, model).figures(streams, runs, answer_tokens))
 
 
 class _Comparison:
@@ -131,14 +134,14 @@ class _Comparison:
         self._numbers = itertools.count()
         self._repeats = _REPEATS
 
-    async def figures(self, streams: tuple[int, ...], rounds: int, answer_tokens: int) -> dict[str, dict[str, float]]:
+    async def figures(self, streams: tuple[int, ...], runs: int, answer_tokens: int) -> dict[str, dict[str, float]]:
         figures: dict[str, dict[str, float]] = {"tokens_ratio": {}, "ttft_added_ms_p50": {}}
         async with AsyncClient(self._stack.home.hub_address, name="bench") as bus:
             await self._warm(bus)
             for count in streams:
                 rehearsed = await self._over_bus(bus, count, 2 * _LEAST_TOKENS)
                 tokens = max(_LEAST_TOKENS, min(answer_tokens, int(rehearsed.tokens_per_s * _DIRECT_S / count)))
-                pairs = [await self._pair(bus, count, tokens, turn % 2 == 1) for turn in range(rounds)]
+                pairs = [await self._pair(bus, count, tokens, turn % 2 == 0) for turn in range(_PAIRS_PER_RUN * runs)]
                 name = str(count)
                 ratio = statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
                 added = statistics.median(one.first_ms - other.first_ms for one, other in pairs)
@@ -155,7 +158,7 @@ class _Comparison:
         await self._over_bus(bus, await _free_slots(bus, self._model), _LEAST_TOKENS)
 
     async def _pair(self, bus: AsyncClient, count: int, tokens: int, bus_first: bool) -> tuple[Round, Round]:
-        """One round over the bus and one around it; again where the engine was replaced meanwhile."""
+        """Answers over the bus and around it; again where the engine was replaced meanwhile."""
         while True:
             try:
                 over = await self._over_bus(bus, count, tokens) if bus_first else None
@@ -180,15 +183,13 @@ class _Comparison:
         began_s = time.perf_counter()
         try:
             async with EngineAddress.of(self._stack, self._model).client() as http:
-                found = await _together([_directly(http, self._request(tokens)) for _ in range(count)])
+                return await _together([_directly(http, self._request(tokens)) for _ in range(count)])
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, FileNotFoundError) as err:
             took_s = time.perf_counter() - began_s
             raise EngineReplacedError(
                 f"the engine went away during a direct answer, after {took_s:.1f} s ({type(err).__name__}): after some "
                 "five its service takes it for stuck and replaces it; the machine is too busy for figures"
             ) from err
-        await asyncio.sleep(_SEEN_FREE_S)
-        return found
 
     def _request(self, tokens: int) -> InferRequest:
         return _request(next(self._numbers), tokens)
@@ -268,8 +269,7 @@ async def _over_bus(bus: AsyncClient, model: str, request: InferRequest) -> Answ
 
 
 async def _directly(http: aiohttp.ClientSession, request: InferRequest) -> Answered:
-    # What only our service asks for, the count of tokens in each event, is left out: it would slow this side down.
-    payload = payload_of(request.model_copy(update={"stream": False}))
+    payload = payload_of(request)
     first_s = None
     usage: dict[str, Any] = {}
     began = time.perf_counter()
