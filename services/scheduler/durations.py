@@ -22,10 +22,6 @@ _MEMORY: Final = 64.0
 _LEAST_S: Final = 0.001
 _PRIOR_SPREAD: Final = 1.0
 """Spread before anything was observed: within a factor of three, two times out of three."""
-_ENOUGH: Final = 4.0
-"""Observations of a role from which on its mean counts as it is."""
-_FEW_MARGIN: Final = 2.0
-"""Before that, so many standard errors below it are what a step takes at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +43,9 @@ class Durations(Protocol):
         """Seconds of inference to expect; 0 where nothing at all is known, so that no step is preferred."""
         ...
 
-    def surely_s(self, job: Job, running_s: float = 0.0) -> float:
-        """Seconds of inference that a job takes at the least, as far as its role was seen at work: 0 where it was not.
-
-        `running_s`: one of the role runs so long by now and has not ended, which says something too.
+    def seen_s(self, job: Job) -> tuple[float, float]:
+        """Seconds that jobs like this one were seen to take, and how many of its role were seen; infinite where they
+        are known exactly, zeros where none was. Unlike `expected_s` it holds nothing but what was seen.
         """
         ...
 
@@ -100,24 +95,11 @@ class LearnedDurations:
                 mean = self._means[level] = _Mean()
             mean.add(log_s)
 
-    def surely_s(self, job: Job, running_s: float = 0.0) -> float:
-        """See Durations.
-
-        The prior is left out: it is made from what a step may write, and most write far less. Few observations speak
-        for less than their mean m: exp(m - 2 s / sqrt(n)) with s the spread of the prior, so that a single one says
-        that a step takes a seventh of it, two a quarter.
-        """
+    def seen_s(self, job: Job) -> tuple[float, float]:
+        """See Durations."""
         levels = _levels(job)
         own = self._means.get(levels[0])
-        count, log_s = (0.0, 0.0) if own is None else (own.count, own.value)
-        if running_s > 0 and (count == 0 or math.log(running_s) > log_s):
-            log_s = (count * log_s + math.log(running_s)) / (count + 1)
-            count += 1
-        if count == 0:
-            return 0.0
-        if count < _ENOUGH:
-            return math.exp(log_s - _FEW_MARGIN * _PRIOR_SPREAD / math.sqrt(count))
-        return math.exp(min(self._drawn_to(log_s, levels[1:]), self._expected_log_s(job, levels)))
+        return (0.0, 0.0) if own is None else (math.exp(self._drawn_to(own.value, levels[1:])), own.count)
 
     def observations(self) -> dict[str, int]:
         """Role -> from how many of its steps its estimates come; old ones fade, so never more than the memory holds."""
@@ -159,9 +141,9 @@ class TokenSpeed:
         """See Durations."""
         return 0.0
 
-    def surely_s(self, job: Job, running_s: float = 0.0) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        return self.expected_s(job)
+        return self.expected_s(job), math.inf
 
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations; there is nothing to learn."""

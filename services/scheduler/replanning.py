@@ -18,6 +18,7 @@ from services.kit.identity import work_key
 from services.scheduler import facts as f
 from services.scheduler.checking import step_check_parts
 from services.scheduler.failures import History, Work, react
+from services.scheduler.lateness import lateness
 from services.scheduler.own_calls import Wanted
 from services.scheduler.ranks import Ranking
 from services.scheduler.setbacks import is_retry
@@ -27,7 +28,6 @@ from services.scheduler.versions import (
     asked,
     asked_since_late,
     failed_in_plan,
-    lateness,
     replan_wanted,
     replans_left,
     trigger_of,
@@ -95,7 +95,7 @@ class Replanning:
         if deadline_s is None or task.state is not TaskState.RUNNING or at_ms < self._looked_ms.get(task.id, 0):
             return
         self._looked_ms[task.id] = at_ms + min(_LOOK_MS, int(deadline_s * _LOOK_PER_S)) + task.unfinished
-        late = lateness(task, self.ranking, at_ms)
+        late = lateness(task, self.ranking, at_ms) if replans_left(task, self.ranking.registry) > 0 else None
         if late is not None:
             self.hands.emit(task, asked_since_late(task, late, self.ranking.registry, at_ms))
             self.ask(task, at_ms)

@@ -104,9 +104,9 @@ class KnownDurations:
         """See Durations."""
         return self._seconds[job.step]
 
-    def surely_s(self, job: Job, running_s: float = 0.0) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        return self.expected_s(job)
+        return self.expected_s(job), math.inf
 
     def spread(self) -> float:
         """See Durations."""
@@ -123,9 +123,9 @@ class NothingKnown:
         """See Durations."""
         return 0.0
 
-    def surely_s(self, job: Job, running_s: float = 0.0) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        return 0.0
+        return 0.0, 0.0
 
     def spread(self) -> float:
         """See Durations."""
@@ -170,9 +170,9 @@ class _Scaled:
             return 0.0
         return self._unit_s * self._known.expected_s(Job(job.role, job.task_type, 0, 0, task))
 
-    def surely_s(self, job: Job, running_s: float = 0.0) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        return self.expected_s(job)
+        return self.expected_s(job), math.inf
 
     def spread(self) -> float:
         """See Durations."""

@@ -8,6 +8,7 @@ how good a result is and which steps find something to do, is the family's. The 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -144,9 +145,9 @@ class _StepSeconds:
         """See Durations."""
         return 0.0
 
-    def surely_s(self, job: Job, running_s: float = 0.0) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        return self._seconds[job.step]
+        return self._seconds[job.step], math.inf
 
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations."""
