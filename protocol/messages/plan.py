@@ -63,6 +63,8 @@ class PlanPartial(Message):
     """Steps of a plan in the making that can start. All of them so far, so that a lost piece does no harm."""
 
     steps: list[Step] = Field(min_length=1, max_length=MAX_STEPS)
+    personas: list[Persona] = Field(default_factory=list, max_length=MAX_PERSONAS_AT_ONCE)
+    """Made for these steps, which name them; as in `PlanFinal`."""
 
 
 class RemovedEdge(Message):

@@ -17,13 +17,13 @@ import numpy as np
 
 from protocol.messages.memory import Advise, Advised, ArmValue
 from services.kit.identity import boot_id
+from services.kit.threads import one_thread_each
 from services.memory.embedding import Embedder, Unembeddable, Vector
 from services.memory.log_reader import LogReader
 from services.memory.machine import Found, Recovery, recovery
 from services.memory.manifest import Manifest, ProjectionDoubt, replace_file, sha256_of
 from services.memory.posterior import Array
 from services.memory.routing import Bandit, Observation
-from services.memory.threads import one_thread_each
 
 _MANIFEST: Final = "routing.manifest.json"
 _SNAPSHOT: Final = "routing-"

@@ -17,11 +17,11 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from services.kit.threads import one_thread_each
 from services.memory.embedding import DIMENSION, Vector, checked
 from services.memory.log_reader import EpisodeAdded
 from services.memory.machine import Found
 from services.memory.manifest import Manifest, ProjectionDoubt, replace_file, sha256_of
-from services.memory.threads import one_thread_each
 
 _MANIFEST: Final = "vectors.manifest.json"
 _SNAPSHOTS: Final = "vectors-*"  # with what a crash left of a temporary file

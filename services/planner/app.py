@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from protocol.codec import unpack_body
@@ -13,7 +13,6 @@ from protocol.messages.infer import InferFinal, InferPartial
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanPartial, PlanRequest
-from protocol.messages.task import Step
 from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
 from services.kit.registry import Registry, with_own, with_trials
@@ -160,7 +159,7 @@ class _Listener:
     planning: Planning
     call: Call
     offered: int = 0
-    unsent: list[Step] = field(default_factory=list)
+    unsent: PlanPartial | None = None
 
     def take(self, body: bytes) -> None:
         """A piece has come. One that cannot be read leaves a gap, after which nothing more starts early."""
@@ -170,9 +169,10 @@ class _Listener:
             return
         ready = self.planning.hear(piece.text, piece.start_chars)
         if ready:
-            self.offered, self.unsent = len(ready), ready
-        if self.unsent and self.call.partial(PlanPartial(steps=self.unsent)):
-            self.unsent = []
+            self.offered = len(ready)
+            self.unsent = PlanPartial(steps=ready, personas=self.planning.personas)
+        if self.unsent is not None and self.call.partial(self.unsent):
+            self.unsent = None
 
 
 def _target(command: Command) -> str:

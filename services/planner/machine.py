@@ -44,7 +44,8 @@ from services.planner.choose import Decomposition, as_of, choose
 from services.planner.digest import Fitted, fit_to_context
 from services.planner.discovery import discover
 from services.planner.divide import Judge, RuleJudge
-from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
+from services.planner.made_personas import with_personas
+from services.planner.modelmade import Begun, ModelPlanRefused, planning_request, read_plan, worth_asking
 from services.planner.replan import renumbered, rest_as_task, rest_by_rules, whole
 from services.planner.rules import RulePlan, finishing_step, plans_by_rules
 from services.planner.streamed import StreamedPlan
@@ -322,24 +323,33 @@ class Planning:
         """
         if self.phase is not Phase.MODELLING or self._streamed is None:
             return []
-        ready = self._streamed.feed(text, start_chars)
-        if len(ready) <= len(self._offered):
+        able = self._streamed.feed(text, start_chars)
+        if len(able.steps) <= len(self._offered):
             return []
-        plan = Plan(steps=ready)
-        checked = self._task.model_copy(update={"plan": plan})
-        if plan_problems(checked, self._registry) or fit_to_context(self._task, plan, self._registry).plan != plan:
+        known = {step.id: step for step in self._offered}
+        wishes = {name: wish for name, wish in able.wishes.items() if name not in known}
+        plan = Plan(steps=[known.get(step.id, step) for step in able.steps])
+        made = with_personas(plan, wishes, self._task, self._registry.personas, self._personas)
+        registry = with_own(self._registry, made.personas)
+        checked = self._task.model_copy(update={"plan": made.plan})
+        if plan_problems(checked, registry) or fit_to_context(self._task, made.plan, registry).plan != made.plan:
             return []
-        chosen = choose(self._task, plan, Decomposition("", (), ""), self._registry, "model").plan.steps
-        known = {step.id for step in self._offered}
-        self._offered += [step for step in chosen if step.id not in known]
+        chosen = choose(self._task, made.plan, Decomposition("", (), ""), registry, "model", settled=known.keys())
+        self._personas, self._registry = made.personas, registry
+        self._offered += [step for step in chosen.plan.steps if step.id not in known]
         return list(self._offered)
+
+    @property
+    def personas(self) -> list[Persona]:
+        """Those that were made for what is offered."""
+        return _named_in(self._offered, self._personas)
 
     def _on_model_answered(self, event: ModelAnswered) -> Command:
         answer = event.answer
         self._generated_tokens = answer.generated_tokens
         try:
-            registry = self._registry
-            made = read_plan(answer.text, answer.finish_reason, self._task, registry.roles, registry.personas)
+            registry, begun = self._registry, Begun({step.id for step in self._offered}, self._personas)
+            made = read_plan(answer.text, answer.finish_reason, self._task, registry.roles, registry.personas, begun)
         except ModelPlanRefused as err:
             self.model_outcome = ModelOutcome.REFUSED
             self._reasons.append(f"its plan was refused: {err}")
@@ -452,7 +462,8 @@ class Planning:
         if opened.source != "client":
             fitted = fit_to_context(self._task, found.plan, self._registry)
             self._reasons += fitted.notes
-        chosen = choose(fitted.task, fitted.plan, choice, self._registry, opened.source, advice)
+        runs = {step.id for step in self._offered}
+        chosen = choose(fitted.task, fitted.plan, choice, self._registry, opened.source, advice, runs)
         self._decisions = list(chosen.decisions)
         self._draft = PlanFinal(
             task=fitted.task.model_copy(update={"plan": chosen.plan}),
@@ -463,7 +474,7 @@ class Planning:
             broke_off=self._broke_off,
             similar=self._similar,
             lessons=self._lessons,
-            personas=_named_in(chosen.plan, self._personas),
+            personas=_named_in(chosen.plan.steps, self._personas),
             generated_tokens=self._generated_tokens,
         )
         return self._finish()
@@ -481,7 +492,7 @@ class Planning:
             task=self._whole_task.model_copy(update={"plan": rest}),
             source=self._open.source,
             reason="",
-            personas=_named_in(rest, self._personas),
+            personas=_named_in(rest.steps, self._personas),
             generated_tokens=self._generated_tokens,
         )
         return self._finish()
@@ -535,7 +546,7 @@ def _alike(offered: Step, written: Step) -> bool:
     return (offered.action, offered.inputs, offered.outputs) == (written.action, written.inputs, written.outputs)
 
 
-def _named_in(plan: Plan, personas: Sequence[Persona]) -> list[Persona]:
-    """Those that the plan's steps name."""
-    names = {step.persona for step in plan.steps}
+def _named_in(steps: Sequence[Step], personas: Sequence[Persona]) -> list[Persona]:
+    """Those that these steps name."""
+    names = {step.persona for step in steps}
     return [one for one in personas if one.name in names]

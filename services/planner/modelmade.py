@@ -12,7 +12,7 @@ is no plan even then is dropped whole. Nothing here asks anybody or chooses betw
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Final
@@ -89,6 +89,14 @@ class ModelPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """What of a plan runs already: ids of its steps, and the personas that were made for them."""
+
+    steps: Set[str] = frozenset()
+    personas: Sequence[Persona] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Worth:
     """Whether the model is asked at all, and by which rule."""
 
@@ -161,14 +169,16 @@ def read_plan(
     task: TaskIR,
     roles: Mapping[str, RoleEntry],
     personas: Mapping[str, PersonaEntry] = MappingProxyType({}),
+    begun: Begun | None = None,
 ) -> ModelPlan:
     """Turn an answer into a plan for this task, or raise ModelPlanRefused with every problem found.
 
     `personas` are those that there are: what the model makes gets a name that none of them has.
     """
+    begun = begun or Begun()
     labels = _labels(task)
     answer = _parsed(text, finish_reason, labels, roles)
-    wishes = {label: one.persona for label, one in zip(labels, answer, strict=False) if one.persona is not None}
+    wishes = wishes_of(answer, task)
     allowed = min(room(task), MAX_MODEL_STEPS)
     writes_code = task.task_type is TaskType.CODE
     steps, repairs = repaired(
@@ -192,9 +202,16 @@ def read_plan(
     if unsound := find_problems(task.model_copy(update={"plan": plan})):
         raise ModelPlanRefused([str(problem) for problem in unsound])
     numbered = zip(plan.steps, steps, strict=True)
-    wanted = {step.id: wishes[draft.label] for step, draft in numbered if draft.label in wishes}
-    done = with_personas(plan, wanted, task, personas)
+    wanted = {
+        step.id: wishes[one.label] for step, one in numbered if one.label in wishes and step.id not in begun.steps
+    }
+    done = with_personas(plan, wanted, task, personas, begun.personas)
     return ModelPlan(done.plan, (*repairs, *done.notes), done.personas)
+
+
+def wishes_of(steps: Sequence[ModelStep], task: TaskIR) -> dict[str, Any]:
+    """What the model wants of the personas of steps, by the label of the step."""
+    return {label: one.persona for label, one in zip(_labels(task), steps, strict=False) if one.persona is not None}
 
 
 def drafts_of(steps: Sequence[ModelStep], task: TaskIR) -> list[Draft]:

@@ -770,7 +770,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             begun=[_STEP],
         ),
     ],
-    "plan.partial": [PlanPartial(steps=[_STEP])],
+    "plan.partial": [PlanPartial(steps=[_STEP]), PlanPartial(steps=[_STEP], personas=[_PERSONA])],
     "plan.final": [
         PlanFinal(
             task=_TASK,
