@@ -4,8 +4,8 @@ A call that would have to read a long prompt waits `GATHER_S` to see who else be
 beginning alone (*priming*), the slot is saved to a file, and the others restore it. A copy that fails costs the reading
 of one prompt and nothing else; an engine on which copies fail or help nothing is left alone until the next launch.
 
-Calls that come together are also read together: llama.cpp reads in one pass the prompts it finds, and whoever is there a
-millisecond earlier is read alone while all others wait. So the first call of an idle engine waits, for no longer than
+Calls that come together are also read together: llama.cpp reads in one pass the prompts it finds, and whoever is there
+a millisecond earlier is read alone while all others wait. So the first call of an idle engine waits, for no longer than
 that, until as many are there as came together the last time. A model that is asked one thing at a time never waits.
 
 Files live below the run folder, private to the user, at most `DISK_BYTES` for a model and never longer than the service
