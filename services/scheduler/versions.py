@@ -38,6 +38,10 @@ MIN_LEFT_S: Final = 0.5
 _TIMEOUT_MS: Final = 60_000
 _MIN_EVIDENCE: Final = 4
 """Steps of a role that must have been seen before its estimates may call a task late."""
+_PACE_STEPS: Final = 1.0
+"""What is known of others weighs as much, against a task's own pace, as so many of its finished steps."""
+_NEWEST: Final = 64
+"""So many of its steps are looked at for that."""
 _LATE_SHARE: Final = 0.25
 """Of the time that is left, at most so much is spent on a plan that is made because of it."""
 _MAX_NOTES_CHARS: Final = 6_000
@@ -133,8 +137,8 @@ def lateness(task: TaskRecord, ranking: Ranking, at_ms: int) -> Late | None:
 
     The estimate counts as far as it can be trusted: late is a task whose rest takes longer than the time that is left
     even if everything goes faster than expected by one standard deviation. Errors of single steps are taken to be
-    independent, so that those of a chain of n are smaller by the root of n; before a role has been seen at work a few
-    times nothing is called late because of it.
+    independent, so that those of a chain of n are smaller by the root of n; what they have in common shows in the pace
+    of the task so far. Before a role has been seen at work a few times nothing is called late because of it.
     """
     deadline_ms = task.deadline_ms
     if deadline_ms is None or task.state is not TaskState.RUNNING or task.revising is not None:
@@ -150,7 +154,7 @@ def lateness(task: TaskRecord, ranking: Ranking, at_ms: int) -> Late | None:
         return None
     waits = {name: [other for other in task.steps[name].needs if other in cost_s] for name in cost_s}
     steps = len(longest_chain(waits, cost_s)[0])
-    expected_s = _least_s(task, cost_s, ranking)
+    expected_s = _least_s(task, cost_s, ranking) * _pace(task, ranking)
     surely_s = expected_s * math.exp(-ranking.durations.spread() / math.sqrt(max(1, steps)))
     if surely_s <= left_s:
         return None
@@ -296,6 +300,24 @@ def _least_s(task: TaskRecord, cost_s: dict[str, float], ranking: Ranking) -> fl
     waits = {name: [other for other in task.steps[name].needs if other in cost_s] for name in cost_s}
     model_of = {name: ranking.registry.roles[task.steps[name].role].model for name in cost_s}
     return least_s(waits, cost_s, model_of, lambda model: _slots(model, ranking))
+
+
+def _pace(task: TaskRecord, ranking: Ranking) -> float:
+    """How many times longer than expected the task's steps have taken so far; 1 while none is done.
+
+    What is known of a role comes from many tasks. Where one is unlike them, all of its steps are, and the sooner that
+    counts, the more can still be done about it. A geometric mean, as the estimates are.
+    """
+    logs: list[float] = []
+    for step in reversed(task.steps.values()):
+        if step.state is StepState.DONE and step.attempts:
+            started_ms, inferred_ms = step.attempt.started_ms, step.attempt.inferred_ms
+            if started_ms is not None and inferred_ms is not None:
+                expected_s = ranking.expected_s(task, step.spec, step.role)
+                logs.append(math.log(max(1, inferred_ms - started_ms) / 1000 / expected_s))
+        if len(logs) == _NEWEST:
+            break
+    return math.exp(sum(logs) / (len(logs) + _PACE_STEPS))
 
 
 def _slots(model: str, ranking: Ranking) -> int:
