@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-WITHIN_S: Final = 90.0
+WITHIN_S: Final = 150.0
 """Bound of a wait that has no reason for another one."""
 
 

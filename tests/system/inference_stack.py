@@ -114,12 +114,13 @@ class InferenceStack:
         return self.hub.newest_pong(f"inference-{name}").metrics
 
     def await_figures(self, name: str, within_s: float = WITHIN_S, **wanted: Any) -> dict[str, Any]:
-        """Metrics of the newest pong once it has these figures."""
+        """Metrics of the newest pong once the service is ready and has these figures."""
         service = f"inference-{name}"
 
         def reached() -> bool:
-            metrics = self.hub.pongs[service].metrics
-            return all(metrics.get(figure) == value for figure, value in wanted.items())
+            pong = self.hub.pongs[service]
+            has = all(pong.metrics.get(figure) == value for figure, value in wanted.items())
+            return has and pong.state.value == "ready"
 
         self.hub.newest_pong(service)
         self.hub.until(reached, f"{service} has {wanted}", within_s)

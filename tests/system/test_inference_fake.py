@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,39 @@ from protocol.messages.infer import InferFinal, InferPartial
 from protocol.messages.reply import ErrorReply
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY, InferenceStack, ask_for
+from tests.waiting import until
 
+SCRIPT = {"default": "hello from the fake"}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 
 
 @pytest.fixture
-def stack(tmp_path: Path):
-    with InferenceStack() as running:
-        running.entry("m", binary=str(FAKE_BINARY), engine="llama-server", slots=2, context_tokens=512)
-        running.script("m", {"default": "hello from the fake"})
-        yield running
+def stack() -> Iterator[InferenceStack]:
+    """For tests that start a service of their own, since they harm it or its files."""
+    with InferenceStack() as made:
+        made.entry("m", binary=str(FAKE_BINARY), engine="llama-server", slots=2, context_tokens=512)
+        made.script("m", SCRIPT)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[InferenceStack]:
+    with InferenceStack() as made:
+        made.entry("m", binary=str(FAKE_BINARY), engine="llama-server", slots=2, context_tokens=512)
+        made.script("m", SCRIPT)
+        made.start("m")
+        made.hub.await_peer("inference-m")
+        yield made
+
+
+@pytest.fixture
+def shared(running: InferenceStack) -> InferenceStack:
+    """One service for all tests after which it is as well as before.
+
+    They stand together: a hub that nobody pumps is silent, and a service leaves it.
+    """
+    running.script("m", SCRIPT)
+    return running
 
 
 def failure_of(body: object) -> Failure:
@@ -36,38 +60,34 @@ def failure_of(body: object) -> Failure:
 def assert_both_slots_work(stack: InferenceStack, *, ended: int) -> None:
     """After a fault: as many credits as slots and ended calls, and two answers that need both slots at once."""
     assert stack.hub.credit["inference-m"] == 2 + ended
-    stack.script("m", {"default": {"text": "a b c", "token_s": 0.2}})
-    began = time.monotonic()
+    stack.script("m", {"default": {"text": "a b c", "together": 2}})
     requests = [stack.hub.request("inference-m", "infer.request", ask_for("both")) for _ in range(2)]
-    assert all(isinstance(stack.hub.collect(request)[1], InferFinal) for request in requests)
-    assert time.monotonic() - began < 1.15, "one after the other they would have taken 1.2 s"
+    finals = [stack.hub.collect(request)[1] for request in requests]
+    assert all(isinstance(final, InferFinal) for final in finals), "neither is given before both are at work"
     assert stack.hub.credit["inference-m"] == 4 + ended
 
 
-def test_an_answer_comes_with_its_figures(stack: InferenceStack) -> None:
-    stack.start("m")
-    hello = stack.hub.await_peer("inference-m")
-    assert hello.capabilities == ["infer.m"]
-    assert stack.hub.credit["inference-m"] == 2
-    final = stack.ask("m", ask_for("hi there"))
+def test_an_answer_comes_with_its_figures(shared: InferenceStack) -> None:
+    assert shared.hub.hellos["inference-m"].capabilities == ["infer.m"]
+    credit = shared.hub.credit["inference-m"]
+    assert credit >= 2
+    final = shared.ask("m", ask_for("hi there"))
     assert isinstance(final, InferFinal)
     assert (final.text, final.finish_reason, final.engine) == ("hello from the fake", "stop", "llama-server")
     assert (final.prompt_tokens, final.generated_tokens) == (2, 4)
     assert final.first_token_ms > 0
-    assert stack.hub.credit["inference-m"] == 3
+    assert shared.hub.credit["inference-m"] == credit + 1
 
 
-def test_partials_are_joined_and_the_final_repeats_everything(stack: InferenceStack) -> None:
+def test_partials_are_joined_and_the_final_repeats_everything(shared: InferenceStack) -> None:
     text = "".join(f"w{number} " for number in range(60))
-    stack.script("m", {"default": {"text": text, "token_s": 0.01}})
-    stack.start("m")
-    stack.hub.await_peer("inference-m")
-    request = stack.hub.request("inference-m", "infer.request", ask_for("go", stream=True))
-    _, final, partials = stack.hub.collect(request)
+    shared.script("m", {"default": {"text": text, "token_s": 0.01}})
+    request = shared.hub.request("inference-m", "infer.request", ask_for("go", stream=True))
+    _, final, partials = shared.hub.collect(request)
     assert isinstance(final, InferFinal)
     assert final.text == text
     pieces = [piece for piece in partials if isinstance(piece, InferPartial)]
-    assert 3 <= len(pieces) <= 20  # 0.6 s of text, at most one piece every 50 ms
+    assert 3 <= len(pieces) < 60, "joined"
     assert text.startswith("".join(piece.text for piece in pieces))
     assert [piece.generated_tokens for piece in pieces] == sorted(piece.generated_tokens for piece in pieces)
     assert pieces[-1].generated_tokens > 30
@@ -76,39 +96,33 @@ def test_partials_are_joined_and_the_final_repeats_everything(stack: InferenceSt
 @pytest.mark.parametrize(
     "answer", ["no JSON at all", '{"n": "three"}', '{"n": 1, "extra": 2}', '{"n": 1', "[" * 100_000]
 )
-def test_an_answer_that_breaks_its_schema_is_a_schema_failure(stack: InferenceStack, answer: str) -> None:
-    stack.script("m", {"default": answer})
-    stack.start("m")
-    stack.hub.await_peer("inference-m")
-    failure = failure_of(stack.ask("m", ask_for("go", json_schema=SCHEMA)))
+def test_an_answer_that_breaks_its_schema_is_a_schema_failure(shared: InferenceStack, answer: str) -> None:
+    shared.script("m", {"default": answer})
+    failure = failure_of(shared.ask("m", ask_for("go", json_schema=SCHEMA)))
     assert (failure.category, failure.code) == (Category.SCHEMA, "answer.schema")
     assert failure.findings
     assert failure.findings[0].category is Category.SCHEMA
     assert failure.evidence["answer"] == answer[:500]
 
 
-def test_a_schema_with_an_endless_expression_does_not_stop_the_service(stack: InferenceStack) -> None:
+def test_a_schema_with_an_endless_expression_does_not_stop_the_service(shared: InferenceStack) -> None:
     evil = {"type": "string", "pattern": "^(a+)+$"}
-    stack.script("m", {"rules": [{"match": "evil", "answers": [json.dumps("a" * 40 + "!")]}], "default": "fine"})
-    stack.start("m")
-    stack.hub.await_peer("inference-m")
+    shared.script("m", {"rules": [{"match": "evil", "answers": [json.dumps("a" * 40 + "!")]}], "default": "fine"})
     deadline = int((time.time() + 3) * 1000)
-    slow = stack.hub.request("inference-m", "infer.request", ask_for("evil", json_schema=evil), deadline=deadline)
-    assert isinstance(stack.ask("m", ask_for("go"), timeout_s=2), InferFinal)
-    failure = failure_of(stack.hub.collect(slow, timeout_s=15)[1])
+    slow = shared.hub.request("inference-m", "infer.request", ask_for("evil", json_schema=evil), deadline=deadline)
+    assert isinstance(shared.ask("m", ask_for("go")), InferFinal)
+    failure = failure_of(shared.hub.collect(slow)[1])
     assert failure.category in (Category.SCHEMA, Category.TIMEOUT)
 
 
-def test_a_remote_reference_in_a_schema_is_not_fetched(stack: InferenceStack) -> None:
+def test_a_remote_reference_in_a_schema_is_not_fetched(shared: InferenceStack) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         listener.settimeout(0.3)
-        stack.script("m", {"default": "1"})
-        stack.start("m")
-        stack.hub.await_peer("inference-m")
+        shared.script("m", {"default": "1"})
         schema = {"$ref": f"http://127.0.0.1:{listener.getsockname()[1]}/schema.json"}
-        assert failure_of(stack.ask("m", ask_for("go", json_schema=schema))).category is Category.SCHEMA
+        assert failure_of(shared.ask("m", ask_for("go", json_schema=schema))).category is Category.SCHEMA
         with pytest.raises(TimeoutError):
             listener.accept()
 
@@ -118,16 +132,63 @@ def test_a_remote_reference_in_a_schema_is_not_fetched(stack: InferenceStack) ->
     [("500", "engine.faulty"), ("garbage", "engine.faulty"), ("cut", "engine.died"), ("disconnect", "engine.died")],
 )
 def test_a_fault_of_the_engine_is_a_peer_failure_and_the_next_call_works(
-    stack: InferenceStack, fault: str, code: str
+    shared: InferenceStack, fault: str, code: str
 ) -> None:
-    stack.script("m", {"rules": [{"match": "bad", "answers": [{"text": "a b c d", "fault": fault}]}]})
-    stack.start("m")
-    stack.hub.await_peer("inference-m")
-    failure = failure_of(stack.ask("m", ask_for("bad")))
+    ended = shared.hub.credit["inference-m"] - 2
+    shared.script("m", {"rules": [{"match": "bad", "answers": [{"text": "a b c d", "fault": fault}]}]})
+    failure = failure_of(shared.ask("m", ask_for("bad")))
     assert (failure.category, failure.code) == (Category.PEER, code)
-    assert isinstance(stack.ask("m", ask_for("good")), InferFinal)
-    assert stack.figures("m")["respawns"] == 0
-    assert_both_slots_work(stack, ended=2)
+    assert isinstance(shared.ask("m", ask_for("good")), InferFinal)
+    assert shared.figures("m")["respawns"] == 0
+    assert_both_slots_work(shared, ended=ended + 2)
+
+
+def test_the_deadline_of_a_call_is_a_timeout_and_frees_its_slot(shared: InferenceStack) -> None:
+    shared.script("m", {"rules": [{"match": "slow", "answers": [{"text": "x", "fault": "hang"}]}]})
+    deadline = int((time.time() + 0.5) * 1000)
+    request = shared.hub.request("inference-m", "infer.request", ask_for("slow"), deadline=deadline)
+    _, body, _ = shared.hub.collect(request)
+    assert failure_of(body).category is Category.TIMEOUT
+    for _ in range(3):
+        assert isinstance(shared.ask("m", ask_for("good")), InferFinal)
+    assert shared.figures("m")["respawns"] == 0
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(shared: InferenceStack) -> None:
+    failure = failure_of(shared.ask("m", ask_for("word " * 600)))
+    assert (failure.category, failure.code) == (Category.POLICY, "prompt.too_long")
+    assert failure.evidence == {"prompt_tokens": 600, "context_tokens": 512}
+
+
+def test_an_answer_without_end_is_cut_off(shared: InferenceStack) -> None:
+    shared.script("m", {"default": {"text": "x" * 20_000 + " ", "repeat": 100}})
+    failure = failure_of(shared.ask("m", ask_for("go", max_tokens=400)))
+    assert (failure.category, failure.code) == (Category.FORMAT, "answer.too_large")
+    shared.script("m", {"default": "short"})
+    assert isinstance(shared.ask("m", ask_for("go")), InferFinal)
+
+
+def test_the_same_key_sent_twice_is_generated_once(shared: InferenceStack) -> None:
+    shared.script("m", {"record": str(shared.root / "requests.jsonl"), "default": {"text": "a b c", "token_s": 0.2}})
+    first = shared.hub.request("inference-m", "infer.request", ask_for("go"), key="k1")
+    shared.hub.pump(100)
+    second = shared.hub.request("inference-m", "infer.request", ask_for("go"), key="k1")
+    shared.hub.collect(second)
+    third = shared.hub.request("inference-m", "infer.request", ask_for("go"), key="k1")
+    _, body, _ = shared.hub.collect(third)
+    assert isinstance(body, InferFinal)
+    assert len((shared.root / "requests.jsonl").read_text().splitlines()) == 1
+    assert first != second
+
+
+def test_the_api_key_is_needed_and_nowhere_to_be_read(shared: InferenceStack) -> None:
+    child = shared.figures("m")["child_pid"]
+    environ = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    key = next(item.partition(b"=")[2] for item in environ if item.startswith(b"LLAMA_API_KEY="))
+    assert len(key) >= 32
+    assert key not in Path(f"/proc/{child}/cmdline").read_bytes()
+    for file in (shared.root / "logs").iterdir():
+        assert key not in file.read_bytes(), file
 
 
 def test_a_dying_engine_ends_its_calls_and_comes_back(stack: InferenceStack) -> None:
@@ -150,7 +211,7 @@ def test_a_frozen_engine_is_killed_and_replaced(stack: InferenceStack) -> None:
     stack.script("m", {"rules": [{"match": "bad", "answers": [{"text": "a b c d", "fault": "freeze"}]}]})
     stack.start("m")
     stack.hub.await_peer("inference-m")
-    failure = failure_of(stack.ask("m", ask_for("bad"), timeout_s=40))
+    failure = failure_of(stack.ask("m", ask_for("bad")))
     assert failure.category is Category.PEER
     stack.hub.await_peer("inference-m", "ready")
     assert isinstance(stack.ask("m", ask_for("good")), InferFinal)
@@ -162,7 +223,7 @@ def test_a_slot_that_stays_busy_after_a_cancel_costs_the_engine_its_life(stack: 
     stack.start("m")
     stack.hub.await_peer("inference-m")
     pid = stack.figures("m")["child_pid"]
-    deadline = int((time.time() + 0.5) * 1000)
+    deadline = int((time.time() + 2) * 1000)
     request = stack.hub.request("inference-m", "infer.request", ask_for("bad"), deadline=deadline)
     _, body, _ = stack.hub.collect(request)
     assert failure_of(body).category is Category.TIMEOUT
@@ -170,54 +231,6 @@ def test_a_slot_that_stays_busy_after_a_cancel_costs_the_engine_its_life(stack: 
     stack.hub.await_peer("inference-m", "ready")
     assert stack.figures("m")["child_pid"] != pid
     assert_both_slots_work(stack, ended=1)
-
-
-def test_the_deadline_of_a_call_is_a_timeout_and_frees_its_slot(stack: InferenceStack) -> None:
-    stack.script("m", {"rules": [{"match": "slow", "answers": [{"text": "x", "fault": "hang"}]}]})
-    stack.start("m")
-    stack.hub.await_peer("inference-m")
-    began = time.monotonic()
-    deadline = int((time.time() + 0.5) * 1000)
-    request = stack.hub.request("inference-m", "infer.request", ask_for("slow"), deadline=deadline)
-    _, body, _ = stack.hub.collect(request)
-    assert failure_of(body).category is Category.TIMEOUT
-    assert time.monotonic() - began < 3
-    for _ in range(3):
-        assert isinstance(stack.ask("m", ask_for("good")), InferFinal)
-    assert stack.figures("m")["respawns"] == 0
-
-
-def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(stack: InferenceStack) -> None:
-    stack.start("m")
-    stack.hub.await_peer("inference-m")
-    failure = failure_of(stack.ask("m", ask_for("word " * 600)))
-    assert (failure.category, failure.code) == (Category.POLICY, "prompt.too_long")
-    assert failure.evidence == {"prompt_tokens": 600, "context_tokens": 512}
-
-
-def test_an_answer_without_end_is_cut_off(stack: InferenceStack) -> None:
-    stack.script("m", {"default": {"text": "x" * 20_000 + " ", "repeat": 100}})
-    stack.start("m")
-    stack.hub.await_peer("inference-m")
-    failure = failure_of(stack.ask("m", ask_for("go", max_tokens=400)))
-    assert (failure.category, failure.code) == (Category.FORMAT, "answer.too_large")
-    stack.script("m", {"default": "short"})
-    assert isinstance(stack.ask("m", ask_for("go")), InferFinal)
-
-
-def test_the_same_key_sent_twice_is_generated_once(stack: InferenceStack) -> None:
-    stack.script("m", {"record": str(stack.root / "requests.jsonl"), "default": {"text": "a b c", "token_s": 0.2}})
-    stack.start("m")
-    stack.hub.await_peer("inference-m")
-    first = stack.hub.request("inference-m", "infer.request", ask_for("go"), key="k1")
-    stack.hub.pump(100)
-    second = stack.hub.request("inference-m", "infer.request", ask_for("go"), key="k1")
-    stack.hub.collect(second)
-    third = stack.hub.request("inference-m", "infer.request", ask_for("go"), key="k1")
-    _, body, _ = stack.hub.collect(third)
-    assert isinstance(body, InferFinal)
-    assert len((stack.root / "requests.jsonl").read_text().splitlines()) == 1
-    assert first != second
 
 
 def test_a_missing_model_is_a_reason_and_is_cured_without_a_restart(stack: InferenceStack) -> None:
@@ -282,14 +295,14 @@ def test_a_binary_without_our_flags_is_a_reason(stack: InferenceStack) -> None:
 def test_a_refused_registry_is_exit_status_2_with_file_and_line(stack: InferenceStack) -> None:
     (stack.registry / "models.yaml").write_text("models:\n  m:\n    tier: A\n    slots: 0\n")
     process = stack.start("m")
-    assert process.wait(30) == 2
+    assert process.wait(90) == 2
     assert "models.yaml:4" in stack.stderr("m")
     assert '"launch.refused"' in (stack.root / "logs" / "inference-m.jsonl").read_text()
 
 
 def test_an_unknown_model_is_exit_status_2_with_the_names(stack: InferenceStack) -> None:
     process = stack.start("nobody")
-    assert process.wait(30) == 2
+    assert process.wait(90) == 2
     assert "no entry 'nobody'" in stack.stderr("nobody")
 
 
@@ -298,12 +311,8 @@ def test_the_engine_dies_with_the_service(stack: InferenceStack) -> None:
     stack.hub.await_peer("inference-m")
     child = stack.figures("m")["child_pid"]
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and Path(f"/proc/{child}").exists():
-        time.sleep(0.05)
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+    process.wait(90)
+    until(lambda: not Path(f"/proc/{child}").exists(), "the engine is gone")
 
 
 def test_sigterm_ends_service_and_engine(stack: InferenceStack) -> None:
@@ -311,21 +320,9 @@ def test_sigterm_ends_service_and_engine(stack: InferenceStack) -> None:
     stack.hub.await_peer("inference-m")
     child = stack.figures("m")["child_pid"]
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(90) == 0
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
-
-
-def test_the_api_key_is_needed_and_nowhere_to_be_read(stack: InferenceStack) -> None:
-    stack.start("m")
-    stack.hub.await_peer("inference-m")
-    child = stack.figures("m")["child_pid"]
-    environ = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-    key = next(item.partition(b"=")[2] for item in environ if item.startswith(b"LLAMA_API_KEY="))
-    assert len(key) >= 32
-    assert key not in Path(f"/proc/{child}/cmdline").read_bytes()
-    for file in (stack.root / "logs").iterdir():
-        assert key not in file.read_bytes(), file
 
 
 def test_the_noop_engine_answers_at_once(stack: InferenceStack) -> None:

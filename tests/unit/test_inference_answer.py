@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from protocol.messages.failure import Category
@@ -59,8 +57,6 @@ async def test_expressions_are_checked_outside_the_service() -> None:
 
 async def test_an_endless_expression_ends_with_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer, "_CHECK_TIMEOUT_S", 1.5)
-    began = time.monotonic()
     failure = await judge('"' + "a" * 60 + '!"', {"pattern": "^(a+)+$"}, cut_off=False, origin="t")
     assert failure is not None
     assert "did not end" in failure.message
-    assert time.monotonic() - began < 5

@@ -79,7 +79,7 @@ def test_one_thing_may_have_two_names(one: str, other: str, same: bool) -> None:
 
 @pytest.mark.parametrize("piece", ["A ", "A of the ", "a b, ", "A's ", "10% a a-a ", "a and ", "A. "])
 def test_hostile_repetition_costs_no_time(piece: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     for size in (1_199, 64 * 1024):
         find_lookups(("ratio " + piece * (size // len(piece)))[:size])
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 10, "where it takes milliseconds; a square would take minutes"

@@ -58,6 +58,6 @@ def test_text_about_code_is_split_at_written_lists_only() -> None:
     "piece", ["compare a, ", "of a a a, ", "x、", "1. ", "\n- ", " ", "of ", "of A and ", "a vs ", "\t", "; "]
 )
 def test_hostile_repetition_costs_no_time(piece: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     find_parts(piece * (64 * 1024 // len(piece)))
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 10, "where it takes milliseconds; a square would take minutes"

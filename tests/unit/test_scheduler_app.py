@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sqlite3
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from services.scheduler.housekeeping import Intervals
 from services.scheduler.journal import Journal
 from tests.unit.journals import write_journal, write_long_task
 from tests.unit.simulation import final_of, shipped_registry, task_of
+from tests.waiting import until
 
 STEPS: list[dict[str, object]] = [{"id": "S1"}, {"id": "S2", "inputs": ["S1.out"]}]
 
@@ -291,10 +291,12 @@ def test_the_hub_starts_retention_and_says_what_it_did(home: Home) -> None:
     write_journal(home.journal / "journal.sqlite", 2)  # tasks of 1970, by the virtual clock
     bench = Bench(home, MemoryRouter(), Intervals(first_retention=0))
     log = home.logs / "scheduler.jsonl"
-    end = time.monotonic() + 20
-    while "journal.retained" not in log.read_text() and time.monotonic() < end:
+
+    def retained() -> bool:
         bench.turn()
-        time.sleep(0.01)
+        return "journal.retained" in log.read_text()
+
+    until(retained, "old tasks are removed", look_every_s=0.01)
     line = next(line for line in log.read_text().splitlines() if "journal.retained" in line)
     assert json.loads(line)["removed"] == 2
     bench.app.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from protocol.header import Header
 from services.kit.config import CHECKOUT, Home, load_home
 from services.scheduler.events import ReadRegistry, RegistryChanged, RegistryRefused
 from services.scheduler.registry_reader import MAX_WAITING, RegistryReader
+from tests.waiting import until
 
 Outcome = RegistryChanged | RegistryRefused
 
@@ -28,11 +28,12 @@ def asked(number: int = 1, digest: str | None = None) -> ReadRegistry:
 
 def outcomes(reader: RegistryReader, count: int) -> list[Outcome]:
     found: list[Outcome] = []
-    deadline = time.monotonic() + 60
-    while len(found) < count:
-        assert time.monotonic() < deadline
-        found += reader.outcomes(at_ms=5)
-        time.sleep(0.005)
+
+    def all_there() -> bool:
+        found.extend(reader.outcomes(at_ms=5))
+        return len(found) >= count
+
+    until(all_there, f"{count} readings have ended", look_every_s=0.005)
     return found
 
 

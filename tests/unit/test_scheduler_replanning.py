@@ -256,6 +256,22 @@ def test_one_slow_step_is_no_sign_that_a_deadline_will_be_missed() -> None:
     assert not of_type(world, task, f.ReplanAsked)
 
 
+def test_a_task_unlike_those_before_is_late_by_its_own_pace_while_there_is_time() -> None:
+    def answer(header: Header, _body: bytes) -> Answer:
+        return (600 if (header.step or "").startswith("S") else 30), final_of(f"by {header.step}")
+
+    world = planned_stack(answer)
+    for _ in range(6):  # steps of that role have taken a twentieth so far
+        world.finish(world.submit(task_of([{"id": "Q1"}, {"id": "Q2"}, {"id": "Q3"}, {"id": "Q4"}])))
+    steps: list[dict[str, object]] = [{"id": "S1"}]
+    steps += [{"id": f"S{n}", "inputs": [f"S{n - 1}.out"]} for n in range(2, 25)]
+    task = world.submit(revisable(steps, deadline_s=8))
+    view = world.finish(task)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    (asked,) = of_type(world, task, f.ReplanAsked)
+    assert asked.at_ms - view.created_ms < 5_000, "twice the time is missing, and a third of it is left"
+
+
 def test_a_task_that_is_in_time_is_left_alone() -> None:
     world = planned_stack(wrong_at(took_ms=100))
     task = world.submit(revisable(CHAIN, deadline_s=100))

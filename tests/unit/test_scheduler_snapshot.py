@@ -26,9 +26,9 @@ def test_a_task_with_100_000_facts_restarts_from_its_snapshot_in_a_fraction_of_t
             with sqlite3.connect(path) as database:
                 assert database.execute("DELETE FROM snapshots").rowcount == 1
         reopened = Journal(path)
-        began = time.perf_counter()
+        began = time.process_time()
         loaded = reopened.load(task.id)
-        took[way] = time.perf_counter() - began
+        took[way] = time.process_time() - began
         reopened.close()
         assert loaded is not None
         assert snapshot.plain(loaded) == snapshot.plain(task)
