@@ -724,6 +724,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _LEARNED,
         _TAUGHT,
         _SWARMED,
+        _REPLANNED,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],

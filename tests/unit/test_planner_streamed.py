@@ -21,7 +21,6 @@ from services.planner.machine import (
     MemoryAnswered,
     ModelAnswered,
     Planning,
-    Record,
     Requested,
     Unanswered,
 )
@@ -151,8 +150,8 @@ def test_memory_advises_nobody_who_has_begun() -> None:
         figures = {"propensity": 0.5, "confidence": 0.9, "evidence": 50, "why": "it was told"}
         advice.append(Advised(key=question.key, subject=question.subject, **told, **figures))
     command = planning.handle(MemoryAnswered(4, MemoryFinal(advice=advice)))
-    assert isinstance(command, Record)
-    booked = {(one.step, one.subject): one.choice for one in command.request.decisions}
+    assert isinstance(command, Finish)
+    booked = {(one.step, one.subject): one.choice for one in command.final.decisions}
     for step in offered:
         assert booked[step.id, "role"] == step.actor, "what is learned from an outcome is about what ran"
         assert booked.get((step.id, "persona")) == step.persona
