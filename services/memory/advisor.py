@@ -30,7 +30,7 @@ _SNAPSHOT: Final = "routing-"
 _SNAPSHOT_EVERY: Final = 2_000
 _LARGE_BYTES: Final = 16 * 1024 * 1024
 """A state larger than this is written as much less often: writing it must not cost more than learning it again."""
-_NAMES: Final = "names.3"
+_NAMES: Final = "names.4"
 """Raised when what a snapshot holds means something else: an older one is then made anew from the log."""
 _APART: Final = frozenset({"persona", "decomposition"})
 """Subjects with one bandit per kind of work."""

@@ -77,7 +77,7 @@ PROJECTION_TROUBLE: Final = (RuntimeError, ProjectionDoubt, BadVector, OSError, 
 """What is left when rebuilding has not helped: no space, no memory, a log that cannot be read."""
 
 _FOLLOW_AFTER_S: Final = 10.0
-_FOLLOW_ROWS: Final = 4_000
+_FOLLOW_ROWS: Final = 10_000
 """Projections follow when the first of these is reached, or when a question needs them. A graph that takes every task
 on its own costs ten times the CPU time of one that takes a few hundred together."""
 

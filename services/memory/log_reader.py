@@ -152,6 +152,13 @@ class LogReader:
         """Number of the last committed row."""
         return int(self._meta("seq"))
 
+    def position(self) -> tuple[str, int]:
+        """Identity of the log and number of the last committed row, read together."""
+        found = dict(find(self._db, "meta", "WHERE key IN ('log_id', 'seq')"))
+        if len(found) < 2:
+            raise RowDamaged("meta lacks the log's identity or its last row")
+        return str(found["log_id"]), int(found["seq"])
+
     @property
     def stale(self) -> tuple[int, int]:
         """Episodes after the first and up to the second row have vectors of an earlier embedder; equal = none."""

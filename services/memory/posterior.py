@@ -109,8 +109,11 @@ class _Columns:
 class Posterior:
     """Mean and covariance of all weights; grows with blocks and clusters."""
 
-    def __init__(self, prior: Prior, embedding_size: int) -> None:
+    def __init__(self, prior: Prior, embedding_size: int, ageing: float) -> None:
+        """With every outcome the intercepts of all arms drift by this share of their prior variance, at most back to
+        it; what the pending ones have earned them is added when those are subtracted."""
         self.prior = prior
+        self._ageing = ageing
         self._local = prior.local
         self._width = 1 + (embedding_size if prior.local else 0)
         self._of_arms = np.zeros(0, dtype=np.intp)
@@ -192,13 +195,6 @@ class Posterior:
         self._base[columns, : self._size] *= keep
         self._base[: self._size, columns] *= keep
         self._base[columns, columns] += (1 - keep * keep) * self._prior_var[columns]
-
-    def age(self, share: float) -> None:
-        """Let the intercepts of all arms drift by this share of their prior variance, at most back to it."""
-        columns = self._of_arms
-        limit = self._prior_var[columns]
-        stands = self._base[columns, columns] - np.square(self._pending[: self._held, columns]).sum(axis=0)
-        self._base[columns, columns] += np.minimum(np.maximum(limit - stands, 0.0), share * limit)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Array]]:
         """Everything learned: names as JSON, numbers as arrays."""
@@ -297,6 +293,10 @@ class Posterior:
         for start in range(0, self._size, _ROWS_AT_ONCE):
             rows = slice(start, min(start + _ROWS_AT_ONCE, self._size))
             self._base[rows, : self._size] -= held[:, rows].T @ held
+        columns = self._of_arms
+        limit = self._prior_var[columns]
+        drift = np.maximum(limit - self._base[columns, columns], 0.0)
+        self._base[columns, columns] += np.minimum(drift, self._ageing * self._held * limit)
         self._pending[: self._held] = 0
         self._held = 0
 

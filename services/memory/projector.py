@@ -105,10 +105,10 @@ class Projector:
 
     def follow(self) -> None:
         """Take in what the log holds beyond the vectors and the counts."""
-        if self._reader.log_id != self._log_id:  # rows were forgotten, and the index without them is being made
-            self._log_id = self._reader.log_id
+        log_id, upto = self._reader.position()
+        if log_id != self._log_id:  # rows were forgotten, and the index without them is being made
+            self._log_id = log_id
             self._forget_read()
-        upto = self._reader.seq
         after = min(self._vectors.applied_seq, self._lineage.noted_seq)
         for last, changes in self._reader.changes(after, upto, self._stale):
             episodes = []

@@ -150,7 +150,7 @@ class Bandit:
         self.staging = staging
         self.stage = 0
         """Decompositions whose staged reward was credited."""
-        self._posteriors = (Posterior(PLAIN, PROJECTED), Posterior(LOCAL, PROJECTED))
+        self._posteriors = (Posterior(PLAIN, PROJECTED, AGEING), Posterior(LOCAL, PROJECTED, AGEING))
         self._log_weights = np.zeros(2)
         self._named: dict[str, None] = {}
         self._centroids = np.zeros((0, DIMENSION))
@@ -172,7 +172,6 @@ class Bandit:
         told = []
         for share, posterior in zip(self._shares(), self._posteriors, strict=True):
             mean, uncertain = posterior.learn(place, seen.choice, reward)
-            posterior.age(AGEING)
             residual -= share * mean
             variance += share * (NOISE + uncertain)
             told.append(0.5 * (math.log(NOISE + uncertain) + (reward - mean) ** 2 / (NOISE + uncertain)))

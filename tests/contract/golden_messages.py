@@ -725,6 +725,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _TAUGHT,
         _SWARMED,
         _REPLANNED,
+        _VIEW.model_copy(update={"plan": PlanView(source="rules", reason="as of", decisions=[_VERSIONED_DECISION])}),
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
