@@ -725,7 +725,13 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _TAUGHT,
         _SWARMED,
         _REPLANNED,
-        _VIEW.model_copy(update={"plan": PlanView(source="rules", reason="as of", decisions=[_VERSIONED_DECISION])}),
+        _VIEW.model_copy(
+            update={
+                "plan": PlanView(
+                    source="rules", reason="as of", removed_edges=[], similar=[], decisions=[_VERSIONED_DECISION]
+                )
+            }
+        ),
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
