@@ -724,7 +724,14 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _LEARNED,
         _TAUGHT,
         _SWARMED,
-        _VIEW.model_copy(update={"plan": _VIEW.plan.model_copy(update={"decisions": [_VERSIONED_DECISION]})}),
+        _REPLANNED,
+        _VIEW.model_copy(
+            update={
+                "plan": PlanView(
+                    source="rules", reason="as of", removed_edges=[], similar=[], decisions=[_VERSIONED_DECISION]
+                )
+            }
+        ),
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
