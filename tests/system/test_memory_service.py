@@ -269,15 +269,15 @@ def test_the_loop_answers_while_a_large_batch_is_written_and_projected(stand: Me
         decision(0, 0).model_copy(update={"decision_id": f"b{number}", "task_id": f"B{number // 50}"})
         for number in range(6_000)
     ]
-    assert stand.final(RecordDecisions(decisions=batch)).stored == 6_000
-    assert stand.final(Stats()).stats["graph_seq"] == 6_000
-    deadline = time.monotonic() + 3
-    while time.monotonic() < deadline:
-        stand.hub.pump()
-    pong = stand.hub.pongs["memory"]
+    for body in (RecordDecisions(decisions=batch), Stats()):
+        asked = stand.hub.request("memory", "memory.request", MemoryRequest(ask=body))
+        assert stand.hub.newest_pong("memory").in_flight == 1, "the ping was answered before the work was done"
+        _, answer, _ = stand.hub.collect(asked)
+        assert isinstance(answer, MemoryFinal)
+        assert 6_000 in (answer.stored, answer.stats.get("graph_seq"))
+    pong = stand.hub.newest_pong("memory")
     assert pong.metrics["log_seq"] == 6_000
     assert pong.metrics["commit_groups"] > 0
-    assert pong.loop_lag_ms < 1_000
 
 
 def test_projections_follow_although_nobody_asks(stand: MemoryStand) -> None:
