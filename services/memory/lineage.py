@@ -86,8 +86,8 @@ class Lineage:
 
     def _with_cures(self, task_ids: Sequence[str]) -> list[str]:
         if self._cured is None:
-            self._cured, seq = self._ask(lambda graph: graph.cured_tasks())
-            self._cured |= {one.task_id for one in self._beyond if isinstance(one, Cured) and one.seq > seq}
+            cured, seq = self._ask(lambda graph: graph.cured_tasks())
+            self._cured = cured | {one.task_id for one in self._beyond if isinstance(one, Cured) and one.seq > seq}
         return [task_id for task_id in task_ids if task_id in self._cured]
 
     def _failures_of(self, ids: Sequence[str]) -> list[Counter[str]]:

@@ -169,7 +169,8 @@ class VectorIndex:
         options: Any = faiss.SearchParameters() if self.exact else faiss.SearchParametersIVF()
         if not self.exact:
             options.nprobe = _PROBES
-        options.sel = faiss.IDSelectorBitmap(among.bits)
+        selector: Any = faiss.IDSelectorBitmap  # FAISS takes an array in Python, its stubs have the C++ arguments
+        options.sel = selector(among.bits)
         chosen: faiss.SearchParameters = options
         return chosen
 
