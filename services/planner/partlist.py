@@ -38,21 +38,21 @@ _EXAMPLES: Final = (
     "Suppose the population of [Chile] doubles, that of [Peru] halves and that of [Cuba] stays. What is the sum?",
     "How often would [Lake Geneva] fit into [Lake Victoria] if it covered 30% more?",
     (
-        "Add the lengths of the [Rialto Bridge], the [Tower Bridge], the [Forth Bridge], the [Brooklyn Bridge] and the "
-        "[Storebelt Bridge] and subtract 100 meters."
+        "Add the lengths of the [Rialto Bridge], the [Tower Bridge], the [Forth Bridge], the [Brooklyn Bridge] and "
+        "the [Storebelt Bridge] and subtract 100 meters."
     ),
     (
-        "Which is the oldest after adding 50 years to the age of [Oxford University], 20 to that of [Bologna University] "
-        "and 5 to that of [Salamanca University]?"
+        "Which is the oldest after adding 50 years to the age of [Oxford University], 20 to that of [Bologna "
+        "University] and 5 to that of [Salamanca University]?"
     ),
     (
-        "Divide the mass of [Saturn] by that of [Jupiter], then multiply the ratio by the mass of [Mars] over the mass of "
-        "[Venus]."
+        "Divide the mass of [Saturn] by that of [Jupiter], then multiply the ratio by the mass of [Mars] over the mass "
+        "of [Venus]."
     ),
     "If a [hare] ran 15% slower and a [greyhound] 5% faster, by how much would one outrun the other?",
     (
-        "What share of the visitors of the [Louvre], the [Prado], the [Uffizi] and the [Hermitage] would the [Rijksmuseum] "
-        "have if its own tripled?"
+        "What share of the visitors of the [Louvre], the [Prado], the [Uffizi] and the [Hermitage] would the "
+        "[Rijksmuseum] have if its own tripled?"
     ),
 )
 _NAME: Final = re.compile(r"\[([^\]]+)\]")
