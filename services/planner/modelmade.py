@@ -177,7 +177,7 @@ def read_plan(
     """
     begun = begun or Begun()
     labels = _labels(task)
-    answer = _parsed(text, finish_reason, labels, roles)
+    answer, left_out = _parsed(text, finish_reason, task, roles)
     wishes = wishes_of(answer, task)
     allowed = min(room(task), MAX_MODEL_STEPS)
     writes_code = task.task_type is TaskType.CODE
@@ -189,6 +189,7 @@ def read_plan(
         joiner=cast(Work.IMPLEMENT if writes_code else Work.JOIN, roles).role,
         free_label=labels[len(answer)] if len(answer) < allowed else None,
     )
+    repairs = [*left_out, *repairs]
     if len(steps) < 2:
         raise ModelPlanRefused(["steps: a single step, although the objective needs several", *repairs])
     if len(steps) > room(task):
@@ -243,8 +244,13 @@ def steps_of(steps: Sequence[Draft], result: int | None, task: TaskIR) -> list[S
     ]
 
 
-def _parsed(text: str, finish_reason: str, labels: Sequence[str], roles: Mapping[str, RoleEntry]) -> list[ModelStep]:
-    """The steps of an answer in either form; of a plan that was cut off, those that are complete."""
+def _parsed(
+    text: str, finish_reason: str, task: TaskIR, roles: Mapping[str, RoleEntry]
+) -> tuple[list[ModelStep], list[str]]:
+    """The steps of an answer in either form, and what was left out of it; of a plan that was cut off, those that are
+    complete.
+    """
+    left_out: list[str] = []
     if len(text) > MAX_ANSWER_CHARS:
         raise ModelPlanRefused([f"the answer has {len(text)} characters, at most {MAX_ANSWER_CHARS} are read"])
     try:
@@ -260,8 +266,10 @@ def _parsed(text: str, finish_reason: str, labels: Sequence[str], roles: Mapping
     try:
         if isinstance(raw, dict) and "parts" in raw:
             worker, joiner = cast(Work.READ, roles).role, cast(Work.JOIN, roles).role
-            raw = {"steps": steps_from(PartList.model_validate(raw), labels, worker, joiner)}
-        return _ModelPlan.model_validate(raw).steps
+            names, others = PartList.model_validate(raw).named_in(task.objective)
+            left_out = [f"{quoted(name, 40)!r} was left out: the objective does not name it" for name in others]
+            raw = {"steps": steps_from(names, _labels(task), worker, joiner)}
+        return _ModelPlan.model_validate(raw).steps, left_out
     except ValidationError as err:
         raise ModelPlanRefused([describe(err)]) from err
 
