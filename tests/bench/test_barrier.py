@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -21,7 +22,10 @@ def test_a_chain_beside_a_long_step_is_not_held_back_by_it() -> None:
     assert figures["wall_s"] <= figures["client_wall_s"]
 
 
-def test_a_benchmark_that_is_told_to_end_takes_its_processes_along() -> None:
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, ExitCode.INTERRUPTED), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_benchmark_that_is_ended_takes_its_processes_along(number: signal.Signals, status: int) -> None:
     bench = subprocess.Popen(
         [sys.executable, "-m", "services.ctl", "bench", "barrier", "--runs", "1000", "--json"],
         cwd=CHECKOUT,
@@ -31,6 +35,6 @@ def test_a_benchmark_that_is_told_to_end_takes_its_processes_along() -> None:
     below = psutil.Process(bench.pid)
     until(lambda: len(below.children(recursive=True)) >= 4, "its stack is being started")
     started = below.children(recursive=True)
-    bench.terminate()
-    assert bench.wait(90) == ExitCode.INTERRUPTED
+    bench.send_signal(number)
+    assert bench.wait(90) == status
     assert psutil.wait_procs(started, timeout=90)[1] == []

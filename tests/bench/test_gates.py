@@ -10,7 +10,7 @@ from services.ctl.__main__ import main
 
 
 def test_a_sample_of_the_corpus_is_judged_as_it_is_outside(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "gates", "--sample", "2", "--no-escapes", "--json"]) == 0
+    assert main(["bench", "gates", "--sample", "2", "--quick", "--no-escapes", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["canonical"], figures["canonical_passed"]) == (2, 2)
     assert figures["mutants"] == 6

@@ -10,11 +10,11 @@ from services.ctl.__main__ import main
 
 
 def test_overhead_growth_and_memory_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "overhead", "--runs", "1", "--history", "6000", "--json"]) == 0
+    assert main(["bench", "overhead", "--runs", "1", "--history", "2000", "--json"]) == 0
     printed = capsys.readouterr()
     figures = json.loads(printed.out)
-    assert "6000 steps" in printed.err
-    assert figures["history_steps"] == 6000
+    assert "2000 steps" in printed.err
+    assert figures["history_steps"] == 2000
     assert figures["history_growth"] > 0, "a ratio of costs; its goal is checked by the full run"
     assert 20 < figures["rss_mb"] < 500
     assert 0 < figures["fanout_commits_per_step"] < 0.5, "group commit: many steps share a transaction"

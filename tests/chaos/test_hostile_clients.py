@@ -29,7 +29,7 @@ from services.scheduler.client_requests import MAX_ACTIVE_TASKS
 from services.scheduler.unread import MAX_UNREAD_PER_PEER
 from tests.waiting import until
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.chaos
 
 FLOOD = MAX_ACTIVE_TASKS // 2 + 200
 MODELS = {

@@ -20,7 +20,7 @@ from services.ctl.bench.overhead import NOOP_MODELS
 from services.kit.children import resident_bytes
 from tests.waiting import until
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.chaos
 
 KILLS = 5
 SOAK_TASKS = 1_000

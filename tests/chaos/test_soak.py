@@ -6,7 +6,7 @@ import pytest
 
 from services.ctl.bench import soak
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.chaos
 
 
 def test_under_load_and_random_kills_nothing_is_lost_or_repeated_and_service_is_back_within_seconds() -> None:

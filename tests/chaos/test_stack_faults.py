@@ -17,7 +17,7 @@ from services.ctl.bench.bare_stack import BareStack
 from tests.system.conftest import demo_models
 from tests.waiting import until
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.chaos
 
 
 @pytest.fixture

@@ -28,9 +28,9 @@ def demo_models(**engines: str) -> dict[str, dict[str, object]]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stack() -> Iterator[BareStack]:
-    """Up for the whole session; tests leave it ready. The worker runs natively, the others in the wheel's engine."""
+    """Up for all tests of a file, which leave it ready. The worker runs natively, the others in the wheel's engine."""
     models = demo_models(front="embedded", specialist="embedded", worker="llama-server")
     with temporary_home() as path, BareStack(path, models=models) as running:
         yield running

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from services.ctl.stack import stray_processes
+from services.ctl.supervisor import Supervisor
 from services.kit.config import CHECKOUT, load_home
 
 SERVICES = {"gates", "inference-front", "inference-worker", "memory", "planner", "scheduler"}
@@ -65,8 +66,7 @@ class Installation:
         )
 
     def pids(self) -> dict[str, int]:
-        services = json.loads(self.tierline("status", "--json").stdout)["services"]
-        return {service["name"]: service["process"]["pid"] for service in services if service["process"]}
+        return {one.name: one.pid for one in Supervisor(self.home).processes()}
 
 
 @pytest.fixture(scope="module")

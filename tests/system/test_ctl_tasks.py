@@ -284,7 +284,7 @@ def test_the_first_ctrl_c_cancels_the_task(slow_stack: Stack) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    until(lambda: "running" in slow_stack.tierline("list").stdout, "the task runs")
+    until(lambda: "running" in slow_stack.tierline("list").stdout, "the task runs", look_every_s=0.5)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1, err

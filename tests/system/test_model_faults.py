@@ -12,38 +12,27 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from protocol.errors import CallFailed, DeadlineExceeded
 from protocol.messages.infer import ChatMessage, InferRequest
 from protocol.messages.result import TaskState
-from services.ctl.stack import stray_processes
 from services.kit.config import CHECKOUT
-from tests.system.test_registry_reload import Stack
+from tests.system.test_registry_reload import Stack, reloadable_stack
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp") as folder:
-        stack = Stack(Path(folder))
-        try:
-            done = stack.tierline("up")
-            assert done.returncode == 0, done.stderr
-            yield stack
-        finally:
-            stack.client.close()
-            stack.tierline("down")
-            assert stray_processes(stack.home) == []
+    yield from reloadable_stack()
 
 
 def supervisorctl(stack: Stack, *words: str) -> str:
     config = str(CHECKOUT / "deploy" / "supervisord.conf")
     command = [sys.executable, "-m", "supervisor.supervisorctl", "-c", config, *words]
-    done = subprocess.run(command, env=stack.environment, cwd=CHECKOUT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, env=stack.environment, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
     return done.stdout + done.stderr
 
 
@@ -53,6 +42,17 @@ def reason_in_status(stack: Stack) -> str:
     return str(worker["reason"]) if worker["state"] == "degraded" else ""
 
 
+def await_reason(stack: Stack, words: str) -> None:
+    """Until the hub knows it, who is asked at no cost; then the command has to say it too."""
+
+    def known() -> bool:
+        peers = stack.client.status().peers
+        return any(words in (one.reason or "") for one in peers if one.service == "inference-worker")
+
+    until(known, f"the worker's reason is {words!r}")
+    assert words in reason_in_status(stack)
+
+
 def kill_engine(stack: Stack, number: signal.Signals = signal.SIGKILL) -> None:
     figures = next(peer.metrics for peer in stack.client.status().peers if peer.service == "inference-worker")
     os.kill(figures["child_pid"], number)
@@ -60,7 +60,7 @@ def kill_engine(stack: Stack, number: signal.Signals = signal.SIGKILL) -> None:
 
 def assert_degraded(stack: Stack, words: str, pid: int) -> None:
     """The same words in both places, the same process of the service, and a call that waits no longer than it may."""
-    stack.until(lambda: words in reason_in_status(stack))
+    await_reason(stack, words)
     assert "RUNNING" in supervisorctl(stack, "status", "inference-worker")
     assert words in supervisorctl(stack, "tail", "-20000", "inference-worker")
     assert stack.pids()["inference-worker"] == pid
@@ -71,14 +71,14 @@ def assert_degraded(stack: Stack, words: str, pid: int) -> None:
 
 def assert_well(stack: Stack, slots: int = 2) -> None:
     """Ready without a restart by hand, every slot is to be had, and a task runs."""
-    stack.until(lambda: stack.state("inference-worker") == "ready", within_s=45)
-    assert stack.client.result(stack.submit("Say it.", "worker"), timeout_s=30).state is TaskState.SUCCEEDED
+    until(lambda: stack.state("inference-worker") == "ready", "the worker is well")
+    assert stack.client.result(stack.submit("Say it.", "worker"), timeout_s=100).state is TaskState.SUCCEEDED
 
     def all_free() -> bool:
         peer = next(one for one in stack.client.status().peers if one.service == "inference-worker")
         return peer.granted - peer.used == slots and not peer.in_flight
 
-    stack.until(all_free)
+    until(all_free, "every slot is free")
     assert reason_in_status(stack) == ""
 
 
@@ -96,7 +96,7 @@ def test_a_damaged_model_file_is_a_reason_in_status_and_supervisorctl_until_it_i
 def test_an_engine_that_hangs_is_replaced_and_status_says_so_meanwhile(stack: Stack) -> None:
     pid = stack.pids()["inference-worker"]
     kill_engine(stack, signal.SIGSTOP)
-    stack.until(lambda: "no answer and no token" in reason_in_status(stack))
+    until(lambda: "no answer and no token" in reason_in_status(stack), "status says that it hangs")
     assert "no answer and no token" in supervisorctl(stack, "tail", "-20000", "inference-worker")
     assert_well(stack)
     assert stack.pids()["inference-worker"] == pid
@@ -110,7 +110,7 @@ def test_a_taken_port_is_a_reason_in_status_and_supervisorctl_until_it_is_free(s
         stack.models["worker"]["port"] = port
         stack.write()
         stack.reload("--no-wait")
-        stack.until(lambda: f"port {port}" in reason_in_status(stack))
+        await_reason(stack, f"port {port}")
         assert_degraded(stack, f"port {port} of model worker is taken", stack.pids()["inference-worker"])
     assert_well(stack)
 

@@ -6,8 +6,7 @@ The scripted worker keeps its ledger well only where it is told to be the clerk 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from protocol.messages.persona import NO_PERSONA, Persona
 from protocol.messages.result import TaskState, TaskView
 from services.kit.config import CHECKOUT
 from tests.system.scripted_stack import ScriptedStack, scripted_stack
+from tests.waiting import until
 
 CLERK = Persona(
     name="quay-clerk",
@@ -27,7 +27,6 @@ CLERK = Persona(
     task_types=["doc"],
 )
 LEDGER = {"outputs": [{"name": "book", "kind": "json"}], "gates": ["schema"]}
-WITHIN_S = 30.0
 
 
 def quick_trials(registry: Path) -> None:
@@ -57,13 +56,6 @@ def chosen(view: TaskView, step: str = "S1") -> tuple[str, str]:
     assert view.plan is not None
     made = next(item for item in view.plan.decisions if (item.subject, item.step) == ("persona", step))
     return made.choice, made.rule
-
-
-def until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 def personas(stack: ScriptedStack) -> dict[str, dict[str, Any]]:
@@ -171,7 +163,7 @@ def test_one_made_by_a_client_is_tried_credited_adopted_and_then_chosen_by_what_
 
 def test_a_running_task_makes_one_and_uses_it_at_once(stack: ScriptedStack) -> None:
     client = stack.stack.client
-    stack.say({"match": "elderberry: wait", "answers": [{"text": "done", "delay_s": 2.0}]})
+    stack.say({"match": "elderberry: wait", "answers": [{"text": "done", "hold": stack.held("elderberry")}]})
     wait = {"id": "S1", "actor": "worker", "action": "elderberry: wait", "outputs": [{"name": "one"}], "gates": []}
     task = client.submit({"objective": "test", "plan": {"steps": [wait]}}).task_id
     until(lambda: any(step.state == "inferring" for step in client.show(task).steps), "it runs")
@@ -180,7 +172,8 @@ def test_a_running_task_makes_one_and_uses_it_at_once(stack: ScriptedStack) -> N
     assert name.startswith("quay-clerk-"), "the name has another prompt"
     more = {"id": "S2", "actor": "worker", "action": "elderberry: go on", "outputs": [{"name": "two"}], "persona": name}
     client.extend(task, [more])
-    view = client.result(task, timeout_s=60)
+    stack.release("elderberry")
+    view = client.result(task, timeout_s=200)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert "You are the harbour master." in stack.prompts_with("elderberry: go on")[0]
     until(lambda: outcomes(stack, name) == 1, "an added step is credited too")
@@ -196,7 +189,7 @@ def test_a_planning_model_makes_one_for_its_plan_and_it_is_on_trial_from_then_on
     stack.say({"match": "You plan work for a team", "model": "front", "answers": [json.dumps({"steps": plan})]})
     inputs = [{"name": f"{name}.md", "value": f"The {name} is sweet."} for name in ("fig", "grape")]
     task = {"objective": "Compare the fig report with the grape report", "task_type": "doc", "inputs": inputs}
-    view = stack.stack.client.run(task, timeout_s=60)
+    view = stack.stack.client.run(task, timeout_s=200)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert view.plan is not None
     assert view.plan.source == "model", view.plan.reason

@@ -9,8 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from services.kit.registry.versions import prompt_digest
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY
 from tests.system.test_ctl_stack import Installation
+from tests.waiting import until
 
 CORE = {"gates", "memory", "planner", "scheduler"}
 
@@ -48,7 +48,7 @@ class Stack(Installation):
     @staticmethod
     def scripted(root: Path, name: str, slots: int = 2) -> dict[str, Any]:
         path = write_tiny_gguf(root / f"{name}.gguf")
-        slow = {"match": "SLOW", "answers": [{"text": "tick " * 40, "token_s": 0.15}]}
+        slow = {"match": "SLOW", "answers": [{"text": "tick " * 40, "hold": str(root / "go on")}]}
         as_json = {"match": "AS JSON", "answers": ['{"n": 1}']}
         Path(f"{path}.script.json").write_text(json.dumps({"default": f"said by {name}", "rules": [slow, as_json]}))
         return {
@@ -82,14 +82,15 @@ class Stack(Installation):
         task = {"objective": "test", "plan": {"steps": [step, *(more or [])]}}
         return self.client.submit(task).task_id
 
-    def await_running(self, task_id: str) -> None:
-        self.until(lambda: any(step.state == "inferring" for step in self.client.show(task_id).steps))
+    def begin_slow(self, role: str, more: list[dict[str, Any]] | None = None) -> str:
+        """A task at work whose first step ends when `go_on` is called."""
+        (self.root / "go on").unlink(missing_ok=True)
+        task_id = self.submit("SLOW please", role, more)
+        until(lambda: any(step.state == "inferring" for step in self.client.show(task_id).steps), "it is at work")
+        return task_id
 
-    def until(self, holds: Callable[[], bool], within_s: float = 30, look_every_s: float = 0.1) -> None:
-        deadline = time.monotonic() + within_s
-        while not holds():
-            assert time.monotonic() < deadline
-            time.sleep(look_every_s)
+    def go_on(self) -> None:
+        (self.root / "go on").touch()
 
     def state(self, service: str) -> str:
         return next((peer.state for peer in self.client.status().peers if peer.service == service), "absent")
@@ -99,8 +100,8 @@ class Stack(Installation):
         return {peer.service: peer.registry for peer in report.peers} | {"scheduler": report.registry}
 
 
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
+def reloadable_stack() -> Iterator[Stack]:
+    """Up under supervisord, for a fixture; nothing of it is left afterwards."""
     with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp") as folder:
         stack = Stack(Path(folder))
         try:
@@ -111,6 +112,11 @@ def stack() -> Iterator[Stack]:
             stack.client.close()
             stack.tierline("down")
             assert stray_processes(stack.home) == []
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    yield from reloadable_stack()
 
 
 def test_a_new_model_and_role_serve_without_any_restart(stack: Stack) -> None:
@@ -124,12 +130,12 @@ def test_a_new_model_and_role_serve_without_any_restart(stack: Stack) -> None:
     assert (told["changed"], told["removed"], told["draining"]) == ([], [], [])
     assert told["started"] == ["inference-extra"]
     assert told["waiting"] == []
-    view = stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30)
+    view = stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=100)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert view.artefacts[0].value == "said by extra"
     after = stack.pids()
     assert {name: pid for name, pid in after.items() if name in before} == before
-    assert stack.client.plan(TaskIR(objective="Say it.", task_type="chat"), timeout_s=30).task.plan is not None
+    assert stack.client.plan(TaskIR(objective="Say it.", task_type="chat"), timeout_s=100).task.plan is not None
     assert {digest for service, digest in stack.digests().items() if service != "memory"} == {told["digest"]}
     shown = json.loads(stack.tierline("status", "--json").stdout)
     assert not any(service["registry_lags"] for service in shown["services"])
@@ -156,7 +162,7 @@ def test_a_new_gate_and_persona_are_known_to_planner_and_gates_service(stack: St
         "id": "S1", "actor": "clerk", "action": "AS JSON", "persona": "pirate", "gates": ["shape"],
         "json_schema": schema, "outputs": [{"name": "one", "kind": "json"}],
     }  # fmt: skip
-    view = stack.client.run({"objective": "test", "plan": {"steps": [step]}}, timeout_s=30)
+    view = stack.client.run({"objective": "test", "plan": {"steps": [step]}}, timeout_s=100)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert [(gate.gate, gate.verdict.value) for gate in view.steps[0].attempts[-1].gates] == [("shape", "pass")]
     assert stack.pids() == before
@@ -183,12 +189,12 @@ def test_an_adopted_persona_stands_in_the_operators_file_and_nothing_is_restarte
     rows = [*remembered("none", 0.0), *remembered("stoker", 1.0, prompt_digest(stoker.prompt))]
     stack.client.memory(MemoryRequest(ask=Import(rows=rows)))
     step = {"id": "S1", "actor": "worker", "action": "Say it.", "persona": "stoker", "outputs": [{"name": "one"}]}
-    view = stack.client.run({"objective": "test", "plan": {"steps": [step | {"gates": []}]}}, timeout_s=30)
+    view = stack.client.run({"objective": "test", "plan": {"steps": [step | {"gates": []}]}}, timeout_s=100)
     assert view.state is TaskState.SUCCEEDED, view.failure
-    stack.until(lambda: _state_of(stack, "stoker") == "adopted")
+    until(lambda: _state_of(stack, "stoker") == "adopted", "it has earned its place")
     text = (stack.root / "registry" / "personas.yaml").read_text()
     assert yaml.safe_load(text)["personas"]["stoker"]["prompt"].strip() == stoker.prompt
-    stack.until(lambda: len({digest for name, digest in stack.digests().items() if name != "memory"}) == 1)
+    until(lambda: len({digest for name, digest in stack.digests().items() if name != "memory"}) == 1, "all follow")
     assert "not taken up" not in stack.tierline("status").stdout
     assert stack.tierline("up").returncode == 0
     assert stack.pids() == before, "`up` finds the registry that the services have"
@@ -201,19 +207,19 @@ def _state_of(stack: Stack, name: str) -> str:
 
 def test_a_changed_model_finishes_its_running_step_and_begins_anew(stack: Stack) -> None:
     before = stack.pids()
-    task_id = stack.submit("SLOW please", "worker")
-    stack.await_running(task_id)
+    task_id = stack.begin_slow("worker")
     stack.models["worker"]["slots"] = 3
     stack.write()
     told = stack.reload("--no-wait")
     assert told["changed"] == ["models.worker"]
     assert told["draining"] == ["worker"]
     waiting = stack.submit("Say it.", "worker")
-    view = stack.client.result(task_id, timeout_s=60)
+    stack.go_on()
+    view = stack.client.result(task_id, timeout_s=100)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert len(view.steps[0].attempts) == 1, "it was not cut"
     assert str(view.artefacts[0].value).split() == ["tick"] * 40
-    assert stack.client.result(waiting, timeout_s=60).state is TaskState.SUCCEEDED, "the new generation serves it"
+    assert stack.client.result(waiting, timeout_s=100).state is TaskState.SUCCEEDED, "the new generation serves it"
     assert stack.reload()["waiting"] == []
     after = stack.pids()
     assert {name for name in before if after[name] != before[name]} == {"inference-worker"}
@@ -236,11 +242,11 @@ def test_an_invalid_registry_is_refused_whole_and_the_old_one_serves(stack: Stac
     assert f"models.yaml:{line}: models.extra.slots" in done.stderr
     assert stack.digests() == digests
     assert stack.pids() == before
-    assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+    assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=100).state is TaskState.SUCCEEDED
     # A service that happens to die now comes back with what was taken up, not with what is being edited.
     psutil.Process(before["planner"]).kill()
-    stack.until(lambda: stack.pids().get("planner") not in (0, None, before["planner"]))
-    stack.until(lambda: stack.digests().get("planner") == digests["planner"])
+    until(lambda: stack.pids().get("planner") not in (0, None, before["planner"]), "the planner is back")
+    until(lambda: stack.digests().get("planner") == digests["planner"], "with what was taken up")
     stack.models["extra"]["slots"] = 2
     stack.write()
     stack.role("clerk", model="extra")
@@ -251,8 +257,7 @@ def test_a_removed_model_and_role_stay_for_the_running_task_and_leave_afterwards
     second = {
         "id": "S2", "actor": "clerk", "action": "Say it.", "inputs": ["one"], "outputs": [{"name": "two"}], "gates": [],
     }  # fmt: skip
-    task_id = stack.submit("SLOW please", "clerk", [second])
-    stack.await_running(task_id)
+    task_id = stack.begin_slow("clerk", [second])
     del stack.models["extra"]
     stack.write()
     stack.role("clerk")
@@ -263,7 +268,8 @@ def test_a_removed_model_and_role_stay_for_the_running_task_and_leave_afterwards
         stack.submit("Say it.", "clerk")
     # Even a kill -9 of the process that is to leave does not take the task its model.
     psutil.Process(stack.pids()["inference-extra"]).kill()
-    view = stack.client.result(task_id, timeout_s=90)
+    stack.go_on()
+    view = stack.client.result(task_id, timeout_s=100)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert {attempt.worker for step in view.steps for attempt in step.attempts} == {"inference-extra"}
     assert stack.reload()["waiting"] == []
@@ -282,12 +288,12 @@ def test_a_model_that_comes_back_while_its_old_process_still_stands_by_is_served
     stack.write()
     stack.role("clerk")
     stack.reload("--no-wait")
-    stack.until(lambda: stack.state("inference-extra") == "draining")
+    until(lambda: stack.state("inference-extra") == "draining", "the old process is to leave")
     stack.models["extra"] = stack.scripted(stack.root, "extra")
     stack.write()
     stack.role("clerk", model="extra")
     assert stack.reload()["waiting"] == []
-    assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+    assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=100).state is TaskState.SUCCEEDED
     assert stack.pids()["inference-extra"] != before
     del stack.models["extra"]
     stack.write()
@@ -296,8 +302,7 @@ def test_a_model_that_comes_back_while_its_old_process_still_stands_by_is_served
 
 
 def test_kill_9_of_the_hub_in_the_middle_of_a_reload_converges_with_the_next(stack: Stack) -> None:
-    task_id = stack.submit("SLOW please", "worker")
-    stack.await_running(task_id)
+    task_id = stack.begin_slow("worker")
     stack.models["extra"] = stack.scripted(stack.root, "extra", slots=1)
     stack.write()
     stack.role("clerk", model="extra")
@@ -310,16 +315,17 @@ def test_kill_9_of_the_hub_in_the_middle_of_a_reload_converges_with_the_next(sta
         stderr=subprocess.DEVNULL,
     )
     # The link moves just before the hub is told, and stays moved: this cannot be missed.
-    stack.until(lambda: stack.home.current_registry.resolve().name != before, look_every_s=0.005)
+    until(lambda: stack.home.current_registry.resolve().name != before, "the link has moved", look_every_s=0.005)
     psutil.Process(hub).kill()
-    reloading.wait(120)
+    reloading.wait(300)
+    stack.go_on()
     told = stack.reload()
     assert told["waiting"] == []
     assert {digest for service, digest in stack.digests().items() if service != "memory"} == {told["digest"]}
-    view = stack.client.result(task_id, timeout_s=60)
+    view = stack.client.result(task_id, timeout_s=100)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert len(view.steps[0].attempts) == 1
-    assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+    assert stack.client.result(stack.submit("Say it.", "clerk"), timeout_s=100).state is TaskState.SUCCEEDED
 
 
 def test_kill_9_of_supervisord_in_the_middle_of_a_reload_converges_with_up_and_the_next(stack: Stack) -> None:
@@ -327,8 +333,7 @@ def test_kill_9_of_supervisord_in_the_middle_of_a_reload_converges_with_up_and_t
     stack.models["worker"]["slots"] = 3
     stack.write()
     stack.role("late-clerk", model="late")
-    task_id = stack.submit("SLOW please", "worker")
-    stack.await_running(task_id)
+    task_id = stack.begin_slow("worker")
     supervisord = next(p for p in stray_processes(stack.home) if "supervisor.supervisord" in p.cmdline())
     reloading = subprocess.Popen(
         [sys.executable, "-m", "services.ctl", "registry", "reload"],
@@ -338,10 +343,11 @@ def test_kill_9_of_supervisord_in_the_middle_of_a_reload_converges_with_up_and_t
         text=True,
     )
     # The hub has been told, the file of the new program is there, and supervisord is about to be asked to run it.
-    stack.until((stack.home.conf_d / "inference-late.conf").exists, look_every_s=0.002)
+    until((stack.home.conf_d / "inference-late.conf").exists, "its file is there", look_every_s=0.002)
     supervisord.kill()
-    supervisord.wait(10)
-    _, said = reloading.communicate(timeout=120)
+    supervisord.wait(60)
+    stack.go_on()
+    _, said = reloading.communicate(timeout=300)
     assert reloading.returncode != 0, "nobody was there to start the new program, and that is said"
     assert "supervisord" in said
     done = stack.tierline("up")
@@ -349,9 +355,9 @@ def test_kill_9_of_supervisord_in_the_middle_of_a_reload_converges_with_up_and_t
     told = stack.reload()
     assert told["waiting"] == []
     assert {digest for service, digest in stack.digests().items() if service != "memory"} == {told["digest"]}
-    view = stack.client.result(task_id, timeout_s=60)
+    view = stack.client.result(task_id, timeout_s=100)
     assert view.state is TaskState.SUCCEEDED, view.failure
-    assert stack.client.result(stack.submit("Say it.", "late-clerk"), timeout_s=30).state is TaskState.SUCCEEDED
+    assert stack.client.result(stack.submit("Say it.", "late-clerk"), timeout_s=100).state is TaskState.SUCCEEDED
     slots = {peer.service: peer.granted - peer.used for peer in stack.client.status().peers}
     assert slots["inference-worker"] == 3, "the changed entry is in force"
 
@@ -363,8 +369,8 @@ def test_kill_9_of_supervisord_after_a_reload_and_up_brings_the_same_registry_ba
     assert "nothing" in done.stderr, "up has nothing to restart after a reload"
     supervisord = next(p for p in stray_processes(stack.home) if "supervisor.supervisord" in p.cmdline())
     supervisord.kill()
-    supervisord.wait(10)
+    supervisord.wait(60)
     done = stack.tierline("up")
     assert done.returncode == 0, done.stderr
-    stack.until(lambda: {d for service, d in stack.digests().items() if service != "memory"} == {digest})
-    assert stack.client.result(stack.submit("Say it.", "scribe"), timeout_s=30).state is TaskState.SUCCEEDED
+    until(lambda: {d for name, d in stack.digests().items() if name != "memory"} == {digest}, "all have the same")
+    assert stack.client.result(stack.submit("Say it.", "scribe"), timeout_s=100).state is TaskState.SUCCEEDED

@@ -17,8 +17,7 @@ from protocol.messages.result import TaskState, TaskView
 from services.scheduler.facts import unpack_fact
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.scripted_stack import ScriptedStack, scripted_stack
-
-pytestmark = pytest.mark.timeout(300)
+from tests.waiting import until
 
 COUNT = 100
 
@@ -70,20 +69,18 @@ def facts(stack: ScriptedStack, task: str) -> Counter[tuple[str, str | None]]:
 
 def wait_for_done(stack: ScriptedStack, task: str, count: int) -> None:
     """Until so many assignments are done."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        done = sum(1 for kind, step in facts(stack, task) if kind == "StepDone" and ".turn" not in (step or ""))
-        if done >= count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"not {count} assignments were done within a minute")
+
+    def done() -> int:
+        return sum(1 for kind, step in facts(stack, task) if kind == "StepDone" and ".turn" not in (step or ""))
+
+    until(lambda: done() >= count, f"{count} assignments are done", within_s=200)
 
 
 def result_of(stack: ScriptedStack, task: str) -> TaskView:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while True:
         try:
-            return stack.stack.client.result(task, timeout_s=60)
+            return stack.stack.client.result(task, timeout_s=200)
         except CallError:
             assert time.monotonic() < end
 
@@ -141,7 +138,7 @@ def test_bad_calls_and_calls_beyond_the_budget_are_answered_and_the_step_goes_on
             "plan": {"steps": [leading("lead the barrels")]},
             "budget": {"max_subagents": 3},
         },
-        timeout_s=60,
+        timeout_s=200,
     )
     assert result.state is TaskState.SUCCEEDED, result.failure
     assert result.swarms is not None
@@ -169,7 +166,7 @@ def test_leader_and_sub_agents_share_a_single_slot(stack: ScriptedStack) -> None
         {"match": "count keg", "answers": ["one keg"]},
     )
     step = leading("lead the kegs", roles=["architect"])
-    result = stack.stack.client.run({"objective": "count", "plan": {"steps": [step]}}, timeout_s=60)
+    result = stack.stack.client.run({"objective": "count", "plan": {"steps": [step]}}, timeout_s=200)
     assert result.state is TaskState.SUCCEEDED, result.failure
     models = {attempt.model for one in result.steps for attempt in one.attempts}
     assert models == {"specialist"}

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from services.kit.registry.memory import memory_needs
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY
 from tests.system.test_inference_real import DEMO_MODEL
+from tests.waiting import until
 
 MODELS = """# three entries for a test
 models:
@@ -77,7 +77,6 @@ def children() -> list[str]:
     return [Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ") for pid in pids]
 
 
-@pytest.mark.timeout(240)
 def test_the_demo_model_is_measured_and_nothing_is_written_without_being_asked(
     models_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,23 +94,16 @@ def test_the_demo_model_is_measured_and_nothing_is_written_without_being_asked(
     assert not [line for line in children() if "embedded" in line], "its engine is gone"
 
 
-@pytest.mark.timeout(240)
 def test_the_best_is_written_when_asked_for_with_its_figures_and_all_comments_stay(
     models_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scripted(models_file, monkeypatch, slots=1)
     before = models_file.read_text(encoding="utf-8")
-    arguments = ["tune", "worker", "--objective", "throughput", "--budget-s", "40", "--json"]
-    assert main(arguments) == 0
+    assert main(["tune", "worker", "--objective", "throughput", "--budget-s", "40", "--apply", "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert (found["settings"].get("slots"), found["applied"]) == (4, False), found["measured"]
+    assert (found["settings"].get("slots"), found["applied"]) == (4, True), found["measured"]
     assert found["best_tokens_per_s"] > 2 * found["start_tokens_per_s"]
     assert len(found["measured"]) > 3
-    assert models_file.read_text(encoding="utf-8") == before
-
-    assert main([*arguments, "--apply"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["applied"]
     after = models_file.read_text(encoding="utf-8")
     line = next(line for line in after.splitlines() if "slots:" in line)
     assert line.startswith(f"    slots: {found['settings']['slots']} # chosen by hand; tuned 20")
@@ -124,7 +116,6 @@ def test_the_best_is_written_when_asked_for_with_its_figures_and_all_comments_st
     assert main(["registry", "check"]) == 0
 
 
-@pytest.mark.timeout(120)
 def test_settings_that_the_registry_forbids_are_shown_with_its_rule_and_never_started(
     models_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,12 +156,11 @@ def test_what_cannot_be_tuned_is_bad_usage(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.timeout(120)
 def test_while_the_model_has_all_cores_at_work_nothing_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write_tiny_gguf(tmp_path / "tiny.gguf")
-    model.with_name("tiny.gguf.script.json").write_text(json.dumps({"default": {"text": "ok", "delay_s": 60}}))
+    model.with_name("tiny.gguf.script.json").write_text(json.dumps({"default": {"text": "ok", "delay_s": 600}}))
     noop = {"engine": "noop", "context_tokens": 4096}
     entry = {"tier": "C", "path": str(model), "engine": "llama-server", "binary": str(FAKE_BINARY)}
     models = {
@@ -186,9 +176,7 @@ def test_while_the_model_has_all_cores_at_work_nothing_is_measured(
         request = InferRequest(role="worker", messages=[ChatMessage(role="user", content="go")], max_tokens=8)
         call = threading.Thread(target=_ask, args=(stack, request), daemon=True)
         call.start()
-        end = time.monotonic() + 20
-        while not any(peer.in_flight for peer in stack.client.status().peers) and time.monotonic() < end:
-            time.sleep(0.05)
+        until(lambda: any(peer.in_flight for peer in stack.client.status().peers), "the call is at work")
         assert main(["tune", "worker", "--budget-s", "5"]) == 1
         assert "cores are at work (worker: 1 call)" in capsys.readouterr().err
 
@@ -196,6 +184,6 @@ def test_while_the_model_has_all_cores_at_work_nothing_is_measured(
 def _ask(stack: BareStack, request: InferRequest) -> None:
     with Client(stack.home.hub_address, name="asker") as client:
         try:
-            client.infer("worker", request, 30)
+            client.infer("worker", request, 200)
         except (CallError, BusError):
             return  # the stack is gone before the answer is there

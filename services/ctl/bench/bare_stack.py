@@ -21,16 +21,22 @@ import yaml
 
 from protocol.client import Client
 from protocol.errors import CallError
+from services.kit.children import die_with_parent
 from services.kit.config import CHECKOUT, Home, load_home
 
 CORE: Final = ("scheduler", "planner", "gates", "memory")
 _READY: Final = ("ready", "parked")
-_READY_S: Final = 60.0
-_END_S: Final = 15.0
+_READY_S: Final = 120.0
+_END_S: Final = 30.0
 
 
 class StackNotReadyError(Exception):
     """A process did not become ready; the text says which, and what it last wrote."""
+
+
+def _end_with_us() -> None:
+    """In the child: whoever holds the stack may be killed before it could stop its processes."""
+    die_with_parent(signal.SIGTERM)
 
 
 class BareStack:
@@ -93,7 +99,10 @@ class BareStack:
         self.close()
 
     def start(self, name: str) -> None:
-        """Start one process by name; its stdout and stderr go to `<name>.out` among the logs."""
+        """Start one process by name; its stdout and stderr go to `<name>.out` among the logs.
+
+        It ends with the thread that calls this, if not before.
+        """
         with (self.home.logs / f"{name}.out").open("ab") as sink:
             self.processes[name] = subprocess.Popen(
                 self.argv[name],
@@ -103,6 +112,7 @@ class BareStack:
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
+                preexec_fn=_end_with_us,
             )
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:

@@ -45,6 +45,8 @@ _OUTSIDE_S: Final = 5.0
 _ANSWER_S: Final = 120.0
 _PAIRS: Final = 15
 """Measurements per tool of the bare run and the gated one."""
+_ROUNDS: Final = 5
+"""Measurements of gates in turn and of the same at once."""
 _PARALLEL: Final = 4
 """Gates of one request whose time in turn is compared with their time at once."""
 _BUSY_S: Final = 0.6
@@ -58,6 +60,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--sample", type=int, metavar="N", help="only every so-many-th problem, N in all (default: all)"
     )
+    parser.add_argument("--quick", action="store_true", help="few measurements: shows that it works, no real figures")
     parser.add_argument("--no-escapes", action="store_true", help="leave out the attempts of hostile artefacts")
 
 
@@ -70,7 +73,7 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
         corpus = corpus[:: max(1, len(corpus) // max(1, arguments.sample))][: max(1, arguments.sample)]
     context.screen.note(f"tierline: {len(corpus)} problems, their mutants and the attempts; all of it takes minutes")
     with tempfile.TemporaryDirectory(prefix="tl-") as folder, gate_stack(Path(folder)) as stack:
-        figures = asyncio.run(measure(stack, corpus))
+        figures = asyncio.run(measure(stack, corpus, quick=arguments.quick))
         if not arguments.no_escapes:
             figures |= try_escapes(stack)
     if context.screen.json:
@@ -95,13 +98,13 @@ def gate_stack(folder: Path) -> Iterator[BareStack]:
         yield stack
 
 
-async def measure(stack: BareStack, corpus: list[Problem]) -> dict[str, Any]:
+async def measure(stack: BareStack, corpus: list[Problem], *, quick: bool = False) -> dict[str, Any]:
     """Verdicts on the corpus, cost and speed-up."""
     async with AsyncClient(stack.home.hub_address, name="bench") as client:
         return {
             **await _verdicts(client, corpus),
-            **await _overhead(client, corpus),
-            **await _speedup(client),
+            **await _overhead(client, corpus, 2 if quick else _PAIRS),
+            **await _speedup(client, 1 if quick else _ROUNDS),
             "cache_hits": await _cache_hits(client, corpus),
         }
 
@@ -207,7 +210,7 @@ async def _bare(argv: list[str], folder: str) -> int:
 # Cost
 
 
-async def _overhead(client: AsyncClient, corpus: list[Problem]) -> dict[str, Any]:
+async def _overhead(client: AsyncClient, corpus: list[Problem], pairs: int) -> dict[str, Any]:
     """Wall clock of a request with one gate, bus and sandbox included, less that of its bare tool."""
     problem = corpus[0]
     extra: dict[str, list[float]] = {"lint": [], "unit": []}
@@ -216,7 +219,7 @@ async def _overhead(client: AsyncClient, corpus: list[Problem]) -> dict[str, Any
         "unit": [sys.executable, str(_RUNNER), "test_solution.py"],
     }
     await client.gates(_request(problem.solution, problem.tests, *tools), _ANSWER_S)  # versions of tools, first imports
-    for number in range(_PAIRS):
+    for number in range(pairs):
         source = f"{problem.solution}\n# {number}\n"  # another file each time, or the cache would answer
         for gate, argv in tools.items():
             with tempfile.TemporaryDirectory(prefix="tl-") as folder:
@@ -232,12 +235,12 @@ async def _overhead(client: AsyncClient, corpus: list[Problem]) -> dict[str, Any
     }
 
 
-async def _speedup(client: AsyncClient) -> dict[str, Any]:
+async def _speedup(client: AsyncClient, rounds: int) -> dict[str, Any]:
     """Time of one request's gates in turn over their time at once, medians of runs that take turns."""
     cores = os.cpu_count() or 1
     in_turn: list[float] = []
     at_once: list[float] = []
-    for number in range(5):
+    for number in range(rounds):
         for wanted, times in ((1, in_turn), (min(cores, _PARALLEL), at_once)):
             tests = _BUSY.format(seconds=_BUSY_S, number=f"{number}-{wanted}")
             names = [_side(index) for index in range(_PARALLEL)]

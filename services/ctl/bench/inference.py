@@ -85,9 +85,12 @@ def _engine(engine: str, runs: int, threads: int, screen: Screen, *, quick: bool
         cancels = streams.measure_cancel(stack, _MODEL, 2 if quick else _CANCELS_PER_RUN * runs)
     figures |= {f"cancel_ms_{name}": value for name, value in cancels.items()}
     screen.note(f"tierline: {engine}: prompts that begin alike")
-    shared = prefix.measure(runs if quick else max(2, runs // 2), 120 if quick else 700, engine)
+    if quick:
+        shared = prefix.measure(runs, 120, engine, threads=threads)
+    else:
+        shared = prefix.measure(max(2, runs // 2), engine=engine)
     screen.note(f"tierline: {engine}: lookup on a copy task and on prose")
-    guessed = lookup.measure(runs, engine, decide=not quick)
+    guessed = lookup.measure(runs, engine, quick=quick)
     screen.note(f"tierline: {engine}: loading")
     loaded = warm_load.measure_warm_load(runs, [engine])
     return {

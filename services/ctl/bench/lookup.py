@@ -22,7 +22,7 @@ from services.ctl.commands import Commands, Context
 from services.ctl.outcomes import CommandError, ExitCode
 
 SPECULATION: Final = {"type": "ngram-map-k", "ngram_n": 8, "ngram_m": 48}
-_ANSWER_TOKENS: Final = 240
+_COPY_TOKENS: Final = 240
 _PROSE_TOKENS: Final = 96
 _CALL_S: Final = 300.0
 _DECIDED_S: Final = 120.0
@@ -95,12 +95,15 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     return ExitCode.OK
 
 
-def measure(pairs: int, engine: str = "auto", *, decide: bool = True) -> dict[str, Any]:
+def measure(pairs: int, engine: str = "auto", *, quick: bool = False) -> dict[str, Any]:
     """Ratios of decoding speeds, guessing entry over plain entry, each the median over its pairs.
 
-    Without `decide` nobody waits for the policy before prose is measured.
+    A `quick` run shows that it works: short answers on one core, and nobody waits for the policy before prose is
+    measured.
     """
-    fields = {"slots": 1, "context_tokens": 2048, "threads": decoding_threads(), "load_deadline_s": 120}
+    threads = 1 if quick else decoding_threads()
+    copy_tokens, prose_tokens = (80, 16) if quick else (_COPY_TOKENS, _PROSE_TOKENS)
+    fields = {"slots": 1, "context_tokens": 2048, "threads": threads, "load_deadline_s": 120}
     models = {
         "front": {"tier": "A", **IDLE},
         "specialist": {"tier": "B", **demo_entry(engine, **fields)},
@@ -112,15 +115,15 @@ def measure(pairs: int, engine: str = "auto", *, decide: bool = True) -> dict[st
     ):
         for model in ("specialist", "worker"):
             _ask(stack, model, copy_task(CODE), 16)
-        copies = [_pair(stack, number, copy_task(CODE), _ANSWER_TOKENS) for number in range(pairs)]
+        copies = [_pair(stack, number, copy_task(CODE), copy_tokens) for number in range(pairs)]
         copy_mode = _figures(stack)["mode"]
         before: list[tuple[InferFinal, InferFinal]] = []
-        end = time.monotonic() + (_DECIDED_S if decide else 0)
+        end = time.monotonic() + (0 if quick else _DECIDED_S)
         while _figures(stack)["mode"] == copy_mode and time.monotonic() < end:
-            before.append(_pair(stack, len(before), _prose(len(before)), _PROSE_TOKENS))
+            before.append(_pair(stack, len(before), _prose(len(before)), prose_tokens))
             time.sleep(1.5)  # a change of mode waits for an idle moment, and figures come with the next ping
         _ready(stack)
-        after = [_pair(stack, number, _prose(number), _PROSE_TOKENS) for number in range(pairs)]
+        after = [_pair(stack, number, _prose(number), prose_tokens) for number in range(pairs)]
         last = _figures(stack)
     drafted, accepted = (sum(getattr(one[0], name) for one in copies) for name in ("draft_tokens", "accepted_tokens"))
     return {
@@ -136,7 +139,7 @@ def measure(pairs: int, engine: str = "auto", *, decide: bool = True) -> dict[st
         "copy_plain_tokens_per_s": round(statistics.median(_speed(one[1]) for one in copies), 1),
         "copy_lookup_tokens_per_s": round(statistics.median(_speed(one[0]) for one in copies), 1),
         "engine": last["engine"],
-        "threads": decoding_threads(),
+        "threads": threads,
         "pairs": pairs,
     }
 

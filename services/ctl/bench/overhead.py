@@ -29,7 +29,7 @@ FANOUT_STEPS: Final = 1_000
 CHAIN_STEPS: Final = 200
 HISTORY_STEPS: Final = 100_000
 _COMPARED: Final = 5
-"""Fan-outs of each kind behind the growth; it is the ratio of their medians."""
+"""Fan-outs of each kind behind the growth, where the history has so many; it is the ratio of their medians."""
 _WINDOW: Final = 64
 """Messages under way at once in the raw fan-out: as many as the noop tier has slots."""
 _DIGITS: Final = {"_commits_per_step": 3, "_ratio": 2}
@@ -70,14 +70,16 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
 
 def growth(history: int) -> dict[str, Any]:
     """What a step costs after so many steps over what it costs a fresh hub, and the hub's resident memory then."""
+    fanouts = history // FANOUT_STEPS
+    compared = min(fanouts, _COMPARED)
     with tempfile.TemporaryDirectory(prefix="tl-") as folder, BareStack(Path(folder), models=NOOP_MODELS) as old:
-        for _ in range(history // FANOUT_STEPS - _COMPARED):
+        for _ in range(fanouts - compared):
             _finished(old, _fanout(FANOUT_STEPS))
         with tempfile.TemporaryDirectory(prefix="tl-") as other, BareStack(Path(other), models=NOOP_MODELS) as fresh:
             _finished(fresh, _fanout(50))
             first: list[float] = []
             last: list[float] = []
-            for _ in range(_COMPARED):
+            for _ in range(compared):
                 last.append(_task(old, "at", _fanout(FANOUT_STEPS))["at_us_per_step"])
                 first.append(_task(fresh, "at", _fanout(FANOUT_STEPS))["at_us_per_step"])
         resident = resident_bytes(old.client.status().hub_pid)
@@ -85,7 +87,7 @@ def growth(history: int) -> dict[str, Any]:
         "history_growth": round(statistics.median(last) / statistics.median(first), 3),
         "history_first_us_per_step": round(statistics.median(first), 1),
         "history_last_us_per_step": round(statistics.median(last), 1),
-        "history_steps": max(history // FANOUT_STEPS, _COMPARED) * FANOUT_STEPS,
+        "history_steps": fanouts * FANOUT_STEPS,
         "rss_mb": round(resident / 1024**2, 1),
     }
 

@@ -53,9 +53,13 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     return ExitCode.OK
 
 
-def measure(runs: int, tokens: int = 700, engine: str = "auto") -> dict[str, Any]:
-    """Medians over `runs`; `prefix_speedup` compares throughputs of the two fan-outs, in prompts per second."""
-    entry = demo_entry(engine, tier="C", slots=SLOTS, context_tokens=max(1_024, tokens * 2 + 512), load_deadline_s=120)
+def measure(runs: int, tokens: int = 700, engine: str = "auto", **fields: Any) -> dict[str, Any]:
+    """Medians over `runs`; `prefix_speedup` compares throughputs of the two fan-outs, in prompts per second.
+
+    `fields` are further ones of the model's entry.
+    """
+    context = max(1_024, tokens * 2 + 512)
+    entry = demo_entry(engine, tier="C", slots=SLOTS, context_tokens=context, load_deadline_s=120, **fields)
     models = {"front": {"tier": "A", **IDLE}, "specialist": {"tier": "B", **IDLE}, "worker": entry}
     shared: list[float] = []
     apart: list[float] = []
