@@ -28,7 +28,7 @@ class Episode(Message):
 
 
 class DecisionRecord(Message):
-    """A decision as taken: stored once per id, before its outcome is known."""
+    """A decision as taken: stored once per id, before or together with its outcome."""
 
     decision_id: str = Field(max_length=128)
     task_id: str = Field(max_length=128)
@@ -132,7 +132,9 @@ class RecordOutcomes(Message):
 
     op: Literal["outcome"] = "outcome"
     decisions: list[DecisionRecord] = Field(default_factory=list, max_length=6_000)
-    """Taken without a planner, by steps that were added while the task ran; stored before the outcomes."""
+    """What is scored, stored before the outcomes; those already known are left as they are."""
+    text: str = Field(default="", max_length=65_536)
+    """What the decisions were taken about, see RecordDecisions."""
     outcomes: list[Outcome] = Field(default_factory=list, max_length=6_000)
     episode: Episode | None = None
 
@@ -284,6 +286,8 @@ class Advise(Message):
     questions: list[Question] = Field(min_length=1, max_length=64)
     seed: int = Field(ge=0, lt=2**63)
     """Decides what is tried; the same seed and the same memory give the same answer."""
+    retrieve: Retrieve | None = None
+    """Answered with it, for who can wait only once. A text without any word finds nothing here and is no error."""
 
 
 class MemoryRequest(Message):

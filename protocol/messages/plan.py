@@ -63,6 +63,8 @@ class PlanPartial(Message):
     """Steps of a plan in the making that can start. All of them so far, so that a lost piece does no harm."""
 
     steps: list[Step] = Field(min_length=1, max_length=MAX_STEPS)
+    personas: list[Persona] = Field(default_factory=list, max_length=MAX_PERSONAS_AT_ONCE)
+    """Made for these steps, which name them; as in `PlanFinal`."""
 
 
 class RemovedEdge(Message):
@@ -135,6 +137,10 @@ class RoutingDecision(Message):
     """What the choice was based on, as numbers."""
     cluster: str = Field(default="", max_length=128)
     """Kind of work, as in DecisionRecord."""
+    registry_digest: str = ""
+    """As in DecisionRecord, like the next two: what was chosen from is known here, and may have changed by the end."""
+    model: str = Field(default="", max_length=128)
+    prompt: str = Field(default="", max_length=128)
     advice: Advised | None = None
     """What memory advised; given once for all steps that share it."""
 

@@ -4,6 +4,10 @@ A call that would have to read a long prompt waits `GATHER_S` to see who else be
 beginning alone (*priming*), the slot is saved to a file, and the others restore it. A copy that fails costs the reading
 of one prompt and nothing else; an engine on which copies fail or help nothing is left alone until the next launch.
 
+Calls that come together are also read together: llama.cpp reads in one pass the prompts it finds, and whoever is there
+a millisecond earlier is read alone while all others wait. So the first call of an idle engine waits, for no longer than
+that, until as many are there as came together the last time. A model that is asked one thing at a time never waits.
+
 Files live below the run folder, private to the user, at most `DISK_BYTES` for a model and never longer than the service
 or the model file they were read with. How an answer is made is `generation`'s business.
 """
@@ -69,6 +73,13 @@ class SlotDesk:
         """Call -> the beginning that it makes."""
         self._reading: Counter[str] = Counter()
         self._stamp: object = None
+        self._slots = slots
+        self._began_s = -GATHER_S
+        """When a call last found the engine idle."""
+        self._came = 0
+        """Calls that have come together with that one, itself included."""
+        self._expected = 1
+        """The same of the time before."""
         self._totals = Counter({"prefixes_read": 0, "prefixes_copied": 0, "cached_tokens_total": 0})
 
     def engine_started(self, stamp: object, *, copies: bool) -> bool:
@@ -134,11 +145,21 @@ class SlotDesk:
         future: asyncio.Future[p.Placement | None] = loop.create_future()
         self._arrived.append((waiting, future))
         more_may_come = self._book.free > len(self._arrived)
-        if more_may_come and self._book.reads_much(waiting.blocks):
+        if more_may_come and (self._lacks_company(loop.time()) or self._book.reads_much(waiting.blocks)):
             self._timer = self._timer or loop.call_later(GATHER_S, self._place)
         else:
             self._place()
         return await future
+
+    def _lacks_company(self, now_s: float) -> bool:
+        """A call has come: are more to come with it, as many as the last time?"""
+        if len(self._arrived) == 1 and self._book.free == self._slots and now_s - self._began_s > GATHER_S:
+            self._began_s, self._expected, self._came = now_s, max(1, self._came), 1
+        elif now_s - self._began_s <= GATHER_S:
+            self._came += 1
+        else:
+            return False
+        return self._came < self._expected
 
     def _place(self) -> None:
         """Place everybody who has arrived."""

@@ -17,20 +17,20 @@ import numpy as np
 
 from protocol.messages.memory import Advise, Advised, ArmValue
 from services.kit.identity import boot_id
+from services.kit.threads import one_thread_each
 from services.memory.embedding import Embedder, Unembeddable, Vector
 from services.memory.log_reader import LogReader
 from services.memory.machine import Found, Recovery, recovery
 from services.memory.manifest import Manifest, ProjectionDoubt, replace_file, sha256_of
 from services.memory.posterior import Array
 from services.memory.routing import Bandit, Observation
-from services.memory.threads import one_thread_each
 
 _MANIFEST: Final = "routing.manifest.json"
 _SNAPSHOT: Final = "routing-"
 _SNAPSHOT_EVERY: Final = 2_000
 _LARGE_BYTES: Final = 16 * 1024 * 1024
 """A state larger than this is written as much less often: writing it must not cost more than learning it again."""
-_NAMES: Final = "names.3"
+_NAMES: Final = "names.4"
 """Raised when what a snapshot holds means something else: an older one is then made anew from the log."""
 _APART: Final = frozenset({"persona", "decomposition"})
 """Subjects with one bandit per kind of work."""

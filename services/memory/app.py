@@ -1,4 +1,4 @@
-"""The memory service at its edges: handlers, three threads, the lock on the folder.
+"""The memory service at its edges: handlers, threads, the lock on the folder.
 
 The loop only validates and waits, so that pings are answered while SQLite and Kuzu write. The writer thread commits all
 requests that arrived during the last commit in one transaction (group commit: at most as many as there are slots). The
@@ -12,7 +12,6 @@ import asyncio
 import fcntl
 import os
 import sqlite3
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -46,6 +45,7 @@ from services.kit.config import Home
 from services.kit.logs import LogEvent
 from services.kit.service import Call, Service
 from services.memory.advisor import Advisor
+from services.memory.background import step_back
 from services.memory.embedding import BadVector, Embedder, Unembeddable, Vector
 from services.memory.graph import files as graph_files
 from services.memory.graph import vouched
@@ -60,6 +60,7 @@ from services.memory.projector import Projector, fresh_vectors
 from services.memory.telling import Tell
 
 SLOTS: Final = 16
+UNEMBEDDABLE: Final = "memory.unembeddable"
 MEMORY_OPENED: Final = LogEvent("memory.opened", "log_id log_seq embedder stale_vectors")
 REEMBEDDED: Final = LogEvent("memory.reembedded", "episodes embedder")
 FORGOTTEN: Final = LogEvent("memory.forgotten", "rows", "warning")
@@ -75,13 +76,10 @@ _LOCK_WAIT_S: Final = 3.0  # supervisord starts a successor only after the end; 
 PROJECTION_TROUBLE: Final = (RuntimeError, ProjectionDoubt, BadVector, OSError, sqlite3.Error)
 """What is left when rebuilding has not helped: no space, no memory, a log that cannot be read."""
 
-_PROJECTOR_NICE: Final = 5
-"""A third of the weight of others: enough to answer questions beside busy models, too little to delay the next step."""
-
 _FOLLOW_AFTER_S: Final = 10.0
-_FOLLOW_ROWS: Final = 2_000
+_FOLLOW_ROWS: Final = 10_000
 """Projections follow when the first of these is reached, or when a question needs them. A graph that takes every task
-on its own costs ten times the CPU time of one that takes a few hundred together, and it is the hub that waits then."""
+on its own costs ten times the CPU time of one that takes a few hundred together."""
 
 _EXPORT_BYTES: Final = MAX_BODY_BYTES // 2
 """Rows of one export together; the rest is asked for next."""
@@ -95,11 +93,6 @@ class FolderTaken(Exception):
     """Another memory service of the same home is alive."""
 
 
-def _step_back() -> None:
-    """Let the bus go first: projections are made when a task has ended and the next one is about to run its steps."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PROJECTOR_NICE)  # Linux keeps it per thread
-
-
 class MemoryService:
     """One memory per home: owns `$TIERLINE_HOME/memory`."""
 
@@ -109,8 +102,8 @@ class MemoryService:
         self._service.answer("memory.request", self._on_request)
         self._service.metrics = self._metrics
         self._writer = ThreadPoolExecutor(1, "memory-writer")
-        self._follower = ThreadPoolExecutor(1, "memory-projector", initializer=_step_back)
-        self._builder = ThreadPoolExecutor(1, "memory-builder", initializer=_step_back)
+        self._follower = ThreadPoolExecutor(1, "memory-projector")
+        self._builder = ThreadPoolExecutor(1, "memory-builder", initializer=step_back)
         self._renewing = asyncio.Lock()
         self._reembedding: asyncio.Task[None] | None = None
         self._counsel = ThreadPoolExecutor(1, "memory-advisor")
@@ -159,7 +152,7 @@ class MemoryService:
                 final = await self._ask_projector(self._stats)
                 return final.model_copy(update={"stats": final.stats | routing.stats})
             case Advise():
-                return await self._ask_advisor(partial(self._advise, ask))
+                return await self._advised(ask)
             case Arms():
                 return await self._ask_advisor(partial(self._arms, ask))
             case Values():
@@ -225,7 +218,7 @@ class MemoryService:
                 self._hurry.clear()
                 self._followed_seq = self._opened_log().seq
                 await loop.run_in_executor(self._counsel, self._counsellor().advance)
-                await loop.run_in_executor(self._follower, self._opened().advance)
+                await self._follow()
         except LogDamaged as err:
             self._give_up(err)
         except PROJECTION_TROUBLE as err:
@@ -233,6 +226,13 @@ class MemoryService:
             self._service.log.write(PROJECTION_FAILED, reason=str(err))
         finally:
             self._advancing = None
+
+    async def _follow(self) -> None:
+        """Projections take in what was committed; the graph in its own thread, questions are answered meanwhile."""
+        loop, projector = asyncio.get_running_loop(), self._opened()
+        await loop.run_in_executor(self._follower, projector.follow)
+        await asyncio.wrap_future(await loop.run_in_executor(self._follower, projector.advance_graph))
+        await loop.run_in_executor(self._follower, projector.keep)
 
     async def _rebuild(self) -> MemoryFinal:
         mended = await asyncio.get_running_loop().run_in_executor(self._writer, self._opened_log().replay_values)
@@ -277,8 +277,8 @@ class MemoryService:
         try:
             while made := await loop.run_in_executor(self._writer, log.reembed_some, embedder.embed):
                 total += made
-                await loop.run_in_executor(self._follower, self._opened().advance)
-            await loop.run_in_executor(self._follower, self._opened().advance)
+                await self._follow()
+            await self._follow()
             self._service.log.write(REEMBEDDED, episodes=total, embedder=embedder.name)
         except LogDamaged as err:
             self._give_up(err)
@@ -286,6 +286,21 @@ class MemoryService:
             self._service.log.write(PROJECTION_FAILED, reason=f"re-embedding stopped, the next start goes on: {err}")
         finally:
             self._reembedding = None
+
+    async def _advised(self, ask: Advise) -> MemoryFinal:
+        """Advice, and beside it what resembles the text where that is asked for, too."""
+        if ask.retrieve is None:
+            return await self._ask_advisor(partial(self._advise, ask))
+        advised = self._ask_advisor(partial(self._advise, ask))
+        found = self._ask_projector(partial(self._retrieve, ask.retrieve))
+        advice, told = await asyncio.gather(advised, found, return_exceptions=True)
+        if isinstance(advice, BaseException):
+            raise advice
+        if isinstance(told, CallFailed) and told.failure.code == UNEMBEDDABLE:
+            return advice
+        if isinstance(told, BaseException):
+            raise told
+        return told.model_copy(update={"advice": advice.advice})
 
     async def _ask_projector(self, work: Callable[[], MemoryFinal]) -> MemoryFinal:
         return await asyncio.get_running_loop().run_in_executor(self._follower, work)
@@ -333,10 +348,11 @@ class MemoryService:
                     entries[position] = Entry(ask, imported=tuple(map(self._imported, ask.rows)))
                     continue
                 episode = ask.episode
-                entries[position] = Entry(ask, None if episode is None else self._embedder.embed(episode.objective))
+                vector = None if episode is None else self._embedder.embed(episode.objective)
+                entries[position] = Entry(ask, vector, self._context(ask.text))
             except Unembeddable as err:
                 answers[position] = _refusal(
-                    "memory.unembeddable",
+                    UNEMBEDDABLE,
                     f"ask.episode.objective: {err}; nothing of this request was stored. Send its outcomes without it.",
                 )
         answers.update(zip(entries, self._log.commit(list(entries.values())), strict=True))
@@ -363,7 +379,7 @@ class MemoryService:
             episodes, lessons = self._opened().retrieve(ask)
             return MemoryFinal(episodes=episodes, lessons=lessons)
         except Unembeddable as err:
-            raise CallFailed(_refusal("memory.unembeddable", f"ask.text: {err}")) from err
+            raise CallFailed(_refusal(UNEMBEDDABLE, f"ask.text: {err}")) from err
         except PROJECTION_TROUBLE as err:
             raise CallFailed(self._unbuilt(str(err))) from err
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,11 @@ MAX_CHARS: Final = 64 * 1024
 """Longest text that is embedded; the same bound as an objective's. Takes 0.03 s on one core."""
 
 _NORM_TOLERANCE: Final = 1e-3
+
+_REMEMBERED: Final = 1_024
+"""Texts whose vectors are kept: a task's is asked about, decided about and told of as an episode."""
+_REMEMBERED_CHARS: Final = 4_096
+"""Longer texts are embedded each time, so that what is kept stays below a few megabytes."""
 
 
 class Unembeddable(ValueError):
@@ -45,23 +51,37 @@ class Embedder:
         # With the package as cache folder the tokenizer is found in the wheel; otherwise it asks the network for it.
         self._model = wordllama.WordLlama.load(dim=DIMENSION, cache_dir=package, disable_download=True)
         weights = package / "weights" / f"l2_supercat_{DIMENSION}.safetensors"
-        self._one_at_a_time = threading.Lock()  # the writer and the projector share it; the tokenizer has state
+        self._one_at_a_time = threading.Lock()  # all threads share it; the tokenizer has state
+        self._remembered: OrderedDict[str, Vector] = OrderedDict()
+        """Text -> vector, the least recently used first."""
         self.name = f"wordllama-{DIMENSION}-{hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}"
         """Identity of the weights: vectors of different names must never be compared."""
 
     def embed(self, text: str) -> Vector:
-        """Unit vector, float32, shape (256,). Raises Unembeddable without a word in it, or above 64 Ki characters."""
+        """Unit vector, float32, shape (256,), read-only. Raises Unembeddable without a word in it, or if too long."""
+        with self._one_at_a_time:
+            if text in self._remembered:
+                self._remembered.move_to_end(text)
+                return self._remembered[text]
+            vector = self._made(text)
+            if len(text) <= _REMEMBERED_CHARS:
+                self._remembered[text] = vector
+                if len(self._remembered) > _REMEMBERED:
+                    self._remembered.popitem(last=False)
+            return vector
+
+    def _made(self, text: str) -> Vector:
         if len(text) > MAX_CHARS:
             raise Unembeddable(f"{len(text)} characters, at most {MAX_CHARS} are embedded")
         if not any(char.isalnum() for char in text):
             raise Unembeddable("it holds no letter and no digit, so it resembles nothing")
-        with self._one_at_a_time:
-            raw = self._model.embed([text], norm=False)[0].astype(np.float32)
+        raw = self._model.embed([text], norm=False)[0].astype(np.float32)
         norm = float(np.linalg.norm(raw))
         if not np.isfinite(norm) or norm == 0:
             raise Unembeddable(f"its vector has the norm {norm}")
-        vector: Vector = raw / np.float32(norm)
-        return checked(vector)
+        vector: Vector = checked(raw / np.float32(norm))
+        vector.setflags(write=False)  # whoever asks next gets the same one
+        return vector
 
 
 def checked(vector: Vector) -> Vector:

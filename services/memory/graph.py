@@ -4,11 +4,11 @@
     (Episode)-[IN_CLUSTER]->(TaskCluster)<-[HELPED_IN {times}]-(Mitigation)-[CURES]->(FailureMode)
     (Episode)-[CURED_BY {finding}]->(Mitigation)-[DONE_BY]->(Role)<-[NAMES_ROLE]-(Choice)-[NAMES_PERSONA]->(Persona)
 
-Retrieval asks it which failures the choices of a similar episode are known for, and what cured the failures of similar
-episodes. Failures are counted at the choice and cures at the cluster (today the type of task), so that a question costs
-what its episodes are large, not what the history is long. How far it follows the log is kept
-inside it, in the transaction that applies the rows. Kuzu may open a damaged file with silently wrong data or crash, so
-whether a file may be opened is decided outside (`projector.py`, `graph_check.py`); two open databases in one process
+Retrieval asks it which failures a choice is known for, and what cured the failures of similar episodes (`lineage.py`).
+Failures are counted at the choice and cures at the cluster (today the type of task), so that a question costs what its
+episodes are large, not what the history is long. How far it follows the log is kept inside it, in the transaction that
+applies the rows. Kuzu may open a damaged file with silently wrong data or crash, so
+whether a file may be opened is decided outside (`graph_keeper.py`, `graph_check.py`); two open databases in one process
 lose rows, so there is one, in one thread.
 """
 
@@ -23,7 +23,6 @@ from typing import Any, Final
 
 import kuzu
 
-from protocol.messages.memory import Lesson
 from services.memory.log_reader import Change, ChoiceFailed, Cured, DecisionAdded, EpisodeAdded
 from services.memory.machine import Found
 from services.memory.manifest import Manifest, ProjectionDoubt, sha256_of, sync_folder
@@ -36,6 +35,9 @@ _BUFFER_BYTES: Final = 64 * 1024 * 1024
 _ROWS_PER_CONNECTION: Final = 4_000
 """Kuzu keeps what it was given with every statement as long as its connection: a fresh one gives the memory back.
 With one connection a minute of full load left 60 MB behind."""
+
+Cure = tuple[str, str, str]
+"""Failure code, what followed it (`retry` or `escalate`), and the role that then did it."""
 
 _SCHEMA: Final = (
     "CREATE NODE TABLE Episode(task_id STRING PRIMARY KEY)",
@@ -124,6 +126,7 @@ _ADD_CURE: Final = (
         "CREATE (e)-[:CURED_BY {finding: $finding}]->(m) RETURN m.id"
     ),
 )
+_CURED: Final = "MATCH (e:Episode)-[:CURED_BY]->(:Mitigation) RETURN DISTINCT e.task_id"
 # A statement per key, since only so Kuzu takes its index: with a list of keys it goes through all episodes.
 _CURES_OF: Final = "MATCH (e:Episode {task_id: $task_id})-[c:CURED_BY]->(m:Mitigation) RETURN m.id, c.finding"
 _HELP_OF: Final = "MATCH (m:Mitigation {id: $id})-[h:HELPED_IN]->(k:TaskCluster) RETURN k.name, h.times"
@@ -136,9 +139,6 @@ _COPY_DECISIONS: Final = (
 _COPY_EPISODES: Final = "COPY Episode FROM (UNWIND $rows AS r RETURN r)"
 _COPY_CLUSTERS: Final = "COPY IN_CLUSTER FROM (UNWIND $rows AS r RETURN r.task_id, r.name)"
 _COPY_FROM_ROWS: Final = 100
-_CHOICES_OF: Final = (
-    "MATCH (e:Episode {task_id: $task_id})-[:TOOK]->(:Decision)-[:OF_CHOICE]->(c:Choice) RETURN DISTINCT c.id"
-)
 _FAILURES_OF: Final = "MATCH (c:Choice {id: $id})-[f:FAILED_WITH]->(m:FailureMode) RETURN m.code, f.times"
 _LINEAGE: Final = (
     (
@@ -200,61 +200,48 @@ class LineageGraph:
         self._renew_connection()
         decisions = [change for change in changes if isinstance(change, DecisionAdded)]
         tasks = dict.fromkeys(change.task_id for change in changes if isinstance(change, DecisionAdded | EpisodeAdded))
-        choices = {_choice_id(decision): decision for decision in decisions}
-        failures = Counter((_choice_id(c), c.code) for c in changes if isinstance(c, ChoiceFailed))
+        choices = {_id_of(decision): decision for decision in decisions}
+        failures = Counter((_id_of(c), c.code) for c in changes if isinstance(c, ChoiceFailed))
         self._run("BEGIN TRANSACTION")
         self._add_episodes(list(tasks))
-        for choice_id, first in choices.items():
+        for ident, first in choices.items():
             names = {"subject": first.subject, "task_type": first.task_type, "name": first.choice}
-            self._must(_ADD_CHOICE, {"choice_id": choice_id, **names})
+            self._must(_ADD_CHOICE, {"choice_id": ident, **names})
             if first.subject in _NAME_CHOICE:
-                self._name_choice(choice_id, first)
+                self._name_choice(ident, first)
         self._add_decisions(decisions)
         self._join_clusters([change for change in changes if isinstance(change, EpisodeAdded)])
         for code in dict.fromkeys(code for _, code in failures):
             self._must(_ADD_FAILURE_MODE, {"code": code})
-        for (choice_id, code), times in failures.items():
-            self._count("failed", {"choice_id": choice_id, "code": code, "times": times})
+        for (ident, code), times in failures.items():
+            self._count("failed", {"choice_id": ident, "code": code, "times": times})
         for cure in (change for change in changes if isinstance(change, Cured)):
             self._add_cure(cure)
         self._must("MATCH (a:Applied {id: 0}) SET a.seq = $seq RETURN a.seq", {"seq": upto})
         self._run("COMMIT")
         self.found = Found(self.found.log_id, upto)
 
-    def known_failures(self, task_ids: Sequence[str]) -> dict[str, list[str]]:
-        """Per episode the failure codes its choices are known for in tasks of that type, most frequent first."""
+    def failures_of(self, choice_ids: Sequence[str]) -> dict[str, Counter[str]]:
+        """Choice (see `choice_id`) -> how often it has failed with which code."""
         self._renew_connection()
-        choices = {task_id: self._column(_CHOICES_OF, {"task_id": task_id}) for task_id in task_ids}
-        failures = {
-            choice: Counter(dict(self._run(_FAILURES_OF, {"id": choice})))
-            for choice in dict.fromkeys(choice for taken in choices.values() for choice in taken)
-        }
-        known: dict[str, list[str]] = {}
-        for task_id, taken in choices.items():
-            times = sum((failures[choice] for choice in taken), Counter[str]())
-            known[task_id] = [code for _, code in sorted((-count, code) for code, count in times.items())]
-        return known
+        return {choice: Counter(dict(self._run(_FAILURES_OF, {"id": choice}))) for choice in choice_ids}
 
-    def lessons(self, task_ids: Sequence[str], clusters: Sequence[str]) -> list[Lesson]:
-        """What cured the failures of these episodes, with how often it has helped in these clusters; most first."""
+    def cured_tasks(self) -> set[str]:
+        """Episodes in which something was cured."""
+        return {row[0] for row in self._run(_CURED)}
+
+    def cures_of(self, task_ids: Sequence[str]) -> dict[str, list[tuple[Cure, str]]]:
+        """Task -> what was cured in it, with what was found wrong."""
         self._renew_connection()
-        findings: dict[tuple[str, str, str], str] = {}
-        ids: dict[str, tuple[str, str, str]] = {}
-        for task_id in task_ids:
-            for ident, finding in self._run(_CURES_OF, {"task_id": task_id}):
-                code, action, role = json.loads(ident)
-                kind = ids[ident] = (code, action, role)
-                findings[kind] = min(finding, findings.get(kind, finding))
-        helped: Counter[tuple[str, str, str]] = Counter()
-        for ident, kind in ids.items():
-            for cluster, times in self._run(_HELP_OF, {"id": ident}):
-                helped[kind] += times if cluster in clusters else 0
-        lessons = [
-            Lesson(failure_code=code, action=action, role=role, finding=findings[code, action, role], times=times)
-            for (code, action, role), times in helped.items()
-            if times
-        ]
-        return sorted(lessons, key=lambda each: (-each.times, each.failure_code, each.action, each.role))
+        return {
+            task_id: [(_cure(ident), finding) for ident, finding in self._run(_CURES_OF, {"task_id": task_id})]
+            for task_id in task_ids
+        }
+
+    def help_of(self, cures: Sequence[Cure]) -> dict[Cure, Counter[str]]:
+        """Cure -> how often it has helped in which cluster of tasks."""
+        self._renew_connection()
+        return {cure: Counter(dict(self._run(_HELP_OF, {"id": json.dumps(cure)}))) for cure in cures}
 
     def lineage(self) -> Iterator[tuple[str | int, ...]]:
         """Everything in the graph, in the shape of `LogReader.lineage`; any order."""
@@ -298,11 +285,11 @@ class LineageGraph:
         if new:
             self._run(_COPY_EPISODES, {"rows": new})
 
-    def _name_choice(self, choice_id: str, decision: DecisionAdded) -> None:
+    def _name_choice(self, ident: str, decision: DecisionAdded) -> None:
         named, add, join = _NAME_CHOICE[decision.subject]
-        if not self._run(named, {"choice_id": choice_id}):
+        if not self._run(named, {"choice_id": ident}):
             self._must(add, {"name": decision.choice})
-            self._must(join, {"choice_id": choice_id, "name": decision.choice})
+            self._must(join, {"choice_id": ident, "name": decision.choice})
 
     def _join_clusters(self, episodes: Sequence[EpisodeAdded]) -> None:
         for name in dict.fromkeys(episode.task_type for episode in episodes):
@@ -336,16 +323,13 @@ class LineageGraph:
             self._must(create, parameters)
 
     def _add_decisions(self, decisions: Sequence[DecisionAdded]) -> None:
-        rows = [{"decision_id": d.decision_id, "task_id": d.task_id, "choice_id": _choice_id(d)} for d in decisions]
+        rows = [{"decision_id": d.decision_id, "task_id": d.task_id, "choice_id": _id_of(d)} for d in decisions]
         if len(rows) >= _COPY_FROM_ROWS:
             for statement in _COPY_DECISIONS:  # fails by itself where a key is not found
                 self._run(statement, {"rows": rows})
         else:
             for row in rows:
                 self._must(_ADD_DECISION, row)
-
-    def _column(self, statement: str, parameters: dict[str, Any]) -> list[Any]:
-        return [row[0] for row in self._run(statement, parameters)]
 
     def _must(self, statement: str, parameters: dict[str, Any]) -> None:
         """Run a statement that returns the row it has written. A damaged key index would make it write nothing."""
@@ -419,5 +403,15 @@ def vouched(folder: Path) -> Found:
     return Found(manifest.log_id, manifest.applied_seq)
 
 
-def _choice_id(change: DecisionAdded | ChoiceFailed) -> str:
-    return json.dumps([change.subject, change.task_type, change.choice])
+def choice_id(subject: str, task_type: str, choice: str) -> str:
+    """Key of a choice among the nodes."""
+    return json.dumps([subject, task_type, choice])
+
+
+def _id_of(change: DecisionAdded | ChoiceFailed) -> str:
+    return choice_id(change.subject, change.task_type, change.choice)
+
+
+def _cure(ident: str) -> Cure:
+    code, action, role = json.loads(ident)
+    return code, action, role

@@ -11,11 +11,11 @@ forgotten.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
@@ -28,11 +28,12 @@ from protocol.messages.memory import (
     Outcome,
     RecordDecisions,
     RecordOutcomes,
+    Value,
 )
 from services.kit.identity import boot_id
 from services.kit.logs import LogEvent
 from services.memory.embedding import Vector, to_bytes
-from services.memory.log_copy import COPY_FILE, LogCopy, damaged_lines
+from services.memory.log_copy import COPY_FILE, LogCopy, as_row, damaged_lines
 from services.memory.log_rows import (
     LAYOUT,
     SCHEMA,
@@ -42,6 +43,7 @@ from services.memory.log_rows import (
     give_checksums,
     is_damage,
     put,
+    put_all,
 )
 from services.memory.log_upkeep import delete, put_value, replay_values, stage_key, stored_value
 from services.memory.machine import first_of_each, scored, unseen
@@ -70,6 +72,8 @@ class Entry:
 
     request: RecordDecisions | RecordOutcomes | Import
     vector: Vector | None = None
+    context: Vector | None = None
+    """Of the text that the decisions of outcomes are about."""
     imported: tuple[Vector | None, ...] = ()
     """One per row of an Import: of the episode's objective, or of the text that a decision is about."""
 
@@ -87,6 +91,8 @@ class MemoryLog:
         self.path = folder / LOG_FILE
         self._tell = tell
         self._sound = True
+        self._lines: list[str] = []
+        """What the copy gets of the rows of the transaction under way."""
         self._copy_behind = False
         self._closed = False
         if not self.path.exists() and (folder / COPY_FILE).exists():
@@ -190,6 +196,7 @@ class MemoryLog:
         written, all answers are failures of category RESOURCE and nothing is stored.
         """
         before = self._seq
+        self._lines.clear()
         try:
             with self._transaction():
                 answers = [self._store_or_refuse(entry) for entry in entries]
@@ -208,7 +215,7 @@ class MemoryLog:
         except BaseException:
             self._seq = before
             raise
-        self._follow_with_copy()
+        self._follow_with_copy(before)
         return answers
 
     def distrust(self) -> None:
@@ -252,11 +259,15 @@ class MemoryLog:
         elif layout != LAYOUT:
             raise LogDamaged(f"{self.path}: its layout reads {layout!r}; {_WHAT_TO_DO}")
 
-    def _follow_with_copy(self) -> None:
+    def _follow_with_copy(self, before: int | None = None) -> None:
         """The log holds everything, so that a copy which has no room only means that a damaged log could not be
-        restored; it catches up as soon as there is some."""
+        restored; it catches up as soon as there is some. A copy that held all rows up to `before` gets the new ones
+        as they were written."""
         try:
-            self._copy.follow(self._db, self._seq)
+            if before == self._copy.last_seq:
+                self._copy.add(self._lines, self._seq)
+            else:
+                self._copy.follow(self._db, self._seq)
         except OSError as err:
             if not self._copy_behind:
                 self._tell(COPY_BEHIND, reason=str(err))
@@ -290,47 +301,70 @@ class MemoryLog:
         self._db.execute("COMMIT")
 
     def _store_or_refuse(self, entry: Entry) -> MemoryFinal | Failure:
-        before = self._seq
+        before, lines = self._seq, len(self._lines)
         self._db.execute("SAVEPOINT entry")
         try:
             if isinstance(entry.request, RecordDecisions):
-                answer = self._store_decisions(entry.request, entry.vector)
+                answer = self._store_decisions(entry.request.decisions, entry.request.text, entry.vector)
             elif isinstance(entry.request, RecordOutcomes):
-                answer = self._store_outcomes(entry.request, entry.vector)
+                answer = self._store_outcomes(entry.request, entry.vector, entry.context)
             else:
                 answer = self._store_rows(entry.request, entry.imported)
         except CallFailed as refused:
             self._db.execute("ROLLBACK TO entry")
             self._db.execute("RELEASE entry")
             self._seq = before
+            del self._lines[lines:]
             return refused.failure
         self._db.execute("RELEASE entry")
         if answer.duplicates:
             self._set_meta("duplicates", int(self._meta("duplicates")) + answer.duplicates)
         return answer
 
-    def _store_decisions(self, request: RecordDecisions, vector: Vector | None) -> MemoryFinal:
-        decisions: Sequence[DecisionRecord] = request.decisions
+    def _store_decisions(self, decisions: Sequence[DecisionRecord], text: str, vector: Vector | None) -> MemoryFinal:
         ids = [decision.decision_id for decision in decisions]
         new = [decisions[position] for position in first_of_each(ids, self._known("decisions", ids))]
-        for each in new:
-            fields = (each.task_id, each.subject, each.task_type, each.choice, each.model_dump_json())
-            put(self._db, "decisions", each.decision_id, self._next(), *fields)
+        told: set[str] = set()
         if vector is not None:  # the first text of a task counts, as the first of everything else
             for task_id in dict.fromkeys(each.task_id for each in new):
-                put(self._db, "contexts", task_id, request.text, to_bytes(vector), verb="INSERT OR IGNORE")
+                if put(self._db, "contexts", task_id, text, to_bytes(vector), verb="INSERT OR IGNORE"):
+                    told.add(task_id)
+        rows = []
+        for each in new:
+            seq, record = self._next(), each.model_dump_json()
+            rows.append((each.decision_id, seq, each.task_id, each.subject, each.task_type, each.choice, record))
+            self._lines.append(as_row(seq, "decision", record, text if each.task_id in told else ""))
+            told.discard(each.task_id)
+        put_all(self._db, "decisions", rows)
         return MemoryFinal(stored=len(new), duplicates=len(decisions) - len(new))
 
-    def _store_outcomes(self, request: RecordOutcomes, vector: Vector | None, *, imported: bool = False) -> MemoryFinal:
-        taken = self._store_decisions(RecordDecisions(decisions=request.decisions), None)
+    def _store_outcomes(
+        self,
+        request: RecordOutcomes,
+        vector: Vector | None,
+        context: Vector | None = None,
+        *,
+        imported: bool = False,
+    ) -> MemoryFinal:
+        taken = self._store_decisions(request.decisions, request.text, context)
         ids = [outcome.decision_id for outcome in request.outcomes]
-        self._refuse_unknown(ids)
+        decisions = self._decisions(ids)
+        _refuse_unknown(ids, decisions)
         new = [request.outcomes[position] for position in first_of_each(ids, self._known("outcomes", ids))]
+        rows = []
+        values: dict[tuple[str, str, str], Value] = {}
         for sent in new:
-            outcome = self._credited(sent, imported=imported)
-            fields = (outcome.decision_id, self._next(), outcome.failure_code, outcome.model_dump_json())
-            put(self._db, "outcomes", *fields)
-            self._learn(outcome)
+            decision = decisions[sent.decision_id]
+            outcome = self._credited(sent, decision, imported=imported)
+            seq, record = self._next(), outcome.model_dump_json()
+            rows.append((outcome.decision_id, seq, outcome.failure_code, record))
+            self._lines.append(as_row(seq, "outcome", record))
+            name = decision[3], decision[4], decision[5]
+            value = values.get(name) or stored_value(self._db, *name) or unseen(*name)
+            values[name] = scored(value, outcome.reward, outcome.seconds)
+        put_all(self._db, "outcomes", rows)
+        for value in values.values():
+            put_value(self._db, value)
         stored, duplicates = len(new) + taken.stored, len(ids) - len(new) + taken.duplicates
         if request.episode is not None and vector is not None:
             added = self._store_episode(request.episode, vector)
@@ -341,7 +375,7 @@ class MemoryLog:
         stored = duplicates = 0
         for row, vector in zip(request.rows, vectors, strict=True):
             if row.decision is not None:
-                answer = self._store_decisions(RecordDecisions(decisions=[row.decision], text=row.text), vector)
+                answer = self._store_decisions([row.decision], row.text, vector)
             elif row.outcome is not None:
                 answer = self._store_outcomes(RecordOutcomes(outcomes=[row.outcome]), None, imported=True)
             else:
@@ -349,30 +383,13 @@ class MemoryLog:
             stored, duplicates = stored + answer.stored, duplicates + answer.duplicates
         return MemoryFinal(stored=stored, duplicates=duplicates)
 
-    def _refuse_unknown(self, ids: Sequence[str]) -> None:
-        unknown = sorted(set(ids) - self._known("decisions", ids))
-        if unknown:
-            shown = ", ".join(unknown[:10])
-            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            raise CallFailed(
-                Failure(
-                    code="memory.unknown_decision",
-                    category=Category.POLICY,
-                    origin="memory",
-                    message=f"ask.outcomes: no decision is known under {shown}{more}; nothing of this request was "
-                    "stored. Record decisions with op `decide` first.",
-                    evidence={"decision_ids": unknown[:100]},
-                )
-            )
-
-    def _credited(self, outcome: Outcome, *, imported: bool) -> Outcome:
+    def _credited(self, outcome: Outcome, decision: Sequence[Any], *, imported: bool) -> Outcome:
         """With its staged reward where it says how its steps were spread; that counts one stage of its kind.
 
         An imported one keeps the reward that it was once given, and this log is as far as that afterwards.
         """
         if outcome.spread is None:
             return outcome if outcome.staged is None else outcome.model_copy(update={"staged": None})
-        decision = next(find(self._db, "decisions", "WHERE decision_id = ?", outcome.decision_id))
         key = stage_key(decision)
         row = next(find(self._db, "meta", "WHERE key = ?", key), None)
         stage = 0 if row is None else int(row[1])
@@ -382,31 +399,56 @@ class MemoryLog:
         self._set_meta(key, max(stage, staged.stage) + 1)
         return outcome.model_copy(update={"staged": staged})
 
-    def _learn(self, outcome: Outcome) -> None:
-        decision = next(find(self._db, "decisions", "WHERE decision_id = ?", outcome.decision_id))
-        value = stored_value(self._db, *decision[3:6]) or unseen(*decision[3:6])
-        put_value(self._db, scored(value, outcome.reward, outcome.seconds))
-
     def _store_episode(self, episode: Episode, vector: Vector) -> int:
         """1 if it is new. The first episode of a task counts, since projections only ever grow."""
         if self._known("episodes", [episode.task_id], column="task_id"):
             return 0
         record = episode.model_copy(update={"similarity": None, "q": None}).model_dump_json(exclude_none=True)
-        put(self._db, "episodes", episode.task_id, self._next(), episode.task_type, record, to_bytes(vector))
+        seq = self._next()
+        put(self._db, "episodes", episode.task_id, seq, episode.task_type, record, to_bytes(vector))
+        self._lines.append(as_row(seq, "episode", record))
         return 1
+
+    def _decisions(self, ids: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+        """The rows of those that are known."""
+        return {row[0]: row for some in _parts(ids) for row in find(self._db, "decisions", _among(some), *some)}
 
     def _known(self, table: str, ids: Sequence[str], column: str = "decision_id") -> set[str]:
         known: set[str] = set()
-        for start in range(0, len(ids), _IDS_AT_ONCE):
-            some = ids[start : start + _IDS_AT_ONCE]
-            marks = ",".join("?" * len(some))
-            rows = self._db.execute(f"SELECT {column} FROM {table} WHERE {column} IN ({marks})", some)  # noqa: S608  names are literals of this file
+        for some in _parts(ids):
+            rows = self._db.execute(f"SELECT {column} FROM {table} {_among(some, column)}", some)  # noqa: S608  names are literals of this file
             known.update(row[0] for row in rows)
         return known
 
     def _next(self) -> int:
         self._seq += 1
         return self._seq
+
+
+def _parts(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """So few at a time that one statement takes them."""
+    return (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
+
+
+def _among(ids: Sequence[str], column: str = "decision_id") -> str:
+    return f"WHERE {column} IN ({','.join('?' * len(ids))})"
+
+
+def _refuse_unknown(ids: Sequence[str], known: Collection[str]) -> None:
+    unknown = sorted(set(ids).difference(known))
+    if unknown:
+        shown = ", ".join(unknown[:10])
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise CallFailed(
+            Failure(
+                code="memory.unknown_decision",
+                category=Category.POLICY,
+                origin="memory",
+                message=f"ask.outcomes: no decision is known under {shown}{more}; nothing of this request was "
+                "stored. Send decisions with their outcomes, or record them with op `decide` first.",
+                evidence={"decision_ids": unknown[:100]},
+            )
+        )
 
 
 def fresh_meta() -> dict[str, str | int]:

@@ -14,7 +14,7 @@ import json
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -75,20 +75,24 @@ class LogCopy:
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         self.last_seq = 0
 
+    def add(self, rows: Iterable[str], upto: int) -> None:
+        """Add the next rows, as `as_row` makes them. Raises OSError, and holds none of them then."""
+        data = b"".join(map(_line, rows))
+        length = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, data)
+            if written < len(data):
+                raise OSError(f"{self._path}: only {written} of {len(data)} bytes could be written")
+        except OSError:
+            os.ftruncate(self._file, length)
+            raise
+        self.last_seq = upto
+
     def follow(self, db: sqlite3.Connection, upto: int) -> None:
         """Add the rows of the log up to `upto`. Raises OSError, and holds none of the last ones then."""
         while self.last_seq < upto:
             last = min(upto, self.last_seq + _ROWS_AT_ONCE)
-            data = b"".join(_line(text) for text in _texts(db, self.last_seq, last))
-            length = os.fstat(self._file).st_size
-            try:
-                written = os.write(self._file, data)
-                if written < len(data):
-                    raise OSError(f"{self._path}: only {written} of {len(data)} bytes could be written")
-            except OSError:
-                os.ftruncate(self._file, length)
-                raise
-            self.last_seq = last
+            self.add(_texts(db, self.last_seq, last), last)
 
     def close(self) -> None:
         """Make it durable and close it."""
@@ -133,13 +137,14 @@ def _texts(db: sqlite3.Connection, after: int, upto: int) -> Iterator[str]:
         if kind == "decision" and task_id not in told:
             told.add(task_id)
             context = next(find(db, "contexts", "WHERE task_id = ?", task_id), None)
-            text = "" if context is None else f', "text": {json.dumps(context[1])}'
+            text = "" if context is None else context[1]
         yield as_row(seq, kind, record, text)
 
 
 def as_row(seq: int, kind: str, record: str, text: str = "") -> str:
-    """JSON of one row; `text` is what follows the record."""
-    return f'{{"seq": {seq}, "{kind}": {record}{text}}}'
+    """JSON of one row; `text` is what a decision was about."""
+    about = f', "text": {json.dumps(text)}' if text else ""
+    return f'{{"seq": {seq}, "{kind}": {record}{about}}}'
 
 
 def _line(text: str) -> bytes:

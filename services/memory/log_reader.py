@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -20,9 +21,8 @@ from protocol.messages.memory import DecisionRecord, Episode, Explained, Outcome
 from services.memory.embedding import Vector, from_bytes
 from services.memory.log import LOG_FILE, read_meta
 from services.memory.log_copy import damaged_lines
-from services.memory.log_rows import RowDamaged, damaged_rows, fetched, find, parts, selected
+from services.memory.log_rows import RowDamaged, damaged_rows, fetched, find, opened, parts, selected
 from services.memory.log_upkeep import stored_stages, stored_value, stored_values, wrong_values
-from services.memory.machine import episode_value
 from services.memory.routing import Observation
 from services.memory.staged import STAGING
 from services.memory.width_report import HISTORY, Decided, report
@@ -78,7 +78,30 @@ class EpisodeAdded:
     """None while the stored one is that of an earlier embedder."""
 
 
-Change = DecisionAdded | ChoiceFailed | Cured | EpisodeAdded
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """An outcome: the value of a choice has changed, and with it those of the episodes that it was made in."""
+
+    seq: int
+    task_id: str
+
+
+Change = DecisionAdded | ChoiceFailed | Cured | EpisodeAdded | Scored
+
+Choice = tuple[str, str, str]
+"""Subject, task type, choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A finished task as the log tells it, without the value of what was done in it."""
+
+    episode: Episode
+    choices: tuple[Choice, ...]
+    """All that were made in it, each once."""
+    scored: tuple[Choice, ...]
+    """Those of them that have an outcome."""
+
 
 _OUTCOMES: Final = (
     f"SELECT {selected('outcomes', 'o')}, {selected('decisions', 'd')} FROM outcomes o "  # noqa: S608  literals
@@ -90,9 +113,10 @@ _OBSERVED: Final = (
     "WHERE o.seq > ? AND o.seq <= ? ORDER BY o.seq"
 )
 _TAKEN: Final = (
-    f"SELECT {selected('decisions', 'd')}, {selected('choice_values', 'v')} FROM decisions d "  # noqa: S608  literals
-    "JOIN outcomes USING (decision_id) LEFT JOIN choice_values v USING (subject, task_type, choice) WHERE d.task_id = ?"
+    f"SELECT {selected('decisions', 'd')}, o.seq FROM decisions d "  # noqa: S608  literals
+    "LEFT JOIN outcomes o USING (decision_id) WHERE d.task_id = ? ORDER BY d.seq"
 )
+_OF_CHOICE: Final = "WHERE subject = ? AND task_type = ? AND choice = ?"
 _DECOMPOSITIONS: Final = (
     f"SELECT {selected('outcomes', 'o')}, {selected('decisions', 'd')} FROM outcomes o "  # noqa: S608  literals
     "JOIN decisions d USING (decision_id) WHERE d.subject = 'decomposition' "
@@ -128,6 +152,13 @@ class LogReader:
         """Number of the last committed row."""
         return int(self._meta("seq"))
 
+    def position(self) -> tuple[str, int]:
+        """Identity of the log and number of the last committed row, read together."""
+        found = dict(find(self._db, "meta", "WHERE key IN ('log_id', 'seq')"))
+        if len(found) < 2:
+            raise RowDamaged("meta lacks the log's identity or its last row")
+        return str(found["log_id"]), int(found["seq"])
+
     @property
     def stale(self) -> tuple[int, int]:
         """Episodes after the first and up to the second row have vectors of an earlier embedder; equal = none."""
@@ -159,9 +190,10 @@ class LogReader:
 
     def observations(self, after: int, upto: int) -> Iterator[tuple[int, list[Observation]]]:
         """Scored decisions whose outcome follows row `after`, up to and including row `upto`; pairs as in `changes`."""
+        vectors: dict[str, Vector] = {}
         while after < upto:
             last = min(upto, after + _ROWS_AT_ONCE)
-            yield last, [_observation(row) for row in fetched(self._db, _OBSERVED, after, last)]
+            yield last, [_observation(row, vectors) for row in fetched(self._db, _OBSERVED, after, last)]
             after = last
 
     def lineage(self, upto: int) -> Iterator[tuple[str | int, ...]]:
@@ -174,7 +206,7 @@ class LogReader:
             for told in _told_by(outcome, decision):
                 if isinstance(told, ChoiceFailed):
                     failed[told.subject, told.task_type, told.choice, told.code] += 1
-                else:
+                elif isinstance(told, Cured):
                     helped[told.task_type, told.code, told.action, told.role] += 1
                     yield ("cured", told.task_id, told.code, told.action, told.role, told.finding)
         for choice_and_code, times in failed.items():
@@ -199,24 +231,28 @@ class LogReader:
         rows = self._db.execute("SELECT seq FROM episodes WHERE seq <= ? ORDER BY seq", (upto,)).fetchall()
         return np.array([row[0] for row in rows], dtype=np.int64)
 
-    def episode_seqs_of(self, task_type: str) -> npt.NDArray[np.int64]:
-        """Row numbers of the episodes of one task type."""
-        rows = self._db.execute("SELECT seq FROM episodes WHERE task_type = ? ORDER BY seq", (task_type,)).fetchall()
-        return np.array([row[0] for row in rows], dtype=np.int64)
+    def kinds(self, upto: int) -> Iterator[tuple[int, str]]:
+        """Row number and task type of every episode up to `upto`, in order."""
+        yield from self._db.execute("SELECT seq, task_type FROM episodes WHERE seq <= ? ORDER BY seq", (upto,))
 
-    def episode(self, seq: int) -> Episode | None:
-        """The episode at this row, with the value of what was done in it; None where it was forgotten."""
+    def past(self, seq: int) -> Past | None:
+        """The episode at this row with what was chosen in it; None where it was forgotten."""
         row = next(find(self._db, "episodes", "WHERE seq = ?", seq), None)
         if row is None:
             return None
-        episode = Episode.model_validate_json(row[3])
-        values: dict[tuple[str, str, str], float] = {}
-        for joined in fetched(self._db, _TAKEN, episode.task_id):
-            decision, value = parts(joined, "decisions", "choice_values")
-            if decision is None or value is None:
-                raise RowDamaged(f"a scored decision of {episode.task_id} has no value")
-            values[value[:3]] = value[3]
-        return episode.model_copy(update={"q": episode_value(list(values.values()), episode.succeeded)})
+        taken: dict[Choice, bool] = {}
+        for *decision, scored in fetched(self._db, _TAKEN, row[0]):
+            name: Any = opened("decisions", decision)[3:6]
+            taken[name] = taken.get(name, False) or scored is not None
+        done = tuple(name for name, scored in taken.items() if scored)
+        return Past(Episode.model_validate_json(row[3]), tuple(taken), done)
+
+    def q_of(self, choice: Choice) -> float:
+        """Value of a choice that was scored. Raises RowDamaged where there is none."""
+        value = next(find(self._db, "choice_values", _OF_CHOICE, *choice), None)
+        if value is None:
+            raise RowDamaged(f"{choice[2]!r} was scored and has no value")
+        return float(value[3])
 
     def value(self, subject: str, task_type: str, choice: str) -> Value | None:
         """What this choice is worth; None where it was never scored."""
@@ -322,10 +358,11 @@ def _decided(told: tuple[Any, ...] | None, taken: tuple[Any, ...] | None) -> Dec
     )
 
 
-def _told_by(outcome: tuple[Any, ...], decision: tuple[Any, ...]) -> Iterator[ChoiceFailed | Cured]:
-    """What the graph learns from one outcome."""
+def _told_by(outcome: tuple[Any, ...], decision: tuple[Any, ...]) -> Iterator[Scored | ChoiceFailed | Cured]:
+    """What follows from one outcome."""
     ident, seq, code, record = outcome
     task_id, subject, task_type, choice = decision[2:6]
+    yield Scored(seq, task_id)
     if code is not None:
         yield ChoiceFailed(seq, ident, subject, task_type, choice, code)
     if '"cures":[]' not in record:  # most have none, and parsing is most of the work here
@@ -334,14 +371,43 @@ def _told_by(outcome: tuple[Any, ...], decision: tuple[Any, ...]) -> Iterator[Ch
             yield Cured(seq, task_id, task_type, *names)
 
 
-def _observation(row: Sequence[Any]) -> Observation:
+class _StagedTold(msgspec.Struct):
+    finish: float
+    stage: int
+
+
+class _OutcomeTold(msgspec.Struct):
+    """What routing learns from an outcome's record; the rest of it is skipped, which is most of the work of reading."""
+
+    reward: float
+    seconds: float
+    staged: _StagedTold | None = None
+
+
+class _DecisionTold(msgspec.Struct):
+    """The same of a decision's; an old one lacks these fields."""
+
+    cluster: str = ""
+    model: str = ""
+    prompt: str = ""
+
+
+_READ_OUTCOME: Final = msgspec.json.Decoder(_OutcomeTold)
+_READ_DECISION: Final = msgspec.json.Decoder(_DecisionTold)
+
+
+def _observation(row: Sequence[Any], vectors: dict[str, Vector]) -> Observation:
+    """`vectors` holds those of the tasks before, since outcomes of a task come together."""
     told, taken, context = parts(row, "outcomes", "decisions", "contexts")
     if told is None or taken is None:
         raise RowDamaged("an outcome has no decision")
-    # Plain JSON: both were validated before they were stored, and an old row lacks the newer fields.
-    decision, outcome = json.loads(taken[-1]), json.loads(told[-1])
+    # Both were validated before they were stored.
+    decision, outcome = _READ_DECISION.decode(taken[-1]), _READ_OUTCOME.decode(told[-1])
     subject, choice = taken[3], taken[5]
-    staged = outcome.get("staged")
+    staged = outcome.staged
+    if context is not None and context[0] not in vectors:
+        vectors.clear()
+        vectors[context[0]] = from_bytes(context[2])
     return Observation(
         seq=told[1],
         decision_seq=taken[1],
@@ -349,12 +415,12 @@ def _observation(row: Sequence[Any]) -> Observation:
         task_type=taken[4],
         # The width of a plan stands behind a `/`: what is learned of a shape holds for all its widths.
         choice=choice.partition("/")[0] if subject == "decomposition" else choice,
-        cluster=decision.get("cluster", ""),
-        vector=None if context is None else from_bytes(context[2]),
-        reward=outcome["reward"],
-        seconds=outcome["seconds"],
-        model=decision.get("model", ""),
-        prompt=decision.get("prompt", ""),
-        finish=None if staged is None else staged["finish"],
-        stage=0 if staged is None else staged["stage"],
+        cluster=decision.cluster,
+        vector=None if context is None else vectors[context[0]],
+        reward=outcome.reward,
+        seconds=outcome.seconds,
+        model=decision.model,
+        prompt=decision.prompt,
+        finish=None if staged is None else staged.finish,
+        stage=0 if staged is None else staged.stage,
     )

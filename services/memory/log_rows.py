@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -107,6 +107,13 @@ def put(db: sqlite3.Connection, table: str, *values: Any, verb: str = "INSERT") 
     """Store one row; returns 1, or 0 where `verb` is `INSERT OR IGNORE` and it was there."""
     marks = ",?" * len(COLUMNS[table])
     return db.execute(f"{verb} INTO {table} VALUES (?{marks})", sealed(table, *values)).rowcount
+
+
+def put_all(db: sqlite3.Connection, table: str, rows: Iterable[Sequence[Any]]) -> None:
+    """Store new rows."""
+    marks = ",?" * len(COLUMNS[table])
+    statement = f"INSERT INTO {table} VALUES (?{marks})"  # noqa: S608  names are literals above
+    db.executemany(statement, [sealed(table, *row) for row in rows])
 
 
 def damaged_rows(db: sqlite3.Connection) -> Iterator[str]:

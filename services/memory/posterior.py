@@ -62,12 +62,21 @@ class Prior:
         return self.cluster > 0 or self.embedding > 0
 
 
+_ONE: Final[Array] = np.ones(1)
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a task lies: the projected embedding (absent: none), and its cluster's name (empty: none)."""
+    """Where a task lies: what every block sees there, and its cluster's name (empty: none)."""
 
-    embedding: Array | None
+    features: Array
+    """One for the intercept, then the projected embedding where there is one."""
     cluster: str
+
+    @classmethod
+    def of(cls, embedding: Array | None, cluster: str) -> Place:
+        """`embedding` is the projected one; None where the text has none."""
+        return cls(_ONE if embedding is None else np.concatenate((_ONE, embedding)), cluster)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +109,15 @@ class _Columns:
 class Posterior:
     """Mean and covariance of all weights; grows with blocks and clusters."""
 
-    def __init__(self, prior: Prior, embedding_size: int) -> None:
+    def __init__(self, prior: Prior, embedding_size: int, ageing: float) -> None:
+        """With every outcome the intercepts of all arms drift by this share of their prior variance, at most back to
+        it; what the pending ones have earned them is added when those are subtracted."""
         self.prior = prior
+        self._ageing = ageing
+        self._local = prior.local
         self._width = 1 + (embedding_size if prior.local else 0)
+        self._of_arms = np.zeros(0, dtype=np.intp)
+        """Columns of the arms' intercepts."""
         self._size = 0
         self._mean = np.zeros(0)
         self._base = np.zeros((0, 0))
@@ -124,8 +139,10 @@ class Posterior:
     def view(self, place: Place, arms: Sequence[str]) -> View:
         """What is expected at this place; arms nobody has met have their prior. Changes nothing."""
         blocks = [SHARED, *arms]
-        prior_var = self._prior_variances(blocks, place)
-        intercept_prior = np.array([self._scale(block) * self.prior.intercept for block in blocks])
+        scale = np.full(len(blocks), 1 - self.prior.shared)
+        scale[0] = self.prior.shared
+        prior_var = scale * self._prior_variance(place)
+        intercept_prior = scale * self.prior.intercept
         seats = [self._columns(block, place) for block in blocks]
         known = [(row, seat) for row, seat in enumerate(seats) if seat is not None]
         mean, cov = np.zeros(len(blocks)), np.diag(prior_var)
@@ -179,13 +196,6 @@ class Posterior:
         self._base[: self._size, columns] *= keep
         self._base[columns, columns] += (1 - keep * keep) * self._prior_var[columns]
 
-    def age(self, share: float) -> None:
-        """Let the intercepts of all arms drift by this share of their prior variance, at most back to it."""
-        columns = np.array([column for block, column in self._blocks.items() if block != SHARED], dtype=np.intp)
-        limit = self._prior_var[columns]
-        stands = self._base[columns, columns] - np.square(self._pending[: self._held, columns]).sum(axis=0)
-        self._base[columns, columns] += np.minimum(np.maximum(limit - stands, 0.0), share * limit)
-
     def state(self) -> tuple[dict[str, Any], dict[str, Array]]:
         """Everything learned: names as JSON, numbers as arrays."""
         clusters = [[block, cluster, column] for (block, cluster), column in self._clusters.items()]
@@ -210,25 +220,27 @@ class Posterior:
         if not all(np.isfinite(arrays[name]).all() for name in STATE_ARRAYS):
             raise ValueError("its numbers are not finite")
         self._blocks, self._clusters, self._size, self._held = blocks, clusters, size, held
+        self._of_arms = self._intercepts()
         self._mean, self._base, self._prior_var = (arrays[key].copy() for key in ("mean", "base", "prior_var"))
         self._pending = np.zeros((PENDING, size))
         self._pending[:held] = arrays["pending"]
+
+    def _intercepts(self) -> npt.NDArray[np.intp]:
+        return np.array([column for block, column in self._blocks.items() if block != SHARED], dtype=np.intp)
 
     def _scale(self, block: str) -> float:
         return self.prior.shared if block == SHARED else 1 - self.prior.shared
 
     def _dense(self, place: Place) -> Array:
-        """The features that every block sees at a place: one for the intercept, then the embedding."""
-        if not self.prior.local or place.embedding is None:
-            return np.ones(1)
-        return np.concatenate((np.ones(1), place.embedding))
+        """The features that every block sees at a place."""
+        return place.features if self._local else _ONE
 
     def _columns(self, block: str, place: Place) -> _Columns | None:
         """None where the block is unknown."""
         first = self._blocks.get(block)
         if first is None:
             return None
-        width = self._width if place.embedding is not None else 1
+        width = min(self._width, len(place.features))
         return _Columns(first, first + width, self._clusters.get((block, place.cluster)))
 
     @staticmethod
@@ -262,17 +274,17 @@ class Posterior:
         updates = self._pending[: self._held, :size] @ features.T
         return features @ self._mean[:size], cov - updates.T @ updates
 
-    def _prior_variances(self, blocks: Sequence[str], place: Place) -> Array:
+    def _prior_variance(self, place: Place) -> float:
+        """Of a block that has all of it to itself."""
         variance = self.prior.intercept
-        if self.prior.local:
+        if self._local:
             variance += self.prior.cluster if place.cluster else 0.0
-            if place.embedding is not None:
-                variance += self.prior.embedding * float(place.embedding @ place.embedding)
-        return variance * np.array([self._scale(block) for block in blocks])
+            variance += self.prior.embedding * (float(place.features @ place.features) - 1)
+        return variance
 
     def _missing(self, block: str, place: Place) -> float:
         """Prior variance of a cluster that this block has not met."""
-        if not self.prior.local or not place.cluster or (block, place.cluster) in self._clusters:
+        if not self._local or not place.cluster or (block, place.cluster) in self._clusters:
             return 0.0
         return self.prior.cluster * self._scale(block)
 
@@ -281,6 +293,10 @@ class Posterior:
         for start in range(0, self._size, _ROWS_AT_ONCE):
             rows = slice(start, min(start + _ROWS_AT_ONCE, self._size))
             self._base[rows, : self._size] -= held[:, rows].T @ held
+        columns = self._of_arms
+        limit = self._prior_var[columns]
+        drift = np.maximum(limit - self._base[columns, columns], 0.0)
+        self._base[columns, columns] += np.minimum(drift, self._ageing * self._held * limit)
         self._pending[: self._held] = 0
         self._held = 0
 
@@ -289,7 +305,8 @@ class Posterior:
         if block not in self._blocks:
             embedding = [self.prior.embedding] * (self._width - 1)
             self._blocks[block] = self._append([scale * each for each in (self.prior.intercept, *embedding)])
-        if self.prior.local and place.cluster and (block, place.cluster) not in self._clusters:
+            self._of_arms = self._intercepts()
+        if self._local and place.cluster and (block, place.cluster) not in self._clusters:
             self._clusters[block, place.cluster] = self._append([scale * self.prior.cluster])
 
     def _append(self, variances: Sequence[float]) -> int:

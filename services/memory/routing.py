@@ -53,6 +53,7 @@ LOCAL_BOLDNESS: Final = 0.2
 SECONDS_WEIGHT: Final = 0.02
 """What a choice that takes twice as long as the fastest must make up for in reward."""
 _DRAWS: Final = 512
+_NEVER: Final = (0.0, 0.0)
 
 ALARM: Final = 5.0
 """An arm has changed when its recent deviation predicts e^5 times better than its posterior (log-likelihood ratio)."""
@@ -149,7 +150,7 @@ class Bandit:
         self.staging = staging
         self.stage = 0
         """Decompositions whose staged reward was credited."""
-        self._posteriors = (Posterior(PLAIN, PROJECTED), Posterior(LOCAL, PROJECTED))
+        self._posteriors = (Posterior(PLAIN, PROJECTED, AGEING), Posterior(LOCAL, PROJECTED, AGEING))
         self._log_weights = np.zeros(2)
         self._named: dict[str, None] = {}
         self._centroids = np.zeros((0, DIMENSION))
@@ -167,14 +168,14 @@ class Bandit:
         cluster = self._join(seen)
         place = _place(seen.vector, cluster)
         reward = seen.reward - PRIOR_MEAN
-        weights = self.weights
-        expected = [posterior.learn(place, seen.choice, reward) for posterior in self._posteriors]
-        for posterior in self._posteriors:
-            posterior.age(AGEING)
-        means = np.array([mean for mean, _ in expected])
-        variances = np.array([NOISE + variance for _, variance in expected])
-        residual, variance = reward - float(weights @ means), float(weights @ variances)
-        self._log_weights -= 0.5 * (np.log(variances) + (reward - means) ** 2 / variances)
+        residual, variance = reward, 0.0
+        told = []
+        for share, posterior in zip(self._shares(), self._posteriors, strict=True):
+            mean, uncertain = posterior.learn(place, seen.choice, reward)
+            residual -= share * mean
+            variance += share * (NOISE + uncertain)
+            told.append(0.5 * (math.log(NOISE + uncertain) + (reward - mean) ** 2 / (NOISE + uncertain)))
+        self._log_weights -= told
         self._log_weights -= self._log_weights.max()
         shift = arm.expected_deviation()
         arm.cusum = max(0.0, arm.cusum + (residual * shift - 0.5 * shift * shift) / variance)
@@ -199,7 +200,8 @@ class Bandit:
         options = question.options
         cluster = self.cluster_of(question.cluster, vector)
         rules = [option.choice for option in options].index(question.rules_choice)
-        mean, cov, sampled, remaining = self._outlook(options, _place(vector, cluster))
+        keep = [self._keep(option) for option in options]
+        mean, cov, sampled, remaining = self._outlook(options, keep, _place(vector, cluster))
         price = np.array([option.cost for option in options]) + self._time_price(options)
         staged = self._incentives(options, cluster)
         worth = mean - price + staged
@@ -212,7 +214,8 @@ class Bandit:
         rival = rules if best != rules else int(np.argsort(-worth, kind="stable")[1])
         gap = math.sqrt(max(cov[best, best] + cov[rival, rival] - 2 * cov[best, rival], 1e-12))
         confidence = _normal_cdf(float(worth[best] - worth[rival]) / gap)
-        counts = [self._count(option) for option in options]
+        known = [self.arms.get(option.choice) for option in options]
+        counts = [0.0 if arm is None else arm.count * kept * kept for arm, kept in zip(known, keep, strict=True)]
         ready = best == rules or (confidence >= CONFIDENCE and counts[best] >= MIN_OUTCOMES)
         settled = best if ready else rules
         won = "exploration" if taken != settled else "rules" if settled == rules else "learned"
@@ -224,12 +227,12 @@ class Bandit:
                 value=float(worth[position]),
                 chance=float(chances[position]),
                 outcomes=counts[position],
-                similar_outcomes=self._similar(option, cluster),
-                seconds=arm.seconds if (arm := self.arms.get(option.choice)) is not None else 0.0,
+                similar_outcomes=0 if arm is None or kept < 1 else int(arm.in_cluster.get(cluster, _NEVER)[0]),
+                seconds=0.0 if arm is None else arm.seconds,
                 width=option.width,
                 staged=float(staged[position]),
             )
-            for position, option in enumerate(options)
+            for position, (option, arm, kept) in enumerate(zip(options, known, keep, strict=True))
         ]
         return Advised(
             key=question.key,
@@ -250,7 +253,7 @@ class Bandit:
         """Expected reward of each choice at a text, without prices."""
         options = [Option(choice=choice) for choice in choices]
         place = _place(vector, self.cluster_of(cluster, vector))
-        return self._outlook(options, place)[0]
+        return self._outlook(options, [self._keep(option) for option in options], place)[0]
 
     def cluster_of(self, named: str, vector: Vector | None) -> str:
         """The name given where it has a place, else the nearest centroid's, else empty."""
@@ -270,8 +273,11 @@ class Bandit:
     @property
     def weights(self) -> Array:
         """How much the plain and the local posterior count, summing to 1."""
-        raw = np.exp(self._log_weights - self._log_weights.max())
-        return np.asarray(raw / raw.sum(), dtype=np.float64)
+        return np.array(self._shares())
+
+    def _shares(self) -> tuple[float, float]:
+        plain, local = (math.exp(each) for each in self._log_weights)  # the larger one is e^0
+        return plain / (plain + local), local / (plain + local)
 
     def values(self, task_type: str) -> list[ArmValue]:
         """Outcomes of each arm by cluster, since the arm last changed."""
@@ -350,10 +356,15 @@ class Bandit:
             found = f"~{len(self._centroids) - 1}"
         return found
 
-    def _outlook(self, options: Sequence[Option], place: Place) -> tuple[Array, Array, Array, Array]:
-        """Mean, covariance, sampled covariance of the options' rewards; share of the prior variance that remains."""
+    def _outlook(
+        self, options: Sequence[Option], kept: Sequence[float], place: Place
+    ) -> tuple[Array, Array, Array, Array]:
+        """Mean, covariance, sampled covariance of the options' rewards; share of the prior variance that remains.
+
+        `kept` is the part of each option's evidence that still speaks about it.
+        """
         names = [option.choice for option in options]
-        keep = np.array([self._keep(option) for option in options])
+        keep = np.array(kept)
         size, lost = len(options), 1 - keep * keep
         kept_pairs, lost_alone = np.outer(keep, keep), np.diag(lost)
         means, covs, wholes, shares = [], [], [], []
@@ -401,16 +412,6 @@ class Bandit:
         arm = self.arms.get(option.choice)
         return 1.0 if arm is None else _kept(arm, option.model, option.prompt)
 
-    def _count(self, option: Option) -> float:
-        arm = self.arms.get(option.choice)
-        return 0.0 if arm is None else arm.count * self._keep(option) ** 2
-
-    def _similar(self, option: Option, cluster: str) -> int:
-        arm = self.arms.get(option.choice)
-        if arm is None or self._keep(option) < 1:
-            return 0
-        return int(arm.in_cluster.get(cluster, [0])[0])
-
     def _time_price(self, options: Sequence[Option]) -> Array:
         """SECONDS_WEIGHT for each doubling over the fastest option; nothing where a duration is not known yet."""
         known = [
@@ -444,7 +445,7 @@ def _kept(arm: Arm, model: str, prompt: str) -> float:
 
 
 def _place(vector: Vector | None, cluster: str) -> Place:
-    return Place(None if vector is None else vector.astype(np.float64) @ _PROJECTION, cluster)
+    return Place.of(None if vector is None else vector.astype(np.float64) @ _PROJECTION, cluster)
 
 
 def _normal_cdf(z: float) -> float:

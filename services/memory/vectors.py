@@ -17,11 +17,11 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from services.kit.threads import one_thread_each
 from services.memory.embedding import DIMENSION, Vector, checked
 from services.memory.log_reader import EpisodeAdded
 from services.memory.machine import Found
 from services.memory.manifest import Manifest, ProjectionDoubt, replace_file, sha256_of
-from services.memory.threads import one_thread_each
 
 _MANIFEST: Final = "vectors.manifest.json"
 _SNAPSHOTS: Final = "vectors-*"  # with what a crash left of a temporary file
@@ -34,8 +34,28 @@ _CELLS: Final = 256
 _PROBES: Final = 24
 """Of 256 cells: a tenth of all vectors is compared. `tierline bench memory` prints the recall."""
 _TRAINING_ROUNDS: Final = 8
+_BYTES_AT_FIRST: Final = 1_024
 _STRANGERS: Final = 256
 """Episodes whose pairs show how similar strangers are."""
+
+
+class RowSet:
+    """Row numbers as bits: an episode more costs nothing, and a search looks each one up at once."""
+
+    def __init__(self) -> None:
+        self.bits = np.zeros(_BYTES_AT_FIRST, dtype=np.uint8)
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, row: int) -> None:
+        """Take in a row that is not among them yet."""
+        place = row >> 3
+        if place >= len(self.bits):
+            self.bits = np.concatenate([self.bits, np.zeros(max(place, len(self.bits)), dtype=np.uint8)])
+        self.bits[place] |= 1 << (row & 7)
+        self._size += 1
 
 
 class VectorIndex:
@@ -135,7 +155,7 @@ class VectorIndex:
     def _inner(self) -> Any:
         return faiss.downcast_index(self._index.index)
 
-    def nearest(self, query: Vector, k: int, among: npt.NDArray[np.int64] | None = None) -> list[tuple[int, float]]:
+    def nearest(self, query: Vector, k: int, among: RowSet | None = None) -> list[tuple[int, float]]:
         """At most `k` pairs of (row number, cosine), best first; `among` restricts them to these rows."""
         if len(self) == 0 or (among is not None and len(among) == 0):
             return []
@@ -143,13 +163,14 @@ class VectorIndex:
         similarities, rows = self._index.search(checked(query)[np.newaxis, :], min(k, len(self)), params=options)
         return [(int(row), float(near)) for row, near in zip(rows[0], similarities[0], strict=True) if row >= 0]
 
-    def _options(self, among: npt.NDArray[np.int64] | None) -> faiss.SearchParameters | None:
+    def _options(self, among: RowSet | None) -> faiss.SearchParameters | None:
         if among is None:
             return None
         options: Any = faiss.SearchParameters() if self.exact else faiss.SearchParametersIVF()
         if not self.exact:
             options.nprobe = _PROBES
-        options.sel = faiss.IDSelectorBatch(among)
+        selector: Any = faiss.IDSelectorBitmap  # FAISS takes an array in Python, its stubs have the C++ arguments
+        options.sel = selector(among.bits)
         chosen: faiss.SearchParameters = options
         return chosen
 

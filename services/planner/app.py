@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from protocol.codec import unpack_body
@@ -13,7 +13,6 @@ from protocol.messages.infer import InferFinal, InferPartial
 from protocol.messages.memory import MemoryFinal, MemoryRequest
 from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanPartial, PlanRequest
-from protocol.messages.task import Step
 from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
 from services.kit.registry import Registry, with_own, with_trials
@@ -30,7 +29,6 @@ from services.planner.machine import (
     ModelAnswered,
     ModelOutcome,
     Planning,
-    Record,
     Refuse,
     Requested,
     Unanswered,
@@ -89,10 +87,10 @@ class PlannerApp:
                     problems = failure.evidence["problems"]
                     self._service.log.write(PLAN_REFUSED, task=task.task_id, code=failure.code, problems=problems)
                     raise CallFailed(failure)
-                case AskMemory() | AskModel() | AskAdvice() | Record():
+                case AskMemory() | AskModel() | AskAdvice():
                     command = planning.handle(await self._ask(command, call, _Listener(planning, call)))
 
-    async def _ask(self, command: AskMemory | AskModel | AskAdvice | Record, call: Call, listener: _Listener) -> Event:
+    async def _ask(self, command: AskMemory | AskModel | AskAdvice, call: Call, listener: _Listener) -> Event:
         asked = _target(command)
         try:
             answer = await self._send(command, call, listener)
@@ -111,9 +109,7 @@ class PlannerApp:
             case _:
                 return Unanswered(at_ms, f"a {type(answer).__name__} instead of an answer")
 
-    async def _send(
-        self, command: AskMemory | AskModel | AskAdvice | Record, call: Call, listener: _Listener
-    ) -> Message:
+    async def _send(self, command: AskMemory | AskModel | AskAdvice, call: Call, listener: _Listener) -> Message:
         service, timeout_s, dst = self._service, command.timeout_s, _target(command)
         match command:
             case AskModel(request=request):
@@ -127,8 +123,6 @@ class PlannerApp:
                 body = MemoryRequest(ask=retrieve)
             case AskAdvice(request=advise):
                 body = MemoryRequest(ask=advise)
-            case Record(request=decisions):
-                body = MemoryRequest(ask=decisions)
         return await service.ask("memory.request", body, dst=dst, timeout_s=timeout_s, call=call)
 
     def _note(self, final: PlanFinal, version: int, model: ModelOutcome, started_ms: int) -> None:
@@ -165,7 +159,7 @@ class _Listener:
     planning: Planning
     call: Call
     offered: int = 0
-    unsent: list[Step] = field(default_factory=list)
+    unsent: PlanPartial | None = None
 
     def take(self, body: bytes) -> None:
         """A piece has come. One that cannot be read leaves a gap, after which nothing more starts early."""
@@ -175,9 +169,10 @@ class _Listener:
             return
         ready = self.planning.hear(piece.text, piece.start_chars)
         if ready:
-            self.offered, self.unsent = len(ready), ready
-        if self.unsent and self.call.partial(PlanPartial(steps=self.unsent)):
-            self.unsent = []
+            self.offered = len(ready)
+            self.unsent = PlanPartial(steps=ready, personas=self.planning.personas)
+        if self.unsent is not None and self.call.partial(self.unsent):
+            self.unsent = None
 
 
 def _target(command: Command) -> str:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from protocol.messages.artefact import ArtefactKind
-from protocol.messages.memory import Advised, DecisionRecord
+from protocol.messages.memory import Advised
 from protocol.messages.persona import NO_PERSONA
 from protocol.messages.plan import PlanSource, RoutingDecision
 from protocol.messages.task import Output, Plan, Step, TaskIR
@@ -94,12 +94,14 @@ def choose(
     registry: Registry,
     source: PlanSource,
     advice: Mapping[str, Advised] = MappingProxyType({}),
+    settled: Set[str] = frozenset(),
 ) -> Chosen:
     """Fill in gates and personas where a step has none, and token shares where the plan is not a client's.
 
-    `advice` holds memory's answers to `advice.request`, by key.
+    `advice` holds memory's answers to `advice.request`, by key. Steps in `settled` run already: they stay as they are,
+    and what is written down of them is what runs.
     """
-    by_rules, plan = plan.steps, _cast_by(advice, plan)
+    by_rules, plan = plan.steps, _cast_by(advice, plan, settled)
     task_id = task.task_id or "dry-run"
     task_type = task.task_type.value
     tests = {artefact.name for artefact in given_tests(task.inputs)}
@@ -140,9 +142,12 @@ def choose(
         }
         if step.actor not in by_role:
             by_role[step.actor] = fitting(step.actor, task, registry)
-        named = step.persona or plan.persona
-        persona_advice = None if named is not None else advice.get(persona_key(step.actor))
+        runs = step.id in settled
+        open_persona = step.persona is None and plan.persona is None and not runs
+        persona_advice = advice.get(persona_key(step.actor)) if open_persona else None
         persona, persona_rule = _persona(step, plan, by_role[step.actor], persona_advice)
+        if runs:
+            persona, persona_rule = step.persona, "chosen when the step began"
         changes: dict[str, object] = {}
         if step.gates is None:
             changes["gates"] = gates_for(step, tests, module, registry.gates)
@@ -155,7 +160,7 @@ def choose(
         steps.append(step.model_copy(update=changes) if changes else step)
         if len(decisions) + 2 > MAX_DECISIONS:
             continue
-        role_advice = advice.get(role_key(ruled))
+        role_advice = None if runs else advice.get(role_key(ruled))
         decisions.append(
             RoutingDecision(
                 decision_id=_decision_id(task_id, step.id, "role", step.actor),
@@ -191,25 +196,16 @@ def choose(
     return Chosen(plan.model_copy(update={"steps": steps}), tuple(decisions))
 
 
-def records(task: TaskIR, decisions: Sequence[RoutingDecision], registry: Registry) -> list[DecisionRecord]:
-    """The decisions as the memory stores them."""
+def as_of(registry: Registry, decisions: Sequence[RoutingDecision]) -> list[RoutingDecision]:
+    """The decisions with what stands behind their choices in this registry."""
     digests = {key: versions(*key, registry) for key in {(decision.subject, decision.choice) for decision in decisions}}
     return [
-        DecisionRecord(
-            decision_id=decision.decision_id,
-            task_id=task.task_id or "dry-run",
-            step=decision.step,
-            subject=decision.subject,
-            choice=decision.choice,
-            alternatives=decision.alternatives,
-            propensity=decision.propensity,
-            rule=decision.rule,
-            task_type=decision.task_type,
-            features=decision.features,
-            registry_digest=registry.digest,
-            cluster=decision.cluster,
-            model=digests[decision.subject, decision.choice][0],
-            prompt=digests[decision.subject, decision.choice][1],
+        decision.model_copy(
+            update={
+                "registry_digest": registry.digest,
+                "model": digests[decision.subject, decision.choice][0],
+                "prompt": digests[decision.subject, decision.choice][1],
+            }
         )
         for decision in decisions
     ]
@@ -236,11 +232,11 @@ def _applies(gate: GateEntry, output: Output) -> bool:
     return not gate.languages or _LANGUAGES.get(output.content_type) in gate.languages
 
 
-def _cast_by(advice: Mapping[str, Advised], plan: Plan) -> Plan:
+def _cast_by(advice: Mapping[str, Advised], plan: Plan, settled: Set[str]) -> Plan:
     """The plan with the advised roles."""
     steps = []
     for step in plan.steps:
-        advised = advice.get(role_key(step))
+        advised = None if step.id in settled else advice.get(role_key(step))
         recast = advised is not None and advised.choice != step.actor
         steps.append(step.model_copy(update={"actor": advised.choice}) if advised is not None and recast else step)
     return plan.model_copy(update={"steps": steps})

@@ -18,6 +18,7 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from services.kit.threads import one_thread_each
 from services.planner.request_features import shape_of, words_of
 
 Matrix = npt.NDArray[np.float64]
@@ -96,7 +97,10 @@ class TrainedJudge:
     """Learned from labelled requests; nothing of their text is kept but the words that at least two of them share."""
 
     def __init__(self, requests: Sequence[str], divides: Sequence[bool]) -> None:
-        """Train. Raises ValueError unless there are at least ten requests, with both labels among them."""
+        """Train, in this thread alone. Raises ValueError unless there are at least ten requests, with both labels among
+        them.
+        """
+        one_thread_each()
         labels = np.asarray(divides, dtype=np.float64)
         if len(requests) < 10 or len(requests) != len(labels) or not 0 < labels.sum() < len(labels):
             raise ValueError("training needs at least ten requests, and both labels among them")

@@ -1,7 +1,8 @@
 """The course of one planning call: what to ask next, how long to wait, what to do without an answer.
 
-    Requested -> AskMemory -> [AskModel] -> [AskAdvice] -> Record -> Finish    a client's plan needs no model
-              -> Refuse                                       a plan or a registry reference that cannot run
+    Requested -> AskMemory -> [AskModel] -> [AskAdvice] -> Finish
+              -> AskAdvice -> Finish                   a client's plan: memory is asked once, for everything
+              -> Refuse                                a plan or a registry reference that cannot run
 
 While the model answers, `hear` takes what it has written so far and says which steps can start: they are part of the
 plan from then on, whatever becomes of the rest of the answer. If it breaks off, a step by rule takes over the rest.
@@ -10,8 +11,8 @@ the plan over.
 
 Pure: time comes in with the events, questions go out as commands, and exactly one command answers each event. Every
 question has a bound of its own and an ending without an answer, so a plan comes out in time whoever is down: without
-memory there are no earlier tasks and no decisions (their outcomes could not be booked), without the front door there
-is the rules' plan. The deadline of the call is shared out here; the app only keeps it.
+memory there are no earlier tasks and the rules choose, without the front door there is the rules' plan. The deadline of
+the call is shared out here; the app only keeps it.
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ from protocol.messages.infer import InferFinal, InferRequest
 from protocol.messages.memory import (
     Advise,
     Advised,
-    DecisionRecord,
     Episode,
     Lesson,
     MemoryFinal,
-    RecordDecisions,
     Retrieve,
 )
 from protocol.messages.persona import Persona
@@ -41,11 +40,12 @@ from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry, RoleEntry, with_own
 from services.planner.advice import WIDTH_KEY, answers, request, shape_of, split_cluster
 from services.planner.cast import ROLES_FOR, Work
-from services.planner.choose import Decomposition, choose, records
+from services.planner.choose import Decomposition, as_of, choose
 from services.planner.digest import Fitted, fit_to_context
 from services.planner.discovery import discover
 from services.planner.divide import Judge, RuleJudge
-from services.planner.modelmade import ModelPlanRefused, planning_request, read_plan, worth_asking
+from services.planner.made_personas import with_personas
+from services.planner.modelmade import Begun, ModelPlanRefused, planning_request, read_plan, worth_asking
 from services.planner.replan import renumbered, rest_as_task, rest_by_rules, whole
 from services.planner.rules import RulePlan, finishing_step, plans_by_rules
 from services.planner.streamed import StreamedPlan
@@ -54,7 +54,7 @@ from services.planner.width import told, width_of
 MEMORY_S: Final = 1.0
 """Longest wait for memory, for each of its questions, in seconds."""
 CLIENT_MEMORY_S: Final = 0.5
-"""The same for the first question about a client's plan, which can begin without what earlier tasks taught."""
+"""The same for the one question about a client's plan, which can begin without what earlier tasks taught."""
 MODEL_S: Final = 15.0
 """Longest wait for the front door, in seconds: longer than this is better spent on working than on planning."""
 MIN_MODEL_S: Final = 1.0
@@ -82,7 +82,7 @@ class Requested:
 
 @dataclass(frozen=True, slots=True)
 class MemoryAnswered:
-    """The answer to AskMemory, AskAdvice or Record."""
+    """The answer to AskMemory or AskAdvice."""
 
     at_ms: int
     answer: MemoryFinal
@@ -132,14 +132,6 @@ class AskModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """Have memory store the decisions before anybody acts on them."""
-
-    request: RecordDecisions
-    timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class Finish:
     """Answer the call with a plan."""
 
@@ -164,7 +156,7 @@ class OpenPlan:
 
 
 Event: TypeAlias = Requested | MemoryAnswered | ModelAnswered | Unanswered
-Command: TypeAlias = AskMemory | AskModel | AskAdvice | Record | Finish | Refuse
+Command: TypeAlias = AskMemory | AskModel | AskAdvice | Finish | Refuse
 
 
 class Phase(StrEnum):
@@ -174,7 +166,6 @@ class Phase(StrEnum):
     REMEMBERING = "remembering"
     MODELLING = "modelling"
     ADVISING = "advising"
-    RECORDING = "recording"
     DONE = "done"
 
 
@@ -241,14 +232,12 @@ class Planning:
                 self._reasons.append(f"the model gave no answer ({event.why})")
                 return self._break_off(event.at_ms, event.why) if self._offered else self._use_rules(event.at_ms)
             case Phase.ADVISING, MemoryAnswered(answer=answer):
-                return self._fill_in(event.at_ms, answers(answer.advice, self._asked))
+                if self._asked.retrieve is not None:
+                    self._similar, self._lessons = answer.episodes[:16], answer.lessons
+                return self._fill_in(answers(answer.advice, self._asked))
             case Phase.ADVISING, Unanswered():
                 self._reasons.append(f"memory gave no advice ({event.why}), so the rules choose")
-                return self._fill_in(event.at_ms, {})
-            case Phase.RECORDING, MemoryAnswered(answer=answer):
-                return self._on_recorded(answer)
-            case Phase.RECORDING, Unanswered():
-                return self._finish_unrecorded(f"memory did not take them ({event.why})")
+                return self._fill_in({})
             case _:
                 raise OutOfTurn(f"{type(event).__name__} while {self.phase}; so far: {'; '.join(self._reasons)}")
 
@@ -263,7 +252,9 @@ class Planning:
             if problems:
                 return self._refuse(problems)
             self._reasons.append("the task brought its plan")
-            return self._remember(min(CLIENT_MEMORY_S, self._memory_s(event.at_ms)))
+            choice = Decomposition(f"client/{len(task.plan.steps)}", (), "the client's plan")
+            self._open = OpenPlan("client", {choice.choice: task.plan}, choice)
+            return self._ask_once(min(CLIENT_MEMORY_S, self._memory_s(event.at_ms)))
         self._by_rules = plans_by_rules(task, self._registry.roles, self._judge)
         self._rules = self._by_rules[0]
         problems = plan_problems(task.model_copy(update={"plan": self._rules.plan}), self._registry)
@@ -277,16 +268,31 @@ class Planning:
 
     def _remember(self, timeout_s: float) -> Command:
         self.phase = Phase.REMEMBERING
+        return AskMemory(self._similar_to_this(), timeout_s)
+
+    def _similar_to_this(self) -> Retrieve:
+        return Retrieve(text=self._task.objective[:_MAX_OBJECTIVE_CHARS], task_type=self._task.task_type.value)
+
+    def _ask_once(self, timeout_s: float) -> Command:
+        """All that memory can say of a client's plan, in one question: it is there, and could run without."""
+        asked = self._what_is_open()
+        if asked is None:
+            return self._remember(timeout_s)
+        self._asked = asked.model_copy(update={"retrieve": self._similar_to_this()})
+        self.phase = Phase.ADVISING
+        return AskAdvice(self._asked, timeout_s)
+
+    def _what_is_open(self) -> Advise | None:
+        """What memory is asked to choose; None where learning is off, or nothing is open."""
+        if not self._registry.learning.enabled or self._memory_away:
+            return None
         text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
-        return AskMemory(Retrieve(text=text, task_type=self._task.task_type.value), timeout_s)
+        roles_open = self._open.source != "client"
+        return request(self._task, self._open.plans, self._registry, text, roles_open=roles_open)
 
     def _remembered(self, at_ms: int) -> Command:
         """What similar tasks have taught is there, or will not come."""
-        plan = self._task.plan
-        if plan is None:
-            return self._model_or_rules(at_ms)
-        choice = Decomposition(f"client/{len(plan.steps)}", (), "the client's plan")
-        return self._settle(at_ms, OpenPlan("client", {choice.choice: plan}, choice))
+        return self._model_or_rules(at_ms) if self._task.plan is None else self._fill_in({})
 
     def _model_or_rules(self, at_ms: int) -> Command:
         worth = worth_asking(self._task, len(self._rules.plan.steps))
@@ -317,24 +323,33 @@ class Planning:
         """
         if self.phase is not Phase.MODELLING or self._streamed is None:
             return []
-        ready = self._streamed.feed(text, start_chars)
-        if len(ready) <= len(self._offered):
+        able = self._streamed.feed(text, start_chars)
+        if len(able.steps) <= len(self._offered):
             return []
-        plan = Plan(steps=ready)
-        checked = self._task.model_copy(update={"plan": plan})
-        if plan_problems(checked, self._registry) or fit_to_context(self._task, plan, self._registry).plan != plan:
+        known = {step.id: step for step in self._offered}
+        wishes = {name: wish for name, wish in able.wishes.items() if name not in known}
+        plan = Plan(steps=[known.get(step.id, step) for step in able.steps])
+        made = with_personas(plan, wishes, self._task, self._registry.personas, self._personas)
+        registry = with_own(self._registry, made.personas)
+        checked = self._task.model_copy(update={"plan": made.plan})
+        if plan_problems(checked, registry) or fit_to_context(self._task, made.plan, registry).plan != made.plan:
             return []
-        chosen = choose(self._task, plan, Decomposition("", (), ""), self._registry, "model").plan.steps
-        known = {step.id for step in self._offered}
-        self._offered += [step for step in chosen if step.id not in known]
+        chosen = choose(self._task, made.plan, Decomposition("", (), ""), registry, "model", settled=known.keys())
+        self._personas, self._registry = made.personas, registry
+        self._offered += [step for step in chosen.plan.steps if step.id not in known]
         return list(self._offered)
+
+    @property
+    def personas(self) -> list[Persona]:
+        """Those that were made for what is offered."""
+        return _named_in(self._offered, self._personas)
 
     def _on_model_answered(self, event: ModelAnswered) -> Command:
         answer = event.answer
         self._generated_tokens = answer.generated_tokens
         try:
-            registry = self._registry
-            made = read_plan(answer.text, answer.finish_reason, self._task, registry.roles, registry.personas)
+            registry, begun = self._registry, Begun({step.id for step in self._offered}, self._personas)
+            made = read_plan(answer.text, answer.finish_reason, self._task, registry.roles, registry.personas, begun)
         except ModelPlanRefused as err:
             self.model_outcome = ModelOutcome.REFUSED
             self._reasons.append(f"its plan was refused: {err}")
@@ -417,17 +432,14 @@ class Planning:
     def _settle(self, at_ms: int, open_plan: OpenPlan) -> Command:
         """There is a plan, or several to choose from: ask memory about what is open."""
         self._open = open_plan
-        if self._registry.learning.enabled and not self._memory_away:
-            text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
-            roles_open = open_plan.source != "client"
-            asked = request(self._task, open_plan.plans, self._registry, text, roles_open=roles_open)
-            if asked is not None:
-                self._asked = asked
-                self.phase = Phase.ADVISING
-                return AskAdvice(asked, self._memory_s(at_ms))
-        return self._fill_in(at_ms, {})
+        asked = self._what_is_open()
+        if asked is None:
+            return self._fill_in({})
+        self._asked = asked
+        self.phase = Phase.ADVISING
+        return AskAdvice(asked, self._memory_s(at_ms))
 
-    def _fill_in(self, at_ms: int, advice: Mapping[str, Advised]) -> Command:
+    def _fill_in(self, advice: Mapping[str, Advised]) -> Command:
         """Choose, by advice or by rule, discover the plan's parallelism, have the decisions recorded."""
         opened = self._open
         template, width = opened.choice.choice, advice.get(WIDTH_KEY)
@@ -437,7 +449,7 @@ class Planning:
             others = tuple(name for name in opened.plans if name != template)
             choice = replace(opened.choice, choice=template, alternatives=others, rule=width.why, advice=width)
         if self._revision is not None:
-            return self._fill_in_rest(at_ms, self._revision, opened.plans[template], choice)
+            return self._fill_in_rest(self._revision, opened.plans[template], choice)
         if opened.source != "client":
             offered = {plan.template: plan.plan for plan in self._by_rules}
             widest = max(map(width_of, [*offered.values(), *opened.plans.values()]))
@@ -450,7 +462,8 @@ class Planning:
         if opened.source != "client":
             fitted = fit_to_context(self._task, found.plan, self._registry)
             self._reasons += fitted.notes
-        chosen = choose(fitted.task, fitted.plan, choice, self._registry, opened.source, advice)
+        runs = {step.id for step in self._offered}
+        chosen = choose(fitted.task, fitted.plan, choice, self._registry, opened.source, advice, runs)
         self._decisions = list(chosen.decisions)
         self._draft = PlanFinal(
             task=fitted.task.model_copy(update={"plan": chosen.plan}),
@@ -461,12 +474,12 @@ class Planning:
             broke_off=self._broke_off,
             similar=self._similar,
             lessons=self._lessons,
-            personas=_named_in(chosen.plan, self._personas),
+            personas=_named_in(chosen.plan.steps, self._personas),
             generated_tokens=self._generated_tokens,
         )
-        return self._have_recorded(at_ms)
+        return self._finish()
 
-    def _fill_in_rest(self, at_ms: int, revision: Revision, plan: Plan, choice: Decomposition) -> Command:
+    def _fill_in_rest(self, revision: Revision, plan: Plan, choice: Decomposition) -> Command:
         """Choose for the new steps; those that stay have everything, and how a rest is made is no width to learn."""
         stay = set(revision.open)
         persona = self._whole_task.plan.persona if self._whole_task.plan is not None else None
@@ -479,33 +492,17 @@ class Planning:
             task=self._whole_task.model_copy(update={"plan": rest}),
             source=self._open.source,
             reason="",
-            personas=_named_in(rest, self._personas),
+            personas=_named_in(rest.steps, self._personas),
             generated_tokens=self._generated_tokens,
         )
-        return self._have_recorded(at_ms)
+        return self._finish()
 
-    def _have_recorded(self, at_ms: int) -> Command:
-        if self._task.task_id is None:
-            # Nothing will run under this id, so no outcome will ever come; the decisions are shown all the same.
-            self._reasons.append("dry run: the decisions are not recorded")
-            return self._finish(self._decisions)
-        self.phase = Phase.RECORDING
-        rows: list[DecisionRecord] = records(self._task, self._decisions, self._registry)
-        text = self._task.objective[:_MAX_OBJECTIVE_CHARS]
-        return Record(RecordDecisions(decisions=rows, text=text), self._memory_s(at_ms))
-
-    def _on_recorded(self, answer: MemoryFinal) -> Command:
-        known = answer.stored + answer.duplicates
-        if known < len(self._decisions):
-            return self._finish_unrecorded(f"memory confirmed {known} of {len(self._decisions)}")
-        return self._finish(self._decisions)
-
-    def _finish_unrecorded(self, why: str) -> Command:
-        self._reasons.append(f"the decisions were not recorded: {why}")
-        return self._finish([])
-
-    def _finish(self, decisions: list[RoutingDecision]) -> Command:
+    def _finish(self) -> Command:
+        """The decisions go with the plan; who runs it tells memory of them together with what came of them."""
         self.phase = Phase.DONE
+        if self._task.task_id is None:
+            self._reasons.append("dry run: the decisions are not recorded")
+        decisions = as_of(self._registry, self._decisions)
         return Finish(self._draft.model_copy(update={"reason": "; ".join(self._reasons), "decisions": decisions}))
 
     def _refuse(self, problems: list[PlanProblem]) -> Command:
@@ -549,7 +546,7 @@ def _alike(offered: Step, written: Step) -> bool:
     return (offered.action, offered.inputs, offered.outputs) == (written.action, written.inputs, written.outputs)
 
 
-def _named_in(plan: Plan, personas: Sequence[Persona]) -> list[Persona]:
-    """Those that the plan's steps name."""
-    names = {step.persona for step in plan.steps}
+def _named_in(steps: Sequence[Step], personas: Sequence[Persona]) -> list[Persona]:
+    """Those that these steps name."""
+    names = {step.persona for step in steps}
     return [one for one in personas if one.name in names]

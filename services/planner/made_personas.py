@@ -34,9 +34,17 @@ class Made:
     notes: tuple[str, ...]
 
 
-def with_personas(plan: Plan, wishes: Mapping[str, Any], task: TaskIR, known: Mapping[str, PersonaEntry]) -> Made:
-    """`wishes` is what the model wrote, by step id; `known` are the personas there are, whose names are not taken."""
-    made: dict[str, Persona] = {}
+def with_personas(
+    plan: Plan,
+    wishes: Mapping[str, Any],
+    task: TaskIR,
+    known: Mapping[str, PersonaEntry],
+    begun: Sequence[Persona] = (),
+) -> Made:
+    """`wishes` is what the model wrote, by step id; `known` are the personas there are, whose names are not taken;
+    `begun` are those that it has made for earlier steps of the same plan.
+    """
+    made = {one.name: one for one in begun}
     notes: list[str] = []
     steps = []
     for step in plan.steps:

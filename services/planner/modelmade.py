@@ -12,7 +12,7 @@ is no plan even then is dropped whole. Nothing here asks anybody or chooses betw
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Final
@@ -89,6 +89,14 @@ class ModelPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """What of a plan runs already: ids of its steps, and the personas that were made for them."""
+
+    steps: Set[str] = frozenset()
+    personas: Sequence[Persona] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Worth:
     """Whether the model is asked at all, and by which rule."""
 
@@ -161,14 +169,16 @@ def read_plan(
     task: TaskIR,
     roles: Mapping[str, RoleEntry],
     personas: Mapping[str, PersonaEntry] = MappingProxyType({}),
+    begun: Begun | None = None,
 ) -> ModelPlan:
     """Turn an answer into a plan for this task, or raise ModelPlanRefused with every problem found.
 
     `personas` are those that there are: what the model makes gets a name that none of them has.
     """
+    begun = begun or Begun()
     labels = _labels(task)
-    answer = _parsed(text, finish_reason, labels, roles)
-    wishes = {label: one.persona for label, one in zip(labels, answer, strict=False) if one.persona is not None}
+    answer, left_out = _parsed(text, finish_reason, task, roles)
+    wishes = wishes_of(answer, task)
     allowed = min(room(task), MAX_MODEL_STEPS)
     writes_code = task.task_type is TaskType.CODE
     steps, repairs = repaired(
@@ -179,6 +189,7 @@ def read_plan(
         joiner=cast(Work.IMPLEMENT if writes_code else Work.JOIN, roles).role,
         free_label=labels[len(answer)] if len(answer) < allowed else None,
     )
+    repairs = [*left_out, *repairs]
     if len(steps) < 2:
         raise ModelPlanRefused(["steps: a single step, although the objective needs several", *repairs])
     if len(steps) > room(task):
@@ -192,9 +203,16 @@ def read_plan(
     if unsound := find_problems(task.model_copy(update={"plan": plan})):
         raise ModelPlanRefused([str(problem) for problem in unsound])
     numbered = zip(plan.steps, steps, strict=True)
-    wanted = {step.id: wishes[draft.label] for step, draft in numbered if draft.label in wishes}
-    done = with_personas(plan, wanted, task, personas)
+    wanted = {
+        step.id: wishes[one.label] for step, one in numbered if one.label in wishes and step.id not in begun.steps
+    }
+    done = with_personas(plan, wanted, task, personas, begun.personas)
     return ModelPlan(done.plan, (*repairs, *done.notes), done.personas)
+
+
+def wishes_of(steps: Sequence[ModelStep], task: TaskIR) -> dict[str, Any]:
+    """What the model wants of the personas of steps, by the label of the step."""
+    return {label: one.persona for label, one in zip(_labels(task), steps, strict=False) if one.persona is not None}
 
 
 def drafts_of(steps: Sequence[ModelStep], task: TaskIR) -> list[Draft]:
@@ -226,8 +244,13 @@ def steps_of(steps: Sequence[Draft], result: int | None, task: TaskIR) -> list[S
     ]
 
 
-def _parsed(text: str, finish_reason: str, labels: Sequence[str], roles: Mapping[str, RoleEntry]) -> list[ModelStep]:
-    """The steps of an answer in either form; of a plan that was cut off, those that are complete."""
+def _parsed(
+    text: str, finish_reason: str, task: TaskIR, roles: Mapping[str, RoleEntry]
+) -> tuple[list[ModelStep], list[str]]:
+    """The steps of an answer in either form, and what was left out of it; of a plan that was cut off, those that are
+    complete.
+    """
+    left_out: list[str] = []
     if len(text) > MAX_ANSWER_CHARS:
         raise ModelPlanRefused([f"the answer has {len(text)} characters, at most {MAX_ANSWER_CHARS} are read"])
     try:
@@ -243,8 +266,10 @@ def _parsed(text: str, finish_reason: str, labels: Sequence[str], roles: Mapping
     try:
         if isinstance(raw, dict) and "parts" in raw:
             worker, joiner = cast(Work.READ, roles).role, cast(Work.JOIN, roles).role
-            raw = {"steps": steps_from(PartList.model_validate(raw), labels, worker, joiner)}
-        return _ModelPlan.model_validate(raw).steps
+            names, others = PartList.model_validate(raw).named_in(task.objective)
+            left_out = [f"{quoted(name, 40)!r} was left out: the objective does not name it" for name in others]
+            raw = {"steps": steps_from(names, _labels(task), worker, joiner)}
+        return _ModelPlan.model_validate(raw).steps, left_out
     except ValidationError as err:
         raise ModelPlanRefused([describe(err)]) from err
 

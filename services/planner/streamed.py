@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from pydantic import ValidationError
 
 from protocol.messages.task import Step, TaskIR
 from services.kit.registry import RoleEntry
 from services.planner.cast import Work, cast
-from services.planner.modelmade import MAX_ANSWER_CHARS, MAX_MODEL_STEPS, ModelStep, drafts_of, steps_of
+from services.planner.modelmade import MAX_ANSWER_CHARS, MAX_MODEL_STEPS, ModelStep, drafts_of, steps_of, wishes_of
 from services.planner.repair import first_repaired
 
 _OPENING: Final = "{["
@@ -65,6 +66,14 @@ class StepReader:
         return complete
 
 
+@dataclass(frozen=True, slots=True)
+class Able:
+    """The first steps of a plan that can start, and what the model wants of the persona of some, by step id."""
+
+    steps: list[Step] = field(default_factory=list)
+    wishes: Mapping[str, Any] = field(default_factory=dict)
+
+
 class StreamedPlan:
     """The steps of one answer that can start, in order; see the module."""
 
@@ -77,8 +86,8 @@ class StreamedPlan:
         self._closed = False
         """Something came that no step can be read from: nothing more is taken."""
 
-    def feed(self, text: str, start_chars: int | None) -> list[Step]:
-        """Take a piece that begins after so many characters; returns all steps that can start by now.
+    def feed(self, text: str, start_chars: int | None) -> Able:
+        """Take a piece that begins after so many characters; returns all that can start by now.
 
         After a gap nothing more is taken: what is missing might have been the end of a step.
         """
@@ -100,9 +109,12 @@ class StreamedPlan:
                 self._closed = True
 
 
-def able_to_start(steps: Sequence[ModelStep], task: TaskIR, roles: Mapping[str, RoleEntry]) -> list[Step]:
+def able_to_start(steps: Sequence[ModelStep], task: TaskIR, roles: Mapping[str, RoleEntry]) -> Able:
     """Those of the first steps of a plan that need nothing of what follows, as steps of the task."""
+    wanted = wishes_of(steps, task)
     given = [artefact.name for artefact in task.inputs]
     drafts, waiting = first_repaired(drafts_of(steps, task), given, roles, worker=cast(Work.READ, roles).role)
     made = steps_of(drafts, None, task)
-    return [step for step, draft in zip(made, drafts, strict=True) if draft.label not in waiting]
+    able = {step.id: draft for step, draft in zip(made, drafts, strict=True) if draft.label not in waiting}
+    wishes = {name: wanted[draft.label] for name, draft in able.items() if draft.label in wanted}
+    return Able([step for step in made if step.id in able], wishes)

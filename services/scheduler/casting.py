@@ -11,12 +11,12 @@ from typing import Final
 from protocol.errors import BadFrame, CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.persona import Persona, PersonaMade
-from protocol.messages.plan import PlanFinal
+from protocol.messages.plan import PlanFinal, PlanPartial
 from protocol.messages.task import Plan
 from services.kit.registry import Registry
 from services.scheduler import facts as f
 from services.scheduler.personas import Personas
-from services.scheduler.planning import PLANNER, with_names
+from services.scheduler.planning import PLANNER, steps_with_names, with_names
 from services.scheduler.tasks import TaskRecord
 
 MAX_OWN_PERSONAS: Final = 256
@@ -49,18 +49,26 @@ class Casting:
 
     def make_those_of(self, task: TaskRecord, final: PlanFinal, registry: Registry, at_ms: int) -> PlanFinal:
         """Make the personas that come with a plan; the plan with the names they got. Raises CallFailed (SCHEMA)."""
+        final = with_names(final, self._make_all(task, final.personas, at_ms))
+        if final.task.plan is not None:
+            self.take_up_trials(task, final.task.plan, registry, at_ms)
+        return final
+
+    def make_those_begun(self, task: TaskRecord, partial: PlanPartial, registry: Registry, at_ms: int) -> PlanPartial:
+        """The same for the steps of a plan in the making."""
+        steps = steps_with_names(partial.steps, self._make_all(task, partial.personas, at_ms))
+        self.take_up_trials(task, Plan(steps=steps), registry, at_ms)
+        return partial.model_copy(update={"steps": steps})
+
+    def _make_all(self, task: TaskRecord, personas: Iterable[Persona], at_ms: int) -> dict[str, str]:
+        """The name that each has from now on, by the one it came with."""
         try:
-            made = {
-                one.name: self.make(one, made_by=PLANNER, at_ms=at_ms, task=task, rename=True).name
-                for one in final.personas
+            return {
+                one.name: self.make(one, made_by=PLANNER, at_ms=at_ms, task=task, rename=True).name for one in personas
             }
         except BadFrame as err:
             failure = Failure(code="plan.invalid", category=Category.SCHEMA, origin=PLANNER, message=str(err)[:8_000])
             raise CallFailed(failure) from err
-        final = with_names(final, made)
-        if final.task.plan is not None:
-            self.take_up_trials(task, final.task.plan, registry, at_ms)
-        return final
 
     def take_up_trials(self, task: TaskRecord, plan: Plan, registry: Registry, at_ms: int) -> None:
         """What these steps name and is on trial the task keeps, whatever becomes of the trial."""

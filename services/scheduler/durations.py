@@ -43,12 +43,14 @@ class Durations(Protocol):
         """Seconds of inference to expect; 0 where nothing at all is known, so that no step is preferred."""
         ...
 
-    def spread(self) -> float:
-        """Standard deviation of ln(actual / expected) to reckon with; 0 = the estimates are exact."""
+    def seen_s(self, job: Job) -> tuple[float, float]:
+        """Seconds that jobs like this one were seen to take, and how many of its role were seen; infinite where they
+        are known exactly, zeros where none was. Unlike `expected_s` it holds nothing but what was seen.
+        """
         ...
 
-    def evidence(self, role: str) -> float:
-        """From how many of its steps the estimates of a role come; 0 = from the prior alone."""
+    def spread(self) -> float:
+        """Standard deviation of ln(actual / expected) to reckon with; 0 = the estimates are exact."""
         ...
 
     def observe(self, job: Job, seconds: float) -> None:
@@ -93,10 +95,11 @@ class LearnedDurations:
                 mean = self._means[level] = _Mean()
             mean.add(log_s)
 
-    def evidence(self, role: str) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        mean = self._means.get((role,))
-        return 0.0 if mean is None else mean.count
+        levels = _levels(job)
+        own = self._means.get(levels[0])
+        return (0.0, 0.0) if own is None else (math.exp(self._drawn_to(own.value, levels[1:])), own.count)
 
     def observations(self) -> dict[str, int]:
         """Role -> from how many of its steps its estimates come; old ones fade, so never more than the memory holds."""
@@ -113,7 +116,10 @@ class LearnedDurations:
         self._errors = self._means.pop((), _Mean(_PRIOR_SPREAD**2, 1.0))
 
     def _expected_log_s(self, job: Job, levels: tuple[tuple[str, ...], ...]) -> float:
-        log_s = math.log(max(_LEAST_S, job.max_tokens / PRIOR_TOKENS_PER_S))
+        return self._drawn_to(math.log(max(_LEAST_S, job.max_tokens / PRIOR_TOKENS_PER_S)), levels)
+
+    def _drawn_to(self, log_s: float, levels: Iterable[tuple[str, ...]]) -> float:
+        """An estimate drawn towards the means of these levels, as far as they have observations."""
         for level in levels:
             mean = self._means.get(level)
             if mean is not None:
@@ -135,9 +141,9 @@ class TokenSpeed:
         """See Durations."""
         return 0.0
 
-    def evidence(self, role: str) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        return math.inf
+        return self.expected_s(job), math.inf
 
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations; there is nothing to learn."""

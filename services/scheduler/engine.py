@@ -17,7 +17,7 @@ from protocol.errors import BadFrame, CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal
 from protocol.messages.infer import InferFinal
-from protocol.messages.plan import PlanFinal, PlanPartial, ReplanTrigger
+from protocol.messages.plan import PlanFinal, PlanPartial
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Plan, Step, TaskIR
@@ -49,7 +49,7 @@ from services.scheduler.swarm import said_in
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.unfolding import StepHands, Unfolding
 from services.scheduler.verdicts import gate_failure
-from services.scheduler.versions import CONTRADICTED, contradiction, may_contradict, replan_body
+from services.scheduler.versions import contradiction, may_contradict, replan_body, trigger_of
 
 MAX_MOVES: Final = 2
 """Moves of one attempt to another model: there, and back when that one is gone as well. After that it waits."""
@@ -343,25 +343,37 @@ class Engine:
         if failure is not None:
             self._on_task_failure(task, work, failure, at_ms)
             return
-        self._begin_ready(task, at_ms)
+        self._drop_without(task, at_ms)
+        self.replanning.go_on(task, at_ms)
 
     def on_plan_partial(self, call: Call, partial: PlanPartial, at_ms: int) -> None:
         """The first steps of a plan in the making can start; what cannot run is left to the whole plan."""
         task, _ = self._locate(call)
         if task is None or task.revising is not None or not (task.state is TaskState.PLANNING or task.plan_open):
             return
+        if all(step.id in task.steps for step in partial.steps):
+            return  # told before
+        try:
+            partial = self.casting.make_those_begun(task, partial, self.registry, at_ms)
+        except CallFailed:
+            return  # its personas cannot be; the whole plan is refused for it as well, and says so
         fact = grown(task, partial, self.registry, at_ms)
         if fact is not None:
             self._emit(task, fact)
             self.ranking.forget(task.id)
-            self._begin_ready(task, at_ms)
+            self._drop_without(task, at_ms)
+            for step in list(task.steps.values()):
+                if not step.waiting_for and step.state is StepState.WAITING:
+                    self.unfolding.begin(task, step, at_ms)
 
-    def _begin_ready(self, task: TaskRecord, at_ms: int) -> None:
-        for step in list(task.steps.values()):
-            if not step.waiting_for and step.state is StepState.WAITING:
-                self.unfolding.begin(task, step, at_ms)
-        if task.unfinished == 0 and not task.state.final and not self._will_grow(task):
-            self._finish(task, at_ms)  # everything had ended before the plan was whole
+    def _drop_without(self, task: TaskRecord, at_ms: int) -> None:
+        """Steps that were planned after somebody cancelled what they need are cancelled with it."""
+        for gone in [step.spec.id for step in task.steps.values() if step.state is StepState.CANCELLED]:
+            for name in reach_of(task, gone):
+                if not task.steps[name].state.final:
+                    why = f"needs {gone}, which was cancelled"
+                    fact = f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why)
+                    self._emit(task, fact)
 
     def _will_grow(self, task: TaskRecord) -> bool:
         return task.plan_open or task.revising is not None
@@ -526,8 +538,7 @@ class Engine:
         elif action.kind == "replan":
             value = failure.model_dump(mode="json", exclude_none=True)
             self._emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
-            trigger: ReplanTrigger = "contradicted" if failure.code == CONTRADICTED else "failed"
-            self.replanning.begin(task, trigger, step.spec.id, failure, action.rule, at_ms)
+            self.replanning.begin(task, trigger_of(failure), step.spec.id, failure, action.rule, at_ms)
         else:
             self._begin_attempt(task, step, action, at_ms)
 

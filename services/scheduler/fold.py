@@ -134,12 +134,14 @@ def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
 def _grow_plan(task: TaskRecord, fact: f.PlanGrown) -> None:
     """The first steps make the task run, although its plan is not whole."""
     added = [Step.model_validate(value) for value in fact.steps]
+    begun: list[Step] = []
     if task.ir.plan is None:
-        task.ir = task.ir.model_copy(update={"plan": Plan(steps=added)})
         task.state, task.planned_ms, task.plan_open = TaskState.RUNNING, fact.at_ms, True
-        _begin_steps(task, Plan(steps=added), added)
     else:
-        _add_steps(task, added)
+        begun = task.ir.plan.steps
+    plan = Plan(steps=[*begun, *added])
+    task.ir = task.ir.model_copy(update={"plan": plan})
+    _begin_steps(task, plan, added)  # what reads the result of a step that has failed waits for the next version
 
 
 def _ask_replan(task: TaskRecord, fact: f.ReplanAsked) -> None:

@@ -24,6 +24,7 @@ from services.scheduler.tasks import StepRecord, TaskRecord
 
 MAX_ITEMS: Final = 1_000
 """Sub-steps of one mapped step."""
+NOT_A_LIST: Final = "map.not_a_list"
 
 
 def items_of(task: TaskRecord, step: StepRecord) -> list[Artefact]:
@@ -35,7 +36,7 @@ def items_of(task: TaskRecord, step: StepRecord) -> list[Artefact]:
     if not isinstance(value, list):
         kind = type(value).__name__
         message = f"{source!r} holds a {kind}; step {step.spec.id} is mapped over a list"
-        raise CallFailed(Failure(code="map.not_a_list", category=Category.LOGIC, origin="scheduler", message=message))
+        raise CallFailed(Failure(code=NOT_A_LIST, category=Category.LOGIC, origin="scheduler", message=message))
     room = min(MAX_ITEMS, task.ir.budget.max_steps - len(task.steps))
     if len(value) > room:
         why = f"{source!r} has {len(value)} items, and step {step.spec.id} may have {room} sub-steps"

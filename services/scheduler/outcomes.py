@@ -22,6 +22,9 @@ from services.scheduler.spread import spread_of
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 _MAX_CURES: Final = 8  # bound of Outcome.cures
+_MAX_TEXT_CHARS: Final = 4_000
+"""Of the objective, as what decisions are about: as much as the planner asks about."""
+_RECORDED: Final = set(DecisionRecord.model_fields) - {"task_id"}
 MAX_ADDED_DECISIONS: Final = 1_000
 """Of steps that were added while the task ran."""
 UNEMBEDDABLE: Final = "memory.unembeddable"
@@ -34,8 +37,9 @@ def outcomes_of(task: TaskRecord, registry: Registry, *, with_episode: bool = Tr
         return None
     blameless = task.failure is not None and not teaches(registry, task.failure)
     outcomes = []
-    planned = [RoutingDecision.model_validate(value) for value in task.plan.decisions]
-    later = _taken_without_planner(task, planned)
+    # Without the advice, which is most of a decision and teaches nothing.
+    planned = [RoutingDecision.model_validate({**value, "advice": None}) for value in task.plan.decisions]
+    later = _taken_without_planner(task, planned, registry)
     for decision in (*planned, *later):
         step = task.steps.get(decision.step or "")
         if step is not None and step.agent is not None and task.steps[step.swarm or ""].state is not StepState.DONE:
@@ -47,19 +51,20 @@ def outcomes_of(task: TaskRecord, registry: Registry, *, with_episode: bool = Tr
     if not outcomes and episode is None:
         return None
     scored = {outcome.decision_id for outcome in outcomes}
-    taken = [_record(task, one, registry) for one in later if one.decision_id in scored]
-    return MemoryRequest(ask=RecordOutcomes(decisions=taken, outcomes=outcomes, episode=episode))
+    taken = [_record(task, one) for one in (*planned, *later) if one.decision_id in scored]
+    text = task.ir.objective[:_MAX_TEXT_CHARS]
+    return MemoryRequest(ask=RecordOutcomes(decisions=taken, text=text, outcomes=outcomes, episode=episode))
 
 
-def _taken_without_planner(task: TaskRecord, planned: Sequence[RoutingDecision]) -> list[RoutingDecision]:
+def _taken_without_planner(
+    task: TaskRecord, planned: Sequence[RoutingDecision], registry: Registry
+) -> list[RoutingDecision]:
     """The personas of steps that were added while the task ran, and of sub-agents: no planner has seen them, and they
-    teach as well.
-
-    None where the plan has no decision: then memory was away, and whoever made it went on without it.
-    """
+    teach as well."""
     plan = task.ir.plan
-    if not planned or plan is None:
+    if plan is None:
         return []
+    registry = with_own(registry, task.personas.values())
     known = {one.step for one in planned}
     found = []
     by_plan = {spec.id for spec in plan.steps}
@@ -78,26 +83,15 @@ def _taken_without_planner(task: TaskRecord, planned: Sequence[RoutingDecision])
                 rule="the step names it" if spec.id in by_plan else "a planning model made the sub-agent",
                 task_type=task.ir.task_type.value,
                 cluster=spec.actor,
+                registry_digest=registry.digest,
+                prompt=versions("persona", name, registry)[1],
             )
         )
     return found[:MAX_ADDED_DECISIONS]
 
 
-def _record(task: TaskRecord, decision: RoutingDecision, registry: Registry) -> DecisionRecord:
-    known = with_own(registry, task.personas.values())
-    return DecisionRecord(
-        decision_id=decision.decision_id,
-        task_id=task.id,
-        step=decision.step,
-        subject=decision.subject,
-        choice=decision.choice,
-        propensity=decision.propensity,
-        rule=decision.rule,
-        task_type=decision.task_type,
-        registry_digest=registry.digest,
-        cluster=decision.cluster,
-        prompt=versions(decision.subject, decision.choice, known)[1],
-    )
+def _record(task: TaskRecord, decision: RoutingDecision) -> DecisionRecord:
+    return DecisionRecord(task_id=task.id, **decision.model_dump(include=_RECORDED))
 
 
 def _of_task(task: TaskRecord, decision: RoutingDecision, blameless: bool) -> Outcome | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from protocol.codec import pack_body
 from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.plan import PlanFinal, PlanPartial, PlanRequest
-from protocol.messages.task import Plan
+from protocol.messages.task import Plan, Step
 from services.kit.plan_check import plan_problems
 from services.kit.plan_shape import as_written, shape_of_plan
 from services.kit.registry import Registry, with_own
@@ -117,12 +117,17 @@ def with_names(final: PlanFinal, names: Mapping[str, str]) -> PlanFinal:
     plan = final.task.plan
     if plan is None or all(old == new for old, new in names.items()):
         return final
-    steps = [
-        step.model_copy(update={"persona": names.get(step.persona, step.persona)}) if step.persona else step
-        for step in plan.steps
-    ]
+    steps = steps_with_names(plan.steps, names)
     named = plan.model_copy(update={"steps": steps, "persona": names.get(plan.persona or "", plan.persona)})
     renamed = {old for old, new in names.items() if old != new}
     decisions = [one for one in final.decisions if one.subject != "persona" or one.choice not in renamed]
     task = final.task.model_copy(update={"plan": named})
     return final.model_copy(update={"task": task, "decisions": decisions})
+
+
+def steps_with_names(steps: Sequence[Step], names: Mapping[str, str]) -> list[Step]:
+    """The steps with their personas under other names: old name -> new name."""
+    return [
+        step.model_copy(update={"persona": names.get(step.persona, step.persona)}) if step.persona else step
+        for step in steps
+    ]

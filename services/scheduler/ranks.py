@@ -150,6 +150,14 @@ class Ranking:
         """Seconds of inference that a step is expected to take in a role."""
         return self.durations.expected_s(self._job(task, task.ir, step, role))
 
+    def seen_s(self, task: TaskRecord, step: Step, role: str) -> tuple[float, float]:
+        """Seconds that such steps were seen to take, and how many of the role were seen."""
+        return self.durations.seen_s(self._job(task, task.ir, step, role))
+
+    def slots_of(self, model: str) -> int:
+        """Slots of a model: those it has now, or those it will have."""
+        return self.slots(model) or self.registry.models[model].slots
+
     def observe(self, task: TaskRecord, step: StepRecord, seconds: float) -> None:
         """The inference of this step's newest attempt took so long.
 
@@ -185,7 +193,7 @@ class Ranking:
         spread = self.durations.spread()
         cost_s = shrunk({name: self.durations.expected_s(self.job(task, step)) for name, step in steps.items()}, spread)
         tier = {name: self.registry.roles[step.role].model for name, step in steps.items()}
-        slots = {model: self.slots(model) or self.registry.models[model].slots for model in set(tier.values())}
+        slots = {model: self.slots_of(model) for model in set(tier.values())}
         if known is not None and known.still_holds(cost_s, slots):
             return _Ranks(known.rank_s, task.unfinished, known.cost_s, known.slots)
         followers = {name: [other for other in task.dependents[name] if other in steps] for name in steps}

@@ -18,6 +18,7 @@ from services.kit.identity import work_key
 from services.scheduler import facts as f
 from services.scheduler.checking import step_check_parts
 from services.scheduler.failures import History, Work, react
+from services.scheduler.lateness import lateness
 from services.scheduler.own_calls import Wanted
 from services.scheduler.ranks import Ranking
 from services.scheduler.setbacks import is_retry
@@ -27,9 +28,9 @@ from services.scheduler.versions import (
     asked,
     asked_since_late,
     failed_in_plan,
-    lateness,
     replan_wanted,
     replans_left,
+    trigger_of,
 )
 
 _LOOK_MS: Final = 1_000
@@ -71,8 +72,10 @@ class Replanning:
     def begin(
         self, task: TaskRecord, trigger: ReplanTrigger, step: str | None, failure: Failure, rule: str, at_ms: int
     ) -> None:
-        """Have the rest planned anew; where that is being done already, this failure's turn comes afterwards."""
-        if task.revising is not None:
+        """Have the rest planned anew. Where that is being done already, or the plan is still being written, this
+        failure's turn comes afterwards (`go_on`).
+        """
+        if task.revising is not None or task.plan_open:
             return
         self.hands.emit(task, asked(task, trigger, step, failure, rule, at_ms))
         self.ask(task, at_ms)
@@ -83,7 +86,7 @@ class Replanning:
         if action.kind != "replan":
             return False
         self.hands.emit(task, _failed(task, step, failure, at_ms))
-        self.begin(task, "contradicted", step.spec.id, failure, action.rule, at_ms)
+        self.begin(task, trigger_of(failure), step.spec.id, failure, action.rule, at_ms)
         return True
 
     def look(self, task: TaskRecord, at_ms: int) -> None:
@@ -92,7 +95,7 @@ class Replanning:
         if deadline_s is None or task.state is not TaskState.RUNNING or at_ms < self._looked_ms.get(task.id, 0):
             return
         self._looked_ms[task.id] = at_ms + min(_LOOK_MS, int(deadline_s * _LOOK_PER_S)) + task.unfinished
-        late = lateness(task, self.ranking, at_ms)
+        late = lateness(task, self.ranking, at_ms) if replans_left(task, self.ranking.registry) > 0 else None
         if late is not None:
             self.hands.emit(task, asked_since_late(task, late, self.ranking.registry, at_ms))
             self.ask(task, at_ms)
@@ -112,7 +115,7 @@ class Replanning:
                 self.hands.drop(work_key(task.id, *step_check_parts(step)))
         self.hands.emit(task, fact)
         self.ranking.forget(task.id)
-        self._go_on(task, at_ms)
+        self.go_on(task, at_ms)
 
     def abandon(self, task: TaskRecord, failure: Failure, at_ms: int) -> None:
         """There will be no new version: the task ends with what asked for it, or goes on as it was."""
@@ -127,14 +130,16 @@ class Replanning:
             where = "the final checks" if revising.step is None else f"step {revising.step}"
             self._end(task, revising.failure, where, at_ms)
         else:
-            self._go_on(task, at_ms)
+            self.go_on(task, at_ms)
 
     def forget(self, task_id: str) -> None:
         """The task has ended."""
         self._looked_ms.pop(task_id, None)
 
-    def _go_on(self, task: TaskRecord, at_ms: int) -> None:
-        """Begin what can; plan around whatever else has failed meanwhile, or end with it."""
+    def go_on(self, task: TaskRecord, at_ms: int) -> None:
+        """The plan is whole, or there is another one, or none will come: begin what can, plan around whatever has
+        failed meanwhile, or end with it.
+        """
         name = failed_in_plan(task)
         if name is not None:
             failure = task.steps[name].failure
@@ -142,7 +147,7 @@ class Replanning:
                 raise ValueError(f"step {name} of {task.id} has failed without a failure")
             action = react(self.ranking.registry, Work.RESULT, failure, task.steps[name].role, self.history(task))
             if action.kind == "replan":
-                self.begin(task, "failed", name, failure, action.rule, at_ms)
+                self.begin(task, trigger_of(failure), name, failure, action.rule, at_ms)
             else:
                 self._end(task, failure, f"step {name}", at_ms)
                 return
@@ -151,7 +156,7 @@ class Replanning:
                 return
             if not step.waiting_for and step.state in (StepState.WAITING, StepState.EXPANDED):
                 self.hands.proceed(task, step, at_ms)
-        if task.unfinished == 0 and task.state is TaskState.RUNNING:
+        if task.unfinished == 0 and task.state is TaskState.RUNNING and task.revising is None:
             self.hands.finish(task, at_ms)
 
     def _end(self, task: TaskRecord, failure: Failure, where: str, at_ms: int) -> None:

@@ -10,65 +10,51 @@ Carrying it out is `replanning.py`; the fold of the facts, `fold.py`; what the n
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Final
 
 from protocol.codec import pack_body
 from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.plan import PlanFinal, PlanRequest, ReplanTrigger, Revision
-from protocol.messages.result import StepState, TaskState
+from protocol.messages.result import StepState
 from protocol.messages.task import Output, Plan, Step
 from protocol.plan_graph import needs
 from services.kit.plan_check import plan_problems
-from services.kit.plan_shape import least_s, longest_chain
+from services.kit.plan_shape import least_s
 from services.kit.registry import Registry, with_own
 from services.scheduler import facts as f
 from services.scheduler.feedback import points_of
-from services.scheduler.growth import reach_of
+from services.scheduler.growth import NOT_A_LIST, reach_of
+from services.scheduler.lateness import Late, rest_least_s, rest_s
 from services.scheduler.own_calls import Wanted
 from services.scheduler.prompting import CONTRADICTION
 from services.scheduler.ranks import Ranking
 from services.scheduler.tasks import Revising, StepRecord, TaskRecord
 
 PLANNER: Final = "planner"
-MIN_LEFT_S: Final = 0.5
-"""With less time than this before the deadline no new plan helps."""
 _TIMEOUT_MS: Final = 60_000
-_MIN_EVIDENCE: Final = 4
-"""Steps of a role that must have been seen before its estimates may call a task late."""
-_PACE_STEPS: Final = 1.0
-"""What is known of others weighs as much, against a task's own pace, as so many of its finished steps."""
-_NEWEST: Final = 64
-"""So many of its steps are looked at for that."""
 _LATE_SHARE: Final = 0.25
 """Of the time that is left, at most so much is spent on a plan that is made because of it."""
 _MAX_NOTES_CHARS: Final = 6_000
 _MAX_FINISHED: Final = 500
 _MAX_SAID_CHARS: Final = 2_000
-_OPEN: Final = (StepState.WAITING, StepState.READY)
 CONTRADICTED: Final = "plan.contradicted"
-
-
-@dataclass(frozen=True, slots=True)
-class Late:
-    """A deadline that will be missed, by what is known of durations."""
-
-    reason: str
-    held: tuple[str, ...]
-    """What may be dropped: steps that have not begun, and those that run longer than there is time."""
+_CONTRADICTIONS: Final = frozenset({CONTRADICTED, NOT_A_LIST})
+"""Codes of failures that say that a result turns the plan over."""
 
 
 def replans_left(task: TaskRecord, registry: Registry) -> int:
-    """New versions that the plan may still have, those in the making and those that were given up counted."""
-    if task.plan is None or task.plan_open:
+    """New versions that the plan may still have, those in the making and those that were given up counted.
+
+    A plan that is still being written has those that it will have when it is whole.
+    """
+    if task.plan is None and not task.plan_open:
         return 0
     own = task.ir.escalation.max_replans
-    if own is None and task.plan.source == "client":
+    if own is None and task.plan is not None and task.plan.source == "client":
         return 0  # it runs as it was sent, unless it says otherwise
     most = registry.failures.caps.replans_per_task
-    return max(0, min(most, most if own is None else own) - len(task.versions) + 1)
+    return max(0, min(most, most if own is None else own) - max(0, len(task.versions) - 1))
 
 
 def may_contradict(task: TaskRecord, step: StepRecord, registry: Registry) -> bool:
@@ -83,6 +69,11 @@ def contradiction(answer: str) -> Failure | None:
         return None
     why = " ".join(said[len(CONTRADICTION) :].split())[:500] or "no reason given"
     return Failure(code=CONTRADICTED, category=Category.LOGIC, origin="worker", message=why)
+
+
+def trigger_of(failure: Failure) -> ReplanTrigger:
+    """What asks for a new version where this is the end of a step."""
+    return "contradicted" if failure.code in _CONTRADICTIONS else "failed"
 
 
 def failed_in_plan(task: TaskRecord) -> str | None:
@@ -130,43 +121,6 @@ def asked_since_late(task: TaskRecord, late: Late, registry: Registry, at_ms: in
         held=list(late.held),
         notes=late.reason,
     )
-
-
-def lateness(task: TaskRecord, ranking: Ranking, at_ms: int) -> Late | None:
-    """Whether the deadline will be missed, and what could be dropped; None while there is hope or nothing to gain.
-
-    The estimate counts as far as it can be trusted: late is a task whose rest takes longer than the time that is left
-    even if everything goes faster than expected by one standard deviation. Errors of single steps are taken to be
-    independent, so that those of a chain of n are smaller by the root of n; what they have in common shows in the pace
-    of the task so far. Before a role has been seen at work a few times nothing is called late because of it.
-    """
-    deadline_ms = task.deadline_ms
-    if deadline_ms is None or task.state is not TaskState.RUNNING or task.revising is not None:
-        return None
-    if replans_left(task, ranking.registry) < 1:
-        return None
-    left_s = (deadline_ms - at_ms) / 1000
-    if left_s < MIN_LEFT_S:
-        return None
-    cost_s = _rest_s(task, ranking, at_ms)
-    roles = {task.steps[name].role for name, seconds in cost_s.items() if seconds > 0}
-    if any(ranking.durations.evidence(role) < _MIN_EVIDENCE for role in roles):
-        return None
-    waits = {name: [other for other in task.steps[name].needs if other in cost_s] for name in cost_s}
-    steps = len(longest_chain(waits, cost_s)[0])
-    expected_s = _least_s(task, cost_s, ranking) * _pace(task, ranking)
-    surely_s = expected_s * math.exp(-ranking.durations.spread() / math.sqrt(max(1, steps)))
-    if surely_s <= left_s:
-        return None
-    held = {name for name in cost_s if task.steps[name].state in _OPEN or cost_s[name] > left_s}
-    held |= {name for name in cost_s if task.steps[name].state is StepState.EXPANDED}
-    for name in list(held):
-        held.update(reach_of(task, name))
-    held = {name for name in held if not task.steps[name].state.final}
-    if not any(task.steps[name].state in _OPEN for name in held):
-        return None
-    reason = f"the rest takes {expected_s:.1f} s, surely {surely_s:.1f} s, and {left_s:.1f} s are left"
-    return Late(reason, tuple(sorted(held)))
 
 
 def replan_wanted(task: TaskRecord, retries: int, at_ms: int) -> Wanted:
@@ -265,63 +219,19 @@ def _without(steps: list[Step], dropped: set[str]) -> list[Step]:
 
 
 def _must_be_faster(task: TaskRecord, new: Plan, added: list[Step], ranking: Ranking, at_ms: int) -> None:
-    rest_s = _rest_s(task, ranking, at_ms)
-    before_s = _least_s(task, rest_s, ranking)
+    left_s = rest_s(task, lambda step: ranking.expected_s(task, step.spec, step.role), at_ms)
+    before_s = rest_least_s(task, left_s, ranking)
     waits = needs(new)
-    cost_s = {name: seconds for name, seconds in rest_s.items() if name in waits}
+    cost_s = {name: seconds for name, seconds in left_s.items() if name in waits}
     cost_s |= {step.id: ranking.expected_s(task, step, step.actor) for step in added}
     roles = {name: task.steps[name].role for name in cost_s if name in task.steps}
     roles |= {step.id: step.actor for step in added}
     model_of = {name: ranking.registry.roles[role].model for name, role in roles.items()}
     open_waits = {name: waits[name] & cost_s.keys() for name in cost_s}
-    after_s = least_s(open_waits, cost_s, model_of, lambda model: _slots(model, ranking))
+    after_s = least_s(open_waits, cost_s, model_of, ranking.slots_of)
     if after_s >= before_s:
         message = f"the new rest takes {after_s:.1f} s, the old one {before_s:.1f} s"
         raise CallFailed(Failure(code="plan.no_faster", category=Category.POLICY, origin=PLANNER, message=message))
-
-
-def _rest_s(task: TaskRecord, ranking: Ranking, at_ms: int) -> dict[str, float]:
-    """Step -> expected seconds that it still takes, for those that are not over."""
-    rest: dict[str, float] = {}
-    for name, step in task.steps.items():
-        if step.state.final:
-            continue
-        if step.state in (StepState.EXPANDED, StepState.CHECKING):
-            rest[name] = 0.0
-            continue
-        seconds = ranking.expected_s(task, step.spec, step.role)
-        if step.state is StepState.INFERRING and step.attempt.started_ms is not None:
-            seconds = max(0.0, seconds - (at_ms - step.attempt.started_ms) / 1000)
-        rest[name] = seconds
-    return rest
-
-
-def _least_s(task: TaskRecord, cost_s: dict[str, float], ranking: Ranking) -> float:
-    waits = {name: [other for other in task.steps[name].needs if other in cost_s] for name in cost_s}
-    model_of = {name: ranking.registry.roles[task.steps[name].role].model for name in cost_s}
-    return least_s(waits, cost_s, model_of, lambda model: _slots(model, ranking))
-
-
-def _pace(task: TaskRecord, ranking: Ranking) -> float:
-    """How many times longer than expected the task's steps have taken so far; 1 while none is done.
-
-    What is known of a role comes from many tasks. Where one is unlike them, all of its steps are, and the sooner that
-    counts, the more can still be done about it. A geometric mean, as the estimates are.
-    """
-    logs: list[float] = []
-    for step in reversed(task.steps.values()):
-        if step.state is StepState.DONE and step.attempts:
-            started_ms, inferred_ms = step.attempt.started_ms, step.attempt.inferred_ms
-            if started_ms is not None and inferred_ms is not None:
-                expected_s = ranking.expected_s(task, step.spec, step.role)
-                logs.append(math.log(max(1, inferred_ms - started_ms) / 1000 / expected_s))
-        if len(logs) == _NEWEST:
-            break
-    return math.exp(sum(logs) / (len(logs) + _PACE_STEPS))
-
-
-def _slots(model: str, ranking: Ranking) -> int:
-    return ranking.slots(model) or ranking.registry.models[model].slots
 
 
 def _notes(task: TaskRecord, step: str | None, failure: Failure) -> str:

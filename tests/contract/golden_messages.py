@@ -41,6 +41,7 @@ from protocol.messages.memory import (
     Question,
     RecordDecisions,
     RecordOutcomes,
+    Retrieve,
     Row,
     Spread,
     Staged,
@@ -257,6 +258,9 @@ _ADVISED = Advised(
 )
 _WIDE_ARM = _ADVISED.arms[0].model_copy(update={"width": 4, "staged": 0.0625})
 _ADVISED_DECISION = _DECISION.model_copy(update={"choice": "careful", "cluster": "coder", "advice": _ADVISED})
+_VERSIONED_DECISION = _DECISION.model_copy(
+    update={"registry_digest": "abc123", "model": "0123abcd", "prompt": "89ef4567"}
+)
 _RECORD = DecisionRecord(
     decision_id="D-1",
     task_id="T-1",
@@ -720,6 +724,14 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _LEARNED,
         _TAUGHT,
         _SWARMED,
+        _REPLANNED,
+        _VIEW.model_copy(
+            update={
+                "plan": PlanView(
+                    source="rules", reason="as of", removed_edges=[], similar=[], decisions=[_VERSIONED_DECISION]
+                )
+            }
+        ),
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -766,7 +778,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             begun=[_STEP],
         ),
     ],
-    "plan.partial": [PlanPartial(steps=[_STEP])],
+    "plan.partial": [PlanPartial(steps=[_STEP]), PlanPartial(steps=[_STEP], personas=[_PERSONA])],
     "plan.final": [
         PlanFinal(
             task=_TASK,
@@ -782,6 +794,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         PlanFinal(task=_TASK, source="model", reason="with a persona of its own", personas=[_PERSONA]),
         PlanFinal(task=_SPAWNING, source="client", reason="as given"),
         PlanFinal(task=_TASK, source="model", reason="cut", added_edges=[_ADDED_EDGE], broke_off="call.expired"),
+        PlanFinal(task=_TASK, source="rules", reason="as of a registry", decisions=[_VERSIONED_DECISION]),
     ],
     "plan.cancel": [Empty()],
     "infer.request": [
@@ -941,6 +954,28 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             )
         ),
         MemoryRequest(ask=Import(rows=[Row(seq=6, outcome=_SPREAD)])),
+        MemoryRequest(
+            ask=RecordOutcomes(
+                decisions=[_VERSIONED_RECORD], text="Write sum.py and test it", outcomes=[_OUTCOME], episode=_EPISODE
+            )
+        ),
+        MemoryRequest(
+            ask=Advise(
+                text="Write sum.py and test it",
+                task_type="code",
+                questions=[
+                    Question(
+                        key="persona:coder",
+                        subject="persona",
+                        cluster="coder",
+                        rules_choice="terse",
+                        options=[Option(choice="terse"), Option(choice="careful")],
+                    )
+                ],
+                seed=7,
+                retrieve=Retrieve(text="Write sum.py and test it", task_type="code", k=5),
+            )
+        ),
     ],
     "memory.final": [
         MemoryFinal(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class MemoryStand:
 
     def start(self) -> None:
         self._spawn()
-        self.hub.await_peer("memory")
+        self.hub.await_peer("memory", timeout_s=60)
 
     def _spawn(self) -> None:
         self.hub.peers.pop("memory", None)  # pinging the dead one would fail
@@ -97,7 +98,7 @@ class MemoryStand:
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         assert self.process is not None
         self.process.send_signal(number)
-        status = self.process.wait(timeout=90)
+        status = self.process.wait(timeout=30)
         self.process = None
         return status
 
@@ -195,17 +196,6 @@ def stand() -> Iterator[MemoryStand]:
         made.close()
 
 
-@pytest.fixture(scope="module")
-def untaught() -> Iterator[MemoryStand]:
-    """One service for tests that leave nothing in it."""
-    made = MemoryStand()
-    try:
-        made.start()
-        yield made
-    finally:
-        made.close()
-
-
 def test_what_was_decided_scored_and_done_is_told_again(stand: MemoryStand) -> None:
     assert stand.hub.hellos["memory"].capabilities == ["memory"]
     assert stand.hub.credit["memory"] == 16
@@ -266,12 +256,12 @@ def test_duplicates_are_counted_and_change_no_value(stand: MemoryStand) -> None:
     ],
     ids=["unknown decision", "objective without a word", "text without a word", "nan feature", "infinite seconds"],
 )
-def test_what_cannot_be_remembered_is_refused_by_name(untaught: MemoryStand, body: Ask, code: str, named: str) -> None:
-    answer = untaught.ask(body)
+def test_what_cannot_be_remembered_is_refused_by_name(stand: MemoryStand, body: Ask, code: str, named: str) -> None:
+    answer = stand.ask(body)
     assert isinstance(answer, ErrorReply)
     assert answer.failure.code == code
     assert named in answer.failure.message
-    assert untaught.final(Stats()).stats["log_seq"] == 0
+    assert stand.final(Stats()).stats["log_seq"] == 0
 
 
 def test_the_loop_answers_while_a_large_batch_is_written_and_projected(stand: MemoryStand) -> None:
@@ -279,22 +269,26 @@ def test_the_loop_answers_while_a_large_batch_is_written_and_projected(stand: Me
         decision(0, 0).model_copy(update={"decision_id": f"b{number}", "task_id": f"B{number // 50}"})
         for number in range(6_000)
     ]
-    assert stand.final(RecordDecisions(decisions=batch)).stored == 6_000
-    metrics = stand.hub.newest_pong("memory").metrics
-    assert metrics["log_seq"] == 6_000
-    assert metrics["commit_groups"] > 0
-    assert metrics["graph_seq"] < 6_000, "it answers before the graph is made"
-    assert stand.final(Stats()).stats["graph_seq"] == 6_000
+    for body in (RecordDecisions(decisions=batch), Stats()):
+        asked = stand.hub.request("memory", "memory.request", MemoryRequest(ask=body))
+        assert stand.hub.newest_pong("memory").in_flight == 1, "the ping was answered before the work was done"
+        _, answer, _ = stand.hub.collect(asked)
+        assert isinstance(answer, MemoryFinal)
+        assert 6_000 in (answer.stored, answer.stats.get("graph_seq"))
+    pong = stand.hub.newest_pong("memory")
+    assert pong.metrics["log_seq"] == 6_000
+    assert pong.metrics["commit_groups"] > 0
 
 
 def test_projections_follow_although_nobody_asks(stand: MemoryStand) -> None:
     teach(stand)
-
-    def seqs() -> set[object]:
-        metrics = stand.hub.pongs["memory"].metrics
-        return {metrics.get(f"{name}_seq") for name in ("vectors", "graph", "routing")}
-
-    stand.hub.until(lambda: seqs() == {42}, "all projections have followed")
+    deadline = time.monotonic() + 40
+    seqs: set[object] = set()
+    while seqs != {42}:
+        assert time.monotonic() < deadline, seqs
+        stand.hub.pump()
+        pong = stand.hub.pongs.get("memory")
+        seqs = set() if pong is None else {pong.metrics.get(f"{name}_seq") for name in ("vectors", "graph", "routing")}
 
 
 def test_projections_are_made_by_a_thread_that_lets_others_go_first(stand: MemoryStand) -> None:
@@ -392,7 +386,7 @@ def test_a_second_memory_on_the_same_folder_stays_out(stand: MemoryStand) -> Non
     environment = os.environ | {"TIERLINE_HOME": str(stand.home)}
     second = subprocess.Popen([sys.executable, "-m", "services.memory"], env=environment, stderr=subprocess.PIPE)
     try:
-        _, stderr = second.communicate(timeout=200)
+        _, stderr = second.communicate(timeout=60)
     finally:
         second.kill()
     assert second.returncode == 1

@@ -21,7 +21,7 @@ from protocol.kinds import BODIES, ENDINGS
 from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal, InferRequest
-from protocol.messages.memory import Advise, Episode, MemoryFinal, MemoryRequest, RecordDecisions, Retrieve
+from protocol.messages.memory import Advise, Episode, MemoryFinal, MemoryRequest, Retrieve
 from protocol.messages.plan import PlanFinal, PlanRequest
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.task import TaskIR
@@ -93,8 +93,6 @@ class World:
                     reply = MemoryFinal(episodes=[EPISODE])
                 case Advise():
                     reply = MemoryFinal(advice=advice_for(body.ask, last=self.prefers_last))
-                case RecordDecisions(decisions=decisions):
-                    reply = MemoryFinal(stored=len(decisions))
         if reply is not None:
             kinds = {ErrorReply: "error", Refused: "refused"}
             kind = kinds.get(type(reply)) or f"{header.kind.partition('.')[0]}.final"
@@ -179,7 +177,7 @@ def steps_of(final: PlanFinal) -> list[str]:
     return [step.actor for step in final.task.plan.steps]
 
 
-def test_a_good_plan_of_the_front_door_is_used_and_its_decisions_are_stored_first(world: World) -> None:
+def test_a_good_plan_of_the_front_door_is_used_and_its_decisions_go_with_it(world: World) -> None:
     world.front_door = said(GOOD)
     final = world.good_plan(DOC, task="t1")
     assert (final.source, final.generated_tokens) == ("model", 7)
@@ -192,10 +190,6 @@ def test_a_good_plan_of_the_front_door_is_used_and_its_decisions_are_stored_firs
     assert header.parent
     assert request.json_schema is not None
     assert "Contrast two memos" in request.messages[1].content
-    last = world.questions[-1][1]
-    assert isinstance(last, MemoryRequest)
-    assert isinstance(last.ask, RecordDecisions)
-    assert [row.decision_id for row in last.ask.decisions] == [item.decision_id for item in final.decisions]
     assert {item.subject for item in final.decisions} == {"role", "persona", "decomposition"}
 
 
@@ -251,13 +245,13 @@ def test_a_silent_front_door_costs_a_share_of_the_deadline_only(world: World) ->
     assert "the model gave no answer (deadline)" in final.reason
 
 
-def test_without_memory_a_plan_comes_all_the_same_and_without_decisions(world: World) -> None:
+def test_without_memory_a_plan_comes_all_the_same_and_the_rules_choose(world: World) -> None:
     world.memory = False
     world.front_door = said(GOOD)
     final = world.good_plan(DOC)
-    assert (final.source, final.decisions, final.similar) == ("model", [], [])
+    assert (final.source, final.similar) == ("model", [])
+    assert {one.advice for one in final.decisions} == {None}
     assert "memory did not answer (deadline)" in final.reason
-    assert "decisions were not recorded" in final.reason
 
 
 def test_the_useless_edges_of_a_client_plan_are_dropped_and_reported(world: World) -> None:
@@ -322,7 +316,7 @@ def test_a_registry_that_cannot_be_used_refuses_the_launch_with_file_and_line(tm
     assert b"models.yaml:1" in done.stderr
 
 
-def test_memory_decides_who_works_and_the_decision_is_recorded_with_its_text(world: World) -> None:
+def test_memory_decides_who_works_and_the_decision_says_with_which_chance(world: World) -> None:
     world.prefers_last = True
     final = world.good_plan(HELLO)
     (role,) = (item for item in final.decisions if item.subject == "role")
@@ -330,7 +324,6 @@ def test_memory_decides_who_works_and_the_decision_is_recorded_with_its_text(wor
     assert role.choice == role.advice.choice != role.advice.rules_choice
     assert final.task.plan is not None
     assert final.task.plan.steps[0].actor == role.choice
+    assert role.propensity == 0.9
     asks = [body.ask for body in world.asked(MemoryRequest) if isinstance(body, MemoryRequest)]
-    (recorded,) = (ask for ask in asks if isinstance(ask, RecordDecisions))
-    assert recorded.text == HELLO.objective
-    assert [row.propensity for row in recorded.decisions if row.subject == "role"] == [0.9]
+    assert [ask.text for ask in asks if isinstance(ask, Advise)] == [HELLO.objective]

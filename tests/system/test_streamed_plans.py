@@ -12,17 +12,30 @@ from protocol.messages.result import StepState, TaskState, TaskView
 from tests.system.scripted_stack import ScriptedStack, scripted_stack
 from tests.waiting import until
 
-PLANNING = "You plan work for a team."
+HISTORIAN = {"name": "Tide Historian", "manner": "Attend to the year of every claim."}
 
 
-def plan_of(word: str) -> str:
-    """Two readers side by side, one that needs both, and the whole."""
-    steps = [
+def plan_of(word: str, persona: dict[str, str] | None = None) -> str:
+    """Two readers side by side, the second with this persona, one that needs both, and the whole."""
+    steps: list[dict[str, Any]] = [
         {"role": "worker", "action": f"{word} list the claims of the first", "reads": ["a.md"]},
         {"role": "worker", "action": f"{word} list the claims of the second", "reads": ["b.md"]},
         {"role": "worker", "action": f"{word} find what differs between both", "reads": ["step1", "step2"]},
         {"role": "writer", "action": f"{word} write the comparison", "reads": ["step3"]},
     ]
+    if persona is not None:
+        steps[1]["persona"] = persona
+    return json.dumps({"steps": steps})
+
+
+def long_plan_of(word: str) -> str:
+    """The same with further steps behind, so that the third is over before it is whole."""
+    steps = json.loads(plan_of(word))["steps"]
+    more = [
+        {"role": "worker", "action": f"{word} {part} of what differs, one by one and in all detail", "reads": ["step3"]}
+        for part in ("name the causes", "name the effects", "name the costs")
+    ]
+    steps[3:] = [*more, steps[3] | {"reads": ["step4", "step5", "step6"]}]
     return json.dumps({"steps": steps})
 
 
@@ -54,7 +67,7 @@ def test_the_first_steps_run_before_the_planning_call_has_ended(scripted: Script
     scripted.say(
         {
             "match": f"Objective: {task_about('kumquat')['objective']}",
-            "answers": [{"text": plan_of("kumquat"), "token_s": 0.06}],
+            "answers": [{"text": plan_of("kumquat", HISTORIAN), "token_s": 0.06}],
         },
         {"match": "kumquat write the comparison", "answers": ["the kumquat comparison"]},
         {"match": "kumquat", "answers": ["claims"]},
@@ -80,7 +93,9 @@ def test_the_first_steps_run_before_the_planning_call_has_ended(scripted: Script
     assert view.plan is not None
     assert view.plan.source == "model"
     assert "of its steps began while it was written" in view.plan.reason
-    assert len(scripted.prompts_with("list the claims of the first")) >= 1
+    assert next(step for step in view.steps if step.id == "S2").persona == "tide-historian"
+    manners = ["Attend to the year" in one for one in scripted.prompts_with("Your step: kumquat list the claims")]
+    assert sorted(manners) == [False, True], "who begins early works in the manner that the model wants of this step"
     assert [artefact.value for artefact in view.artefacts] == ["the kumquat comparison"]
     decided = {one.step for one in view.plan.decisions if one.subject == "role"}
     assert decided == {"S1", "S2", "S3", "S4"}, "choices of steps that began early are learned from like others"
@@ -109,6 +124,30 @@ def test_a_plan_that_breaks_off_leaves_its_steps_and_rules_do_the_rest(scripted:
     assert view.plan is not None
     assert "2 of its steps run already and stay, S3 by rule does the rest" in view.plan.reason
     assert [artefact.value for artefact in view.artefacts] == ["the loganberry whole"]
+
+
+def test_a_worker_that_turns_the_plan_over_while_it_is_written_has_the_rest_planned_when_it_is_whole(
+    scripted: ScriptedStack,
+) -> None:
+    scripted.say(
+        {
+            "match": f"Objective: {task_about('cloudberry')['objective']}",
+            "answers": [{"text": long_plan_of("cloudberry"), "token_s": 0.08}],
+        },
+        {"match": "The plan turned out to be wrong", "answers": ["what can be said of cloudberry"]},
+        {"match": "cloudberry find what differs", "answers": ["CONTRADICTION: both are the same report"]},
+        {"match": "cloudberry", "answers": ["claims"]},
+    )
+    task = scripted.stack.client.submit(task_about("cloudberry")).task_id
+    view = scripted.stack.client.result(task, timeout_s=60)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert view.plan is not None
+    assert [one.trigger for one in view.plan.versions or []] == ["planned", "contradicted"]
+    failed = next(one for one in view.steps if one.state is StepState.FAILED)
+    assert failed.id == "S3"
+    assert failed.ended_ms is not None
+    assert failed.ended_ms < planned_ms(scripted, task), "it was wrong while the plan was still written"
+    assert [one.value for one in view.artefacts] == ["what can be said of cloudberry"]
 
 
 def test_kill_9_of_the_planner_in_the_middle_of_a_plan_leaves_its_steps_too(scripted: ScriptedStack) -> None:

@@ -132,7 +132,12 @@ def test_the_value_of_an_episode_is_that_of_the_choices_made_in_it(log: MemoryLo
         RecordOutcomes(outcomes=[outcome("d1", 1.0), outcome("d2", 0.0), outcome("other", 0.0)], episode=episode("t1")),
         unit_vector(),
     )
-    assert LogReader(folder).episode(log.seq).q == pytest.approx((0.65 + 0.35) / 2)
+    reader = LogReader(folder)
+    past = reader.past(log.seq)
+    assert past is not None
+    assert [name for *_, name in past.choices] == ["worker", "coder", "unscored"]
+    assert [name for *_, name in past.scored] == ["worker", "coder"]
+    assert [reader.q_of(choice) for choice in past.scored] == pytest.approx([0.65, 0.35])
 
 
 def test_changes_come_in_order_and_cover_every_row(log: MemoryLog, folder: Path) -> None:
@@ -148,7 +153,9 @@ def test_changes_come_in_order_and_cover_every_row(log: MemoryLog, folder: Path)
     assert [(type(change).__name__, change.seq) for change in changes] == [
         ("DecisionAdded", 1),
         ("DecisionAdded", 2),
+        ("Scored", 3),
         ("ChoiceFailed", 3),
+        ("Scored", 4),
         ("EpisodeAdded", 5),
     ]
     assert list(reader.changes(5, 5)) == []

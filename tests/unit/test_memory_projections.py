@@ -9,12 +9,12 @@ import pytest
 
 from services.memory import graph
 from services.memory.embedding import DIMENSION, BadVector, Vector
-from services.memory.graph import LineageGraph
+from services.memory.graph import LineageGraph, choice_id
 from services.memory.graph_check import check_in_child
 from services.memory.log_reader import Change, ChoiceFailed, DecisionAdded, EpisodeAdded
 from services.memory.machine import Found, lineage_digest
 from services.memory.manifest import Manifest, ProjectionDoubt, replace_file
-from services.memory.vectors import VectorIndex
+from services.memory.vectors import RowSet, VectorIndex
 
 
 def some_vectors(count: int) -> list[Vector]:
@@ -24,6 +24,13 @@ def some_vectors(count: int) -> list[Vector]:
 
 def episodes(count: int) -> list[EpisodeAdded]:
     return [EpisodeAdded(seq, f"t{seq}", "doc", vector) for seq, vector in enumerate(some_vectors(count), start=1)]
+
+
+def rows_among(rows: range) -> RowSet:
+    found = RowSet()
+    for row in rows:
+        found.add(row)
+    return found
 
 
 def changes(tasks: int, start: int = 1) -> list[Change]:
@@ -56,19 +63,20 @@ def test_an_index_that_grew_answers_bit_for_bit_like_one_rebuilt_or_read_back(tm
     whole.snapshot()
     read = VectorIndex.load(tmp_path)
     assert read.found == Found("log", 300)
-    some = np.arange(10, 50, dtype=np.int64)
+    some = rows_among(range(10, 50))
     for query in some_vectors(20):
         assert grown.nearest(query, 10) == whole.nearest(query, 10) == read.nearest(query, 10)
         restricted = grown.nearest(query, 10, some)
         assert restricted == whole.nearest(query, 10, some) == read.nearest(query, 10, some)
-        assert {row for row, _ in restricted} <= set(some.tolist())
+        assert len(restricted) == 10
+        assert {row for row, _ in restricted} <= set(range(10, 50))
 
 
 def test_an_empty_index_and_an_empty_selection_find_nothing(tmp_path: Path) -> None:
     index = VectorIndex(tmp_path, "log")
     assert index.nearest(some_vectors(1)[0], 5) == []
     index.apply(1, episodes(1))
-    assert index.nearest(some_vectors(1)[0], 5, np.array([], dtype=np.int64)) == []
+    assert index.nearest(some_vectors(1)[0], 5, RowSet()) == []
 
 
 def test_the_index_takes_neither_a_row_twice_nor_a_broken_vector(tmp_path: Path) -> None:
@@ -123,10 +131,10 @@ def test_a_graph_that_grew_row_by_row_holds_what_one_loaded_at_once_holds(tmp_pa
     whole.apply(len(rows), rows)
     assert grown.found == whole.found == Found("log", 320)
     assert lineage_digest(grown.lineage()) == lineage_digest(whole.lineage())
-    asked = ["t1", "t2", "t3", "unknown"]
-    assert grown.known_failures(asked) == whole.known_failures(asked)
-    assert whole.known_failures(["t1"]) == {"t1": ["gate.1", "gate.0"]}
-    assert whole.known_failures(["unknown"]) == {"unknown": []}
+    asked = [choice_id("role", "doc", name) for name in ("c0", "c1", "c2", "unknown")]
+    assert grown.failures_of(asked) == whole.failures_of(asked)
+    assert whole.failures_of(asked[1:2]) == {asked[1]: {"gate.1": 14, "gate.0": 13}}
+    assert whole.failures_of(asked[3:]) == {asked[3]: {}}
     grown.close()
     whole.close()
 

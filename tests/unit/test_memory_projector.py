@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ from protocol.messages.memory import Episode, RecordDecisions, RecordOutcomes, R
 from services.kit.logs import LogEvent
 from services.memory import graph
 from services.memory.embedding import Embedder
+from services.memory.graph import LineageGraph
+from services.memory.judging import PROJECTION_REBUILT
 from services.memory.log import LOG_FILE, Entry, MemoryLog
 from services.memory.log_reader import LogReader
 from services.memory.machine import lineage_digest
-from services.memory.projector import PROJECTION_REBUILT, Projector
+from services.memory.projector import Projector
 from tests.unit.test_memory_log import decision, outcome
 
 QUESTION = Retrieve(text="Compare two contracts", k=4)
@@ -73,6 +77,12 @@ def opened(folder: Path, embedder: Embedder, told: Told) -> Projector:
     return projector
 
 
+def graph_of(projector: Projector) -> LineageGraph:
+    found = projector._keeper._graph
+    assert found is not None
+    return found
+
+
 def test_a_graph_that_fails_while_it_is_used_is_rebuilt_and_answers_the_same(
     tmp_path: Path, log: MemoryLog, embedder: Embedder
 ) -> None:
@@ -81,11 +91,11 @@ def test_a_graph_that_fails_while_it_is_used_is_rebuilt_and_answers_the_same(
     before = projector.retrieve(QUESTION)[0]
     assert len(before) == 4
     told.rebuilt.clear()
-    assert projector._graph is not None
-    projector._graph.abandon()  # from now on every statement raises, as after a failed write
+    projector._begin_counting()  # what was asked once is not asked again
+    graph_of(projector).abandon()  # from now on every statement raises, as after a failed write
     assert projector.retrieve(QUESTION)[0] == before
     assert told.rebuilt == {"graph": 1}
-    projector._graph.abandon()
+    graph_of(projector).abandon()
     teach(log, embedder, 9)
     projector.advance()
     assert told.rebuilt == {"graph": 2}
@@ -96,8 +106,7 @@ def test_a_graph_that_fails_while_it_is_used_is_rebuilt_and_answers_the_same(
 def test_the_graph_says_what_the_log_says(tmp_path: Path, log: MemoryLog, embedder: Embedder) -> None:
     projector = opened(tmp_path, embedder, Told())
     reader = LogReader(tmp_path)
-    assert projector._graph is not None
-    assert lineage_digest(projector._graph.lineage()) == lineage_digest(reader.lineage(reader.seq))
+    assert lineage_digest(graph_of(projector).lineage()) == lineage_digest(reader.lineage(reader.seq))
     (first, *_) = [each for each in projector.retrieve(QUESTION)[0] if each.task_id == "t0"]
     # t0 chose c0 and c1; c0 has failed with gate.0 (t0) and gate.1 (t3), c1 with gate.1 (t1).
     assert first.failure_codes == ["gate.1", "gate.0"]
@@ -129,3 +138,35 @@ def test_projections_behind_the_log_catch_up_and_those_ahead_of_it_are_rebuilt(
     assert told.rebuilt == {"vectors": 1, "graph": 1}
     assert {each.task_id for each in restored.retrieve(QUESTION)[0]} == {"t0", "t1", "t2", "t3"}
     restored.close()
+
+
+def test_what_the_graph_has_not_taken_in_yet_counts_and_counts_once(
+    tmp_path: Path, log: MemoryLog, embedder: Embedder
+) -> None:
+    """Rows that came before and after the first question, before and after the graph took them in, and both at once."""
+    projector = opened(tmp_path, embedder, Told())
+    for task in range(4, 12):
+        teach(log, embedder, task)
+        if task == 7:
+            projector.advance()
+        if task == 9:
+            projector.follow()
+            projector.advance_graph().result()
+        asked = projector.retrieve(QUESTION)
+        fresh = opened_copy(tmp_path, embedder)
+        assert asked == fresh.retrieve(QUESTION), f"after t{task}"
+        fresh.close()
+    assert projector.graph_seq < projector.vectors_seq == log.seq, "the graph was not waited for"
+    projector.advance()
+    assert projector.verify() == []
+    projector.close()
+
+
+def opened_copy(folder: Path, embedder: Embedder) -> Projector:
+    """A projector that has all of the log in its graph."""
+    copy = folder / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    with closing(sqlite3.connect(folder / LOG_FILE)) as source, closing(sqlite3.connect(copy / LOG_FILE)) as target:
+        source.backup(target)
+    return opened(copy, embedder, Told())

@@ -198,8 +198,8 @@ def test_a_damaged_log_without_a_copy_is_refused_with_what_to_do(
         ("UPDATE choice_values SET q = 0.9", lambda reader: reader.values_of("role")),
         ("UPDATE outcomes SET failure_code = 'x'", lambda reader: list(reader.changes(0, reader.seq))),
         ("UPDATE contexts SET text = 'other'", lambda reader: list(reader.observations(0, reader.seq))),
-        ("UPDATE decisions SET task_type = 'code'", lambda reader: reader.episode(5)),
-        ("UPDATE episodes SET record = replace(record, 'true', 'false')", lambda reader: reader.episode(5)),
+        ("UPDATE decisions SET task_type = 'code'", lambda reader: reader.past(5)),
+        ("UPDATE episodes SET record = replace(record, 'true', 'false')", lambda reader: reader.past(5)),
         ("UPDATE meta SET value = 1 WHERE key = 'seq'", lambda reader: reader.seq),
         ("UPDATE episodes SET task_type = 'code'", lambda reader: reader.rows(0, 9)),
     ],
@@ -259,7 +259,7 @@ def test_a_copy_that_has_no_room_catches_up(
     told = Told()
     log = open_log(tmp_path, embedder, told)
     with monkeypatch.context() as full:
-        full.setattr(LogCopy, "follow", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        full.setattr(LogCopy, "add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         for task in range(2):
             assert [answer.stored for answer in log.commit([Entry(decisions(task))])] == [2]
     assert told.names == ["memory.copy_behind"]

@@ -17,7 +17,8 @@ from services.memory.machine import SIMILARITY_FLOOR, similarity_floor
 from services.memory.projector import fresh_vectors
 from services.memory.vectors import VectorIndex
 from tests.unit.test_memory_log import decision, outcome
-from tests.unit.test_memory_projector import QUESTION, Told, embedder, log, opened
+from tests.unit.test_memory_projections import rows_among
+from tests.unit.test_memory_projector import QUESTION, Told, embedder, graph_of, log, opened
 
 __all__ = ["embedder", "log"]  # fixtures
 
@@ -48,7 +49,7 @@ def test_an_index_past_the_exact_size_grows_and_is_rebuilt_to_the_same_answers_a
     loaded = VectorIndex.load(tmp_path)
     assert not loaded.exact
     assert np.array_equal(grown.vectors(), matrix)
-    odd = np.arange(1, len(matrix) + 1, 2)
+    odd = rows_among(range(1, len(matrix) + 1, 2))
     found = 0
     for query in matrix[::400]:
         answer = grown.nearest(query, 10)
@@ -133,11 +134,11 @@ def test_forgetting_by_age_and_by_choice(tmp_path: Path, log: MemoryLog, embedde
 def test_verify_names_what_differs_and_a_rebuild_mends_it(tmp_path: Path, log: MemoryLog, embedder: Embedder) -> None:
     projector = opened(tmp_path, embedder, Told())
     assert projector.verify() == []
-    assert projector._graph is not None
+    graph = graph_of(projector)
     (value,) = find(log._db, "choice_values", "WHERE choice = 'c1'")
     put(log._db, "choice_values", *value[:3], 0.99, *value[4:], verb="INSERT OR REPLACE")
-    projector._graph._run("MATCH (:Decision {decision_id: 't2-0'})-[r:OF_CHOICE]->() DELETE r")
-    projector._graph._run("MATCH (:Episode {task_id: 't1'})-[r:IN_CLUSTER]->() DELETE r")
+    graph._run("MATCH (:Decision {decision_id: 't2-0'})-[r:OF_CHOICE]->() DELETE r")
+    graph._run("MATCH (:Episode {task_id: 't1'})-[r:IN_CLUSTER]->() DELETE r")
     projector._vectors.add(rows(clustered(1), 999))
     told = {(each.part, each.what.split(",")[0].split(":")[0]) for each in projector.verify()}
     assert told == {
@@ -148,7 +149,7 @@ def test_verify_names_what_differs_and_a_rebuild_mends_it(tmp_path: Path, log: M
     }
     assert log.replay_values() == 1
     projector._vectors = fresh_vectors(tmp_path)
-    projector._rebuild("graph", "test", projector._new_graph)
+    projector._graph_thread.submit(projector._keeper.rebuild, "test").result()
     assert projector.verify() == []
     projector.close()
 

@@ -23,7 +23,6 @@ from services.planner.machine import (
     Finish,
     MemoryAnswered,
     Planning,
-    Record,
     Requested,
     Unanswered,
 )
@@ -44,11 +43,9 @@ def asked_for_advice(ir: TaskIR) -> tuple[Planning, AskAdvice]:
     return planning, command
 
 
-def finished(planning: Planning, command: Command) -> tuple[PlanFinal, Record]:
-    assert isinstance(command, Record)
-    done = planning.handle(MemoryAnswered(9, MemoryFinal(stored=len(command.request.decisions))))
-    assert isinstance(done, Finish)
-    return done.final, command
+def finished(command: Command) -> PlanFinal:
+    assert isinstance(command, Finish)
+    return command.final
 
 
 def test_one_request_asks_for_width_roles_and_personas_with_the_rules_choice_first() -> None:
@@ -66,9 +63,8 @@ def test_one_request_asks_for_width_roles_and_personas_with_the_rules_choice_fir
 
 def test_advice_decides_and_is_recorded_with_its_propensity_and_reason() -> None:
     planning, command = asked_for_advice(DOC)
-    final, record = finished(
-        planning, planning.handle(MemoryAnswered(5, MemoryFinal(advice=advice_for(command.request, last=True))))
-    )
+    advice = advice_for(command.request, last=True)
+    final = finished(planning.handle(MemoryAnswered(5, MemoryFinal(advice=advice))))
     assert final.task.plan is not None
     assert len(final.task.plan.steps) == 1, "the narrow plan was advised"
     assert find_problems(final.task) == []
@@ -80,16 +76,14 @@ def test_advice_decides_and_is_recorded_with_its_propensity_and_reason() -> None
     assert "writer" in role.alternatives
     assert (role.advice.rules_choice, role.rule) == ("writer", f"learned: {role.choice}")
     assert (persona.choice, final.task.plan.steps[0].persona) == (NO_PERSONA, None)
-    rows = {row.subject: row for row in record.request.decisions}
-    assert (rows["role"].model, rows["role"].prompt) == versions("role", role.choice, SHIPPED)
-    assert rows["role"].cluster == "writer"
-    assert record.request.text == DOC.objective
+    assert (role.model, role.prompt) == versions("role", role.choice, SHIPPED)
+    assert role.cluster == "writer"
 
 
 def test_steps_of_one_kind_share_one_answer_and_carry_it_once() -> None:
     planning, command = asked_for_advice(DOC)
     advice = [one for one in advice_for(command.request, last=True) if one.key == "role:worker"]
-    final, _ = finished(planning, planning.handle(MemoryAnswered(5, MemoryFinal(advice=advice))))
+    final = finished(planning.handle(MemoryAnswered(5, MemoryFinal(advice=advice))))
     assert final.task.plan is not None
     first, second = (item for item in final.decisions if item.subject == "role" and item.cluster == "worker")
     assert first.choice == second.choice == advice[0].choice
@@ -105,7 +99,7 @@ def test_code_is_only_given_to_roles_that_write_code() -> None:
 
 def test_without_an_answer_the_rules_choose_and_the_reason_says_so() -> None:
     planning, _ = asked_for_advice(DOC)
-    final, _ = finished(planning, planning.handle(Unanswered(900, "deadline")))
+    final = finished(planning.handle(Unanswered(900, "deadline")))
     assert "memory gave no advice (deadline), so the rules choose" in final.reason
     assert {item.propensity for item in final.decisions} == {1.0}
     assert all(item.advice is None for item in final.decisions)
@@ -114,13 +108,13 @@ def test_without_an_answer_the_rules_choose_and_the_reason_says_so() -> None:
 def test_a_memory_that_did_not_answer_once_is_not_waited_for_again() -> None:
     planning = Planning(SHIPPED)
     planning.handle(Requested(0, task("Say hello"), None))
-    assert isinstance(planning.handle(Unanswered(1_000, "deadline")), Record)
+    assert isinstance(planning.handle(Unanswered(1_000, "deadline")), Finish)
 
 
 def test_with_learning_off_nobody_is_asked() -> None:
     planning = Planning(replace(SHIPPED, learning=LearningEntry(enabled=False)))
     planning.handle(Requested(0, task("Say hello"), None))
-    assert isinstance(planning.handle(MemoryAnswered(1, MemoryFinal())), Record)
+    assert isinstance(planning.handle(MemoryAnswered(1, MemoryFinal())), Finish)
 
 
 @pytest.mark.parametrize("field", ["prompt", "model"])

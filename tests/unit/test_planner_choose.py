@@ -3,7 +3,7 @@
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.plan import RoutingDecision
 from protocol.messages.task import Output, Plan, Step, TaskIR
-from services.planner.choose import MAX_DECISIONS, Chosen, Decomposition, choose, fitting, records
+from services.planner.choose import MAX_DECISIONS, Chosen, Decomposition, as_of, choose, fitting
 from services.planner.rules import plan_by_rules
 from tests.unit.planner_tasks import SHIPPED, task
 
@@ -102,12 +102,12 @@ def test_ids_of_decisions_repeat_for_the_same_choice_only() -> None:
         assert not {decision.decision_id for decision in other.decisions} & set(ids)
 
 
-def test_records_carry_the_registry_in_force() -> None:
-    task_ = task("Summarise", "doc", "a", "b")
-    decisions = chosen(task_).decisions
-    rows = records(task_, decisions, SHIPPED)
-    assert [row.decision_id for row in rows] == [decision.decision_id for decision in decisions]
-    assert {row.registry_digest for row in rows} == {SHIPPED.digest}
+def test_decisions_carry_the_registry_in_force() -> None:
+    taken = chosen(task("Summarise", "doc", "a", "b")).decisions
+    decisions = as_of(SHIPPED, taken)
+    assert [one.decision_id for one in decisions] == [one.decision_id for one in taken]
+    assert {decision.registry_digest for decision in decisions} == {SHIPPED.digest}
+    assert all(one.prompt for one in decisions if one.subject == "role")
 
 
 def test_a_small_token_budget_is_shared_out_and_a_large_one_is_left_to_the_roles() -> None:

@@ -9,11 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol.messages.infer import InferFinal
-from protocol.messages.memory import Episode, MemoryFinal
+from protocol.messages.memory import Episode, MemoryFinal, Retrieve
 from protocol.messages.plan import PlanFinal
 from protocol.messages.task import TaskIR
 from protocol.plan_graph import find_problems
+from services.kit.registry.versions import versions
 from services.planner.machine import (
+    CLIENT_MEMORY_S,
     MEMORY_S,
     MODEL_S,
     AskAdvice,
@@ -27,7 +29,6 @@ from services.planner.machine import (
     ModelOutcome,
     OutOfTurn,
     Planning,
-    Record,
     Refuse,
     Requested,
     Unanswered,
@@ -52,16 +53,14 @@ CHAIN = {
 }
 
 
+EPISODE = Episode(task_id="e1", task_type="doc", objective="Contrast two memos", succeeded=True, seconds=2)
+
+
 def says(text: str) -> ModelAnswered:
     final = InferFinal(
         text=text, finish_reason="stop", model="front", engine="noop", prompt_tokens=9, generated_tokens=7
     )
     return ModelAnswered(3, final)
-
-
-def stored(command: Command) -> MemoryAnswered:
-    assert isinstance(command, Record)
-    return MemoryAnswered(9, MemoryFinal(stored=len(command.request.decisions)))
 
 
 def go(planning: Planning, event: Event) -> Command:
@@ -86,7 +85,7 @@ def test_a_good_plan_of_the_model_is_used() -> None:
     planning, command = asked()
     assert isinstance(command, AskModel)
     assert command.model == SHIPPED.model_of("frontdoor").name
-    final = finish(planning.handle(stored(go(planning, says(GOOD)))))
+    final = finish(go(planning, says(GOOD)))
     assert (final.source, final.generated_tokens) == ("model", 7)
     assert "valid, acyclic and within budget" in final.reason
     assert final.task.plan is not None
@@ -101,7 +100,7 @@ def test_a_plan_that_is_narrower_than_the_parts_the_objective_names_gives_way_to
     assert isinstance(command, AskModel)
     chain = [{"role": "worker", "action": f"Look up tower {number}", "reads": []} for number in (1, 2, 3)]
     chain[1]["reads"], chain[2]["reads"] = ["step1"], ["step2"]
-    final = finish(planning.handle(stored(go(planning, says(json.dumps({"steps": chain}))))))
+    final = finish(go(planning, says(json.dumps({"steps": chain}))))
     assert (final.source, planning.model_outcome) == ("rules", ModelOutcome.NARROW)
     assert "1 steps side by side, although the objective names 3 independent parts" in final.reason
 
@@ -109,7 +108,7 @@ def test_a_plan_that_is_narrower_than_the_parts_the_objective_names_gives_way_to
 @pytest.mark.parametrize("text", ["no JSON", '{"steps": []}', GOOD.replace('"reads"', '"needs"')])
 def test_a_bad_plan_of_the_model_is_replaced_by_the_rules_with_the_reason(text: str) -> None:
     planning, _ = asked()
-    final = finish(planning.handle(stored(go(planning, says(text)))))
+    final = finish(go(planning, says(text)))
     assert (final.source, final.generated_tokens) == ("rules", 7)
     assert "its plan was refused: " in final.reason
     assert "rules: doc.map-join/2, because 2 inputs" in final.reason
@@ -118,71 +117,70 @@ def test_a_bad_plan_of_the_model_is_replaced_by_the_rules_with_the_reason(text: 
 
 def test_a_plan_with_a_mistake_that_has_a_cure_is_used_and_the_reason_says_what_was_done() -> None:
     planning, _ = asked()
-    final = finish(planning.handle(stored(go(planning, says(GOOD.replace("worker", "wizard"))))))
+    final = finish(go(planning, says(GOOD.replace("worker", "wizard"))))
     assert final.source == "model"
     assert "it was repaired: step2: 'worker' for the role 'wizard'" in final.reason
 
 
 def test_a_silent_model_is_replaced_by_the_rules() -> None:
     planning, _ = asked()
-    final = finish(planning.handle(stored(go(planning, Unanswered(16_000, "deadline")))))
+    final = finish(go(planning, Unanswered(16_000, "deadline")))
     assert final.source == "rules"
     assert "the model gave no answer (deadline)" in final.reason
 
 
 def test_a_task_of_one_step_costs_no_model_time() -> None:
     planning, command = asked(task("Say hello"))
-    final = finish(planning.handle(stored(command)))
+    final = finish(command)
     assert "the model was not asked: one step does it" in final.reason
     assert planning.model_outcome is ModelOutcome.NOT_ASKED
+
+
+def test_a_client_plan_that_leaves_nothing_open_still_learns_of_similar_tasks() -> None:
+    planning = Planning(SHIPPED)
+    plan = {"steps": CHAIN["steps"], "persona": next(iter(SHIPPED.personas))}
+    command = planning.handle(Requested(0, task("x", "doc", plan=plan), None))
+    assert isinstance(command, AskMemory)
+    assert command.timeout_s == CLIENT_MEMORY_S
+    assert finish(planning.handle(MemoryAnswered(2, MemoryFinal(episodes=[EPISODE])))).similar == [EPISODE]
 
 
 def test_earlier_tasks_are_handed_on_and_hinted_to_the_model() -> None:
     planning = Planning(SHIPPED)
     planning.handle(Requested(0, DOC, None))
-    episode = Episode(task_id="e1", task_type="doc", objective="Contrast two memos", succeeded=True, seconds=2)
-    command = planning.handle(MemoryAnswered(1, MemoryFinal(episodes=[episode])))
+    command = planning.handle(MemoryAnswered(1, MemoryFinal(episodes=[EPISODE])))
     assert isinstance(command, AskModel)
     assert "Contrast two memos" in command.request.messages[1].content
-    final = finish(planning.handle(stored(go(planning, says(GOOD)))))
-    assert final.similar == [episode]
+    final = finish(go(planning, says(GOOD)))
+    assert final.similar == [EPISODE]
 
 
-def test_without_memory_the_plan_comes_without_decisions_and_says_so() -> None:
+def test_without_memory_the_rules_choose_and_what_they_chose_is_told_when_it_is_back() -> None:
     planning = Planning(SHIPPED)
     planning.handle(Requested(0, task("Say hello"), None))
-    command = planning.handle(Unanswered(1_000, "deadline"))
-    assert isinstance(command, Record)
-    final = finish(planning.handle(Unanswered(2_000, "deadline")))
-    assert (final.decisions, final.similar) == ([], [])
+    final = finish(planning.handle(Unanswered(1_000, "deadline")))
+    assert final.similar == []
+    assert {(one.propensity, one.advice) for one in final.decisions} == {(1.0, None)}
     assert "memory did not answer" in final.reason
-    assert "the decisions were not recorded" in final.reason
 
 
-def test_decisions_that_memory_did_not_confirm_are_not_handed_out() -> None:
-    planning, command = asked(task("Say hello"))
-    assert isinstance(command, Record)
-    final = finish(planning.handle(MemoryAnswered(5, MemoryFinal(stored=1))))
-    assert final.decisions == []
-    assert f"memory confirmed 1 of {len(command.request.decisions)}" in final.reason
-
-
-def test_decisions_known_from_an_earlier_try_count_as_recorded() -> None:
-    planning, command = asked(task("Say hello"))
-    assert isinstance(command, Record)
-    final = finish(planning.handle(MemoryAnswered(5, MemoryFinal(duplicates=len(command.request.decisions)))))
-    assert len(final.decisions) == len(command.request.decisions)
+def test_a_decision_says_what_stood_behind_the_choice_when_it_was_taken() -> None:
+    _, command = asked(task("Say hello"))
+    for one in finish(command).decisions:
+        assert one.registry_digest == SHIPPED.digest
+        assert (one.model, one.prompt) == versions(one.subject, one.choice, SHIPPED)
+    assert any(one.model and one.prompt for one in finish(command).decisions)
 
 
 def test_a_client_plan_loses_its_useless_edges_and_only_its_personas_are_asked_about() -> None:
     planning = Planning(SHIPPED)
     command = planning.handle(Requested(0, task("x", "doc", plan=CHAIN), None))
-    assert isinstance(command, AskMemory)
-    command = planning.handle(MemoryAnswered(1, MemoryFinal()))
     assert isinstance(command, AskAdvice)
+    assert command.timeout_s == CLIENT_MEMORY_S
     assert {question.subject for question in command.request.questions} == {"persona"}
-    command = planning.handle(MemoryAnswered(2, MemoryFinal()))
-    final = finish(planning.handle(stored(command)))
+    assert command.request.retrieve == Retrieve(text="x", task_type="doc")
+    final = finish(planning.handle(MemoryAnswered(2, MemoryFinal(episodes=[EPISODE]))))
+    assert final.similar == [EPISODE]
     assert (final.source, final.reason) == ("client", "the task brought its plan")
     assert [(edge.step, edge.depends_on) for edge in final.removed_edges] == [("S2", "S1")]
     assert final.task.plan is not None
@@ -237,9 +235,8 @@ def test_waits_are_shares_of_the_deadline() -> None:
     generous = Planning(SHIPPED).handle(Requested(0, DOC, None))
     assert isinstance(generous, AskMemory)
     assert generous.timeout_s == MEMORY_S
-    hurried, command = asked(DOC.model_copy(update={"deadline_s": 5.0}))
-    assert isinstance(command, Record)
-    assert "0.5 s is all the time" in finish(hurried.handle(stored(command))).reason
+    _, command = asked(DOC.model_copy(update={"deadline_s": 5.0}))
+    assert "0.5 s is all the time" in finish(command).reason
     _, command = asked(DOC, 10**9)
     assert isinstance(command, AskModel)
     assert command.timeout_s == MODEL_S
@@ -256,18 +253,19 @@ def test_without_a_front_door_role_another_of_tier_a_plans_and_without_tier_a_no
     planning = Planning(replace(SHIPPED, roles=MappingProxyType(roles)))
     planning.handle(Requested(0, DOC, None))
     command = go(planning, MemoryAnswered(1, MemoryFinal()))
-    final = finish(planning.handle(stored(command)))
+    final = finish(command)
     assert "no model of tier A" in final.reason
     assert "the registry has no role 'writer'" in final.reason
 
 
 def test_an_event_out_of_turn_is_refused_and_changes_nothing() -> None:
-    planning, command = asked(task("Say hello"))
+    planning = Planning(SHIPPED)
+    planning.handle(Requested(0, task("Say hello"), None))
     phase = planning.phase
-    with pytest.raises(OutOfTurn, match="ModelAnswered while recording"):
+    with pytest.raises(OutOfTurn, match="ModelAnswered while remembering"):
         planning.handle(says(GOOD))
     assert planning.phase is phase
-    assert finish(planning.handle(stored(command))).decisions
+    assert finish(go(planning, MemoryAnswered(1, MemoryFinal()))).decisions
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -295,8 +293,6 @@ def test_every_course_ends_in_a_runnable_plan_and_the_same_events_in_the_same_on
                     command = planning.handle(says(GOOD))
                 case AskModel(), _:
                     command = planning.handle(says("\ud800" * 9))
-                case Record(), _:
-                    command = planning.handle(stored(command))
         return command
 
     final = finish(run())

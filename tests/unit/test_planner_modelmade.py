@@ -234,6 +234,18 @@ def test_where_only_the_parts_are_open_a_list_of_names_is_asked_for_and_becomes_
     assert final_artefacts(plan) == ["answer"]
 
 
+def test_a_list_that_goes_on_after_the_last_thing_is_cut_to_what_the_objective_names() -> None:
+    names = ["Eiffel Tower", "big ben", "height of the Burj Khalifa", "Leaning Tower of Pisa", "Eurasia", "pyramids"]
+    made = read_plan(json.dumps({"parts": names}), "stop", ASKING, SHIPPED.roles)
+    assert [step.inputs for step in made.plan.steps] == [[], [], [], ["step1", "step2", "step3"]]
+    assert [note.partition(" was left out")[0] for note in made.repairs] == [
+        "'Leaning Tower of Pisa'",
+        "'Eurasia'",
+        "'pyramids'",
+    ]
+    assert "Eurasia" in str(refusal(json.dumps({"parts": ["Eurasia", "Atlantis"]}), ASKING))
+
+
 @pytest.mark.parametrize("text", ['{"parts": []}', '{"parts": [1]}', '{"parts": ["a"], "steps": []}', '{"parts": 3}'])
 def test_a_list_that_is_none_is_refused(text: str) -> None:
     assert refusal(text, ASKING)

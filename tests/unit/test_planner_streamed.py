@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.messages.infer import InferFinal
-from protocol.messages.memory import MemoryFinal
+from protocol.messages.memory import Advised, MemoryFinal
 from protocol.messages.task import Plan, Step, TaskIR
 from services.kit.plan_check import plan_problems
+from services.kit.registry import with_own
+from services.planner.advice import first_by_rule, fitting
 from services.planner.machine import (
+    AskAdvice,
     AskModel,
     Finish,
     MemoryAnswered,
@@ -31,6 +34,7 @@ STEPS = [
     {"role": "worker", "action": "List the claims of the second", "reads": ["b.md"]},
     {"role": "writer", "action": "Compare both lists", "reads": ["step1", "step2"]},
 ]
+MANNER = "Attend to dates and to who said it."
 WHOLE = json.dumps({"steps": STEPS})
 
 
@@ -120,6 +124,40 @@ def test_steps_of_a_planner_that_is_gone_stay() -> None:
     assert len(command.final.task.plan.steps) == len(begun) + 1
 
 
+def test_a_step_that_begins_early_has_the_persona_that_the_model_wants_for_it() -> None:
+    wish = {"name": "Historian", "manner": MANNER}
+    text = json.dumps({"steps": [STEPS[0] | {"persona": wish}, STEPS[1], STEPS[2] | {"persona": wish}]})
+    planning = asked()
+    offered = heard(planning, text)
+    assert [step.persona for step in offered] == ["historian", first_by_rule(fitting("worker", DOC, SHIPPED))]
+    assert [(one.name, one.prompt) for one in planning.personas] == [("historian", MANNER)]
+    final = finished(planning, said(text)).final
+    assert final.task.plan is not None
+    assert final.task.plan.steps[:2] == offered
+    assert final.task.plan.steps[2].persona == "historian"
+    assert [(one.name, one.roles) for one in final.personas] == [("historian", ["extractor", "writer"])]
+
+
+def test_memory_advises_nobody_who_has_begun() -> None:
+    planning = asked()
+    offered = heard(planning, WHOLE)
+    command = planning.handle(said(WHOLE))
+    assert isinstance(command, AskAdvice)
+    advice = []
+    for question in command.request.questions:
+        other = next(one.choice for one in reversed(question.options) if one.choice != question.rules_choice)
+        told = {"rules_choice": question.rules_choice, "learned_choice": other, "choice": other, "won": "learned"}
+        figures = {"propensity": 0.5, "confidence": 0.9, "evidence": 50, "why": "it was told"}
+        advice.append(Advised(key=question.key, subject=question.subject, **told, **figures))
+    command = planning.handle(MemoryAnswered(4, MemoryFinal(advice=advice)))
+    assert isinstance(command, Finish)
+    booked = {(one.step, one.subject): one.choice for one in command.final.decisions}
+    for step in offered:
+        assert booked[step.id, "role"] == step.actor, "what is learned from an outcome is about what ran"
+        assert booked.get((step.id, "persona")) == step.persona
+    assert booked["S3", "role"] != STEPS[2]["role"], "whoever has not begun is advised"
+
+
 def test_nothing_is_offered_after_a_gap_nor_for_a_dry_run() -> None:
     planning = asked()
     assert planning.hear(WHOLE[:40], 0) == []
@@ -146,7 +184,15 @@ steps_of_models = st.lists(
             "role": st.sampled_from(["worker", "writer", "extractor", "nobody"]),
             "action": st.sampled_from(["List the claims", "Compare the lists", "Write the report", "Look it up"]),
             "reads": st.lists(st.sampled_from([*INPUTS, *LABELS, "else"]), max_size=4),
-        }
+        },
+        optional={
+            "persona": st.fixed_dictionaries(
+                {
+                    "name": st.sampled_from(["Historian", "skeptic", "!"]),
+                    "manner": st.sampled_from([MANNER, MANNER * 2]),
+                }
+            )
+        },
     ),
     min_size=1,
     max_size=9,
@@ -163,15 +209,15 @@ def test_whatever_a_model_writes_the_plan_can_run_and_holds_what_was_offered(
     offered = heard(planning, text, piece)
     if offered:
         early = DOC.model_copy(update={"plan": Plan(steps=offered)})
-        assert not plan_problems(early, SHIPPED)
+        assert not plan_problems(early, with_own(SHIPPED, planning.personas))
     final = finished(planning, said(text, "length" if cut < 0.7 else "stop")).final
     assert final.task.plan is not None
-    assert not plan_problems(final.task, SHIPPED)
+    assert not plan_problems(final.task, with_own(SHIPPED, final.personas))
     told = {step.id: step for step in final.task.plan.steps}
     assert all(told[step.id] == step for step in offered)
 
 
 def test_the_reader_stops_at_so_many_characters() -> None:
     streamed = StreamedPlan(DOC, SHIPPED.roles)
-    assert streamed.feed("x" * 20_000, 0) == []
-    assert streamed.feed(WHOLE, 20_000) == []
+    assert streamed.feed("x" * 20_000, 0).steps == []
+    assert streamed.feed(WHOLE, 20_000).steps == []

@@ -305,7 +305,7 @@ def test_steps_that_were_added_while_the_task_ran_are_credited_to_their_persona(
     world.client("task.extend", Extend(task_id=task, steps=[step]))
     world.finish(task)
     world.run(lambda: bool(told))
-    (taken,) = told[0].decisions
+    _, taken = told[0].decisions
     assert isinstance(taken, DecisionRecord)
     assert (taken.subject, taken.choice, taken.cluster) == ("persona", "pirate", "worker")
     assert taken.prompt == prompt_digest(PIRATE.prompt)

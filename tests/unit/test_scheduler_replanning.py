@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,8 +12,9 @@ from protocol.codec import pack_body, unpack_body
 from protocol.header import Header
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
+from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanPartial, PlanRequest
-from protocol.messages.result import StepState, TaskState
+from protocol.messages.result import CancelQuery, StepState, TaskState
 from protocol.messages.task import Output, Plan, Step, TaskIR
 from services.kit import session as s
 from services.planner.machine import Finish, Planning, Refuse, Requested, Unanswered
@@ -223,6 +224,38 @@ def test_a_deadline_that_would_be_missed_has_the_rest_shortened() -> None:
     assert view.failure.code == "task.deadline"
 
 
+def chain_of(count: int, **last: object) -> list[dict[str, object]]:
+    steps: list[dict[str, object]] = [{"id": "S1"}]
+    steps += [{"id": f"S{n}", "inputs": [f"S{n - 1}.out"]} for n in range(2, count + 1)]
+    steps[-1] |= last
+    return steps
+
+
+@pytest.mark.parametrize("last", [{}, {"actor": "writer"}])
+def test_a_deadline_that_is_plainly_missed_shows_before_much_was_seen(last: dict[str, object]) -> None:
+    def answer(header: Header, _body: bytes) -> Answer:
+        return (2_000 if (header.step or "").startswith("V") else 20_000), final_of(f"by {header.step}")
+
+    world = planned_stack(answer)
+    task = world.submit(revisable(chain_of(12, **last), deadline_s=70))  # 240 s of work, and nothing of it known
+    view = world.finish(task)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert view.plan is not None
+    assert [one.trigger for one in view.plan.versions or []] == ["planned", "late"]
+    asked = next(fact for fact in of_type(world, task, f.ReplanAsked))
+    assert sum(fact.at_ms < asked.at_ms for fact in of_type(world, task, f.StepDone)) < 4
+
+
+def test_one_slow_step_is_no_sign_that_a_deadline_will_be_missed() -> None:
+    def answer(header: Header, _body: bytes) -> Answer:
+        return (6_000 if header.step == "S1" else 1_000), final_of(f"by {header.step}")
+
+    world = planned_stack(answer)
+    task = world.submit(revisable(chain_of(12), deadline_s=30))
+    assert world.finish(task).state is TaskState.SUCCEEDED
+    assert not of_type(world, task, f.ReplanAsked)
+
+
 def test_a_task_unlike_those_before_is_late_by_its_own_pace_while_there_is_time() -> None:
     def answer(header: Header, _body: bytes) -> Answer:
         return (600 if (header.step or "").startswith("S") else 30), final_of(f"by {header.step}")
@@ -340,6 +373,120 @@ def test_a_plan_begins_before_it_is_whole_and_kill_9_changes_nothing(killed: tup
     if "planner" in killed:
         assert asked_with[-1] == ["S1", "S2"], "who comes after hears what has begun"
     assert not list(problems_of(world.recorded_tasks()[task]))
+
+
+def streamed(world: World, whole: list[Step], takes_ms: int = 2_000) -> None:
+    """The planner takes so long for a plan of these steps; the rest of a plan its own machine makes."""
+    original = world.peers["planner"].answer
+
+    def plan(header: Header, body: bytes) -> Answer:
+        request = unpack_body(PlanRequest, body)
+        if request.revision is not None:
+            return original(header, body)
+        task = request.task.model_copy(update={"plan": Plan(steps=whole)})
+        return takes_ms, PlanFinal(task=task, source="model", reason="whole")
+
+    world.peers["planner"].answer = plan
+
+
+def tell(world: World, steps: list[Step], personas: Sequence[Persona] = ()) -> None:
+    """Steps of the plan that is being made can start."""
+    planner_ = world.peers["planner"]
+    told = pack_body(PlanPartial(steps=steps, personas=list(personas)))
+    planner_.feed(s.PartialMade(world.now, planner_.started[-1], "plan.partial", told))
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_step_that_is_wrong_in_itself_waits_for_the_end_of_a_plan_that_is_still_written(kill: bool) -> None:
+    world = planned_stack(wrong_at("S1", took_ms=20))
+    whole = [step_of("S1"), step_of("S2", "S1"), step_of("S3"), step_of("S4", "S2", "S3")]
+    streamed(world, whole)
+    task = world.submit(TaskIR(objective="begin early"))
+    world.run_for(20)
+    tell(world, whole[:1])
+    world.run_for(600)
+    record = world.recorded_tasks()[task]
+    assert (record.state, record.plan_open) == (TaskState.RUNNING, True)
+    assert record.steps["S1"].state is StepState.FAILED
+    assert not of_type(world, task, f.ReplanAsked)
+    tell(world, whole[:3])
+    world.run_for(200)
+    record = world.recorded_tasks()[task]
+    states = {name: step.state for name, step in record.steps.items()}
+    assert states == {"S1": StepState.FAILED, "S2": StepState.WAITING, "S3": StepState.DONE}, "nothing runs without it"
+    if kill:
+        world.kill_hub()
+        world.run_for(100)
+        world.boot_hub()
+    view = world.finish(task)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert view.plan is not None
+    assert [one.trigger for one in view.plan.versions or []] == ["planned", "failed"]
+    done = {step.id for step in view.steps if step.state is StepState.DONE}
+    assert done == {"S2", "S3", "S4", "V2S1", "V2S2"}
+    assert not list(problems_of(world.recorded_tasks()[task]))
+
+
+def test_a_word_against_a_plan_that_is_still_written_is_listened_to_when_it_is_whole() -> None:
+    def answer(header: Header, _body: bytes) -> Answer:
+        return 20, final_of("CONTRADICTION: no harbour" if header.step == "S2" else f"by {header.step}")
+
+    world = planned_stack(answer)
+    whole = [step_of("S1"), step_of("S2", "S1"), step_of("S3", "S2")]
+    streamed(world, whole)
+    task = world.submit(TaskIR(objective="begin early"))
+    world.run_for(20)
+    tell(world, whole[:2])
+    view = world.finish(task)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert view.plan is not None
+    assert [one.trigger for one in view.plan.versions or []] == ["planned", "contradicted"]
+    assert [one.value for one in view.artefacts] == ["by V2S1"]
+
+
+def test_what_a_plan_builds_on_a_step_that_was_cancelled_meanwhile_is_cancelled_too() -> None:
+    world = planned_stack(wrong_at(took_ms=500))
+    whole = [step_of("S1"), step_of("S2", "S1"), step_of("S3")]
+    streamed(world, whole)
+    task = world.submit(TaskIR(objective="begin early"))
+    world.run_for(20)
+    tell(world, whole[:1])
+    world.run_for(50)
+    world.client("task.cancel", CancelQuery(task_id=task, step="S1"))
+    view = world.finish(task)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert {step.id: step.state for step in view.steps} == {
+        "S1": StepState.CANCELLED,
+        "S2": StepState.CANCELLED,
+        "S3": StepState.DONE,
+    }
+
+
+def test_personas_come_with_the_steps_that_begin_early_under_names_of_their_own() -> None:
+    prompts: dict[str, str] = {}
+
+    def answer(header: Header, body: bytes) -> Answer:
+        prompts[header.step or ""] = body.decode(errors="ignore")
+        return 20, final_of(f"by {header.step}")
+
+    world = planned_stack(answer)
+    taken = next(iter(world.registry.personas))
+    made = [Persona(name=name, description="x", prompt=f"Attend to {name}.") for name in ("tides", taken)]
+    whole = [step_of("S1"), step_of("S2"), step_of("S3", "S1", "S2")]
+    whole = [step.model_copy(update={"persona": one.name}) for step, one in zip(whole, [*made, made[0]], strict=True)]
+    streamed(world, whole)
+    task = world.submit(TaskIR(objective="begin early"))
+    world.run_for(20)
+    tell(world, whole[:1], made[:1])
+    tell(world, whole[:2], made)
+    view = world.finish(task)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert "Attend to tides." in prompts["S1"]
+    assert f"Attend to {taken}." in prompts["S2"]
+    record = world.recorded_tasks()[task]
+    personas = [record.steps[name].spec.persona for name in ("S1", "S2", "S3")]
+    assert personas[0] == personas[2] == "tides"
+    assert personas[1] not in (None, taken), "the name was taken by another prompt"
 
 
 @st.composite

@@ -104,9 +104,9 @@ class KnownDurations:
         """See Durations."""
         return self._seconds[job.step]
 
-    def evidence(self, role: str) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        return math.inf
+        return self.expected_s(job), math.inf
 
     def spread(self) -> float:
         """See Durations."""
@@ -123,9 +123,9 @@ class NothingKnown:
         """See Durations."""
         return 0.0
 
-    def evidence(self, role: str) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        return 0.0
+        return 0.0, 0.0
 
     def spread(self) -> float:
         """See Durations."""
@@ -170,9 +170,9 @@ class _Scaled:
             return 0.0
         return self._unit_s * self._known.expected_s(Job(job.role, job.task_type, 0, 0, task))
 
-    def evidence(self, role: str) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        return self._known.evidence(role)
+        return self.expected_s(job), math.inf
 
     def spread(self) -> float:
         """See Durations."""

@@ -2,13 +2,15 @@
 
 `--crashes` measures something else, see `memory_crashes.py`.
 
-The memory's own log, projections and routing on a folder of its own, without a bus. Episodes are synthetic, from a
-seed: objectives of sixty kinds of work with words that vary, two decisions and outcomes each, written through the log's
-group commit. What is timed is what a request costs inside the service:
+The memory's own log, projections and routing on a folder of its own, without a bus; it grows from size to size.
+Episodes are synthetic, from a seed: objectives of sixty kinds of work with words that vary, two decisions and outcomes
+each, written through the log's group commit. What is timed is what a request costs inside the service:
 
 * `retrieve`: embedding, both phases, the graph. `decide`: what answers `advise` on the bus, for one question about
-  seven roles, the text's vector given. `write`: one task's decisions, outcomes and episode, each in a durable
-  transaction of its own.
+  seven roles, the text's vector given; `decide_p99_cpu_ms` is processor time, which a busy machine does not stretch.
+  `write`: one task's decisions, outcomes and episode, each in a durable transaction of its own.
+* `task_cpu_ms`: processor time of all that one task costs while tasks come one after the other: what resembles it,
+  advice, its decisions and outcomes, and everything that follows from them.
 * `start_clean` and `start_unclean`: a new process opens everything, after a clean stop and after kill -9, until it
   could answer. `recall`: share of the ten nearest by exact search that the index finds.
 * `forgetting_rate`: two kinds of tasks take turns over ten epochs, fifty tasks each, the same ones every time, known
@@ -58,6 +60,7 @@ _GROUP: Final = 500
 _ASKED: Final = 300
 _DECIDED: Final = 2_000
 _WRITTEN: Final = 100
+_TOLD: Final = 400
 _MOST_KILLS: Final = 10_000
 _NEAREST: Final = 10
 _ROLES: Final = ("worker", "coder", "architect", "writer", "extractor", "reviewer", "frontdoor")
@@ -119,10 +122,12 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     if arguments.crashes is not None:
         return _run_crashes(arguments, context)
     figures: dict[str, Any] = {"episodes": {}}
-    for size in arguments.sizes:
-        context.screen.note(f"{size} episodes …")
-        with tempfile.TemporaryDirectory(prefix="tl-memory-") as folder:
-            figures["episodes"][str(size)] = measure(Path(folder), size)
+    held = 0
+    with tempfile.TemporaryDirectory(prefix="tl-memory-") as folder:
+        for size in sorted(arguments.sizes):
+            context.screen.note(f"{size} episodes …")
+            figures["episodes"][str(size)] = measure(Path(folder), held, size)
+            held = size + _WRITTEN + _TOLD
     figures["forgetting_rate"] = forgetting_rate()
     if context.screen.json:
         context.screen.document(figures)
@@ -143,12 +148,12 @@ def _run_crashes(arguments: Namespace, context: Context) -> ExitCode:
     return ExitCode.FAILED if figures["lost"] or figures["wrong_answers"] else ExitCode.OK
 
 
-def measure(folder: Path, size: int) -> dict[str, float]:
-    """All figures of one size."""
-    chance = random.Random(_SEED)  # noqa: S311  a workload, not a secret
+def measure(folder: Path, held: int, size: int) -> dict[str, float]:
+    """All figures of one size; the folder holds the first `held` episodes."""
+    chance = random.Random(_SEED + held)  # noqa: S311  a workload, not a secret
     began = time.perf_counter()
     memory = OpenedMemory(folder)
-    for start in range(0, size, _GROUP):
+    for start in range(held, size, _GROUP):
         tasks = range(start, min(start + _GROUP, size))
         memory.commit([entry for number in tasks for entry in _task(memory, number, chance)])
     memory.follow()
@@ -156,21 +161,24 @@ def measure(folder: Path, size: int) -> dict[str, float]:
     texts = [_objective(chance) for _ in range(_ASKED)]
     retrieve = _times(lambda text: memory.projector.retrieve(Retrieve(text=text, k=5)), texts)
     vectors = [memory.embedder.embed(text) for text in texts]
+    cpu: list[float] = []
     decide = _times(
-        lambda number: _decide(memory, texts[number % _ASKED], vectors[number % _ASKED], number), range(_DECIDED)
+        lambda number: _decide(memory, texts[number % _ASKED], vectors[number % _ASKED], number), range(_DECIDED), cpu
     )
     recall = _recall(memory, texts)
     write = _times(lambda number: _write(memory, _task(memory, number, chance)), range(size, size + _WRITTEN))
+    task_cpu_ms = _cost_of_a_task(memory, range(size + _WRITTEN, size + _WRITTEN + _TOLD), chance)
     memory.close()
-    start_clean_s = _start_of_a_process(folder, signal.SIGTERM)
-    _start_of_a_process(folder, signal.SIGKILL, write=True)
+    start_clean_s = _start_of_a_process(folder, signal.SIGKILL, write=True)
     start_unclean_s = _start_of_a_process(folder, signal.SIGTERM)
     return {
         "retrieve_p50_ms": retrieve[49],
         "retrieve_p99_ms": retrieve[98],
         "decide_p50_ms": decide[49],
         "decide_p99_ms": decide[98],
+        "decide_p99_cpu_ms": round(quantiles(cpu, n=100)[98], 4),
         "write_p50_ms": write[49],
+        "task_cpu_ms": task_cpu_ms,
         "start_clean_s": round(start_clean_s, 3),
         "start_unclean_s": round(start_unclean_s, 3),
         "size_mb": round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6, 1),
@@ -213,7 +221,7 @@ def _write(memory: OpenedMemory, entries: Iterable[Entry]) -> None:
         memory.commit([entry])
 
 
-def _decide(memory: OpenedMemory, text: str, vector: Vector, seed: int, *, clustered: bool = True) -> str:
+def _decide(memory: OpenedMemory, text: str, vector: Vector | None, seed: int, *, clustered: bool = True) -> str:
     """The role that the routing advises, among all; the rules would take the worker."""
     rules = _ROLES[0]
     question = Question(
@@ -230,13 +238,35 @@ def _decide(memory: OpenedMemory, text: str, vector: Vector, seed: int, *, clust
     return advised.choice
 
 
-def _times(work: Callable[[Any], object], arguments: Any) -> list[float]:
-    """The 99 percentiles of how long it takes, in milliseconds."""
+def _cost_of_a_task(memory: OpenedMemory, numbers: range, chance: random.Random) -> float:
+    """Processor time per task, in milliseconds."""
+    tasks = [(number, list(_task(memory, number, chance))) for number in numbers]
+    began = time.process_time()
+    for number, (decided, done) in tasks:
+        text = _text_of(decided)
+        memory.projector.retrieve(Retrieve(text=text, task_type=_TYPES[number % len(_TYPES)], k=5))
+        _decide(memory, text, None, number)
+        memory.commit([decided])
+        memory.commit([done])
+    memory.follow()
+    return round((time.process_time() - began) * 1000 / len(numbers), 3)
+
+
+def _text_of(entry: Entry) -> str:
+    if not isinstance(entry.request, RecordDecisions):
+        raise TypeError("expected decisions")
+    return entry.request.text
+
+
+def _times(work: Callable[[Any], object], arguments: Any, cpu: list[float] | None = None) -> list[float]:
+    """The 99 percentiles of how long it takes, in milliseconds; this thread's processor time of each goes to `cpu`."""
     taken = []
     for argument in arguments:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.thread_time()
         work(argument)
         taken.append((time.perf_counter() - began) * 1000)
+        if cpu is not None:
+            cpu.append((time.thread_time() - used) * 1000)
     return [round(value, 4) for value in quantiles(taken, n=100)]
 
 
@@ -255,13 +285,15 @@ def _recall(memory: OpenedMemory, texts: list[str]) -> float:
 
 
 def _start_of_a_process(folder: Path, end_with: signal.Signals, *, write: bool = False) -> float:
-    """Seconds a new process takes from its start until it could answer; then it is ended as told."""
+    """Seconds a new process takes from its start until it could answer; then it writes, and is ended, as told."""
     argv = [sys.executable, "-m", "services.ctl.bench.memory_process", str(folder), *(["write"] if write else [])]
     began = time.perf_counter()
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ) as process:
         if process.stdout is None or not process.stdout.readline():
             raise RuntimeError("the memory could not be opened again")
         taken = time.perf_counter() - began
+        if write:
+            process.stdout.readline()
         process.send_signal(end_with)
         process.wait(120)
     return taken

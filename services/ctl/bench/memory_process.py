@@ -1,7 +1,8 @@
 """The memory's parts opened as its service opens them, without the bus; as a program, a start that can be timed.
 
 `python -m services.ctl.bench.memory_process FOLDER [write]` prints a line when it could answer, and waits for a signal:
-SIGTERM closes everything cleanly. With `write` it first adds a task, so that kill -9 leaves an unclean stop.
+SIGTERM closes everything cleanly. With `write` it then adds a task and prints a second line, so that kill -9 leaves an
+unclean stop.
 """
 
 from __future__ import annotations
@@ -70,18 +71,23 @@ def _judged(folder: Path) -> tuple[Found | None, Checked | None, str | None]:
         return None, None, str(err)
 
 
+def _say(what: str) -> None:
+    sys.stdout.write(f"{what}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Open, say so, wait, close."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     memory = OpenedMemory(Path(sys.argv[1]))
+    _say("open")
     if sys.argv[2:] == ["write"]:
         decision = DecisionRecord(
             decision_id="unclean", task_id="unclean", subject="role", choice="worker", propensity=1.0, task_type="doc"
         )
         memory.commit([Entry(RecordDecisions(decisions=[decision]))])
         memory.follow()
-    sys.stdout.write("open\n")
-    sys.stdout.flush()
+        _say("written")
     signal.sigwait({signal.SIGTERM})
     memory.close()
 

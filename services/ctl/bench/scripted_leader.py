@@ -22,8 +22,9 @@ from services.kit.service import Call, Service
 
 _ORDER: Final = re.compile(r"lead (\d+) sub-agents, (\d+) at a time, run ([a-z]+)")
 _TURN: Final = re.compile(r"\.turn(\d+)\Z")
-_ASKED: Final = ("Give one word for", "Describe in two sentences what people do with")
-"""Short answers and longer ones by turns."""
+BRIEF: Final = "brief"
+THOROUGH: Final = "thorough"
+"""Roles of the sub-agents by turns: with few tokens and with many."""
 _TOPICS: Final = ("a crane", "a lighthouse", "a tug", "an anchor", "a pier", "a dry dock", "a pilot", "a buoy")
 
 
@@ -36,11 +37,16 @@ def calls_of(first: int, last: int, run: str) -> list[dict[str, Any]]:
     """Tool calls that make the sub-agents from `first` to before `last`, and give each its one assignment."""
     names = [f"{run}-{number}" for number in range(first, last)]
     made = [
-        {"tool": "create_subagent", "name": name, "system_prompt": f"You are {name} on harbours. Be brief."}
-        for name in names
+        {
+            "tool": "create_subagent",
+            "name": name,
+            "system_prompt": f"You are {name} on harbours.",
+            "role": (BRIEF, THOROUGH)[n % 2],
+        }
+        for n, name in enumerate(names, first)
     ]
     given = [
-        {"tool": "assign_task", "agent": name, "prompt": f"{_ASKED[n % 2]} {_TOPICS[n // 2 % len(_TOPICS)]}."}
+        {"tool": "assign_task", "agent": name, "prompt": f"Write a very long story about {_TOPICS[n % len(_TOPICS)]}."}
         for n, name in enumerate(names, first)
     ]
     return made + given

@@ -2,7 +2,8 @@
 
 Sub-agents answer on the demo model. For the runs that are compared the planning model is a scripted peer
 (`scripted_leader`), since a model of 135 million parameters leads nobody; it hands out the same assignments at once,
-in stages as wide as the worker has slots (the next one begins when all of the last are back), or one by one. The demo
+in stages as wide as the worker has slots (the next one begins when all of the last are back), or one by one. All runs
+decode the same number of tokens, as the roles of the sub-agents end their stories: every other one early. The demo
 model leads a small swarm of its own under the grammar as well, and what it made of it is counted.
 
 In the run with kills the hub and the worker get kill -9 in the middle. Exactly once is read from the journal: each
@@ -18,17 +19,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
+
 from protocol.errors import CallError
 from protocol.messages.result import TaskState, TaskView
 from services.ctl.bench.bare_stack import BareStack, bound
 from services.ctl.bench.demo_models import decoding_threads, demo_entry
 from services.ctl.bench.overhead import BenchmarkFailedError
-from services.ctl.bench.scripted_leader import order
+from services.ctl.bench.scripted_leader import BRIEF, THOROUGH, order
 from services.scheduler.facts import SwarmTurned, unpack_fact
 
 SLOTS: Final = 8
-_TOKENS: Final = 40
-"""Bound of one answer; about half of them are shorter."""
+_TOKENS: Final = {BRIEF: 12, THOROUGH: 72}
+"""Length of one answer, by role: no story ends before that."""
+_SAME: Final = 0.02
+"""Largest difference in the tokens of two runs that still did the same work: a model may end a story after all."""
+_LED_TOKENS: Final = 40
+"""Bound of one answer where the demo model leads."""
 _ROUNDS: Final = 2
 """Of the runs that are compared, by turns; the faster one of each counts."""
 _CONTEXT_TOKENS: Final = 1_536
@@ -52,6 +59,7 @@ def measure_swarm(agents: int, baseline: int, engine: str) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory(prefix="tl-") as folder:
         stack = BareStack(Path(folder), models=models, core=("scheduler", "planner", "memory"))
+        _add_roles(stack.registry / "roles.yaml")
         stack.argv["inference-specialist"] = bound("services.ctl.bench.scripted_leader", "specialist")
         with stack:
             _led(stack, SLOTS, SLOTS, "first")  # first use of everything
@@ -63,6 +71,7 @@ def measure_swarm(agents: int, baseline: int, engine: str) -> dict[str, Any]:
                 for name, width in widths.items():
                     runs[name].append(_led(stack, baseline, width, f"{name}{'abcdef'[number]}"))
             at_once, stages, serial = (min(runs[name], key=lambda run: run["wall_s"]) for name in widths)
+            _must_be_same_work(at_once, stages, serial)
             by_model = _led_by_model(stack)
     return {
         "agents": agents,
@@ -80,6 +89,28 @@ def measure_swarm(agents: int, baseline: int, engine: str) -> dict[str, Any]:
     }
 
 
+def _add_roles(path: Path) -> None:
+    """Roles of the worker that differ in nothing but their length."""
+    declared = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name, tokens in _TOKENS.items():
+        declared["roles"][name] = {
+            "description": f"Writes {tokens} tokens.",
+            "model": "worker",
+            "prompt": "You tell stories.",
+            "sampling": {"temperature": 0.0},
+            "max_tokens": tokens,
+            "timeout_s": 120,
+            "early_abort": {"enabled": False},
+        }
+    path.write_text(yaml.safe_dump(declared, sort_keys=False), encoding="utf-8")
+
+
+def _must_be_same_work(*runs: dict[str, Any]) -> None:
+    tokens = [run["tokens"] for run in runs]
+    if max(tokens) - min(tokens) > _SAME * max(tokens):
+        raise BenchmarkFailedError(f"the runs did not decode the same number of tokens, but {tokens}: no comparison")
+
+
 def _led(
     stack: BareStack, agents: int, at_a_time: int, run: str, kills: dict[str, float] | None = None
 ) -> dict[str, Any]:
@@ -90,7 +121,7 @@ def _led(
         "outputs": [{"name": "joined"}],
         "gates": [],
         "max_tokens": 16_384,
-        "spawns": {"roles": ["worker"], "max_tokens": _TOKENS},
+        "spawns": {"roles": list(_TOKENS)},
     }
     began = time.perf_counter()
     task = stack.client.submit({"objective": "harbours", "plan": {"steps": [step]}}).task_id
@@ -126,7 +157,7 @@ def _led_by_model(stack: BareStack) -> dict[str, Any]:
         "outputs": [{"name": "report"}],
         "gates": [],
         "max_tokens": 256,
-        "spawns": {"roles": ["worker"], "max_tokens": _TOKENS},
+        "spawns": {"roles": ["worker"], "max_tokens": _LED_TOKENS},
     }
     budget = {"max_subagents": 3, "max_tool_calls": 8}
     view = stack.client.run({"objective": "harbours", "plan": {"steps": [step]}, "budget": budget}, timeout_s=_RUN_S)

@@ -16,6 +16,7 @@ from services.ctl.learning.course import LAST_SHARE, VARIANTS, Course, Ground, g
 from services.ctl.learning.families import Family
 from services.ctl.screen import Screen
 from services.kit.registry import Registry
+from services.kit.threads import one_thread_each
 from services.memory.staged import STAGING
 
 TASKS: Final = 800
@@ -104,6 +105,7 @@ def run_ablations(families: Sequence[Family], registry: Registry, tasks: int, se
 
 def _run(wanted: tuple[str, Ground, int], tasks: int) -> Course:
     variant, ground, seed = wanted
+    one_thread_each()  # as in the process that chooses: every core has a course of its own
     return run_course(ground, VARIANTS[variant], tasks, seed)
 
 

@@ -145,9 +145,9 @@ class _StepSeconds:
         """See Durations."""
         return 0.0
 
-    def evidence(self, role: str) -> float:
+    def seen_s(self, job: Job) -> tuple[float, float]:
         """See Durations."""
-        return math.inf
+        return self._seconds[job.step], math.inf
 
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations."""
