@@ -22,6 +22,7 @@ from tests.fakes.runnable_models import write_tiny_mamba, write_tiny_moe, write_
 from tests.system.inference_stack import CHECKOUT, FAKE_BINARY, InferenceStack, ask_for
 from tests.system.test_inference_real import DEMO_MODEL, native_binary
 from tests.unit.test_inference_command_line import DRAFT, EVERYTHING, MOE, launch
+from tests.waiting import until
 
 MIB = 1024**2
 
@@ -57,8 +58,8 @@ def completion(command: list[str], env: dict[str, str], prompt: str, **fields: A
     url = f"http://127.0.0.1:{command[command.index('--port') + 1]}/completion"
     key = {"authorization": f"Bearer {env['LLAMA_API_KEY']}"}
     transport = httpx.HTTPTransport(retries=8)  # of connecting, with growing pauses: it may have just been started
-    with httpx.Client(transport=transport, headers=key, timeout=60) as client:
-        for _ in range(100):
+    with httpx.Client(transport=transport, headers=key, timeout=200) as client:
+        for _ in range(500):
             answer = client.post(url, json={"prompt": prompt, "temperature": 0, **fields})
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:  # the model is loading
                 break
@@ -80,8 +81,7 @@ def test_fewer_experts_reach_the_process_and_change_what_it_computes(stack: Infe
     answers: dict[str, list[str]] = {}
     for name in ("as-trained", "reduced", "trained-so"):
         stack.start(name)
-        stack.hub.await_peer(f"inference-{name}", timeout_s=60)
-        stack.figures(name, fresh_s=1.5)
+        stack.hub.await_peer(f"inference-{name}")
         final = stack.ask(name, ask_for("a b c d e", max_tokens=24, sampling=Sampling(temperature=0, seed=1)))
         assert isinstance(final, InferFinal), final
         command, env = child(stack, name).cmdline(), child(stack, name).environ()
@@ -109,14 +109,13 @@ def test_a_draft_pair_and_a_lookup_really_guess(
     timings = {}
     for name in ("pair", "lookup", "plain"):
         service = stack.start(name)
-        stack.hub.await_peer(f"inference-{name}", timeout_s=120)
-        stack.figures(name, fresh_s=1.5)
-        assert isinstance(stack.ask(name, ask_for("a b c d", max_tokens=8), timeout_s=60), InferFinal)
+        stack.hub.await_peer(f"inference-{name}")
+        assert isinstance(stack.ask(name, ask_for("a b c d", max_tokens=8)), InferFinal)
         # A service replaces a child whose slot is busy for nobody: what it started is started once more without it.
         command, env = child(stack, name).cmdline(), child(stack, name).environ()
         del stack.hub.peers[f"inference-{name}"]
         service.terminate()
-        service.wait(20)
+        service.wait(60)
         if "--slot-save-path" in command:  # the service took its saved slots along
             Path(command[command.index("--slot-save-path") + 1]).mkdir(parents=True, exist_ok=True)
         with subprocess.Popen(command, env=env, cwd=CHECKOUT, stderr=subprocess.DEVNULL) as server:
@@ -136,7 +135,6 @@ def test_a_process_is_bound_to_its_cores(stack: InferenceStack) -> None:
     stack.entry("bound", engine="llama-server", binary=str(FAKE_BINARY), numa={"cores": str(core)})
     stack.start("bound")
     stack.hub.await_peer("inference-bound")
-    stack.figures("bound", fresh_s=1.5)
     assert child(stack, "bound").cpu_affinity() == [core]
 
 
@@ -152,21 +150,18 @@ def test_a_file_that_changed_after_the_check_is_refused_at_the_next_start_with_r
     fake_pair(stack)
     stack.start("m")
     stack.hub.await_peer("inference-m")
-    stack.figures("m", fresh_s=1.5)
     first = child(stack, "m")
     assert first.cmdline()[first.cmdline().index("--spec-draft-model") + 1] == str(stack.model_path("small"))
     write_tiny_gguf(stack.model_path("small"), tokenizer="gpt2")
     first.kill()
     stack.hub.await_peer("inference-m", "degraded")
-    deadline = time.monotonic() + 20
-    while "draft-vocabulary" not in (stack.hub.pongs["inference-m"].reason or "") and time.monotonic() < deadline:
-        stack.hub.pump()
+    stack.hub.until(lambda: "draft-vocabulary" in (stack.hub.pongs["inference-m"].reason or ""), "the rule is named")
     reason = stack.hub.pongs["inference-m"].reason or ""
     lines = (stack.registry / "models.yaml").read_text().splitlines()
     line = next(number for number, text in enumerate(lines, 1) if text.strip() == "draft: small")
     assert f"models.yaml:{line}: models.m.speculation.draft: 'small'" in reason
     write_tiny_gguf(stack.model_path("small"))  # the cure needs no restart
-    stack.hub.await_peer("inference-m", timeout_s=40)
+    stack.hub.await_peer("inference-m")
 
 
 def test_a_recurrent_model_is_refused_speculation_before_anything_is_started(stack: InferenceStack) -> None:
@@ -181,7 +176,7 @@ def test_a_recurrent_model_is_refused_speculation_before_anything_is_started(sta
 
 def test_a_draft_has_no_process_of_its_own(stack: InferenceStack) -> None:
     fake_pair(stack)
-    assert stack.start("small").wait(30) == 2
+    assert stack.start("small").wait(90) == 2
     assert "a draft is loaded by the process of the model" in stack.stderr("small")
 
 
@@ -213,9 +208,7 @@ def test_the_computed_size_of_the_caches_is_what_llama_cpp_allocates(
             stdout=sink, stderr=sink,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
-        while "model loaded" not in log.read_text(errors="replace") and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: "model loaded" in log.read_text(errors="replace"), "the model is loaded")
     finally:
         server.kill()
         server.wait()

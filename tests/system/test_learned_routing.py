@@ -60,7 +60,7 @@ def run(stack: ScriptedStack, number: int) -> tuple[str, TaskView]:
     else:
         text = [{"name": "report.md", "value": f"The {place} of Kiel has opened."}]
         task = {"task_type": "ingest", "objective": f"List the facts about the {place}", "inputs": text}
-    return task["task_type"], stack.stack.client.run(task, timeout_s=100)
+    return task["task_type"], stack.stack.client.run(task, timeout_s=300)
 
 
 def role_of(view: TaskView) -> str:
@@ -75,7 +75,7 @@ def printed(stack: ScriptedStack, *words: str) -> str:
         env=stack.stack.environ,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr

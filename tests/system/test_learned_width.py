@@ -47,7 +47,7 @@ def run(stack: ScriptedStack, number: int) -> tuple[str, TaskView]:
     objective = f"Write a song about {a}, {b} and {c}"
     if kind == "list":
         objective = f"Describe the following:\n1. the harbour of {a}\n2. the station of {b}\n3. the market of {c}"
-    return kind, stack.stack.client.run({"task_type": "doc", "objective": objective}, timeout_s=100)
+    return kind, stack.stack.client.run({"task_type": "doc", "objective": objective}, timeout_s=300)
 
 
 def decision_of(view: TaskView) -> RoutingDecision | None:

@@ -48,14 +48,14 @@ def tierline(stack: BareStack, *arguments: str, stdin: str | None = None) -> tup
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
         check=False,
     )
     return done.returncode, done.stdout, done.stderr
 
 
 def ask(stack: BareStack, body: Retrieve | RecordDecisions | RecordOutcomes | Explain) -> MemoryFinal:
-    return stack.client.memory(MemoryRequest(ask=body), timeout_s=30)
+    return stack.client.memory(MemoryRequest(ask=body), timeout_s=100)
 
 
 def teach(stack: BareStack, prefix: str) -> None:
@@ -154,7 +154,7 @@ def test_verify_names_what_differs_and_rebuild_mends_it_while_questions_are_answ
     assert found(stack, TEXTS[0]) >= {"mend0"}
     folder = stack.home.memory
     stack.kill("memory", signal.SIGTERM)
-    stack.processes["memory"].wait(20)
+    stack.processes["memory"].wait(60)
     # A clean manifest over a graph that says something else: only a comparison with the log can tell.
     graph = LineageGraph(folder)
     graph._run("MATCH (:Decision {decision_id: 'mend0-worker'})-[r:OF_CHOICE]->() DELETE r")

@@ -30,7 +30,7 @@ def test_a_text_longer_than_the_context_is_read_in_pieces_and_the_answer_can_cit
         "task_type": "doc",
         "inputs": [{"name": "report.md", "value": text}],
     }
-    view = scripted.stack.client.run(task, timeout_s=100)
+    view = scripted.stack.client.run(task, timeout_s=300)
     assert view.state is TaskState.SUCCEEDED, view.failure
     mapped = [step.id for step in view.steps if step.id.startswith("D1.")]
     assert len(mapped) > 2
@@ -49,7 +49,7 @@ def test_an_outline_grows_into_a_step_per_point_and_a_whole(scripted: ScriptedSt
         {"match": "only the point", "answers": ["A point about the medlar boat."]},
         {"match": "A point about", "answers": ["The whole guide."]},
     )
-    view = scripted.stack.client.run({"objective": "How to paint a medlar boat?", "task_type": "doc"}, timeout_s=100)
+    view = scripted.stack.client.run({"objective": "How to paint a medlar boat?", "task_type": "doc"}, timeout_s=300)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert [step.id for step in view.steps] == ["S1", "S2", "S3", "S2.1", "S2.2", "S2.3"]
     assert [artefact.value for artefact in view.artefacts] == ["The whole guide."]
@@ -61,7 +61,7 @@ def test_things_are_looked_up_side_by_side_and_the_join_reads_all_of_them(script
         {"match": "about: Loquat Tower", "answers": ["Loquat Tower: 300 m"]},
         {"match": "about: Persimmon Hall", "answers": ["Persimmon Hall: 96 m"]},
     )
-    view = scripted.stack.client.run({"objective": "Which is taller, Loquat Tower or Persimmon Hall?"}, timeout_s=100)
+    view = scripted.stack.client.run({"objective": "Which is taller, Loquat Tower or Persimmon Hall?"}, timeout_s=300)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert view.artefacts[0].value == "Loquat Tower."
     joins = scripted.prompts_with("compute from them, step by step")

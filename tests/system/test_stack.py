@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from protocol.messages.memory import Explain, MemoryRequest
 from protocol.messages.result import TaskEvent, TaskState, TaskView
 from services.ctl.bench.bare_stack import BareStack
 from services.kit.config import CHECKOUT
+from tests.waiting import until
 
 
 def example() -> dict[str, Any]:
@@ -30,7 +30,7 @@ def example() -> dict[str, Any]:
 
 
 def test_the_example_runs_through_every_service(stack: BareStack) -> None:
-    view = stack.client.run(example(), timeout_s=240)
+    view = stack.client.run(example(), timeout_s=400)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert view.usage.generated_tokens > 0
     assert view.critical_path is not None
@@ -55,18 +55,19 @@ def test_the_example_runs_through_every_service(stack: BareStack) -> None:
 
 
 def test_decisions_of_a_task_are_scored_in_memory_exactly_once(stack: BareStack) -> None:
-    view = stack.client.run({"objective": "Say good morning.", "task_type": "chat"}, timeout_s=120)
+    view = stack.client.run({"objective": "Say good morning.", "task_type": "chat"}, timeout_s=300)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert view.plan is not None
     ids = [decision.decision_id for decision in view.plan.decisions]
     assert ids, "a planned task has decisions"
-    end = time.monotonic() + 20
-    scored: list[str] = []
-    while time.monotonic() < end and len(scored) < len(ids):
+
+    def scored() -> list[str]:
         answer = stack.client.memory(MemoryRequest(ask=Explain(decision_ids=ids)))
-        scored = [one.decision.decision_id for one in answer.explained if one.outcome is not None]
-    assert sorted(scored) == sorted(ids)
-    again = stack.client.run({"objective": "Say good morning!", "task_type": "chat"}, timeout_s=120)
+        return sorted(one.decision.decision_id for one in answer.explained if one.outcome is not None)
+
+    until(lambda: len(scored()) >= len(ids), "its decisions are scored")
+    assert scored() == sorted(ids)
+    again = stack.client.run({"objective": "Say good morning!", "task_type": "chat"}, timeout_s=300)
     assert again.plan is not None
     assert view.task_id in [episode.task_id for episode in again.plan.similar], "the earlier task is remembered"
 
@@ -78,9 +79,9 @@ def test_an_objective_of_every_type_is_planned_and_ends(stack: BareStack, task_t
         "task_type": task_type,
         "inputs": [{"name": "notes.md", "value": "A small harbour with three boats and a lighthouse."}],
         "budget": {"max_tokens": 1_200},
-        "deadline_s": 150,
+        "deadline_s": 300,
     }
-    view = stack.client.run(task, timeout_s=170)
+    view = stack.client.run(task, timeout_s=350)
     assert view.state.final
     assert view.plan is not None
     assert view.plan.source in ("rules", "model")
@@ -113,12 +114,12 @@ def test_a_graph_grows_over_a_list_that_a_model_made_and_by_steps_that_a_client_
         | short,
     ]
     accepted = stack.client.submit({"objective": "Boats.", "plan": {"steps": steps}})
-    for event in stack.client.watch(accepted.task_id, timeout_s=60):
+    for event in stack.client.watch(accepted.task_id, timeout_s=200):
         if isinstance(event, TaskEvent) and event.event == "step.expanded":
             break
     added = {"id": "J", "actor": "writer", "action": "Join.", "inputs": ["all"], "outputs": [{"name": "end"}]} | short
     assert stack.client.extend(accepted.task_id, [added]).steps_total == 6
-    view = stack.client.result(accepted.task_id, timeout_s=120)
+    view = stack.client.result(accepted.task_id, timeout_s=300)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert [step.id for step in view.steps] == ["L", "M", "M.1", "M.2", "M.3", "J"]
     assert [artefact.name for artefact in view.artefacts] == ["end"]
@@ -127,7 +128,7 @@ def test_a_graph_grows_over_a_list_that_a_model_made_and_by_steps_that_a_client_
 
 def test_watching_shows_every_event_once_and_ends_with_the_result(stack: BareStack) -> None:
     accepted = stack.client.submit({"objective": "Count to three.", "task_type": "chat"})
-    seen: list[TaskEvent | TaskView] = list(stack.client.watch(accepted.task_id, timeout_s=120))
+    seen: list[TaskEvent | TaskView] = list(stack.client.watch(accepted.task_id, timeout_s=300))
     *events, result = seen
     assert isinstance(result, TaskView)
     journalled = [one.seq for one in events if isinstance(one, TaskEvent) and one.event != "step.tokens"]
@@ -143,16 +144,16 @@ def test_cancel_frees_the_slot(stack: BareStack) -> None:
     step = {"id": "S1", "actor": "worker", "action": "Write a very long story.", "max_tokens": 1500}
     plan = {"steps": [step | {"outputs": [{"name": "story"}], "gates": []}]}
     accepted = stack.client.submit(task | {"plan": plan})
-    for event in stack.client.watch(accepted.task_id, timeout_s=60):
+    for event in stack.client.watch(accepted.task_id, timeout_s=200):
         if isinstance(event, TaskEvent) and event.event == "step.tokens":
             break
     assert stack.client.cancel(accepted.task_id).state is TaskState.CANCELLED
-    end = time.monotonic() + 10
-    while True:
+
+    def all_free() -> bool:
         worker = next(peer for peer in stack.client.status().peers if peer.service == "inference-worker")
-        if worker.granted - worker.used == 4 and not worker.in_flight:
-            break
-        assert time.monotonic() < end, f"slots are not back: {worker}"
+        return worker.granted - worker.used == 4 and not worker.in_flight
+
+    until(all_free, "its slot is back")
 
 
 def test_a_model_that_repeats_itself_is_stopped_and_the_role_above_takes_over(stack: BareStack) -> None:
@@ -165,7 +166,7 @@ def test_a_model_that_repeats_itself_is_stopped_and_the_role_above_takes_over(st
         "max_tokens": 700,
         "grammar": "root ::= [a-z ] root",
     }
-    view = stack.client.run({"objective": "Tell a story", "plan": {"steps": [step]}}, timeout_s=120)
+    view = stack.client.run({"objective": "Tell a story", "plan": {"steps": [step]}}, timeout_s=300)
     first, second = view.steps[0].attempts[:2]
     assert first.failure is not None
     assert (first.failure.category, first.failure.code) == (Category.EARLY_ABORT, "decoding.repetition")
@@ -179,7 +180,7 @@ def test_a_model_that_repeats_itself_is_stopped_and_the_role_above_takes_over(st
 
 def test_a_batch_of_prompts_is_decoded_on_several_slots_at_once(stack: BareStack) -> None:
     prompts = [f"Write one sentence about the number {number}." for number in range(8)]
-    final = stack.client.llm_batch("worker", prompts, timeout_s=120, max_tokens=24)
+    final = stack.client.llm_batch("worker", prompts, timeout_s=300, max_tokens=24)
     assert [answer.failure for answer in final.answers] == [None] * 8
     assert all(answer.text and 0 < answer.generated_tokens <= 24 for answer in final.answers)
     assert final.widest == 4, "the worker's slots"
@@ -196,7 +197,7 @@ def test_one_input_of_a_task_may_be_used_from_a_client_of_sixty_lines(stack: Bar
     assert "protocol" not in [line.split()[1].partition(".")[0] for line in source.splitlines() if "import" in line[:6]]
     address = stack.home.hub_address
     done = subprocess.run(
-        [sys.executable, str(path), address, "Say hello."], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(path), address, "Say hello."], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "succeeded" in done.stdout
@@ -214,7 +215,7 @@ def raw_dealer(stack: BareStack) -> zmq.Socket[bytes]:
 
 def answer_to(socket: zmq.Socket[bytes], *frames: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     socket.send_multipart(frames)
-    assert socket.poll(5_000), "the hub answers everything"
+    assert socket.poll(90_000), "the hub answers everything"
     header, body = socket.recv_multipart()
     return msgpack.unpackb(header), msgpack.unpackb(body)
 
@@ -315,12 +316,12 @@ def test_a_client_that_vanishes_mid_stream_harms_nobody(stack: BareStack) -> Non
     assert header["kind"] == "task.accepted"
     socket.send_multipart([head(kind="task.watch", id="w1"), msgpack.packb({"task_id": accepted["task_id"]})])
     while True:
-        assert socket.poll(60_000)
+        assert socket.poll(90_000)
         _, body = socket.recv_multipart()
         if msgpack.unpackb(body).get("event") == "step.tokens":
             break
     socket.close()
-    assert stack.client.result(accepted["task_id"], timeout_s=120).state is TaskState.SUCCEEDED
+    assert stack.client.result(accepted["task_id"], timeout_s=300).state is TaskState.SUCCEEDED
 
 
 def test_a_second_hub_on_the_same_home_refuses_to_steal_the_address(stack: BareStack) -> None:
@@ -330,7 +331,7 @@ def test_a_second_hub_on_the_same_home_refuses_to_steal_the_address(stack: BareS
         env=stack.environ,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=90,
         check=False,
     )
     assert second.returncode == 2

@@ -21,7 +21,6 @@ import yaml
 
 from protocol.client import Client
 from protocol.errors import CallError
-from services.kit.children import die_with_parent
 from services.kit.config import CHECKOUT, Home, load_home
 
 CORE: Final = ("scheduler", "planner", "gates", "memory")
@@ -34,9 +33,9 @@ class StackNotReadyError(Exception):
     """A process did not become ready; the text says which, and what it last wrote."""
 
 
-def _end_with_us() -> None:
-    """In the child: whoever holds the stack may be killed before it could stop its processes."""
-    die_with_parent(signal.SIGTERM)
+def bound(module: str, *arguments: str) -> list[str]:
+    """A command line that runs a module until the thread that has started it ends, if not before."""
+    return [sys.executable, "-m", "services.kit.bound", module, *arguments]
 
 
 class BareStack:
@@ -75,9 +74,9 @@ class BareStack:
         }
         self.environ.pop("SUPERVISOR_ENABLED", None)
         self.home: Home = load_home(self.environ).make()
-        self.argv: dict[str, list[str]] = {name: [sys.executable, "-m", f"services.{name}"] for name in core}
+        self.argv: dict[str, list[str]] = {name: bound(f"services.{name}") for name in core}
         for name in names:
-            self.argv[f"inference-{name}"] = [sys.executable, "-m", "services.inference", "--model", name]
+            self.argv[f"inference-{name}"] = bound("services.inference", "--model", name)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.client: Client = Client(self.home.hub_address, name="bare-stack")
 
@@ -99,10 +98,7 @@ class BareStack:
         self.close()
 
     def start(self, name: str) -> None:
-        """Start one process by name; its stdout and stderr go to `<name>.out` among the logs.
-
-        It ends with the thread that calls this, if not before.
-        """
+        """Start one process by name; its stdout and stderr go to `<name>.out` among the logs."""
         with (self.home.logs / f"{name}.out").open("ab") as sink:
             self.processes[name] = subprocess.Popen(
                 self.argv[name],
@@ -112,7 +108,6 @@ class BareStack:
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
-                preexec_fn=_end_with_us,
             )
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:

@@ -8,7 +8,6 @@ one of exactly known speed (`timed_worker`), so that what is above the ideal is 
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from protocol.messages.result import TaskEvent, TaskState
-from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.bare_stack import BareStack, bound
 from services.ctl.bench.overhead import BenchmarkFailedError
 from services.ctl.bench.timed_worker import TOKENS_PER_S
 from services.ctl.commands import Commands, Context
@@ -56,7 +55,7 @@ def measure(runs: int, step_s: float = CHAIN_STEP_S) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="tl-") as folder:
         stack = BareStack(Path(folder), models=_MODELS, core=("scheduler", "planner", "memory"))
-        stack.argv["inference-worker"] = [sys.executable, "-m", "services.ctl.bench.timed_worker", "worker"]
+        stack.argv["inference-worker"] = bound("services.ctl.bench.timed_worker", "worker")
         with stack:
             _one(stack, -1, step_s)  # first use of everything
             rows.extend(_one(stack, number, step_s) for number in range(runs))

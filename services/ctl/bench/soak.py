@@ -39,6 +39,8 @@ _VICTIMS: Final = {
     **{f"inference-{name}": name for name in _MODELS},
 }
 _DRAIN_S: Final = 60.0
+_LOADED_S: Final = 2.0
+"""Load after all killed processes are back."""
 _SAMPLE_S: Final = 0.25
 _MB: Final = 1024 * 1024
 
@@ -145,11 +147,12 @@ def measure(seconds: float, clients: int, kill_every_s: float, seed: int) -> dic
                 for load in loads:
                     load.start()
                 kills = _kill_at_random(stack, seconds, kill_every_s, random.Random(seed))  # noqa: S311  repeatable
+                stack.wait_ready()  # under load all the same: what was killed last has to show that it is back
+                time.sleep(_LOADED_S)
                 for load in loads:
                     load.drain(_DRAIN_S)
                 for load in loads:
                     load.join()
-            stack.wait_ready()
         journal = audit(stack.home.journal / "journal.sqlite")
     return _figures(loads, kills, journal, residence)
 

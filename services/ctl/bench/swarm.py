@@ -13,7 +13,6 @@ assignment is done once, the spawning step is joined once, and the last turn was
 from __future__ import annotations
 
 import sqlite3
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ import yaml
 
 from protocol.errors import CallError
 from protocol.messages.result import TaskState, TaskView
-from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.bare_stack import BareStack, bound
 from services.ctl.bench.demo_models import decoding_threads, demo_entry
 from services.ctl.bench.overhead import BenchmarkFailedError
 from services.ctl.bench.scripted_leader import BRIEF, THOROUGH, order
@@ -59,7 +58,7 @@ def measure_swarm(agents: int, baseline: int, engine: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tl-") as folder:
         stack = BareStack(Path(folder), models=models, core=("scheduler", "planner", "memory"))
         _add_roles(stack.registry / "roles.yaml")
-        stack.argv["inference-specialist"] = [sys.executable, "-m", "services.ctl.bench.scripted_leader", "specialist"]
+        stack.argv["inference-specialist"] = bound("services.ctl.bench.scripted_leader", "specialist")
         with stack:
             _led(stack, SLOTS, SLOTS, "first")  # first use of everything
             killed = _led(stack, agents, agents, "killed", kills=_KILLS)
