@@ -104,6 +104,11 @@ def find_lookups(question: str) -> tuple[str, ...]:
     return tuple(names) if 2 <= len(names) <= MAX_LOOKUPS else ()
 
 
+def names_in(text: str) -> list[str]:
+    """Everything that a text calls by a name with capitals, each spelling once, in order."""
+    return list(dict.fromkeys(_names(text)))
+
+
 def _names(text: str) -> Iterator[str]:
     """Runs of capitalised words, with their links; what merely begins a sentence is left out."""
     tokens = [match[0] for match in _WORD.finditer(text)]

@@ -18,12 +18,16 @@ import pytest
 from protocol.errors import StrandPeer
 from protocol.messages.base import Message
 from protocol.messages.memory import (
+    Advise,
     DecisionRecord,
     Episode,
     Explain,
+    Export,
     MemoryFinal,
     MemoryRequest,
+    Option,
     Outcome,
+    Question,
     RecordDecisions,
     RecordOutcomes,
     Retrieve,
@@ -32,7 +36,7 @@ from protocol.messages.memory import (
 from protocol.messages.reply import ErrorReply
 from tests.fakes.hub import ScriptedHub
 
-Ask = RecordDecisions | RecordOutcomes | Retrieve | Explain | Stats
+Ask = RecordDecisions | RecordOutcomes | Retrieve | Explain | Export | Stats | Advise
 
 OBJECTIVES = [
     "Compare two contracts and list every clause that differs",
@@ -237,6 +241,40 @@ def test_what_was_decided_scored_and_done_is_told_again(stand: MemoryStand) -> N
     rows = {name: stats[name] for name in ("decisions", "outcomes", "episodes", "duplicates")}
     assert rows == {"decisions": 21, "outcomes": 14, "episodes": 7, "duplicates": 0}
     assert stats["log_seq"] == stats["vectors_seq"] == stats["graph_seq"] == 42
+
+
+def test_advice_comes_with_what_resembles_the_text_where_both_are_asked_for(stand: MemoryStand) -> None:
+    teach(stand)
+    text = "Compare these two versions of the contract"
+    options = [Option(choice="worker"), Option(choice="coder")]
+    question = Question(key="role", subject="role", rules_choice="worker", options=options)
+    alone = Advise(text=text, task_type="doc", questions=[question], seed=1)
+    retrieve = Retrieve(text=text, k=3)
+    both = stand.final(alone.model_copy(update={"retrieve": retrieve}))
+    found = stand.final(retrieve)
+    assert both.advice == stand.final(alone).advice
+    assert len(both.episodes) == 3
+    assert (both.episodes, both.lessons) == (found.episodes, found.lessons)
+    wordless = stand.final(alone.model_copy(update={"text": "…", "retrieve": Retrieve(text="…")}))
+    assert len(wordless.advice) == 1
+    assert wordless.episodes == []
+
+
+def test_decisions_may_come_with_their_outcomes_and_what_they_were_about(stand: MemoryStand) -> None:
+    told = RecordOutcomes(
+        decisions=[decision(0, step) for step in range(3)],
+        text="Compare two contracts",
+        outcomes=outcomes(0, True),
+        episode=episode(0, True),
+    )
+    assert stand.final(told).stored == 6
+    answer = stand.final(told)
+    assert (answer.stored, answer.duplicates) == (0, 6)
+    scored, *_ = stand.final(Explain(decision_ids=["t0-0"])).explained
+    assert scored.decision == decision(0, 0)
+    assert scored.outcome == outcomes(0, True)[0]
+    rows = stand.final(Export()).rows
+    assert {row.text for row in rows if row.decision is not None} == {"Compare two contracts"}
 
 
 def test_duplicates_are_counted_and_change_no_value(stand: MemoryStand) -> None:

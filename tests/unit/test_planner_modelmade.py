@@ -227,6 +227,11 @@ def test_where_only_the_parts_are_open_a_list_of_names_is_asked_for_and_becomes_
     request = planning_request(ASKING, SHIPPED.roles, SHIPPED.roles["frontdoor"], [], parts)
     assert request.json_schema is not None
     assert set(request.json_schema["properties"]) == {"parts"}
+    assert request.json_schema["properties"]["parts"]["items"] == {"enum": ["Eiffel Tower", "Big Ben", "Burj Khalifa"]}
+    plain = task("Which is faster, a hare or a greyhound?", "chat")
+    free = planning_request(plain, SHIPPED.roles, SHIPPED.roles["frontdoor"], [], ["a hare", "a greyhound"]).json_schema
+    assert free is not None
+    assert free["properties"]["parts"]["items"]["type"] == "string"
     assert request.max_tokens <= 160
     plan = read_plan(json.dumps({"parts": ["Eiffel Tower", "Big Ben", "big  ben"]}), "stop", ASKING, SHIPPED.roles).plan
     assert [step.inputs for step in plan.steps] == [[], [], ["step1", "step2"]]
