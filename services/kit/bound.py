@@ -1,4 +1,4 @@
-"""`python -m services.kit.bound MODULE [ARGUMENT...]`: run a module so that it ends with whoever has started it.
+"""`python -m services.kit.bound PID MODULE [ARGUMENT...]`: run a module so that it ends with its parent PID.
 
 For the processes of a `BareStack`, whose holder may be killed before it could stop them. The kernel is asked by the
 process itself: a function between fork and exec would run in the holder's image, where a signal can get lost.
@@ -6,6 +6,7 @@ process itself: a function between fork and exec would run in the holder's image
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import sys
@@ -16,7 +17,9 @@ from services.kit.children import die_with_parent
 def main() -> None:
     """See the module."""
     die_with_parent(signal.SIGTERM)
-    del sys.argv[0]
+    if os.getppid() != int(sys.argv[1]):  # it has ended before the kernel was asked
+        sys.exit(1)
+    del sys.argv[:2]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 

@@ -26,19 +26,15 @@ from protocol.messages.memory import (
     Stats,
 )
 from protocol.messages.reply import ErrorReply
-from tests.system.test_memory_service import OBJECTIVES, MemoryStand, teach
+from tests.system.test_memory_service import OBJECTIVES, MemoryStand, started_stand, teach
 
 pytestmark = pytest.mark.chaos
 
 
 @pytest.fixture
 def stand() -> Iterator[MemoryStand]:
-    made = MemoryStand()
-    try:
-        made.start()
+    with started_stand() as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from protocol.messages.memory import (
     Retrieve,
     Stats,
 )
-from tests.system.test_memory_service import MemoryStand
+from tests.system.test_memory_service import MemoryStand, started_stand
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1_800)]
 
@@ -33,12 +33,8 @@ STEPS = 3
 
 @pytest.fixture
 def stand() -> Iterator[MemoryStand]:
-    made = MemoryStand()
-    try:
-        made.start()
+    with started_stand() as made:
         yield made
-    finally:
-        made.close()
 
 
 def decisions(task: str) -> RecordDecisions:

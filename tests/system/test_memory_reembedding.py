@@ -15,7 +15,7 @@ import pytest
 from protocol.messages.memory import Episode, Import, Retrieve, Row, Stats, Verify
 from services.memory.embedding import Embedder
 from services.memory.log_rows import find, put
-from tests.system.test_memory_service import MemoryStand
+from tests.system.test_memory_service import MemoryStand, started_stand
 
 EPISODES = 3_000
 QUESTIONS = [
@@ -26,12 +26,8 @@ QUESTIONS = [
 
 @pytest.fixture
 def stand() -> Iterator[MemoryStand]:
-    made = MemoryStand()
-    try:
-        made.start()
+    with started_stand() as made:
         yield made
-    finally:
-        made.close()
 
 
 def fill(stand: MemoryStand) -> None:

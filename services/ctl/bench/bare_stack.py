@@ -34,8 +34,8 @@ class StackNotReadyError(Exception):
 
 
 def bound(module: str, *arguments: str) -> list[str]:
-    """A command line that runs a module until the thread that has started it ends, if not before."""
-    return [sys.executable, "-m", "services.kit.bound", module, *arguments]
+    """A command line for this process, which runs a module until the thread that starts it ends, if not before."""
+    return [sys.executable, "-m", "services.kit.bound", str(os.getpid()), module, *arguments]
 
 
 class BareStack:
