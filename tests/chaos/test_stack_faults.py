@@ -70,10 +70,17 @@ def long_story(max_tokens: int) -> dict[str, Any]:
 
 
 def wait_for_tokens(stack: BareStack, task_id: str) -> None:
+    """Until the engine decodes for it. Whether tokens are streamed depends on who is first, the watcher or the step."""
     for event in stack.client.watch(task_id, timeout_s=300):
-        if isinstance(event, TaskEvent) and event.event == "step.tokens":
+        if isinstance(event, TaskEvent) and event.event in ("step.started", "step.tokens"):
+            until(lambda: decodes(stack, "inference-worker"), "the engine decodes")
             return
-    raise AssertionError("the step ended before it streamed anything")
+    raise AssertionError("the step ended before it began")
+
+
+def decodes(stack: BareStack, service: str) -> bool:
+    peer = next(peer for peer in stack.client.status().peers if peer.service == service)
+    return bool(peer.metrics["requests_processing"])
 
 
 def generated_total(stack: BareStack, service: str, *, idle: bool = False) -> int:

@@ -49,9 +49,9 @@ async def gate(call):
 
 async def memory(call):
     ask = call.read(MemoryRequest).ask
-    if ask.op == "decide":
+    if ask.op == "outcome":
         decisions.update({item.decision_id: item for item in ask.decisions})
-        return MemoryFinal(stored=len(ask.decisions))
+        return MemoryFinal(stored=len(ask.outcomes))
     if ask.op == "explain":
         value = Value(subject="role", task_type="doc", choice="worker", q=0.75, count=3, mean_seconds=1.5)
         known = [Explained(decision=decisions[ident], values=[value]) for ident in ask.decision_ids]

@@ -91,7 +91,9 @@ def test_a_step_goes_before_the_plan_the_plan_before_what_is_learned_and_none_is
     assert not any(shipped(name) in told["nobody"] for name in ("skeptic", "comparer", "source-keeper"))
 
     open_ = run(stack, "banana: by the rules")
-    assert shipped(chosen(open_)[0]) in stack.prompts_with("banana")[0]
+    name, prompt = chosen(open_)[0], stack.prompts_with("banana")[0]
+    everybody = {one for one in personas(stack).keys() - {NO_PERSONA} if shipped(one) in prompt}
+    assert everybody == {name} - {NO_PERSONA}, "what is booked is what ran, by the rules or on trial"
     bare = run(stack, "cherry: none fits", task_type="chat", step={"actor": "extractor"})
     assert bare.steps[0].persona is None
 

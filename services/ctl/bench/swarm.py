@@ -105,12 +105,13 @@ def _add_roles(path: Path) -> None:
 
 
 def _s_per_token(run: dict[str, Any]) -> float:
-    return float(run["wall_s"] / run["tokens"])
+    wall_s, tokens = float(run["wall_s"]), int(run["tokens"])
+    return wall_s / tokens
 
 
 def _difference(*runs: dict[str, Any]) -> float:
     """Between the tokens that these runs decoded, as a share."""
-    tokens = [run["tokens"] for run in runs]
+    tokens = [int(run["tokens"]) for run in runs]
     return round((max(tokens) - min(tokens)) / max(tokens), 4)
 
 
