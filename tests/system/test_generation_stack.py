@@ -157,6 +157,7 @@ def test_a_batch_survives_the_death_of_its_engine_and_of_its_service(scripted: S
             scripted.stack.start("inference-worker")
 
     final = scripted.stack.client.llm_batch("worker", words, timeout_s=150, on_progress=kill_once)
+    assert not [answer.failure for answer in final.answers if answer.failure is not None]
     assert [answer.text for answer in final.answers] == [f"saw {word}" for word in words]
     assert killed
     assert final.answers[0].losses >= 1
