@@ -96,13 +96,15 @@ class Script:
             if not persist:
                 self._turns[rule] = self._turns.get(rule, -1) + 1
                 return self._turns[rule]
-            with self._path.with_suffix(".turns.json").open("a+", encoding="utf-8") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.seek(0)
-                turns = json.loads(file.read() or "{}")
+            turns_file = self._path.with_suffix(".turns.json")
+            with self._path.with_suffix(".turns.lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                turns = json.loads(turns_file.read_text(encoding="utf-8")) if turns_file.exists() else {}
                 turns[rule] = turns.get(rule, -1) + 1
-                file.truncate(0)
-                file.write(json.dumps(turns))
+                # Replaced whole: another answer may kill this process at any moment, and its turn must not come again.
+                draft = turns_file.with_suffix(".draft")
+                draft.write_text(json.dumps(turns), encoding="utf-8")
+                draft.replace(turns_file)
                 return turns[rule]
 
 
