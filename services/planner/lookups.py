@@ -105,8 +105,8 @@ def find_lookups(question: str) -> tuple[str, ...]:
 
 
 def names_in(text: str) -> list[str]:
-    """Everything that a text calls by a name with capitals, each spelling once, in order."""
-    return list(dict.fromkeys(_names(text)))
+    """Everything that a text calls by a name with capitals, each thing once, in order."""
+    return _distinct(_names(text))
 
 
 def _names(text: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.messages.infer import InferRequest
 from protocol.messages.memory import Episode
 from protocol.messages.task import TaskIR
 from protocol.plan_graph import final_artefacts
@@ -222,17 +223,40 @@ def test_the_model_is_asked_only_where_it_could_improve_the_plan(task_: TaskIR, 
 ASKING = task("Which is taller, the Eiffel Tower, Big Ben or the Burj Khalifa?", "chat")
 
 
-def test_where_only_the_parts_are_open_a_list_of_names_is_asked_for_and_becomes_a_plan() -> None:
-    parts = ["the Eiffel Tower", "Big Ben", "the Burj Khalifa"]
-    request = planning_request(ASKING, SHIPPED.roles, SHIPPED.roles["frontdoor"], [], parts)
+def parts_request(objective: str, parts: list[str]) -> InferRequest:
+    return planning_request(task(objective, "chat"), SHIPPED.roles, SHIPPED.roles["frontdoor"], [], parts)
+
+
+def parts_schema(request: InferRequest) -> Any:
     assert request.json_schema is not None
     assert set(request.json_schema["properties"]) == {"parts"}
-    assert request.json_schema["properties"]["parts"]["items"] == {"enum": ["Eiffel Tower", "Big Ben", "Burj Khalifa"]}
-    plain = task("Which is faster, a hare or a greyhound?", "chat")
-    free = planning_request(plain, SHIPPED.roles, SHIPPED.roles["frontdoor"], [], ["a hare", "a greyhound"]).json_schema
-    assert free is not None
-    assert free["properties"]["parts"]["items"]["type"] == "string"
+    return request.json_schema["properties"]["parts"]
+
+
+def test_where_only_the_parts_are_open_a_verdict_on_each_name_is_asked_for() -> None:
+    request = parts_request(ASKING.objective, ["the Eiffel Tower", "Big Ben", "the Burj Khalifa"])
+    schema = parts_schema(request)
+    assert schema["required"] == list(schema["properties"]) == ["Eiffel Tower", "Big Ben", "Burj Khalifa"]
     assert request.max_tokens <= 160
+    shown = [json.loads(turn.content)["parts"] for turn in request.messages if turn.role == "assistant"]
+    assert {True, False} == {verdict for example in shown for verdict in example.values()}, "both are to be copied"
+    verdicts = {"Eiffel Tower": True, "Big Ben": False, "Burj Khalifa": True, "Atlantis": True}
+    made = read_plan(json.dumps({"parts": verdicts}), "stop", ASKING, SHIPPED.roles)
+    assert [step.inputs for step in made.plan.steps] == [[], [], ["step1", "step2"]]
+    assert "Burj Khalifa" in made.plan.steps[1].action
+    assert "'Atlantis' was left out" in made.repairs[0]
+
+
+def test_without_names_or_with_many_a_list_is_asked_for_and_becomes_a_plan() -> None:
+    free = parts_request("Which is faster, a hare or a greyhound?", ["a hare", "a greyhound"])
+    assert parts_schema(free)["items"]["type"] == "string"
+    assert all(
+        isinstance(json.loads(turn.content)["parts"], list) for turn in free.messages if turn.role == "assistant"
+    )
+    names = ["Chile", "Peru", "Cuba", "Iran", "Iraq", "Nepal", "Ghana", "Kenya"]
+    many = parts_request(f"What is the total population of {', '.join(names[:-1])} and {names[-1]}?", names)
+    assert parts_schema(many)["items"] == {"enum": names}, "bounded in length, which verdicts are not"
+    assert parts_schema(many)["maxItems"] == 7
     plan = read_plan(json.dumps({"parts": ["Eiffel Tower", "Big Ben", "big  ben"]}), "stop", ASKING, SHIPPED.roles).plan
     assert [step.inputs for step in plan.steps] == [[], [], ["step1", "step2"]]
     assert "Big Ben" in plan.steps[1].action or "big ben" in plan.steps[1].action
@@ -251,7 +275,17 @@ def test_a_list_that_goes_on_after_the_last_thing_is_cut_to_what_the_objective_n
     assert "Eurasia" in str(refusal(json.dumps({"parts": ["Eurasia", "Atlantis"]}), ASKING))
 
 
-@pytest.mark.parametrize("text", ['{"parts": []}', '{"parts": [1]}', '{"parts": ["a"], "steps": []}', '{"parts": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"parts": []}',
+        '{"parts": [1]}',
+        '{"parts": ["a"], "steps": []}',
+        '{"parts": 3}',
+        '{"parts": {}}',
+        '{"parts": {"Big Ben": "true", "Eiffel Tower": 1}}',
+    ],
+)
 def test_a_list_that_is_none_is_refused(text: str) -> None:
     assert refusal(text, ASKING)
 
