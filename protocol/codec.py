@@ -8,7 +8,6 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any, Final, TypeVar
 
-import msgpack
 import msgspec
 from pydantic import ValidationError
 
@@ -21,6 +20,7 @@ _PLAIN: Final = frozenset({str, int, bool, type(None)})
 _LEVELS_ABOVE_A_VALUE: Final = 8
 """Room for what is around the value of an artefact: the views, requests and joins that it will be part of."""
 _write: Final = msgspec.msgpack.Encoder().encode
+_read: Final = msgspec.msgpack.Decoder().decode
 
 
 class Unpacked(bytes):
@@ -50,8 +50,8 @@ def unpack_map(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_BODY_BYTES:
         raise BadFrame("body.too_large", f"body of {len(data)} bytes, at most {MAX_BODY_BYTES} are read")
     try:
-        raw = msgpack.unpackb(data, raw=False, strict_map_key=True)
-    except (ValueError, msgpack.UnpackException, RecursionError) as err:
+        raw = _read(data)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as err:  # TypeError: a map as a key
         raise BadFrame("body.not_msgpack", f"the body is not msgpack: {err}") from err
     if not isinstance(raw, dict):
         raise BadFrame("body.not_a_map", f"the body is a {type(raw).__name__}, expected a map")

@@ -29,15 +29,7 @@ def width_of(plan: Plan) -> int:
 
 def longest_chain(waits_for: Mapping[str, Iterable[str]], cost_s: Mapping[str, float]) -> tuple[list[str], float]:
     """The chain that ends last, first step first, and its seconds; among equals the smaller id."""
-    end_s: dict[str, float] = {}
-    for step in TopologicalSorter(waits_for).static_order():
-        end_s[step] = cost_s[step] + max((end_s[other] for other in waits_for[step]), default=0.0)
-    at: str | None = min(end_s, key=lambda step: (-end_s[step], step), default=None)
-    chain: list[str] = []
-    while at is not None:
-        chain.append(at)
-        at = min(waits_for[at], key=lambda step: (-end_s[step], step), default=None)
-    return chain[::-1], max(end_s.values(), default=0.0)
+    return _chain(waits_for, _ends_s(waits_for, cost_s, TopologicalSorter(waits_for).static_order()))
 
 
 def least_s(
@@ -47,10 +39,7 @@ def least_s(
     slots: Callable[[str], int],
 ) -> float:
     """Seconds that no schedule of these steps undercuts: the longest chain, or a model's work over its slots."""
-    work_s: Counter[str] = Counter()
-    for step, seconds in cost_s.items():
-        work_s[model_of[step]] += seconds  # type: ignore[assignment]  # typeshed: a Counter may count in floats
-    return max([longest_chain(waits_for, cost_s)[1], *(work_s[model] / max(1, slots(model)) for model in work_s)])
+    return max(longest_chain(waits_for, cost_s)[1], _busiest_s(cost_s, model_of, slots))
 
 
 def shape_of_plan(
@@ -58,14 +47,42 @@ def shape_of_plan(
 ) -> PlanShape:
     """The shape of a plan without problems; costs are expected seconds per step."""
     waits_for = needs(plan)
-    chain, seconds = longest_chain(waits_for, cost_s)
+    level = levels_of(waits_for)
+    chain, seconds = _chain(waits_for, _ends_s(waits_for, cost_s, level))  # the steps of `level` come in a good order
     return PlanShape(
-        width=width_of(plan),
-        levels=max(levels_of(waits_for).values()) + 1,
+        width=max(Counter(level.values()).values()),
+        levels=max(level.values()) + 1,
         critical=chain,
         critical_ms=round(1000 * seconds),
-        predicted_ms=round(1000 * least_s(waits_for, cost_s, model_of, slots)),
+        predicted_ms=round(1000 * max(seconds, _busiest_s(cost_s, model_of, slots))),
     )
+
+
+def _ends_s(
+    waits_for: Mapping[str, Iterable[str]], cost_s: Mapping[str, float], order: Iterable[str]
+) -> dict[str, float]:
+    """When each step would end if none ever waited for a slot. `order`: nothing before what it waits for."""
+    end_s: dict[str, float] = {}
+    for step in order:
+        end_s[step] = cost_s[step] + max((end_s[other] for other in waits_for[step]), default=0.0)
+    return end_s
+
+
+def _chain(waits_for: Mapping[str, Iterable[str]], end_s: Mapping[str, float]) -> tuple[list[str], float]:
+    at: str | None = min(end_s, key=lambda step: (-end_s[step], step), default=None)
+    chain: list[str] = []
+    while at is not None:
+        chain.append(at)
+        at = min(waits_for[at], key=lambda step: (-end_s[step], step), default=None)
+    return chain[::-1], max(end_s.values(), default=0.0)
+
+
+def _busiest_s(cost_s: Mapping[str, float], model_of: Mapping[str, str], slots: Callable[[str], int]) -> float:
+    """The work of the model that has most of it for its slots."""
+    work_s: dict[str, float] = {}
+    for step, seconds in cost_s.items():
+        work_s[model_of[step]] = work_s.get(model_of[step], 0.0) + seconds
+    return max((work_s[model] / max(1, slots(model)) for model in work_s), default=0.0)
 
 
 def as_written(plan: Plan, removed: Iterable[RemovedEdge], added: Iterable[AddedEdge]) -> Plan:

@@ -131,7 +131,7 @@ def test_what_json_cannot_hold_is_refused_by_name(value: Any) -> None:
         (b"\x80\x80", "body.not_msgpack"),
         (b"\x81\xa1a\xa1\xff", "body.not_msgpack"),
         (b"\x90", "body.not_a_map"),
-        (b"\x81\x01\x02", "body.not_msgpack"),
+        (b"\x81\x01\x02", "body.not_json"),
         (b"\x81\xc4\x01a\x02", "body.not_json"),
         (b"\x81\xa1a" + b"\x91" * (MAX_NESTING + 1) + b"\xc0", "body.too_deep"),
         (b"\x81\xa1a" + b"\x91" * 100_000 + b"\xc0", "body.not_msgpack"),
