@@ -24,6 +24,7 @@ from typing import Final
 
 from protocol.messages.infer import ChatMessage, InferFinal
 from services.inference import prefix as p
+from services.inference.company import Company
 from services.inference.llama_http import EngineError, EngineGone, LlamaServer
 from services.kit.logs import Log, LogEvent
 
@@ -74,12 +75,7 @@ class SlotDesk:
         self._reading: Counter[str] = Counter()
         self._stamp: object = None
         self._slots = slots
-        self._began_s = -GATHER_S
-        """When a call last found the engine idle."""
-        self._came = 0
-        """Calls that have come together with that one, itself included."""
-        self._expected = 1
-        """The same of the time before."""
+        self._company = Company(GATHER_S)
         self._totals = Counter({"prefixes_read": 0, "prefixes_copied": 0, "cached_tokens_total": 0})
 
     def engine_started(self, stamp: object, *, copies: bool) -> bool:
@@ -144,22 +140,14 @@ class SlotDesk:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[p.Placement | None] = loop.create_future()
         self._arrived.append((waiting, future))
+        idle = len(self._arrived) == 1 and self._book.free == self._slots
         more_may_come = self._book.free > len(self._arrived)
-        if more_may_come and (self._lacks_company(loop.time()) or self._book.reads_much(waiting.blocks)):
+        wanting = self._company.is_wanting(loop.time(), idle=idle)
+        if more_may_come and (wanting or self._book.reads_much(waiting.blocks)):
             self._timer = self._timer or loop.call_later(GATHER_S, self._place)
         else:
             self._place()
         return await future
-
-    def _lacks_company(self, now_s: float) -> bool:
-        """A call has come: are more to come with it, as many as the last time?"""
-        if len(self._arrived) == 1 and self._book.free == self._slots and now_s - self._began_s > GATHER_S:
-            self._began_s, self._expected, self._came = now_s, max(1, self._came), 1
-        elif now_s - self._began_s <= GATHER_S:
-            self._came += 1
-        else:
-            return False
-        return self._came < self._expected
 
     def _place(self) -> None:
         """Place everybody who has arrived."""

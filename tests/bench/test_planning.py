@@ -85,7 +85,7 @@ def test_bad_files_are_refused_by_line(
 
 
 def test_a_small_swarm_is_killed_resumed_and_joined_once(capsys: pytest.CaptureFixture[str]) -> None:
-    swarm = figures(capsys, "--swarm", "--agents", "10", "--baseline", "2")["swarm"]
+    swarm = figures(capsys, "--swarm", "--agents", "10", "--baseline", "2", "--threads", "1")["swarm"]
     assert isinstance(swarm, dict)
     assert swarm["exactly_once"] is True
     assert (swarm["agents"], swarm["compared_agents"]) == (10, 2)
@@ -97,9 +97,10 @@ def test_a_small_swarm_is_killed_resumed_and_joined_once(capsys: pytest.CaptureF
     assert swarm["led_by_demo_model"]["turns"] >= 1
 
 
-def test_a_swarm_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "planning", "--swarm", "--agents", "101"]) == 2
-    assert "--agents" in capsys.readouterr().err
+@pytest.mark.parametrize(("option", "value"), [("--agents", "101"), ("--threads", "0")])
+def test_a_swarm_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    assert main(["bench", "planning", "--swarm", option, value]) == 2
+    assert option in capsys.readouterr().err
 
 
 def test_learning_is_a_part_beside_the_others(capsys: pytest.CaptureFixture[str]) -> None:

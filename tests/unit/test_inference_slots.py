@@ -34,16 +34,12 @@ class Desk:
     def seated(self) -> set[str]:
         return {key for key, task in self.seats.items() if task.done()}
 
+    async def leaves(self, key: str) -> None:
+        self.desk.leave(key, await self.seats.pop(key), None, complete=True)
+
     async def all_leave(self) -> None:
-        for key, task in self.seats.items():
-            self.desk.leave(key, await task, None, complete=True)
-        self.seats.clear()
-
-
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So long that no test comes to its end: what goes on does so for another reason."""
-    monkeypatch.setattr(slots, "GATHER_S", 30.0)
+        for key in list(self.seats):
+            await self.leaves(key)
 
 
 async def closed(desk: Desk) -> None:
@@ -51,15 +47,18 @@ async def closed(desk: Desk) -> None:
     await desk.server.close()
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_call_waits_for_as_many_as_came_together_the_last_time(tmp_path: Path) -> None:
+def test_calls_are_seated_together_that_came_together_the_last_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "GATHER_S", 1.0)
+
     async def scene() -> None:
         desk = Desk(tmp_path)
         for key in ("a", "b", "c"):
             await desk.come(key)
         assert desk.seated() == {"a", "b", "c"}, "nothing was known of company"
         await desk.all_leave()
-        desk.desk._began_s -= 60
+        await asyncio.sleep(1.1)
         await desk.come("d")
         await desk.come("e")
         assert not desk.seated()
@@ -72,52 +71,37 @@ def test_a_call_waits_for_as_many_as_came_together_the_last_time(tmp_path: Path)
     asyncio.run(scene())
 
 
-@pytest.mark.usefixtures("patient")
-def test_one_that_comes_alone_again_and_again_never_waits(tmp_path: Path) -> None:
+def test_company_that_stays_away_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "GATHER_S", 0.5)
+
     async def scene() -> None:
         desk = Desk(tmp_path)
-        for key in ("a", "b", "c"):
+        for key in ("a", "b"):
             await desk.come(key)
-            assert desk.seated() == {key}
-            await desk.all_leave()
-            desk.desk._began_s -= 60
-        await closed(desk)
-
-    asyncio.run(scene())
-
-
-def test_company_that_stays_away_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "GATHER_S", 0.05)
-
-    async def scene() -> None:
-        desk = Desk(tmp_path)
-        await desk.come("a")
-        await desk.come("b")
         await desk.all_leave()
-        desk.desk._began_s -= 60
+        await asyncio.sleep(0.6)
         await desk.come("c")
         assert not desk.seated()
         await asyncio.wait_for(desk.seats["c"], 30)
-        await desk.all_leave()
-        desk.desk._began_s -= 60
-        await desk.come("d")
-        assert desk.seated() == {"d"}
         await closed(desk)
 
     asyncio.run(scene())
 
 
-@pytest.mark.usefixtures("patient")
-def test_nobody_waits_for_more_than_there_are_slots(tmp_path: Path) -> None:
+def test_nobody_waits_for_more_than_there_are_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "GATHER_S", 1.0)
+
     async def scene() -> None:
         desk = Desk(tmp_path)
-        for key in "abcd":
+        for key in "abcdxy":
             await desk.come(key)
+        for key in "abcd":
+            await desk.leaves(key)
         await desk.all_leave()
-        desk.desk._came, desk.desk._began_s = 9, desk.desk._began_s - 60
+        await asyncio.sleep(1.1)
         for key in "efgh":
             await desk.come(key)
-        assert desk.seated() == set("efgh")
+        assert desk.seated() == set("efgh"), "six came the last time"
         await closed(desk)
 
     asyncio.run(scene())

@@ -71,6 +71,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--planner", choices=("rules", "model", "both"), default="rules", help="default rules")
     parser.add_argument("--rows", type=int, metavar="N", help="with --width: only the first N questions")
     parser.add_argument("--engine", choices=("auto", "llama-server", "embedded"), default="auto")
+    parser.add_argument("--threads", type=int, help="cores to decode with (default: 2 where there are two)")
     parser.add_argument("--decompose", type=Path, metavar="FILE", help="requests as JSON lines: request, decomposable")
     parser.add_argument("--train", type=Path, metavar="FILE", help="learn from these rows (default: five folds)")
     parser.add_argument("--graphs", type=Path, metavar="FILE", help="also graphs of this file, as for makespan")
@@ -97,12 +98,15 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
         raise BadInput(f"--courses {arguments.courses}: expected 1 to 1000")
     if arguments.seed < 0:
         raise BadInput(f"--seed {arguments.seed}: expected 0 or more")
+    threads = decoding_threads() if arguments.threads is None else arguments.threads
+    if threads < 1:
+        raise BadInput(f"--threads {threads}: expected 1 or more")
     anything = (arguments.width, arguments.decompose, arguments.graphs, arguments.dags)
     everything = not (arguments.learning or arguments.swarm) and all(one is None for one in anything)
     parts: dict[str, dict[str, Any]] = {}
     if arguments.width is not None:
         questions = read_questions(arguments.width)[: arguments.rows]
-        parts["width"] = _widths(questions, arguments.planner, arguments.engine, context.screen.note)
+        parts["width"] = _widths(questions, arguments.planner, arguments.engine, threads, context.screen.note)
     if arguments.decompose is not None:
         try:
             rows = read_labelled(arguments.decompose)
@@ -113,7 +117,7 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     if arguments.swarm:
         if not 2 <= arguments.baseline <= arguments.agents <= 100:
             raise BadInput("--agents N and --baseline M: expected 2 <= M <= N <= 100")
-        parts["swarm"] = measure_swarm(arguments.agents, arguments.baseline, arguments.engine)
+        parts["swarm"] = measure_swarm(arguments.agents, arguments.baseline, arguments.engine, threads)
     if arguments.graphs is not None or arguments.dags is not None or everything:
         known = random_plans(dags, arguments.seed)
         if arguments.graphs is not None:
@@ -158,16 +162,14 @@ def read_questions(path: Path) -> list[tuple[str, int]]:
 
 
 def _widths(
-    questions: Sequence[tuple[str, int]], planner: str, engine: str, progress: Callable[[str], None]
+    questions: Sequence[tuple[str, int]], planner: str, engine: str, threads: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if planner in ("rules", "both"):
         registry = load_registry(CHECKOUT / "registry", CHECKOUT, check_files=False)
         figures["rules"] = measure_width(questions, registry, None)
     if planner in ("model", "both"):
-        front = demo_entry(
-            engine, slots=_SLOTS, context_tokens=_CONTEXT_TOKENS, threads=decoding_threads(), load_deadline_s=120
-        )
+        front = demo_entry(engine, slots=_SLOTS, context_tokens=_CONTEXT_TOKENS, threads=threads, load_deadline_s=120)
         models = {"front": {"tier": "A", **front}, "specialist": {"tier": "B", **IDLE}, "worker": {"tier": "C", **IDLE}}
         with (
             tempfile.TemporaryDirectory(prefix="tl-") as folder,

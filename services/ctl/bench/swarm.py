@@ -25,7 +25,7 @@ import yaml
 from protocol.errors import CallError
 from protocol.messages.result import TaskState, TaskView
 from services.ctl.bench.bare_stack import BareStack, bound
-from services.ctl.bench.demo_models import decoding_threads, demo_entry
+from services.ctl.bench.demo_models import demo_entry
 from services.ctl.bench.overhead import BenchmarkFailedError
 from services.ctl.bench.scripted_leader import BRIEF, THOROUGH, order
 from services.scheduler.facts import SwarmTurned, unpack_fact
@@ -43,13 +43,12 @@ _KILLS: Final = {"scheduler": 0.3, "inference-worker": 0.6}
 """Who is killed when this share of the assignments is done."""
 
 
-def measure_swarm(agents: int, baseline: int, engine: str) -> dict[str, Any]:
+def measure_swarm(agents: int, baseline: int, engine: str, threads: int) -> dict[str, Any]:
     """Figures of the four scripted runs and of the one that the demo model leads.
 
     The run with kills has `agents`; those without, which are compared, `baseline` each. Raises BenchmarkFailedError if
     a run did not succeed, CommandError without the demo model.
     """
-    threads = decoding_threads()
     demo = demo_entry(engine, threads=threads, load_deadline_s=120)
     models = {
         "front": {"tier": "A", **demo, "slots": 1, "context_tokens": 2048},
