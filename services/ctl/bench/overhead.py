@@ -6,7 +6,8 @@ after each task, and a ratio is made in each run before the median is: how fast 
 second to the next.
 
 The growth is that of a step's cost with what the hub has behind it. Fan-outs on a stack with a long history take turns
-with fan-outs on a fresh one, so that a machine that gets slower or faster meanwhile does not look like growth.
+with fan-outs on a fresh one, so that a machine that gets slower or faster meanwhile does not look like growth, and each
+begins when memory has learned from what was before: otherwise it would share the cores with more or less of that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Final
 
+from protocol.messages.memory import MemoryRequest, Stats
 from protocol.messages.result import TaskState, TaskView
 from services.ctl.bench import raw_zmq
 from services.ctl.bench.bare_stack import BareStack
@@ -28,10 +30,14 @@ from services.kit.children import resident_bytes
 FANOUT_STEPS: Final = 1_000
 CHAIN_STEPS: Final = 200
 HISTORY_STEPS: Final = 100_000
-_COMPARED: Final = 5
+_COMPARED: Final = 9
 """Fan-outs of each kind behind the growth, where the history has so many; it is the ratio of their medians."""
 _WINDOW: Final = 64
 """Messages under way at once in the raw fan-out: as many as the noop tier has slots."""
+_LEARNED_S: Final = 120.0
+"""Longest wait for memory to have learned from everything."""
+_SETTLED_S: Final = 0.3
+"""Outcomes of a task that has just ended come to memory within this time."""
 _DIGITS: Final = {"_commits_per_step": 3, "_ratio": 2}
 NOOP_MODELS: Final = {
     "front": {"tier": "A", "engine": "noop", "slots": 2, "context_tokens": 4096},
@@ -80,8 +86,10 @@ def growth(history: int) -> dict[str, Any]:
             first: list[float] = []
             last: list[float] = []
             for _ in range(compared):
-                last.append(_task(old, "at", _fanout(FANOUT_STEPS))["at_us_per_step"])
-                first.append(_task(fresh, "at", _fanout(FANOUT_STEPS))["at_us_per_step"])
+                for stack, figures in ((old, last), (fresh, first)):
+                    _learned(old)
+                    _learned(fresh)
+                    figures.append(_task(stack, "at", _fanout(FANOUT_STEPS))["at_us_per_step"])
         resident = resident_bytes(old.client.status().hub_pid)
     return {
         "history_growth": round(statistics.median(last) / statistics.median(first), 3),
@@ -90,6 +98,18 @@ def growth(history: int) -> dict[str, Any]:
         "history_steps": fanouts * FANOUT_STEPS,
         "rss_mb": round(resident / 1024**2, 1),
     }
+
+
+def _learned(stack: BareStack) -> None:
+    """Wait until the memory of a stack has nothing left to do about tasks that are over."""
+    until_s, before = time.monotonic() + _LEARNED_S, -1
+    while time.monotonic() < until_s:
+        stats = stack.client.memory(MemoryRequest(ask=Stats())).stats or {}
+        if stats["log_seq"] == stats["graph_seq"] == stats["vectors_seq"] == before:
+            return
+        before = stats["log_seq"]
+        time.sleep(_SETTLED_S)
+    raise BenchmarkFailedError(f"after {_LEARNED_S:g} s memory still learns from what was before")
 
 
 def measure(runs: int) -> dict[str, Any]:
