@@ -51,7 +51,7 @@ def unpack_map(data: bytes) -> dict[str, Any]:
         raise BadFrame("body.too_large", f"body of {len(data)} bytes, at most {MAX_BODY_BYTES} are read")
     try:
         raw = _read(data)
-    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as err:  # TypeError: a map as a key
+    except (ValueError, RecursionError) as err:  # msgspec's errors are ValueErrors
         raise BadFrame("body.not_msgpack", f"the body is not msgpack: {err}") from err
     if not isinstance(raw, dict):
         raise BadFrame("body.not_a_map", f"the body is a {type(raw).__name__}, expected a map")

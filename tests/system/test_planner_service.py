@@ -193,6 +193,24 @@ def test_a_good_plan_of_the_front_door_is_used_and_its_decisions_go_with_it(worl
     assert {item.subject for item in final.decisions} == {"role", "persona", "decomposition"}
 
 
+def test_verdicts_on_the_names_of_a_question_become_a_look_up_for_each(world: World) -> None:
+    names = ["Eiffel Tower", "Big Ben", "Burj Khalifa"]
+    asking = TaskIR(objective="Which is taller, the Eiffel Tower, Big Ben or the Burj Khalifa?")
+    asked_before = len(world.questions)
+    world.front_door = said(json.dumps({"parts": dict.fromkeys(names, True)}))
+    final = world.good_plan(asking)
+    assert final.source == "model", final.reason
+    request = next(body for _, body in world.questions[asked_before:] if isinstance(body, InferRequest))
+    assert request.json_schema is not None
+    assert request.json_schema["properties"]["parts"]["required"] == names
+    assert final.task.plan is not None
+    *look_ups, join = final.task.plan.steps
+    assert [name for name, step in zip(names, look_ups, strict=True) if name in step.action] == names
+    assert len(join.inputs) == 3
+    world.front_door = said(json.dumps({"parts": dict.fromkeys(names, True) | {"Big Ben": False}}))
+    assert world.good_plan(asking).source == "rules", "it does less side by side than the objective names"
+
+
 def test_whatever_the_front_door_says_or_fails_to_say_the_rules_have_a_plan(world: World) -> None:
     failure = Failure(code="engine.broken", category=Category.RESOURCE, origin="inference-front", message="broken")
     cases: list[tuple[Message, str]] = [
