@@ -126,8 +126,16 @@ def test_a_graph_grows_over_a_list_that_a_model_made_and_by_steps_that_a_client_
     assert view.usage.generated_tokens > 0
 
 
+def _counting() -> dict[str, Any]:
+    """Whoever watches has the tokens of steps that start from then on: the second starts when the first has ended."""
+    first = {"id": "S1", "actor": "worker", "action": "Count to a hundred.", "max_tokens": 64, "gates": []}
+    second = {"id": "S2", "actor": "worker", "action": "Count to fifty.", "max_tokens": 48, "gates": []}
+    steps = [first | {"outputs": [{"name": "many"}]}, second | {"inputs": ["many"], "outputs": [{"name": "few"}]}]
+    return {"objective": "Count.", "task_type": "chat", "plan": {"steps": steps}}
+
+
 def test_watching_shows_every_event_once_and_ends_with_the_result(stack: BareStack) -> None:
-    accepted = stack.client.submit({"objective": "Count to three.", "task_type": "chat"})
+    accepted = stack.client.submit(_counting())
     seen: list[TaskEvent | TaskView] = list(stack.client.watch(accepted.task_id, timeout_s=300))
     *events, result = seen
     assert isinstance(result, TaskView)
@@ -145,7 +153,7 @@ def test_cancel_frees_the_slot(stack: BareStack) -> None:
     plan = {"steps": [step | {"outputs": [{"name": "story"}], "gates": []}]}
     accepted = stack.client.submit(task | {"plan": plan})
     for event in stack.client.watch(accepted.task_id, timeout_s=200):
-        if isinstance(event, TaskEvent) and event.event == "step.tokens":
+        if isinstance(event, TaskEvent) and event.event == "step.started":
             break
     assert stack.client.cancel(accepted.task_id).state is TaskState.CANCELLED
 
@@ -311,8 +319,7 @@ def test_a_task_that_cannot_run_is_refused_naming_step_and_field(
 def test_a_client_that_vanishes_mid_stream_harms_nobody(stack: BareStack) -> None:
     socket = raw_dealer(stack)
     answer_to(socket, head(kind="session.hello"), msgpack.packb(HELLO))
-    task = {"objective": "Write a long story.", "task_type": "chat"}
-    header, accepted = answer_to(socket, head(kind="task.submit", id="s1"), msgpack.packb({"task": task}))
+    header, accepted = answer_to(socket, head(kind="task.submit", id="s1"), msgpack.packb({"task": _counting()}))
     assert header["kind"] == "task.accepted"
     socket.send_multipart([head(kind="task.watch", id="w1"), msgpack.packb({"task_id": accepted["task_id"]})])
     while True:
