@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -66,6 +67,7 @@ from services.scheduler.journal import Journal
 from services.scheduler.machine import Hub
 from services.scheduler.personas import AdoptPersona, KeepPersona
 from services.scheduler.registry_reader import RegistryReader
+from services.scheduler.vigil import Vigil
 from services.scheduler.watchers import MAX_WATCHES
 
 HUB_STARTED = LogEvent("hub.started", "pid epoch restored unsettled damaged restore_ms registry")
@@ -116,12 +118,16 @@ class HubApp:
         self._records: list[Record] = []
         self._personas: list[KeepPersona] = []
         """Rows to write with the facts."""
-        self._sends: list[Send] = []
+        self._unpromised: list[Send] = []
+        """Messages that may leave before the facts are written."""
+        self._promises: list[Send] = []
+        """Those that may not."""
         self._reads: dict[tuple[bytes, str], ReadEvents] = {}
         """One page to read for each watcher that came late, the longest waiting first."""
         self._available_memory = available_memory
         self._next_tick = self._next_memory = now
         self._next_page = 0
+        self._vigil = Vigil()
         self._stop: str | None = None
 
     def run(self) -> int:
@@ -174,7 +180,7 @@ class HubApp:
         """Wait for messages or the next tick, handle what is there, write, send."""
         now = self._clock.now_ms()
         wake = min(self._next_tick, self._next_page) if self._reads else self._next_tick
-        self._port.wait(max(0, wake - now))
+        self._wait(max(0, wake - now))
         self._drain()
         now = self._clock.now_ms()
         for outcome in self._reader.outcomes(now):
@@ -182,6 +188,7 @@ class HubApp:
         for written in self._reader.written(now):
             self._feed(written)
         if now >= self._next_tick:
+            self._log.flush()  # else it is when there is nothing to do
             self._feed(Tick(now))
             self._next_tick = now + _TICK_MS
             self._keep_house(now)
@@ -197,7 +204,6 @@ class HubApp:
             task = self._hub.engine.live.get(task_id)
             if task is not None:
                 self._journal.keep_snapshot(task)
-        self._log.flush()
 
     def close(self) -> None:
         """Give everything back; what is not written by now is not promised to anybody."""
@@ -245,13 +251,26 @@ class HubApp:
             self._log.write(TASK_DAMAGED, task=err.task, seq=err.seq, reason=err.reason)
         self._feed(EventsRead(read.identity, read.header, read.query, facts))
 
+    def _wait(self, most_ms: int) -> None:
+        """Until a message is there, or the time is over."""
+        began_s = time.perf_counter()
+        until_s = began_s + min(self._vigil.awake_s, most_ms / 1000)
+        while not (come := self._port.wait(0)) and time.perf_counter() < until_s:
+            pass
+        if not come:
+            self._log.flush()
+            self._port.wait(most_ms)
+        self._vigil.waited(time.perf_counter() - began_s)
+
     def _drain(self) -> None:
-        for _ in range(_BATCH):
+        for number in range(_BATCH):
             message = self._port.receive()
             if message is None:
                 return
             identity, frames = message
             self._feed(FrameIn(identity, frames, self._clock.now_ms()))
+            if number == 0:
+                self._hand_out()  # often there is no other; work for all others leaves together
 
     def _feed(self, event: Event) -> None:
         for command in self._hub.handle(event):
@@ -260,7 +279,7 @@ class HubApp:
     def _carry_out(self, command: Command) -> None:
         match command:
             case Send():
-                self._sends.append(command)
+                (self._promises if command.promises else self._unpromised).append(command)
             case Record():
                 self._records.append(command)
             case KeepPersona():
@@ -287,13 +306,13 @@ class HubApp:
             case ReadListing(identity, header, query):
                 self._write()
                 listing = Listing(tasks=self._journal.newest(query.limit, query.states))
-                self._sends.append(self._hub.outbox.reply(identity, header, "task.listing", listing))
+                self._promises.append(self._hub.outbox.reply(identity, header, "task.listing", listing))
             case ReadStatus(identity, header):
                 self._write()
                 report = self._hub.status(self._journal.counts(), self._clock.now_ms())
                 written = {"commits": self._journal.commits, "synced_commits": self._journal.syncs}
                 report = report.model_copy(update={"counters": report.counters | written})
-                self._sends.append(self._hub.outbox.reply(identity, header, "session.report", report))
+                self._promises.append(self._hub.outbox.reply(identity, header, "session.report", report))
             case ReadRegistry():
                 self._reader.read(command)
             case ReloadUnsettled(limit):
@@ -308,16 +327,18 @@ class HubApp:
             for record in records:
                 self._log_fact(record)
 
-    def _flush(self) -> None:
-        """Hand out work, write, then tell. A failed send is an event, which may make further facts and messages.
+    def _hand_out(self) -> None:
+        """Send what promises nothing: workers begin while the facts that led to their work are being written."""
+        sends, self._unpromised = self._unpromised, []
+        self._send_all(sends)
 
-        Workers begin while the facts are being written; whoever is promised something hears of it afterwards.
-        """
-        while self._records or self._personas or self._sends:
-            sends, self._sends = self._sends, []
-            self._send_all([send for send in sends if not send.promises])
+    def _flush(self) -> None:
+        """Hand out work, write, then tell. A failed send is an event, which may make further facts and messages."""
+        while self._records or self._personas or self._unpromised or self._promises:
+            sends, self._promises = self._promises, []
+            self._hand_out()
             self._write()
-            self._send_all([send for send in sends if send.promises])
+            self._send_all(sends)
 
     def _send_all(self, sends: list[Send]) -> None:
         for send in sends:

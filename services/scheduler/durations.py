@@ -75,10 +75,16 @@ class LearnedDurations:
     _means: dict[tuple[str, ...], _Mean] = field(default_factory=dict)
     _errors: _Mean = field(default_factory=lambda: _Mean(_PRIOR_SPREAD**2, 1.0))
     """Mean of the squared logarithm of actual over expected, where the expectation was made before."""
+    _expected: dict[tuple[str, str, int, int], float] = field(default_factory=dict)
+    """Estimates since the last observation: a plan asks for the same ones step by step."""
 
     def expected_s(self, job: Job) -> float:
         """See Durations."""
-        return math.exp(self._expected_log_s(job, _levels(job)))
+        like = (job.role, job.task_type, job.prompt_chars.bit_length(), job.max_tokens)
+        known = self._expected.get(like)
+        if known is None:
+            known = self._expected[like] = math.exp(self._expected_log_s(job, _levels(job)))
+        return known
 
     def spread(self) -> float:
         """See Durations."""
@@ -86,6 +92,7 @@ class LearnedDurations:
 
     def observe(self, job: Job, seconds: float) -> None:
         """See Durations."""
+        self._expected.clear()
         log_s = math.log(max(_LEAST_S, seconds))
         levels = _levels(job)
         self._errors.add((log_s - self._expected_log_s(job, levels)) ** 2)
@@ -112,6 +119,7 @@ class LearnedDurations:
 
     def restore(self, state: Iterable[tuple[list[str], float, float]]) -> None:
         """Take up what `state` gave."""
+        self._expected.clear()
         self._means = {tuple(level): _Mean(value, count) for level, value, count in state}
         self._errors = self._means.pop((), _Mean(_PRIOR_SPREAD**2, 1.0))
 

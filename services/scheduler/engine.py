@@ -142,9 +142,7 @@ class Engine:
 
     def submit(self, task_id: str, ir: TaskIR, client: str, at_ms: int) -> None:
         """Accept a task whose IR has been checked; `ir` carries task_id and created_at."""
-        fact = f.TaskAccepted(
-            task=task_id, at_ms=at_ms, ir=ir.model_dump(mode="json", exclude_none=True), client=client
-        )
+        fact = f.TaskAccepted(task=task_id, at_ms=at_ms, ir=f.Dumped(ir), client=client)
         task = begin(fact)
         self.live[task_id] = task
         self.active[client] += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Final
 
 import msgspec
+from pydantic import BaseModel
 
 
 class Fact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -23,6 +24,17 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     step: str | None = None
     number: int | None = None
     """Attempt, from 1."""
+
+
+class Dumped(dict[str, Any]):
+    """A message as plain values, which still knows the message: whoever folds the new fact need not read it back.
+
+    From a journal come plain dictionaries; both say the same.
+    """
+
+    def __init__(self, message: BaseModel) -> None:
+        super().__init__(message.model_dump(mode="json", exclude_none=True))
+        self.message: Final = message
 
 
 class TaskAccepted(Fact, frozen=True, kw_only=True):

@@ -33,7 +33,7 @@ from services.scheduler.tasks import (
 
 def begin(fact: f.TaskAccepted) -> TaskRecord:
     """A task from its first fact."""
-    ir = TaskIR.model_validate(fact.ir)
+    ir = _task_ir(fact.ir)
     record = TaskRecord(id=fact.task, ir=ir, client=fact.client, created_ms=fact.at_ms, seq=1)
     record.artefacts = {artefact.name: artefact for artefact in ir.inputs}
     return record
@@ -99,8 +99,14 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
             raise JournalError(f"{type(fact).__name__} is no fact that this version knows")
 
 
+def _task_ir(values: Mapping[str, Any]) -> TaskIR:
+    if isinstance(values, f.Dumped) and isinstance(values.message, TaskIR):
+        return values.message
+    return TaskIR.model_validate(values)
+
+
 def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
-    task.ir = TaskIR.model_validate(fact.ir)
+    task.ir = _task_ir(fact.ir)
     for artefact in task.ir.inputs:  # the planner may have added some: the pieces of a long input
         task.artefacts.setdefault(artefact.name, artefact)
     lessons = tuple(Lesson.model_validate(one) for one in fact.lessons or ())

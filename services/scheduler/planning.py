@@ -88,7 +88,7 @@ def adopted(task: TaskRecord, final: PlanFinal, registry: Registry, ranking: Ran
     return f.TaskPlanned(
         task=task.id,
         at_ms=at_ms,
-        ir=planned.model_dump(mode="json", exclude_none=True),
+        ir=f.Dumped(planned),
         source=final.source,
         reason=final.reason,
         removed_edges=[edge.model_dump(mode="json") for edge in final.removed_edges],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
+from graphlib import CycleError
 from typing import Final
 
 from protocol.messages.result import StepState
@@ -42,10 +42,23 @@ def upward_rank(successors: Mapping[str, Iterable[str]], cost_s: Mapping[str, fl
     TPDS 13(3), 2002) without transfer costs, since all tiers share one machine. Every step needs a cost; raises
     graphlib.CycleError if the graph has a circle.
     """
+    before: dict[str, list[str]] = {step: [] for step in cost_s}
+    open_: dict[str, int] = {}
+    for step in cost_s:
+        after = list(successors.get(step, ()))
+        open_[step] = len(after)
+        for other in after:
+            before[other].append(step)
     rank: dict[str, float] = {}
-    # A step depends on its successors here, so that they are ranked before it.
-    for step in TopologicalSorter({step: successors.get(step, ()) for step in cost_s}).static_order():
+    ranked = [step for step, count in open_.items() if not count]
+    for step in ranked:  # grows by those whose successors all have their rank
         rank[step] = cost_s[step] + max((rank[other] for other in successors.get(step, ())), default=0.0)
+        for other in before[step]:
+            open_[other] -= 1
+            if not open_[other]:
+                ranked.append(other)
+    if len(rank) < len(cost_s):
+        raise CycleError(f"the steps wait for each other: {', '.join(sorted(cost_s.keys() - rank.keys())[:5])}")
     return rank
 
 

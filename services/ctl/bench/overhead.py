@@ -134,6 +134,7 @@ def _beside(
     folder: Path, stack: BareStack, name: str, task: dict[str, Any], count: int, window: int
 ) -> dict[str, float]:
     """One task between two rounds of raw messages, and what a step costs in raw round trips of this very moment."""
+    _learned(stack)
     before = raw_zmq.measure(folder, count, window)
     figures = _task(stack, name, task)
     raw = statistics.mean((before, raw_zmq.measure(folder, count, window)))
