@@ -180,8 +180,11 @@ class HubApp:
         """Wait for messages or the next tick, handle what is there, write, send."""
         now = self._clock.now_ms()
         wake = min(self._next_tick, self._next_page) if self._reads else self._next_tick
-        self._wait(max(0, wake - now))
-        self._drain()
+        first = self._next_message(max(0, wake - now))
+        if first is not None:
+            self._take(first)
+            self._hand_out()  # often there is no other; work for all that are there leaves together
+            self._drain()
         now = self._clock.now_ms()
         for outcome in self._reader.outcomes(now):
             self._feed(outcome)
@@ -251,26 +254,35 @@ class HubApp:
             self._log.write(TASK_DAMAGED, task=err.task, seq=err.seq, reason=err.reason)
         self._feed(EventsRead(read.identity, read.header, read.query, facts))
 
-    def _wait(self, most_ms: int) -> None:
-        """Until a message is there, or the time is over."""
+    def _next_message(self, most_ms: int) -> tuple[bytes, list[bytes]] | None:
+        """The next one, awaited awake or asleep; None when the time is over."""
+        message = self._port.receive()
+        if message is not None:
+            self._vigil.waited(0.0)
+            return message
         began_s = time.perf_counter()
         until_s = began_s + min(self._vigil.awake_s, most_ms / 1000)
-        while not (come := self._port.wait(0)) and time.perf_counter() < until_s:
-            pass
-        if not come:
+        while time.perf_counter() < until_s:
+            message = self._port.receive()
+            if message is not None:
+                break
+        else:
             self._log.flush()
-            self._port.wait(most_ms)
+            if self._port.wait(most_ms):
+                message = self._port.receive()
         self._vigil.waited(time.perf_counter() - began_s)
+        return message
 
     def _drain(self) -> None:
-        for number in range(_BATCH):
+        for _ in range(_BATCH):
             message = self._port.receive()
             if message is None:
                 return
-            identity, frames = message
-            self._feed(FrameIn(identity, frames, self._clock.now_ms()))
-            if number == 0:
-                self._hand_out()  # often there is no other; work for all others leaves together
+            self._take(message)
+
+    def _take(self, message: tuple[bytes, list[bytes]]) -> None:
+        identity, frames = message
+        self._feed(FrameIn(identity, frames, self._clock.now_ms()))
 
     def _feed(self, event: Event) -> None:
         for command in self._hub.handle(event):
