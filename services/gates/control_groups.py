@@ -148,10 +148,15 @@ def _enable(folder: Path) -> bool:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Groups of a service that was killed: their processes died with it."""
+    """Groups of services that were killed: their processes died with them.
+
+    Those of a service that lives stay, also empty ones: it may have made one this moment, for a process to come.
+    """
     for folder in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # another gates service of this machine is at work in it
-            folder.rmdir()
+        maker = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if not Path("/proc", maker).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _write(file: Path, value: str) -> None:

@@ -284,7 +284,7 @@ def test_a_schema_that_would_compute_for_ever_is_killed_while_the_service_answer
 )
 def test_a_run_that_proves_nothing_is_not_a_pass(stack: Stack, tests: str, rule: str) -> None:
     result = stack.test_code(tests)
-    assert (result.verdict, result.findings[0].rule) == (Verdict.FAIL, rule), result
+    assert (result.verdict, [finding.rule for finding in result.findings][:1]) == (Verdict.FAIL, [rule]), result
 
 
 def test_a_workspace_cannot_replace_the_tool_or_the_artefact(stack: Stack) -> None:
