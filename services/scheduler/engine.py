@@ -17,7 +17,7 @@ from protocol.errors import BadFrame, CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal
 from protocol.messages.infer import InferFinal
-from protocol.messages.plan import PlanFinal, PlanPartial
+from protocol.messages.plan import PlanPartial
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Plan, Step, TaskIR
@@ -39,17 +39,17 @@ from services.scheduler.fold import apply, begin
 from services.scheduler.growth import reach_of
 from services.scheduler.own_calls import Wanted, inference_call, service_call
 from services.scheduler.personas import Personas
-from services.scheduler.planning import adopted, grown, plan_body, plan_wanted
+from services.scheduler.plans import PlanHands, Plans, planning_of, will_grow
 from services.scheduler.ranks import Ranking
 from services.scheduler.replanning import Hands, Replanning
 from services.scheduler.requests import infer_request
-from services.scheduler.setbacks import attempt_lost, is_retry, poisoned, step_history, task_history, task_setback
+from services.scheduler.setbacks import attempt_lost, poisoned, step_history, task_history, task_setback
 from services.scheduler.settling import Settling
 from services.scheduler.swarm import said_in
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.unfolding import StepHands, Unfolding
 from services.scheduler.verdicts import gate_failure
-from services.scheduler.versions import contradiction, may_contradict, replan_body, trigger_of
+from services.scheduler.versions import contradiction, may_contradict, trigger_of
 
 MAX_MOVES: Final = 2
 """Moves of one attempt to another model: there, and back when that one is gone as well. After that it waits."""
@@ -78,6 +78,7 @@ class Engine:
     """Tasks somebody watches: their answers are streamed."""
     casting: Casting = field(init=False)
     replanning: Replanning = field(init=False)
+    plans: Plans = field(init=False)
     unfolding: Unfolding = field(init=False)
     settling: Settling = field(init=False)
     _effects: list[Effect] = field(default_factory=list)
@@ -113,6 +114,13 @@ class Engine:
                 contradicted=self.replanning.result_contradicts,
             ),
         )
+        self.plans = Plans(
+            lambda: self.registry,
+            self.ranking,
+            self.casting,
+            self.replanning,
+            PlanHands(emit=self._emit, ask=ask, begin=self.unfolding.begin, failed=self._on_task_failure),
+        )
         self.settling = Settling(
             self.personas,
             lambda: self.registry,
@@ -147,7 +155,7 @@ class Engine:
         self.live[task_id] = task
         self.active[client] += 1
         self._effects.append(Record(fact, task.seq))
-        self._ask_plan(task, at_ms)
+        self.plans.ask(task, at_ms)
 
     def restore(self, task: TaskRecord, at_ms: int) -> None:
         """Take up a task from the journal where it stood; work in flight may be brought back by its worker."""
@@ -158,14 +166,14 @@ class Engine:
         if task.state.final:
             self.settling.begin(task, at_ms)
         elif task.state is TaskState.PLANNING:
-            self._ask_plan(task, at_ms)
-        elif task.state is TaskState.CHECKING or (task.unfinished == 0 and not self._will_grow(task)):
+            self.plans.ask(task, at_ms)
+        elif task.state is TaskState.CHECKING or (task.unfinished == 0 and not will_grow(task)):
             self._finish(task, at_ms)
         else:
             if task.revising is not None:
                 self.replanning.ask(task, at_ms)
             elif task.plan_open:
-                self._ask_plan(task, at_ms)
+                self.plans.ask(task, at_ms)
             for step in task.steps.values():
                 if step.state in (StepState.READY, StepState.INFERRING):
                     hold = at_ms + REATTACH_MS if step.state is StepState.INFERRING else 0
@@ -199,7 +207,7 @@ class Engine:
             self._emit(task, f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why[:500]))
         if step.agent is not None:
             self._release(task, step, at_ms)
-        elif task.unfinished == 0 and not self._will_grow(task):
+        elif task.unfinished == 0 and not will_grow(task):
             self._finish(task, at_ms)
 
     def extend(self, task: TaskRecord, steps: Sequence[Step], client: str, at_ms: int) -> None:
@@ -267,7 +275,7 @@ class Engine:
         if step is not None:
             self._on_failure(task, step, _WORK_OF[call.kind], failure, at_ms, queued_again=call.key)
         else:
-            work = _WORK_OF_TASK.get(call.kind) or _planning_of(task)
+            work = _WORK_OF_TASK.get(call.kind) or planning_of(task)
             self._on_task_failure(task, work, failure, at_ms, queued_again=call.key)
 
     def on_ended(self, call: Call, kind: str, body: bytes, worker: str, at_ms: int) -> None:
@@ -284,7 +292,7 @@ class Engine:
             elif task.state.final:
                 return
             elif call.kind == "plan.request":
-                self._on_planned(task, body, failure, at_ms)
+                self.plans.on_answer(task, body, failure, at_ms)
             elif step is None:
                 self._on_task_gates(task, body, failure, at_ms)
             elif step.state.final:
@@ -313,70 +321,18 @@ class Engine:
         """Compose the body of one of the hub's own calls, when it starts."""
         task, step = self._locate(call)
         if task is not None and call.kind == "plan.request":
-            return plan_body(task) if task.revising is None else replan_body(task, self.ranking, at_ms)
+            return self.plans.body(task, at_ms)
         if task is None or step is None:
             raise KeyError(f"call {call.key} belongs to no step")
         return pack_map(infer_request(task, step, self.registry, stream=task.id in self.watched))
 
-    # Planning
-
-    def _ask_plan(self, task: TaskRecord, at_ms: int, hold_until_ms: int = 0) -> None:
-        retries = sum(1 for one in task.setbacks.newest if is_retry(one.work, one.action, Work.PLAN))
-        self._ask(task, None, plan_wanted(retries), at_ms, hold_until_ms)
-
-    def _on_planned(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
-        if task.revising is None and task.state is not TaskState.PLANNING and not task.plan_open:
-            return  # nobody waits for it any more
-        work = _planning_of(task)
-        if failure is None:
-            try:
-                final = self.casting.make_those_of(task, unpack_body(PlanFinal, body), self.registry, at_ms)
-                if work is Work.REPLAN:
-                    self.replanning.on_planned(task, final, at_ms)
-                    return
-                self._emit(task, adopted(task, final, self.registry, self.ranking, at_ms))
-                self.ranking.forget(task.id)
-            except CallFailed as err:
-                failure = err.failure
-        if failure is not None:
-            self._on_task_failure(task, work, failure, at_ms)
-            return
-        self._drop_without(task, at_ms)
-        self.replanning.go_on(task, at_ms)
+    # Steps
 
     def on_plan_partial(self, call: Call, partial: PlanPartial, at_ms: int) -> None:
-        """The first steps of a plan in the making can start; what cannot run is left to the whole plan."""
+        """Steps of a plan in the making, while its call runs."""
         task, _ = self._locate(call)
-        if task is None or task.revising is not None or not (task.state is TaskState.PLANNING or task.plan_open):
-            return
-        if all(step.id in task.steps for step in partial.steps):
-            return  # told before
-        try:
-            partial = self.casting.make_those_begun(task, partial, self.registry, at_ms)
-        except CallFailed:
-            return  # its personas cannot be; the whole plan is refused for it as well, and says so
-        fact = grown(task, partial, self.registry, at_ms)
-        if fact is not None:
-            self._emit(task, fact)
-            self.ranking.forget(task.id)
-            self._drop_without(task, at_ms)
-            for step in list(task.steps.values()):
-                if not step.waiting_for and step.state is StepState.WAITING:
-                    self.unfolding.begin(task, step, at_ms)
-
-    def _drop_without(self, task: TaskRecord, at_ms: int) -> None:
-        """Steps that were planned after somebody cancelled what they need are cancelled with it."""
-        for gone in [step.spec.id for step in task.steps.values() if step.state is StepState.CANCELLED]:
-            for name in reach_of(task, gone):
-                if not task.steps[name].state.final:
-                    why = f"needs {gone}, which was cancelled"
-                    fact = f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why)
-                    self._emit(task, fact)
-
-    def _will_grow(self, task: TaskRecord) -> bool:
-        return task.plan_open or task.revising is not None
-
-    # Steps
+        if task is not None:
+            self.plans.on_partial(task, partial, at_ms)
 
     def _begin_attempt(self, task: TaskRecord, step: StepRecord, action: Action, at_ms: int) -> None:
         if task.state.final or step.state.final:
@@ -489,7 +445,7 @@ class Engine:
             case Work.PLAN if gone:
                 self._end(task, TaskState.FAILED, failure, at_ms, why="planning failed")
             case Work.PLAN:
-                self._ask_plan(task, at_ms, hold_until_ms=hold_ms)
+                self.plans.ask(task, at_ms, hold_until_ms=hold_ms)
             case Work.REPLAN if gone:
                 self.replanning.abandon(task, failure, at_ms)
             case Work.REPLAN:
@@ -563,7 +519,7 @@ class Engine:
             follower = task.steps[other]
             if not follower.waiting_for and not task.state.final:
                 self.unfolding.proceed(task, follower, at_ms)
-        if task.unfinished == 0 and not task.state.final and not self._will_grow(task):
+        if task.unfinished == 0 and not task.state.final and not will_grow(task):
             self._finish(task, at_ms)
 
     # The end of a task
@@ -643,8 +599,3 @@ class Engine:
     def _queue_call(self, task: TaskRecord, call: Call) -> None:
         self._calls.setdefault(task.id, set()).add(call.key)
         self._effects.append(Ask(call))
-
-
-def _planning_of(task: TaskRecord) -> Work:
-    """What the planner is at, for a task that waits for it."""
-    return Work.PLAN if task.revising is None else Work.REPLAN
