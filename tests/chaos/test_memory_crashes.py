@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 def test_on_its_worst_days_the_memory_loses_nothing_and_answers_nothing_wrong() -> None:
     argv = [sys.executable, "-m", "services.ctl", "bench", "memory", "--crashes", "3", "--json"]
     done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=800)
+    assert done.stdout, done.stderr[-4_000:]
     figures = json.loads(done.stdout)
     assert (figures["lost"], figures["wrong_answers"]) == (0, 0), figures["details"]
     assert done.returncode == 0

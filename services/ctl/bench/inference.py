@@ -81,7 +81,10 @@ def _engine(engine: str, runs: int, threads: int, screen: Screen, *, quick: bool
         BareStack(Path(folder), models=models, core=("scheduler",)) as stack,
     ):
         tokens = 4 if quick else _ANSWER_TOKENS
-        figures: dict[str, Any] = dict(streams.measure_streams(stack, _MODEL, STREAMS, runs, tokens))
+        beginnings = 0 if quick else streams.BEGINNINGS_PER_RUN
+        figures: dict[str, Any] = dict(
+            streams.measure_streams(stack, _MODEL, STREAMS, runs, tokens, beginnings=beginnings)
+        )
         cancels = streams.measure_cancel(stack, _MODEL, 2 if quick else _CANCELS_PER_RUN * runs)
     figures |= {f"cancel_ms_{name}": value for name, value in cancels.items()}
     screen.note(f"tierline: {engine}: prompts that begin alike")

@@ -5,8 +5,10 @@ no service, no partials: a loop over the events, with the HTTP library that the 
 as many prompts at once as there are streams, first one way and then the other, and every second pair the other way
 round, so that what else the machine does meets both. A ratio is made within a pair, and the median is over all pairs:
 on a shared virtual machine one pair says little (a standard deviation of 6 % where nothing else ran), hence so many.
-Of several streams the first to begin is compared with the first, the second with the second, and so on: llama.cpp reads
-the prompts that have arrived together, so that the streams of a round begin in steps of a whole batch.
+First tokens scatter more than that, by some 20 ms for four streams: twice as many pairs of answers that end soon after
+their beginning are made for them, and the standard error over all pairs is told. Of several streams the first to begin
+is compared with the first, the second with the second, and so on: llama.cpp reads the prompts that have arrived
+together, so that the streams of a round begin in steps of a whole batch.
 
 Both sides do the same work. Prompts are equally long and differ from their first character on, so that all there is in
 a cache is what the chat template puts before them; and every slot has read that before anything is measured, since
@@ -23,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import statistics
 import string
 import time
@@ -46,6 +49,8 @@ _CANCELLED_TOKENS: Final = 400
 _DIRECT_S: Final = 2.0
 _PAIRS_PER_RUN: Final = 4
 """An even number, so that the last answer goes over the bus."""
+BEGINNINGS_PER_RUN: Final = 8
+"""Pairs for the time to the first token alone; an even number as well."""
 _SEEN_FREE_S: Final = 1.3
 """The service looks at the slots once a second."""
 _LEAST_TOKENS: Final = 4
@@ -124,12 +129,19 @@ def metrics_of(stack: BareStack, model: str) -> dict[str, Any]:
 
 
 def measure_streams(
-    stack: BareStack, model: str, streams: tuple[int, ...], runs: int, answer_tokens: int
+    stack: BareStack,
+    model: str,
+    streams: tuple[int, ...],
+    runs: int,
+    answer_tokens: int,
+    beginnings: int = BEGINNINGS_PER_RUN,
 ) -> dict[str, dict[str, float]]:
-    """Figures by number of streams: `tokens_ratio` (bus over direct), `ttft_added_ms_p50`, and of each side speed,
-    tokens read and tokens written for an answer. Raises BenchmarkFailedError.
+    """Figures by number of streams: `tokens_ratio` (bus over direct), `ttft_added_ms_p50` with `ttft_added_ms_se`, the
+    standard error of the mean over the pairs, and of each side speed, tokens read and tokens written for an answer.
+
+    `beginnings` are the pairs of a run that are made for the first token alone. Raises BenchmarkFailedError.
     """
-    return asyncio.run(_Comparison(stack, model).figures(streams, runs, answer_tokens))
+    return asyncio.run(_Comparison(stack, model).figures(streams, runs, answer_tokens, beginnings))
 
 
 class _Comparison:
@@ -141,23 +153,33 @@ class _Comparison:
         self._numbers = itertools.count()
         self._repeats = _REPEATS
 
-    async def figures(self, streams: tuple[int, ...], runs: int, answer_tokens: int) -> dict[str, dict[str, float]]:
-        figures: dict[str, dict[str, float]] = {"tokens_ratio": {}, "ttft_added_ms_p50": {}}
+    async def figures(
+        self, streams: tuple[int, ...], runs: int, answer_tokens: int, beginnings: int
+    ) -> dict[str, dict[str, float]]:
+        figures: dict[str, dict[str, float]] = {
+            name: {} for name in ("tokens_ratio", "ttft_added_ms_p50", "ttft_added_ms_se")
+        }
         async with AsyncClient(self._stack.home.hub_address, name="bench") as bus:
             await self._warm(bus)
             for count in streams:
                 rehearsed = await self._over_bus(bus, count, 2 * _LEAST_TOKENS)
                 tokens = max(_LEAST_TOKENS, min(answer_tokens, int(rehearsed.tokens_per_s * _DIRECT_S / count)))
                 pairs = [await self._pair(bus, count, tokens, turn % 2 == 0) for turn in range(_PAIRS_PER_RUN * runs)]
+                begun = pairs + [
+                    await self._pair(bus, count, _LEAST_TOKENS, turn % 2 == 0) for turn in range(beginnings * runs)
+                ]
                 name = str(count)
                 ratio = statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
                 added = statistics.median(
                     over - around
-                    for one, other in pairs
+                    for one, other in begun
                     for over, around in zip(one.firsts_ms, other.firsts_ms, strict=True)
                 )
+                means = [statistics.mean(one.firsts_ms) - statistics.mean(other.firsts_ms) for one, other in begun]
+                error = statistics.stdev(means) / math.sqrt(len(means))
                 figures["tokens_ratio"][name] = round(ratio, 3)
                 figures["ttft_added_ms_p50"][name] = round(added, 2)
+                figures["ttft_added_ms_se"][name] = round(error, 2)
                 for side, taken in zip(("bus", "direct"), zip(*pairs, strict=True), strict=True):
                     for figure in ("tokens_per_s", "first_ms", "read_tokens", "written_tokens"):
                         value = statistics.median(getattr(one, figure) for one in taken)
