@@ -17,9 +17,19 @@ from protocol.plan_graph import needs
 def levels_of(waits_for: Mapping[str, Iterable[str]]) -> dict[str, int]:
     """Step -> steps on the longest chain before it. Raises graphlib.CycleError if the graph has a circle."""
     level: dict[str, int] = {}
-    for step in TopologicalSorter(waits_for).static_order():
+    for step in _in_order(waits_for):
         level[step] = max((level[other] + 1 for other in waits_for[step]), default=0)
     return level
+
+
+def _in_order(waits_for: Mapping[str, Iterable[str]]) -> Iterable[str]:
+    """The steps, none before what it waits for: as they are written, which is nearly always such an order."""
+    seen: set[str] = set()
+    for step, others in waits_for.items():
+        if not seen.issuperset(others):
+            return TopologicalSorter(waits_for).static_order()
+        seen.add(step)
+    return waits_for
 
 
 def width_of(plan: Plan) -> int:
@@ -29,7 +39,7 @@ def width_of(plan: Plan) -> int:
 
 def longest_chain(waits_for: Mapping[str, Iterable[str]], cost_s: Mapping[str, float]) -> tuple[list[str], float]:
     """The chain that ends last, first step first, and its seconds; among equals the smaller id."""
-    return _chain(waits_for, _ends_s(waits_for, cost_s, TopologicalSorter(waits_for).static_order()))
+    return _chain(waits_for, _ends_s(waits_for, cost_s, _in_order(waits_for)))
 
 
 def least_s(

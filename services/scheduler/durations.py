@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+import msgspec
+
 PRIOR_TOKENS_PER_S: Final = 30.0
 """Decoding speed that is assumed of a model nobody has seen: about that of a 7B on one socket."""
 _SHRINKAGE: Final = 3.0
@@ -24,9 +26,8 @@ _PRIOR_SPREAD: Final = 1.0
 """Spread before anything was observed: within a factor of three, two times out of three."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is known of a step before it runs."""
+class Job(msgspec.Struct, frozen=True):
+    """What is known of a step before it runs. One is made for each open step whenever a task is ranked."""
 
     role: str
     task_type: str

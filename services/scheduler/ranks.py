@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from graphlib import CycleError
+from graphlib import TopologicalSorter
 from typing import Final
 
 from protocol.messages.result import StepState
@@ -58,7 +58,8 @@ def upward_rank(successors: Mapping[str, Iterable[str]], cost_s: Mapping[str, fl
             if not open_[other]:
                 ranked.append(other)
     if len(rank) < len(cost_s):
-        raise CycleError(f"the steps wait for each other: {', '.join(sorted(cost_s.keys() - rank.keys())[:5])}")
+        # It finds the circle and says what is on it.
+        TopologicalSorter({step: successors.get(step, ()) for step in cost_s}).prepare()
     return rank
 
 
