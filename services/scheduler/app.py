@@ -1,9 +1,9 @@
 """The hub's edge: one poll loop that drives the machine, the socket, the journal and the log.
 
 A turn drains what has arrived and hands out work, writes all facts of the batch in one transaction, then tells: nobody
-is promised anything that a crash could take back. A poll loop and not asyncio, because this loop is the latency of every step.
-If the journal cannot be written the hub stops; what clients were not told is theirs to submit again. A task whose
-facts are damaged is set aside with a line in the log; all others go on.
+is promised anything that a crash could take back. A poll loop and not asyncio, because this loop is the latency of
+every step. If the journal cannot be written the hub stops; what clients were not told is theirs to submit again. A task
+whose facts are damaged is set aside with a line in the log; all others go on.
 """
 
 from __future__ import annotations
