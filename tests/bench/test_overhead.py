@@ -18,6 +18,7 @@ def test_overhead_growth_and_memory_are_printed_as_json(capsys: pytest.CaptureFi
     assert figures["history_growth"] > 0, "a ratio of costs; its goal is checked by the full run"
     assert 20 < figures["rss_mb"] < 500
     assert 0 < figures["fanout_commits_per_step"] < 0.5, "group commit: many steps share a transaction"
-    assert 0.9 < figures["chain_commits_per_step"] < 1.5, "a chain has one thing to write at a time"
+    # A chain has one thing to write at a time, or two where a worker is quicker than the hub looks for more.
+    assert 0.5 <= figures["chain_commits_per_step"] < 1.5
     for name in ("raw_zmq_fanout_us", "raw_zmq_chain_us", "fanout_us_per_step", "chain_us_per_step"):
         assert figures[name] > 0
