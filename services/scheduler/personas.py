@@ -291,6 +291,8 @@ class Personas:
         declared = self._declared()
         for name, trial in self.trials.items():
             trial.waiting = trial.waiting and not reloaded and name not in declared
+            if name == self._writing:
+                continue  # what became of it follows, with the reason why it has earned its place
             if trial.state == "trial" and name in declared:
                 same = self.registry().personas[name].prompt == trial.made.prompt
                 state: PersonaState = "adopted" if same else "dropped"

@@ -6,6 +6,7 @@ The scripted worker keeps its ledger well only where it is told to be the clerk 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,12 @@ def test_one_made_by_a_client_is_tried_credited_adopted_and_then_chosen_by_what_
         assert good.state is TaskState.SUCCEEDED, good.failure
     # One more where it was tried above: then it may have earned its place already.
     until(lambda: outcomes(stack, "quay-clerk") >= 4, "its outcomes are counted")
-    until(lambda: " outcomes" in personas(stack)["quay-clerk"]["why"], "and it says how many")
+    until(lambda: re.search(r"\d+ .*outcomes", personas(stack)["quay-clerk"]["why"]), "and it says how many")
     assert outcomes(stack, NO_PERSONA) >= 6
     for number in range(2):
         run(stack, f"keep the ledger of week {number}", "quay-clerk", step=LEDGER)
     until(lambda: personas(stack)["quay-clerk"]["state"] == "adopted", "it has earned its place")
+    assert personas(stack)["quay-clerk"]["why"].startswith("better: "), "why is not forgotten"
 
     text = (stack.stack.registry / "personas.yaml").read_text(encoding="utf-8")
     assert "# Made at run time, adopted for its outcomes: better: " in text
