@@ -45,8 +45,8 @@ class LogEvent:
 class Log:
     """Appends lines to `<folder>/<service>.jsonl`; at 64 MiB the file is moved to `.1` and begun anew.
 
-    Lines below `level` are left out. A `batched` log writes at `flush`, for a loop that writes many lines a turn;
-    what a kill -9 takes then is at most one turn. Not for several threads at once.
+    Lines below `level` are left out. A `batched` log makes and writes its lines at `flush`, for a loop in which others
+    wait for every turn; what was not flushed a kill -9 takes. Not for several threads at once.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class Log:
         self._clock = clock
         self._left_out = frozenset(LEVELS[: LEVELS.index(level)])
         self._batched = batched
-        self._lines: list[bytes] = []
+        self._pending: list[tuple[LogEvent, int, dict[str, Any]]] = []
+        """Lines to be made: kind, unix ms, fields."""
         self._fd = self._open()
 
     def keeps(self, event: LogEvent) -> bool:
@@ -72,25 +73,16 @@ class Log:
             raise KeyError(f"{event.name} does not declare the field {unknown!r}")
         if not self.keeps(event):
             return
-        line: dict[str, Any] = {
-            "ts": _stamp(self._clock.now_ms()),
-            "level": event.level,
-            "service": self._service,
-            "event": event.name,
-        }
-        for name, value in fields.items():
-            if value is not None:
-                line[name] = value[:_MAX_FIELD_CHARS] if isinstance(value, str) else value
-        self._lines.append(_encoded(line))
-        if not self._batched or len(self._lines) >= _MAX_BATCH_LINES:
+        self._pending.append((event, self._clock.now_ms(), fields))
+        if not self._batched or len(self._pending) >= _MAX_BATCH_LINES:
             self.flush()
 
     def flush(self) -> None:
         """Write the lines of a batched log."""
-        if not self._lines:
+        if not self._pending:
             return
-        data = b"\n".join(self._lines) + b"\n"
-        self._lines.clear()
+        pending, self._pending = self._pending, []
+        data = b"".join(self._line(*one) for one in pending)
         if os.fstat(self._fd).st_size + len(data) > _MAX_FILE_BYTES:
             self._path.replace(self._path.with_suffix(".jsonl.1"))
             os.close(self._fd)
@@ -101,6 +93,18 @@ class Log:
         """Write what is left and close the file."""
         self.flush()
         os.close(self._fd)
+
+    def _line(self, event: LogEvent, at_ms: int, fields: dict[str, Any]) -> bytes:
+        line: dict[str, Any] = {
+            "ts": _stamp(at_ms),
+            "level": event.level,
+            "service": self._service,
+            "event": event.name,
+        }
+        for name, value in fields.items():
+            if value is not None:
+                line[name] = value[:_MAX_FIELD_CHARS] if isinstance(value, str) else value
+        return _encoded(line) + b"\n"
 
     def _open(self) -> int:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -46,7 +46,7 @@ def answered(
         at_ms=at_ms,
         step=step.spec.id,
         number=step.attempt.number,
-        artefacts=[artefact.model_dump(mode="json", exclude_none=True) for artefact in made],
+        artefacts=[f.Dumped(artefact) for artefact in made],
         prompt_tokens=final.prompt_tokens,
         cached_tokens=final.cached_tokens,
         generated_tokens=final.generated_tokens,

@@ -12,9 +12,12 @@ next attempt is told (`feedback.py`), whether a model is served at all (`circuit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Literal, get_args
+
+import msgspec
+from msgspec.structs import replace
 
 from protocol.messages.failure import Category, Failure
 from services.kit.registry import FailureRule, Registry
@@ -99,8 +102,7 @@ class History:
     """A larger budget is worth trying before the role above, as far as is known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(msgspec.Struct, frozen=True):
     """What to do next, and the rule that says so, for people: it begins with file and line."""
 
     kind: Kind

@@ -7,7 +7,9 @@ that contradicts itself must stop the hub rather than be guessed at.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel
 
 from protocol.messages.artefact import Artefact
 from protocol.messages.failure import Failure
@@ -30,10 +32,12 @@ from services.scheduler.tasks import (
     TaskRecord,
 )
 
+M = TypeVar("M", bound=BaseModel)
+
 
 def begin(fact: f.TaskAccepted) -> TaskRecord:
     """A task from its first fact."""
-    ir = _task_ir(fact.ir)
+    ir = _message(TaskIR, fact.ir)
     record = TaskRecord(id=fact.task, ir=ir, client=fact.client, created_ms=fact.at_ms, seq=1)
     record.artefacts = {artefact.name: artefact for artefact in ir.inputs}
     return record
@@ -99,14 +103,15 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
             raise JournalError(f"{type(fact).__name__} is no fact that this version knows")
 
 
-def _task_ir(values: Mapping[str, Any]) -> TaskIR:
-    if isinstance(values, f.Dumped) and isinstance(values.message, TaskIR):
+def _message(model: type[M], values: Mapping[str, Any]) -> M:
+    """A message of a fact: the very one that it was made from, or read back where it comes from the journal."""
+    if isinstance(values, f.Dumped) and isinstance(values.message, model):
         return values.message
-    return TaskIR.model_validate(values)
+    return model.model_validate(values)
 
 
 def _adopt_plan(task: TaskRecord, fact: f.TaskPlanned) -> None:
-    task.ir = _task_ir(fact.ir)
+    task.ir = _message(TaskIR, fact.ir)
     for artefact in task.ir.inputs:  # the planner may have added some: the pieces of a long input
         task.artefacts.setdefault(artefact.name, artefact)
     lessons = tuple(Lesson.model_validate(one) for one in fact.lessons or ())
@@ -409,7 +414,7 @@ def _take_answer(task: TaskRecord, step: StepRecord, fact: f.AttemptAnswered) ->
     step.state = StepState.CHECKING
     attempt.inferred_ms = fact.at_ms
     attempt.timeline.answered(fact.at_ms)
-    attempt.artefacts = [Artefact.model_validate(value) for value in fact.artefacts]
+    attempt.artefacts = [_message(Artefact, value) for value in fact.artefacts]
     attempt.prompt_tokens = fact.prompt_tokens
     attempt.cached_tokens = fact.cached_tokens
     attempt.generated_tokens = fact.generated_tokens

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 BATCH_EVERY: Final = 5
 """At least one of so many calls is a batch call while any waits."""
 _NEVER: Final = 2**62
@@ -31,8 +33,7 @@ Entry = tuple[float, int, int, str]
 """Negative rank, deadline, arrival, key: the smallest goes first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """What decides the place of a call in the queue."""
 
     client: str
@@ -106,6 +107,8 @@ class ReadyQueue:
     _arrivals: int = 0
     _stale: int = 0
     """Entries whose call waits no longer, at most."""
+    _chosen: tuple[_Class, str] | None = None
+    """Whose first call goes next, once asked for; until the line changes."""
 
     def push(self, key: str, place: Place, hold_until_ms: int = 0) -> None:
         """Add a call; with `hold_until_ms` it joins the line when `release` is called at or after that time."""
@@ -135,6 +138,7 @@ class ReadyQueue:
         chosen = self._choose()
         if chosen is None:
             raise IndexError("the queue is empty")
+        self._chosen = None
         group, client = chosen
         group.serve(client)
         group.pop(client)
@@ -145,6 +149,7 @@ class ReadyQueue:
         chosen = self._choose()
         if chosen is None:
             raise IndexError("the queue is empty")
+        self._chosen = None
         chosen[0].pop(chosen[1])
         self._stale = max(0, self._stale - 1)
 
@@ -182,6 +187,7 @@ class ReadyQueue:
             seen.add(key)
             return True
 
+        self._chosen = None
         for group in (self._interactive, self._batch):
             group.retain(keep)
         self._held = [held for held in sorted(self._held, key=lambda held: held[:2]) if keep(held[2])]
@@ -190,14 +196,18 @@ class ReadyQueue:
     def _enter(self, key: str, place: Place, arrival: int) -> None:
         deadline = _NEVER if place.deadline_ms is None else place.deadline_ms
         group = self._interactive if place.interactive else self._batch
+        self._chosen = None
         group.push(place.client, (-place.rank_s, deadline, arrival, key), place.weight)
 
     def _choose(self) -> tuple[_Class, str] | None:
+        if self._chosen is not None:
+            return self._chosen
         first, second = self._interactive, self._batch
         if self._since_batch >= BATCH_EVERY - 1:
             first, second = second, first
         for group in (first, second):
             client = group.first_client()
             if client is not None:
-                return group, client
-        return None
+                self._chosen = group, client
+                break
+        return self._chosen

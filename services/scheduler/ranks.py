@@ -25,6 +25,8 @@ _RERANK_STEPS: Final = 32
 _RERANK_SHARE: Final = 4
 """Ranks of a task are looked at anew after so many of its steps have ended, or this part of those that were open,
 whichever is more: keeps the cost per step flat."""
+_RERANK_MS: Final = 100
+"""And not before so long after the last time: what is known of durations does not change faster than that."""
 _MATERIAL: Final = 0.05
 """An estimate that moved by less than this share is the same."""
 TRUSTED_SPREAD: Final = 0.1
@@ -104,10 +106,12 @@ class _Ranks:
     unfinished: int
     cost_s: dict[str, float]
     slots: dict[str, int]
+    at_ms: int
 
-    def is_due(self, task: TaskRecord) -> bool:
+    def is_due(self, task: TaskRecord, at_ms: int) -> bool:
         ended = self.unfinished - task.unfinished
-        return ended >= max(_RERANK_STEPS, self.unfinished // _RERANK_SHARE)
+        often = max(_RERANK_STEPS, self.unfinished // _RERANK_SHARE)
+        return ended >= often and at_ms - self.at_ms >= _RERANK_MS
 
     def still_holds(self, cost_s: Mapping[str, float], slots: Mapping[str, int]) -> bool:
         """True if nothing they rest on has changed for the steps that are open now."""
@@ -132,7 +136,7 @@ class Ranking:
     def rank_s(self, task: TaskRecord, step: StepRecord, at_ms: int) -> float:
         """Rank of a step under what is known now: seconds from its start to the end of its task."""
         known = self._ranks.get(task.id)
-        if known is None or step.spec.id not in known.rank_s or known.is_due(task):
+        if known is None or step.spec.id not in known.rank_s or known.is_due(task, at_ms):
             known = self._ranks[task.id] = self._rank(task, known, at_ms)
         return known.rank_s.get(step.spec.id, 0.0)
 
@@ -209,14 +213,14 @@ class Ranking:
         tier = {name: self.registry.roles[step.role].model for name, step in steps.items()}
         slots = {model: self.slots_of(model) for model in set(tier.values())}
         if known is not None and known.still_holds(cost_s, slots):
-            return _Ranks(known.rank_s, task.unfinished, known.cost_s, known.slots)
+            return _Ranks(known.rank_s, task.unfinished, known.cost_s, known.slots, at_ms)
         followers = {name: [other for other in task.dependents[name] if other in steps] for name in steps}
         running = {name: step for name, step in steps.items() if step.state is StepState.INFERRING}
         left_s = cost_s | {name: _left_s(cost_s[name], step, at_ms) for name, step in running.items()}
         rank = upward_rank(followers, left_s)
         if spread <= TRUSTED_SPREAD:
             rank = looked_ahead(Remaining(left_s, followers, tier, slots, frozenset(running)), rank)
-        return _Ranks(rank, task.unfinished, cost_s, slots)
+        return _Ranks(rank, task.unfinished, cost_s, slots, at_ms)
 
 
 def _left_s(cost_s: float, step: StepRecord, at_ms: int) -> float:

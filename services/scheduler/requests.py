@@ -134,10 +134,14 @@ def batch_item_request(batch: BatchRequest, prompt: str, key: str, registry: Reg
 
 def _seeded(role: RoleEntry, key: str) -> dict[str, Any]:
     """The role's sampling; where it fixes no seed, one that follows from the key: a rerun asks the same."""
-    sampling = role.sampling.model_dump(exclude_none=True)
-    if "seed" not in sampling:
-        sampling["seed"] = int(work_key(key, "seed")[:7], 16)
-    return sampling
+    sampling = _fixed(role.sampling)
+    return sampling if "seed" in sampling else sampling | {"seed": int(work_key(key, "seed")[:7], 16)}
+
+
+@cache
+def _fixed(sampling: Sampling) -> dict[str, Any]:
+    """A role's sampling as it goes on the wire, made once, like its limits; not to be changed."""
+    return sampling.model_dump(exclude_none=True)
 
 
 @cache

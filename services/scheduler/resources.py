@@ -19,6 +19,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from services.kit.registry import Registry
 from services.scheduler.stages import depths
 
@@ -26,8 +28,7 @@ PATIENCE_MS: Final = 1_000
 _INFER: Final = "infer."
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
+class Needs(msgspec.Struct, frozen=True):
     """What a call takes while it runs."""
 
     cores: int = 0

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
 from pydantic import ValidationError
 
 from protocol.codec import describe
@@ -46,8 +47,7 @@ _SHOWN_NAMES: Final = 20
 _SHOWN_CHARS: Final = 150
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(msgspec.Struct, frozen=True):
     """What the answer of an attempt is: text to cut outputs from, or calls."""
 
     text: str
