@@ -26,6 +26,10 @@ _RECONNECT_MAX_MS: Final = 200
 """The hub is on this machine: asking a few times a second costs nothing, and its restart is noticed at once."""
 _HIGH_WATER: Final = 20_000  # a tripwire: credit and bounded queues keep pipes far below it
 _MAX_IPC_PATH: Final = 107  # sun_path of a unix socket
+# Plain integers: an operation on pyzmq's flags makes a new flag, which takes longer than sending a frame.
+_POLLIN: Final = int(zmq.POLLIN)
+_AT_ONCE: Final = int(zmq.NOBLOCK)
+_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 def _set_options(socket: zmq.Socket[bytes]) -> None:
@@ -143,16 +147,16 @@ def _send(socket: zmq.Socket[bytes], *frames: bytes) -> None:
     """Queue all frames or none: libzmq refuses the first frame of a message it has no room for."""
     *first, last = frames
     for frame in first:
-        _Backend.send(socket, frame, zmq.NOBLOCK | zmq.SNDMORE)
-    _Backend.send(socket, last, zmq.NOBLOCK)
+        _Backend.send(socket, frame, _MORE)
+    _Backend.send(socket, last, _AT_ONCE)
 
 
 def _receive(socket: zmq.Socket[bytes]) -> list[bytes] | None:
     """All frames of the next message. Asks first: an exception for `nothing there` costs more than the question."""
-    if not int(_Backend.get(socket, zmq.EVENTS)) & zmq.POLLIN:
+    if not int(_Backend.get(socket, zmq.EVENTS)) & _POLLIN:
         return None
     try:
-        frames = [_Backend.recv(socket, zmq.NOBLOCK)]
+        frames = [_Backend.recv(socket, _AT_ONCE)]
     except zmq.Again:
         return None  # a message cut short by its sender's death
     while _Backend.get(socket, zmq.RCVMORE):

@@ -53,10 +53,12 @@ def least_s(
 
 
 def shape_of_plan(
-    plan: Plan, cost_s: Mapping[str, float], model_of: Mapping[str, str], slots: Callable[[str], int]
+    waits_for: Mapping[str, frozenset[str]],
+    cost_s: Mapping[str, float],
+    model_of: Mapping[str, str],
+    slots: Callable[[str], int],
 ) -> PlanShape:
     """The shape of a plan without problems; costs are expected seconds per step."""
-    waits_for = needs(plan)
     level = levels_of(waits_for)
     chain, seconds = _chain(waits_for, _ends_s(waits_for, cost_s, level))  # the steps of `level` come in a good order
     return PlanShape(

@@ -10,6 +10,7 @@ from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
 from protocol.messages.plan import PlanFinal, PlanPartial, PlanRequest
 from protocol.messages.task import Plan, Step
+from protocol.plan_graph import needs
 from services.kit.plan_check import plan_problems
 from services.kit.plan_shape import as_written, shape_of_plan
 from services.kit.registry import Registry, with_own
@@ -80,11 +81,11 @@ def adopted(task: TaskRecord, final: PlanFinal, registry: Registry, ranking: Ran
     def slots(model: str) -> int:
         return ranking.slots(model) or registry.models[model].slots
 
-    as_run = shape_of_plan(plan, predicted.cost_s, model_of, slots)
+    as_run = shape_of_plan(predicted.waits_for, predicted.cost_s, model_of, slots)
     before = as_run
     if final.removed_edges or final.added_edges:
         written = as_written(plan, final.removed_edges, final.added_edges)
-        before = shape_of_plan(written, predicted.cost_s, model_of, slots)
+        before = shape_of_plan(needs(written), predicted.cost_s, model_of, slots)
     return f.TaskPlanned(
         task=task.id,
         at_ms=at_ms,

@@ -96,6 +96,8 @@ class Prediction:
     steps: tuple[str, ...]
     cost_s: Mapping[str, float]
     """Expected seconds of every step."""
+    waits_for: Mapping[str, frozenset[str]]
+    """Who waits for whom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ class Ranking:
             raise ValueError(f"task {task.id} has no plan to predict")
         specs = {step.id: step for step in plan.steps}
         followers: dict[str, list[str]] = {name: [] for name in specs}
-        for name, others in needs(plan).items():
+        waits_for = needs(plan)
+        for name, others in waits_for.items():
             for other in others:
                 followers[other].append(name)
         cost_s = {
@@ -162,7 +165,7 @@ class Ranking:
         chain = [max(ranks, key=lambda name: (ranks[name], name))]
         while followers[chain[-1]]:
             chain.append(max(followers[chain[-1]], key=lambda name: (ranks[name], name)))
-        return Prediction(round(1000 * ranks[chain[0]]), tuple(chain), cost_s)
+        return Prediction(round(1000 * ranks[chain[0]]), tuple(chain), cost_s, waits_for)
 
     def expected_s(self, task: TaskRecord, step: Step, role: str) -> float:
         """Seconds of inference that a step is expected to take in a role."""

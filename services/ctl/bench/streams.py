@@ -5,10 +5,12 @@ no service, no partials: a loop over the events, with the HTTP library that the 
 as many prompts at once as there are streams, first one way and then the other, and every second pair the other way
 round, so that what else the machine does meets both. A ratio is made within a pair, and the median is over all pairs:
 on a shared virtual machine one pair says little (a standard deviation of 6 % where nothing else ran), hence so many.
-First tokens scatter more than that, by some 20 ms for four streams: twice as many pairs of answers that end soon after
+First tokens scatter more than that, by some 40 ms for four streams: twice as many pairs of answers that end soon after
 their beginning are made for them, and the standard error over all pairs is told. Of several streams the first to begin
 is compared with the first, the second with the second, and so on: llama.cpp reads the prompts that have arrived
-together, so that the streams of a round begin in steps of a whole batch.
+together, so that the streams of a round begin in steps of a whole batch. Which of them share a step is chance, and
+moves their beginning further than all that the bus does. So what passes on the way from the client to the service
+and back is told as well: of each answer the time to its first text at the client without that at its service.
 
 Both sides do the same work. Prompts are equally long and differ from their first character on, so that all there is in
 a cache is what the chat template puts before them; and every slot has read that before anything is measured, since
@@ -99,6 +101,8 @@ class Answered:
     tokens: int
     read_tokens: int
     """Tokens of its prompt that were not in the slot's cache."""
+    transit_s: float = 0.0
+    """Of `first_s`, what passed outside of the service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,8 @@ class Round:
     """Mean of an answer."""
     written_tokens: float
     """Mean of an answer."""
+    transit_ms: float
+    """Median time to the first text that passed outside of the service; 0 where there is none."""
 
     @property
     def first_ms(self) -> float:
@@ -137,7 +143,8 @@ def measure_streams(
     beginnings: int = BEGINNINGS_PER_RUN,
 ) -> dict[str, dict[str, float]]:
     """Figures by number of streams: `tokens_ratio` (bus over direct), `ttft_added_ms_p50` with `ttft_added_ms_se`, the
-    standard error of the mean over the pairs, and of each side speed, tokens read and tokens written for an answer.
+    standard error of the mean over the pairs, `ttft_transit_ms_p50`, which of the first token is the bus's own, and of
+    each side speed, tokens read and tokens written for an answer.
 
     `beginnings` are the pairs of a run that are made for the first token alone. Raises BenchmarkFailedError.
     """
@@ -157,7 +164,7 @@ class _Comparison:
         self, streams: tuple[int, ...], runs: int, answer_tokens: int, beginnings: int
     ) -> dict[str, dict[str, float]]:
         figures: dict[str, dict[str, float]] = {
-            name: {} for name in ("tokens_ratio", "ttft_added_ms_p50", "ttft_added_ms_se")
+            name: {} for name in ("tokens_ratio", "ttft_added_ms_p50", "ttft_added_ms_se", "ttft_transit_ms_p50")
         }
         async with AsyncClient(self._stack.home.hub_address, name="bench") as bus:
             await self._warm(bus)
@@ -180,6 +187,8 @@ class _Comparison:
                 figures["tokens_ratio"][name] = round(ratio, 3)
                 figures["ttft_added_ms_p50"][name] = round(added, 2)
                 figures["ttft_added_ms_se"][name] = round(error, 2)
+                transit = statistics.median(over.transit_ms for over, _ in begun)
+                figures["ttft_transit_ms_p50"][name] = round(transit, 2)
                 for side, taken in zip(("bus", "direct"), zip(*pairs, strict=True), strict=True):
                     for figure in ("tokens_per_s", "first_ms", "read_tokens", "written_tokens"):
                         value = statistics.median(getattr(one, figure) for one in taken)
@@ -298,7 +307,9 @@ async def _over_bus(bus: AsyncClient, model: str, request: InferRequest) -> Answ
     final = await bus.infer(model, request, _CALL_S, on_partial=piece)
     if not first:
         raise BenchmarkFailedError(f"no piece of an answer came before its end: {final.text[:100]!r}")
-    return Answered(first[0] - began, final.generated_tokens, final.prompt_tokens - final.cached_tokens)
+    first_s = first[0] - began
+    read = final.prompt_tokens - final.cached_tokens
+    return Answered(first_s, final.generated_tokens, read, first_s - final.first_token_ms / 1000)
 
 
 async def _directly(http: aiohttp.ClientSession, request: InferRequest) -> Answered:
@@ -335,4 +346,5 @@ async def _together(ways: list[Coroutine[Any, Any, Answered]]) -> Round:
         firsts_ms=tuple(sorted(one.first_s * 1000 for one in answers)),
         read_tokens=statistics.mean(one.read_tokens for one in answers),
         written_tokens=statistics.mean(one.tokens for one in answers),
+        transit_ms=statistics.median(one.transit_s * 1000 for one in answers),
     )
