@@ -10,7 +10,7 @@ Leaves to others: what an answer means (`machine.py`), sockets and clocks (`app.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -73,8 +73,9 @@ class Broker:
     """Capabilities for which nothing is handed out, although a worker may be READY: their model is to be unloaded."""
     unserved: Unserved = field(default_factory=Unserved)
     _queues: dict[str, ReadyQueue] = field(default_factory=dict)
-    _ended: dict[str, None] = field(default_factory=dict)
-    """Keys that have ended lately, to tell a duplicate from a stranger."""
+    _ended: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """Keys that have ended lately, to tell a duplicate from a stranger. In a plain dictionary the oldest one
+    is found past the gaps of all that were removed since it last grew."""
     _children: dict[str, set[str]] = field(default_factory=dict)
     """Key of a call -> keys of the calls made during it."""
     _deadlines: list[tuple[int, str]] = field(default_factory=list)
@@ -584,7 +585,7 @@ class Broker:
     def _remember(self, key: str) -> None:
         self._ended[key] = None
         while len(self._ended) > _KEPT_ENDINGS:
-            del self._ended[next(iter(self._ended))]
+            self._ended.popitem(last=False)
 
 
 def _ends(kind: str, request: str) -> bool:
