@@ -77,3 +77,17 @@ def test_a_restarted_process_appends(tmp_path: Path) -> None:
 def test_a_log_is_private_to_the_user(tmp_path: Path) -> None:
     Log(tmp_path / "logs", "worker", VirtualClock()).close()
     assert (tmp_path / "logs" / "worker.jsonl").stat().st_mode & 0o077 == 0
+
+
+def test_a_batched_log_writes_at_flush_with_the_time_of_each_event(tmp_path: Path) -> None:
+    clock, path = VirtualClock(1_700_000_000_123), tmp_path / "worker.jsonl"
+    log = Log(tmp_path, "worker", clock, batched=True)
+    log.write(DONE, task="T1")
+    clock.advance_ms(90)
+    log.write(DONE, task="T2")
+    assert lines(path) == []
+    log.flush()
+    told = [(line["task"], line["ts"]) for line in lines(path)]
+    assert told == [("T1", "2023-11-14T22:13:20.123Z"), ("T2", "2023-11-14T22:13:20.213Z")]
+    log.close()
+    assert len(lines(path)) == 2, "nothing is written twice"
