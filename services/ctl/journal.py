@@ -18,6 +18,7 @@ from services.ctl.commands import Commands, Context
 from services.ctl.journal_copy import FILE_NAME
 from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.ctl.screen import mebibytes
+from services.scheduler.fact_rows import COUNTED
 from services.scheduler.journal_file import JournalVersionError, check_version, open_journal
 from services.scheduler.retention import Policy, keep
 
@@ -70,7 +71,7 @@ def _figures(database: sqlite3.Connection, path: Path) -> dict[str, Any]:
         "unsettled": one("SELECT COUNT(*) FROM tasks WHERE ended_ms IS NOT NULL AND settled = 0"),
         "compacted": one("SELECT COUNT(*) FROM tasks WHERE compacted = 1"),
         "removed": one("SELECT COUNT(*) FROM removed"),
-        "facts": one("SELECT COUNT(*) FROM facts"),
+        "facts": one(COUNTED),
         "snapshots": one("SELECT COUNT(*) FROM snapshots"),
         "file_bytes": path.stat().st_size,
         "free_bytes": one("PRAGMA freelist_count") * page_bytes,

@@ -17,7 +17,7 @@ from services.ctl.journal_copy import DamagedFileError, copy_of
 from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.ctl.screen import Screen
 from services.scheduler.audit import Contradiction, audit_file, audit_task, task_ids
-from services.scheduler.fact_rows import DamagedTask, advance, read_rows
+from services.scheduler.fact_rows import COUNTED, DamagedTask, advance, read_rows
 from services.scheduler.facts import Fact
 from services.scheduler.tasks import TaskRecord
 
@@ -74,7 +74,7 @@ def _replay(args: Namespace, context: Context) -> ExitCode:
 def _check(copy: sqlite3.Connection, tasks: list[str], screen: Screen, *, whole: bool) -> ExitCode:
     found: list[Contradiction] = [one for task in tasks for one in audit_task(copy, task)]
     found += audit_file(copy) if whole else []
-    facts = copy.execute("SELECT COUNT(*) FROM facts").fetchone()[0]
+    facts = int(copy.execute(COUNTED).fetchone()[0])
     if screen.json:
         screen.document({"tasks": len(tasks), "facts": facts, "contradictions": [asdict(one) for one in found]})
     else:

@@ -1,20 +1,34 @@
 """Facts as rows of the journal: sealed when written, checked when read, folded with the place of any damage named.
 
+A row holds the facts of one task that were written together, since what a row costs does not depend on how many are
+in it: the answer of a step in a chain is four facts and one row. Its `kind` names them in order, its `seq` is that of
+the last one.
+
 A flipped byte that still decodes would otherwise become state. The seal covers the place as well as the bytes, so a
 row that was moved is damage too. It guards against accidents, not against somebody who writes to the file.
 """
 
 from __future__ import annotations
 
+import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 from services.scheduler import facts as f
+from services.scheduler.effects import Record
 from services.scheduler.fold import apply, begin
 from services.scheduler.tasks import JournalError, TaskRecord
 
 Row = tuple[int, str, bytes, int | None]
 """seq, kind, data, seal; no seal in rows of journal version 1."""
+NewRow = tuple[str, int, str, bytes, int]
+"""task, seq, kind, data, seal."""
+
+COUNTED: Final = "SELECT TOTAL(LENGTH(kind) - LENGTH(REPLACE(kind, ' ', '')) + 1) FROM facts"
+"""SQL for the number of facts in a journal."""
+_ROW_BYTES: Final = 256 * 1024
+"""Facts that are larger together go into rows of their own: whoever reads some need not read all of them."""
 
 
 class DamagedTask(Exception):
@@ -32,21 +46,54 @@ def seal(task: str, seq: int, kind: str, data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32(f"{task}/{seq}/{kind}".encode()))
 
 
+def rows_of(records: Iterable[Record]) -> list[NewRow]:
+    """The rows that hold these facts, which are to be written in one transaction; those of a task are in order."""
+    by_task: dict[str, list[Record]] = {}
+    for record in records:
+        by_task.setdefault(record.fact.task, []).append(record)
+    return [row for task, made in by_task.items() for row in _rows(task, made)]
+
+
+def _rows(task: str, records: Sequence[Record]) -> list[NewRow]:
+    data = f.pack_facts([record.fact for record in records])
+    if len(data) > _ROW_BYTES and len(records) > 1:
+        half = len(records) // 2
+        return [*_rows(task, records[:half]), *_rows(task, records[half:])]
+    kind = " ".join([type(record.fact).__name__ for record in records])
+    seq = records[-1].seq
+    return [(task, seq, kind, data, seal(task, seq, kind, data))]
+
+
 def read_rows(task: str, rows: Iterable[Row], after: int = 0) -> Iterator[tuple[int, f.Fact]]:
-    """Decode the rows that follow fact number `after`. Raises DamagedTask at the first that is missing or damaged."""
-    for seq, kind, data, sealed in rows:
-        if seq != after + 1:
-            raise DamagedTask(task, after + 1, f"is missing, the next one is {seq}")
-        after = seq
-        if sealed is not None and sealed != seal(task, seq, kind, data):
-            raise DamagedTask(task, seq, f"its bytes are not those that were written ({kind})")
+    """Decode the facts that follow number `after`; the first row may hold some before. Raises DamagedTask at the first
+    that is missing or damaged.
+    """
+    begun = False
+    for last, kind, data, sealed in rows:
+        first = last - kind.count(" ")
+        if first > after + 1 or (begun and first != after + 1):
+            raise DamagedTask(task, after + 1, f"is missing, the next one is {first}")
+        begun = True
+        if sealed is not None and sealed != seal(task, last, kind, data):
+            raise DamagedTask(task, first, f"its bytes are not those that were written ({kind})")
         try:
-            fact = f.unpack_fact(kind, data)
+            made = f.unpack_facts(kind, data)
         except ValueError as err:
-            raise DamagedTask(task, seq, f"cannot be read ({kind}): {err or type(err).__name__}") from err
-        if fact.task != task:
-            raise DamagedTask(task, seq, f"is about task {fact.task}")
-        yield seq, fact
+            raise DamagedTask(task, first, f"cannot be read ({kind}): {err or type(err).__name__}") from err
+        for seq, fact in enumerate(made, first):
+            if fact.task != task:
+                raise DamagedTask(task, seq, f"is about task {fact.task}")
+            if seq > after:
+                yield seq, fact
+        after = last
+
+
+def every_fact(database: sqlite3.Connection, task: str | None = None) -> Iterator[f.Fact]:
+    """All facts of a journal, or of one task, task by task; for tools. Raises ValueError and sqlite3.Error."""
+    which, values = ("", ()) if task is None else ("WHERE task = ?", (task,))
+    rows = database.execute(f"SELECT kind, data FROM facts {which} ORDER BY task, seq", values)  # noqa: S608  constants
+    for kind, data in rows:
+        yield from f.unpack_facts(kind, data)
 
 
 def advance(record: TaskRecord | None, seq: int, fact: f.Fact) -> TaskRecord:

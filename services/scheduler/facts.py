@@ -7,6 +7,7 @@ nothing again. Fields are added at the end with a default, never renamed: old jo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -340,6 +341,7 @@ TYPES: Final[dict[str, type[Fact]]] = {
     )
 }
 _write: Final = msgspec.msgpack.Encoder().encode
+_read_parts: Final = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 _readers: Final = {name: msgspec.msgpack.Decoder(cls) for name, cls in TYPES.items()}
 
 
@@ -348,7 +350,26 @@ def pack_fact(fact: Fact) -> bytes:
     return _write(fact)
 
 
-def unpack_fact(kind: str, data: bytes) -> Fact:
+def pack_facts(facts: Sequence[Fact]) -> bytes:
+    """Encode several as a msgpack array, and a single one as `pack_fact` does."""
+    return _write(facts[0] if len(facts) == 1 else facts)
+
+
+def unpack_facts(kinds: str, data: bytes) -> list[Fact]:
+    """Decode what `pack_facts` has made; `kinds` names the facts in order, with spaces between. Raises ValueError."""
+    names = kinds.split(" ")
+    if len(names) == 1:
+        return [unpack_fact(kinds, data)]
+    try:
+        parts = _read_parts(data)
+    except msgspec.MsgspecError as err:
+        raise ValueError(str(err)) from err
+    if len(parts) != len(names):
+        raise ValueError(f"{len(parts)} facts under {len(names)} names")
+    return [unpack_fact(name, part) for name, part in zip(names, parts, strict=True)]
+
+
+def unpack_fact(kind: str, data: bytes | msgspec.Raw) -> Fact:
     """Decode; fields of newer versions are ignored.
 
     Raises ValueError for a kind that this version does not know, and for bytes that are no fact of this kind.

@@ -9,6 +9,7 @@ snapshot on. What becomes of tasks that are over is `retention.py`.
 from __future__ import annotations
 
 import heapq
+import itertools
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,12 +21,12 @@ import msgpack
 
 from protocol.codec import unpack_body
 from protocol.errors import BadFrame
-from protocol.messages.result import TaskState, TaskSummary, TaskView
+from protocol.messages.result import StepState, TaskState, TaskSummary, TaskView
 from services.scheduler import facts as f
 from services.scheduler import snapshot
 from services.scheduler.effects import Record
 from services.scheduler.effort import Effort
-from services.scheduler.fact_rows import DamagedTask, Row, fold_rows, read_rows, seal
+from services.scheduler.fact_rows import DamagedTask, NewRow, Row, fold_rows, read_rows, rows_of
 from services.scheduler.journal_file import open_journal
 from services.scheduler.past import Past, Unavailable
 from services.scheduler.personas import KeepPersona
@@ -36,8 +37,20 @@ _EFFORT: Final = "effort"
 _PAGE_BYTES: Final = 4 * 1024 * 1024
 """Facts read at once for a watcher: answers may hold a megabyte each."""
 _PROMISES: Final = (f.TaskAccepted, f.TaskEnded)
-_NOT_INDEXED: Final = (f.AttemptQueued, f.AttemptStarted, f.AttemptAnswered)
-"""Most facts: what becomes of an attempt is not in any listing."""
+_INSERT: Final = "INSERT INTO facts (task, seq, kind, data, seal) VALUES (?, ?, ?, ?, ?)"
+_INDEXED: Final = frozenset(
+    (
+        f.TaskAccepted,
+        f.TaskPlanned,
+        f.PlanGrown,
+        f.TaskReplanned,
+        f.StepsAdded,
+        f.StepExpanded,
+        f.TaskEnded,
+        f.OutcomesSettled,
+    )
+)
+"""What changes the index of tasks. Most facts do not: how many steps of a running task are done is known in memory."""
 Learned = list[tuple[list[str], float, float]]
 """What `LearnedDurations.state` gives."""
 
@@ -56,6 +69,8 @@ class Journal:
         """Newest fact on file of the tasks that are not over."""
         self._snapped: dict[str, int] = {}
         """Fact after which their newest snapshot was taken."""
+        self._done: Counter[str] = Counter()
+        """Steps that are done, of the tasks that are not over; the index has them when a task ends."""
         self._long: set[str] = set()
         self._learned: dict[str, bytes] = {}
 
@@ -67,21 +82,15 @@ class Journal:
             return
         full = bool(personas) or any(isinstance(record.fact, _PROMISES) for record in records)
         self._sync(full)
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            self._db.executemany(
-                "INSERT INTO facts (task, seq, kind, data, seal) VALUES (?, ?, ?, ?, ?)", map(_row, records)
-            )
-            self._index(records)
-            for row in personas:
-                if row.data is None:
-                    self._db.execute("DELETE FROM personas WHERE name = ?", (row.name,))
-                else:
-                    self._db.execute("INSERT OR REPLACE INTO personas VALUES (?, ?)", (row.name, row.data))
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
+        rows = rows_of(records)
+        indexed = [record.fact for record in records if type(record.fact) in _INDEXED]
+        for record in records:
+            if isinstance(record.fact, f.StepDone):
+                self._done[record.fact.task] += 1
+        if len(rows) == 1 and not indexed and not personas:
+            self._db.execute(_INSERT, rows[0])  # a transaction of its own: two statements less for most batches
+        else:
+            self._write(rows, indexed, personas)
         self.commits += 1
         self.syncs += full
         newest = {record.fact.task: record for record in records}
@@ -89,6 +98,7 @@ class Journal:
             if isinstance(record.fact, f.TaskEnded | f.OutcomesSettled):
                 self._written.pop(task, None)
                 self._snapped.pop(task, None)
+                self._done.pop(task, None)
                 continue
             self._written[task] = record.seq
             if snapshot.may_be_due(record.seq - self._snapped.get(task, 0)):
@@ -146,6 +156,7 @@ class Journal:
         if record is not None and not record.state.final:
             self._written[task_id] = record.seq
             self._snapped[task_id] = after
+            self._done[task_id] = sum(1 for step in record.steps.values() if step.state is StepState.DONE)
         return record
 
     def find(self, task_id: str) -> TaskRecord | Past | None:
@@ -171,7 +182,7 @@ class Journal:
             room -= len(row[2])
             if room <= 0:
                 break
-        return list(read_rows(task_id, rows, after_seq))
+        return list(itertools.islice(read_rows(task_id, rows, after_seq), limit))
 
     def newest(self, limit: int, states: Iterable[TaskState]) -> list[TaskSummary]:
         """Listing, newest first."""
@@ -193,7 +204,7 @@ class Journal:
                 objective=objective,
                 created_ms=created,
                 ended_ms=ended,
-                steps_done=done,
+                steps_done=done or self._done.get(task, 0),
                 steps_total=total,
             )
             for task, state, kind, objective, created, ended, done, total in rows
@@ -263,49 +274,56 @@ class Journal:
             self._db.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
             self._synced = full
 
-    def _index(self, records: Iterable[Record]) -> None:
-        done: Counter[str] = Counter()
-        for record in records:
-            if isinstance(record.fact, _NOT_INDEXED):
-                continue
-            match record.fact:
-                case f.StepDone(task=task):
-                    done[task] += 1
-                case f.TaskAccepted() as fact:
-                    self._db.execute(
-                        "INSERT INTO tasks (task, state, task_type, objective, created_ms) VALUES (?, ?, ?, ?, ?)",
-                        (fact.task, TaskState.PLANNING, fact.ir["task_type"], fact.ir["objective"][:200], fact.at_ms),
-                    )
-                    self._tally(TaskState.PLANNING, 1)
-                case f.TaskPlanned() as fact:
-                    total = len(fact.ir["plan"]["steps"])
-                    self._move(fact.task, TaskState.RUNNING, "steps_total = ?", total)
-                case f.PlanGrown() as fact:
-                    self._move(fact.task, TaskState.RUNNING, "steps_total = steps_total + ?", len(fact.steps))
-                case f.TaskReplanned() as fact:
-                    self._add_steps(fact.task, len(fact.added))
-                case f.StepsAdded() as fact:
-                    self._add_steps(fact.task, len(fact.steps))
-                case f.StepExpanded() as fact:
-                    self._add_steps(fact.task, len(fact.items))
-                case f.TaskEnded() as fact:
-                    self._move(fact.task, TaskState(fact.state), "ended_ms = ?", fact.at_ms)
-                case f.OutcomesSettled(task=task):
-                    self._db.execute("UPDATE tasks SET settled = 1 WHERE task = ?", (task,))
-                case _:
-                    pass
-        self._db.executemany(
-            "UPDATE tasks SET steps_done = steps_done + ? WHERE task = ?",
-            [(count, task) for task, count in done.items()],
-        )
+    def _write(self, rows: Sequence[NewRow], indexed: Iterable[f.Fact], personas: Iterable[KeepPersona]) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany(_INSERT, rows)
+            for fact in indexed:
+                self._index(fact)
+            for persona in personas:
+                if persona.data is None:
+                    self._db.execute("DELETE FROM personas WHERE name = ?", (persona.name,))
+                else:
+                    self._db.execute("INSERT OR REPLACE INTO personas VALUES (?, ?)", (persona.name, persona.data))
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
 
-    def _move(self, task: str, state: TaskState, assignment: str, value: Any) -> None:
+    def _index(self, fact: f.Fact) -> None:
+        match fact:
+            case f.TaskAccepted():
+                self._db.execute(
+                    "INSERT INTO tasks (task, state, task_type, objective, created_ms) VALUES (?, ?, ?, ?, ?)",
+                    (fact.task, TaskState.PLANNING, fact.ir["task_type"], fact.ir["objective"][:200], fact.at_ms),
+                )
+                self._tally(TaskState.PLANNING, 1)
+            case f.TaskPlanned():
+                total = len(fact.ir["plan"]["steps"])
+                self._move(fact.task, TaskState.RUNNING, "steps_total = ?", total)
+            case f.PlanGrown():
+                self._move(fact.task, TaskState.RUNNING, "steps_total = steps_total + ?", len(fact.steps))
+            case f.TaskReplanned():
+                self._add_steps(fact.task, len(fact.added))
+            case f.StepsAdded():
+                self._add_steps(fact.task, len(fact.steps))
+            case f.StepExpanded():
+                self._add_steps(fact.task, len(fact.items))
+            case f.TaskEnded():
+                done = self._done.get(fact.task, 0)
+                self._move(fact.task, TaskState(fact.state), "ended_ms = ?, steps_done = ?", fact.at_ms, done)
+            case f.OutcomesSettled(task=task):
+                self._db.execute("UPDATE tasks SET settled = 1 WHERE task = ?", (task,))
+            case _:
+                raise TypeError(f"{type(fact).__name__} changes nothing in the index")
+
+    def _move(self, task: str, state: TaskState, assignment: str, *values: int) -> None:
         before = self._db.execute("SELECT state FROM tasks WHERE task = ?", (task,)).fetchone()
         if before is None:
             raise sqlite3.IntegrityError(f"the index has lost task {task}; see `tierline replay --check`")
         self._tally(TaskState(before[0]), -1)
         self._tally(state, 1)
-        self._db.execute(f"UPDATE tasks SET state = ?, {assignment} WHERE task = ?", (state, value, task))  # noqa: S608  `assignment` is one of the constants above
+        self._db.execute(f"UPDATE tasks SET state = ?, {assignment} WHERE task = ?", (state, *values, task))  # noqa: S608  `assignment` is one of the constants above
 
     def _add_steps(self, task: str, count: int) -> None:
         self._db.execute("UPDATE tasks SET steps_total = steps_total + ? WHERE task = ?", (count, task))
@@ -333,9 +351,3 @@ def _read(database: sqlite3.Connection, name: str) -> list[Any]:
         return [] if row is None else list(msgpack.unpackb(row[0], raw=False))
     except (ValueError, TypeError, msgpack.UnpackException):
         return []
-
-
-def _row(record: Record) -> tuple[str, int, str, bytes, int]:
-    fact, kind = record.fact, type(record.fact).__name__
-    data = f.pack_fact(fact)
-    return fact.task, record.seq, kind, data, seal(fact.task, record.seq, kind, data)

@@ -15,6 +15,8 @@ import yaml
 
 from protocol.messages.result import TaskEvent, TaskState, TaskView
 from services.ctl.bench.bare_stack import BareStack
+from services.scheduler.fact_rows import every_fact
+from services.scheduler.facts import AttemptStarted, Fact
 from tests.system.conftest import demo_models
 from tests.waiting import until
 
@@ -56,16 +58,16 @@ def three_steps(index: int) -> dict[str, Any]:
     }
 
 
-def facts_of(stack: BareStack, kind: str) -> list[tuple[str, bytes]]:
-    """Facts of one kind in the journal, as (task, data)."""
+def facts_of(stack: BareStack, kind: str) -> list[Fact]:
+    """Facts of one kind in the journal."""
     with sqlite3.connect(f"file:{stack.home.journal}/journal.sqlite?mode=ro", uri=True) as journal:
-        return journal.execute("SELECT task, data FROM facts WHERE kind = ?", (kind,)).fetchall()
+        return [fact for fact in every_fact(journal) if type(fact).__name__ == kind]
 
 
 def assert_applied_once(stack: BareStack, views: list[TaskView]) -> None:
     for view in views:
-        done = [data for task, data in facts_of(stack, "StepDone") if task == view.task_id]
-        ended = [data for task, data in facts_of(stack, "TaskEnded") if task == view.task_id]
+        done = [fact for fact in facts_of(stack, "StepDone") if fact.task == view.task_id]
+        ended = [fact for fact in facts_of(stack, "TaskEnded") if fact.task == view.task_id]
         assert len(done) == len(view.steps)
         assert len(ended) == 1
 
@@ -137,8 +139,8 @@ def test_a_restarted_scheduler_reattaches_the_running_answer(stack: BareStack) -
     until(lambda: generated_total(stack, "inference-worker", idle=True) >= least, "the tokens are counted")
     spent = generated_total(stack, "inference-worker") - before
     assert generated - 50 <= spent + before <= before + generated + 16, "one generation, not two"
-    started = [data for task, data in facts_of(stack, "AttemptStarted") if task == accepted.task_id]
-    assert any(b"reattached\xc3" in data for data in started)
+    started = [fact for fact in facts_of(stack, "AttemptStarted") if fact.task == accepted.task_id]
+    assert any(isinstance(fact, AttemptStarted) and fact.reattached for fact in started)
 
 
 def test_a_dead_llama_server_is_replaced_and_its_step_runs_again(stack: BareStack) -> None:

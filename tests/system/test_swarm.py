@@ -14,7 +14,7 @@ import pytest
 
 from protocol.errors import CallError
 from protocol.messages.result import TaskState, TaskView
-from services.scheduler.facts import unpack_fact
+from services.scheduler.fact_rows import every_fact
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.scripted_stack import ScriptedStack, scripted_stack
 from tests.waiting import until
@@ -63,8 +63,7 @@ def facts(stack: ScriptedStack, task: str) -> Counter[tuple[str, str | None]]:
     """Kind and step of every fact of a task -> how often."""
     path = stack.stack.home.journal / "journal.sqlite"
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
-        rows = database.execute("SELECT kind, data FROM facts WHERE task = ?", (task,)).fetchall()
-    return Counter((kind, unpack_fact(kind, data).step) for kind, data in rows)
+        return Counter((type(fact).__name__, fact.step) for fact in every_fact(database, task))
 
 
 def wait_for_done(stack: ScriptedStack, task: str, count: int) -> None:

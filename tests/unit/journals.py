@@ -53,11 +53,12 @@ def write_long_task(journal: Journal, count: int, *, snapshots: bool) -> TaskRec
             batch += [Record(lost, task.seq + len(batch) + 1), Record(again, task.seq + len(batch) + 2)]
 
 
-def write_journal(path: Path, count: int) -> dict[str, list[Record]]:
-    """A file with so many finished tasks, closed."""
+def write_journal(path: Path, count: int, together: int = 1) -> dict[str, list[Record]]:
+    """A file with so many finished tasks, closed; so many facts of a task were written at once, and share a row."""
     made = records_of(count)
     journal = Journal(path)
     for records in made.values():
-        journal.append(records)
+        for first in range(0, len(records), together):
+            journal.append(records[first : first + together])
     journal.close()
     return made

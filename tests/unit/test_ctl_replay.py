@@ -78,6 +78,7 @@ def test_a_journal_that_is_being_written_can_be_replayed(path: Path, capsys: Out
         ("UPDATE facts SET kind = 'StepDreamt' WHERE seq = 4", "bytes are not those"),
         ("UPDATE facts SET kind = 'StepDreamt', seal = NULL WHERE seq = 4", "does not know"),
         ("UPDATE facts SET data = x'80', seal = NULL WHERE seq = 4", "cannot be read"),
+        ("UPDATE facts SET seq = seq + 1000 WHERE seq >= 4", "is missing"),
     ],
 )
 def test_what_cannot_be_is_reported_with_task_and_fact(path: Path, capsys: Out, statement: str, message: str) -> None:
@@ -120,17 +121,39 @@ def test_a_snapshot_that_differs_from_the_fold_is_a_contradiction(path: Path, ca
     assert any("snapshot" in one["message"] for one in found), found
 
 
-def test_any_flipped_byte_of_a_fact_is_found_and_named(path: Path, capsys: Out) -> None:
-    [task] = write_journal(path, 1)
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE facts SET data = x'9180', seal = NULL WHERE seq = 8", "1 facts under 4 names"),
+        ("UPDATE facts SET data = x'80', seal = NULL WHERE seq = 8", "cannot be read"),
+        ("UPDATE facts SET seq = 7 WHERE seq = 8", "is missing"),
+        ("UPDATE facts SET kind = 'StepDone ' || kind, seal = NULL WHERE seq = 8", "is missing"),
+        ("DELETE FROM facts WHERE seq = 8", "is missing"),
+    ],
+)
+def test_a_row_of_several_facts_that_cannot_be_is_reported(
+    path: Path, capsys: Out, statement: str, message: str
+) -> None:
+    [task] = write_journal(path, 1, together=4)
+    change(path, statement)
+    [one] = checked(capsys, code=1)["contradictions"]
+    assert (one["task"], one["seq"]) == (task, 5)
+    assert message in one["message"]
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_any_flipped_byte_of_a_fact_is_found_and_named(path: Path, capsys: Out, together: int) -> None:
+    [task] = write_journal(path, 1, together)
     with sqlite3.connect(path) as database:
-        rows = database.execute("SELECT seq, data FROM facts").fetchall()
+        rows = database.execute("SELECT seq, kind, data FROM facts").fetchall()
+    assert max(kind.count(" ") for _, kind, _ in rows) == together - 1
     chosen = random.Random(7)
-    for seq, data in rows:
+    for seq, kind, data in rows:
         at = chosen.randrange(len(data))
         flipped = data[:at] + bytes([data[at] ^ 1 << chosen.randrange(8)]) + data[at + 1 :]
         change(path, "UPDATE facts SET data = ? WHERE seq = ?", flipped, seq)
         [one] = checked(capsys, code=1)["contradictions"]
-        assert (one["task"], one["seq"]) == (task, seq)
+        assert (one["task"], one["seq"]) == (task, seq - kind.count(" ")), "the first fact of the row"
         change(path, "UPDATE facts SET data = ? WHERE seq = ?", data, seq)
     assert checked(capsys, code=0)["contradictions"] == []
 

@@ -124,7 +124,8 @@ def home(tmp_path: Path) -> Home:
 def facts_on_file(home: Home) -> list[tuple[str, str]]:
     """As another process sees them: committed ones only."""
     with sqlite3.connect(f"file:{home.journal}/journal.sqlite?mode=ro", uri=True) as database:
-        return database.execute("SELECT task, kind FROM facts ORDER BY task, seq").fetchall()
+        rows = database.execute("SELECT task, kind FROM facts ORDER BY task, seq").fetchall()
+    return [(task, name) for task, kinds in rows for name in kinds.split(" ")]
 
 
 def test_a_promise_is_committed_and_synced_before_it_is_made(home: Home) -> None:
@@ -137,7 +138,7 @@ def test_a_promise_is_committed_and_synced_before_it_is_made(home: Home) -> None
             return
         promised.append(header.kind)
         assert fact in [kind for _, kind in facts_on_file(home)], "another process can read it already"
-        commit = max(i for i, statement in enumerate(said) if f"'{fact}'" in statement)
+        commit = max(i for i, statement in enumerate(said) if fact in statement)
         sync = max(i for i, statement in enumerate(said[:commit]) if "synchronous" in statement)
         assert said[sync] == "PRAGMA synchronous = FULL", "its transaction was one that SQLite syncs to the disk"
         assert said[commit + 1 :].count("COMMIT") >= 1
@@ -172,7 +173,7 @@ def test_a_batch_of_messages_is_one_transaction_and_only_promises_are_synced(hom
     bench.app.close()
 
 
-@pytest.mark.parametrize("steps", range(1, 91, 2))
+@pytest.mark.parametrize("steps", range(1, 61))
 def test_kill_9_before_any_statement_or_message_loses_nothing_that_was_promised(home: Home, steps: int) -> None:
     reader, writer = os.pipe()
     child = os.fork()
@@ -184,7 +185,7 @@ def test_kill_9_before_any_statement_or_message_loses_nothing_that_was_promised(
         told = [line.split() for line in pipe.read().splitlines()]
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status):
-        assert steps > 60, "the child was through before it was to be killed"
+        assert steps > 45, "the child was through before it was to be killed"
         assert [kind for kind, _ in told] == ["TaskAccepted", "TaskEnded"]
     else:
         assert os.WTERMSIG(status) == signal.SIGKILL
@@ -273,7 +274,8 @@ def test_a_damaged_task_is_set_aside_and_the_hub_serves_the_others(home: Home) -
     task = write_long_task(journal, 100, snapshots=False)
     journal.close()
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE facts SET data = x'c1' WHERE seq = 50")
+        last, kind = database.execute("SELECT seq, kind FROM facts WHERE seq >= 50 ORDER BY seq").fetchone()
+        database.execute("UPDATE facts SET data = x'c1' WHERE seq = ?", (last,))
     bench = Bench(home, MemoryRouter())
     bench.ask("task.submit", submit("another"))
     accepted = bench.until("task.accepted")
@@ -282,7 +284,7 @@ def test_a_damaged_task_is_set_aside_and_the_hub_serves_the_others(home: Home) -
     bench.ask("task.show", TaskQuery(task_id=task.id))
     refusal = bench.until("error")
     assert "task.damaged" in str(refusal)
-    assert "fact 50" in str(refusal)
+    assert f"fact {last - kind.count(' ')}" in str(refusal)
     bench.app.close()
     assert '"journal.damaged"' in (home.logs / "scheduler.jsonl").read_text()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from protocol.messages.result import TaskState
 from services.scheduler import facts as f
 from services.scheduler.effects import Record
+from services.scheduler.fact_rows import COUNTED, every_fact
 from services.scheduler.fold import fold
 from services.scheduler.journal import Journal
 from services.scheduler.journal_file import JournalVersionError
@@ -59,11 +61,49 @@ def test_a_batch_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     records = recorded()
     journal = Journal(tmp_path / "j.sqlite")
     journal.append(records[:2])
+    other = Record(msgspec.structs.replace(records[0].fact, task="another"), 1)
     with pytest.raises(sqlite3.IntegrityError):
-        journal.append([records[2], records[1]])
+        journal.append([other, records[1]])
+    assert journal.load("another") is None
     task = journal.load(records[0].fact.task)
     assert task is not None
     assert task.seq == 2
+
+
+def test_facts_of_a_task_that_are_written_together_share_a_row_and_are_read_from_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    records = recorded()
+    other = Record(msgspec.structs.replace(records[0].fact, task="another"), 1)
+    journal = Journal(path)
+    journal.append([*records[:3], other, *records[3:5]])
+    journal.append(records[5:])
+    with sqlite3.connect(path) as database:
+        assert database.execute("SELECT COUNT(*) FROM facts").fetchone() == (3,)
+        assert database.execute(COUNTED).fetchone() == (len(records) + 1,)
+        assert list(every_fact(database, records[0].fact.task)) == [record.fact for record in records]
+    for after in range(len(records) + 1):
+        for limit in (1, 2, 100):
+            expected = [(record.seq, record.fact) for record in records[after : after + limit]]
+            assert journal.events(records[0].fact.task, after, limit) == expected
+    journal.close()
+
+
+def test_facts_that_are_large_together_have_rows_of_their_own(tmp_path: Path) -> None:
+    records = recorded()
+    said = "x" * 200_000
+    large = [
+        Record(f.DuplicateSeen(task=records[0].fact.task, at_ms=1, key=said, worker="w"), records[-1].seq + number)
+        for number in range(1, 9)
+    ]
+    journal = Journal(tmp_path / "j.sqlite")
+    journal.append(records + large)
+    with sqlite3.connect(tmp_path / "j.sqlite") as database:
+        sizes = [size for (size,) in database.execute("SELECT LENGTH(data) FROM facts")]
+    assert len(sizes) > 4
+    assert max(sizes) < 2 * len(said)
+    task = journal.load(records[0].fact.task)
+    assert task is not None
+    assert task.seq == large[-1].seq
 
 
 def test_a_journal_of_a_newer_version_is_not_touched(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from services.scheduler import facts as f
 from services.scheduler import snapshot
 from services.scheduler.audit import audit_file, audit_task, task_ids
+from services.scheduler.effects import Record
 from services.scheduler.fact_rows import advance
 from services.scheduler.journal import Journal
 from tests.unit.journals import records_of, write_long_task
@@ -101,14 +103,39 @@ def test_what_is_read_at_start_and_for_listings_goes_through_an_index(tmp_path: 
             assert not [step for step in plan if "TEMP B-TREE" in step], plan
 
 
+def write_singly(path: Path, records: list[Record]) -> None:
+    """One fact a row, as before version 3."""
+    journal = Journal(path)
+    for record in records:
+        journal.append([record])
+    journal.close()
+
+
+def test_a_journal_of_version_2_is_taken_over_with_what_it_had_counted(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    [records] = records_of().values()
+    cut = next(i for i, record in enumerate(records) if isinstance(record.fact, f.StepDone)) + 1
+    write_singly(path, records[:cut])
+    with sqlite3.connect(path) as old:
+        old.execute("UPDATE tasks SET steps_done = 1")  # it counted at every step
+        old.execute("PRAGMA user_version = 2")
+    journal = Journal(path)
+    [task] = journal.open_tasks(10, final=False)
+    assert journal.newest(1, [])[0].steps_done == 0, "not before the hub has taken up the task"
+    assert journal.load(task) is not None
+    assert journal.newest(1, [])[0].steps_done == 1
+    journal.append(records[cut:])
+    assert journal.newest(1, [])[0].steps_done == 2
+    journal.close()
+    with sqlite3.connect(path) as database:
+        assert audit_task(database, task) == []
+
+
 def test_a_journal_of_version_1_is_taken_over_with_all_its_tasks(tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
     made = records_of(2)
     first, second = made
-    journal = Journal(path)
-    journal.append(made[first])
-    journal.append(made[second][:4])
-    journal.close()
+    write_singly(path, [*made[first], *made[second][:4]])
     with sqlite3.connect(path) as old:  # what the earlier version would have left
         for index in ("unfinished", "unsettled", "whole", "compacted", "by_state"):
             old.execute(f"DROP INDEX tasks_{index}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.scheduler import facts as f
+from services.scheduler.fact_rows import every_fact
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,5 +88,4 @@ def audit(path: Path) -> Audit:
 
 def _facts(path: Path) -> Iterator[f.Fact]:
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as journal:
-        for kind, data in journal.execute("SELECT kind, data FROM facts ORDER BY task, seq"):
-            yield f.unpack_fact(kind, data)
+        yield from every_fact(journal)

@@ -28,7 +28,8 @@ from services.ctl.bench.bare_stack import BareStack, bound
 from services.ctl.bench.demo_models import demo_entry
 from services.ctl.bench.overhead import BenchmarkFailedError
 from services.ctl.bench.scripted_leader import BRIEF, THOROUGH, order
-from services.scheduler.facts import SwarmTurned, unpack_fact
+from services.scheduler.fact_rows import every_fact
+from services.scheduler.facts import StepDone, StepJoined, SwarmTurned
 
 SLOTS: Final = 8
 _TOKENS: Final = {BRIEF: 12, THOROUGH: 72}
@@ -201,21 +202,21 @@ def _result(stack: BareStack, task: str) -> TaskView:
 def _done(stack: BareStack, task: str) -> tuple[Counter[str], int]:
     """Assignments that are done, each with how often; and how often the spawning step was joined."""
     path = stack.home.journal / "journal.sqlite"
-    kinds = ("StepDone", "StepJoined", SwarmTurned.__name__)
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as journal:
-        rows = journal.execute(
-            "SELECT kind, data FROM facts WHERE task = ? AND kind IN (?, ?, ?) ORDER BY seq", (task, *kinds)
-        ).fetchall()
+        facts = list(every_fact(journal, task))
     done: Counter[str] = Counter()
     given: set[str] = set()
     joins = 0
-    for fact in (unpack_fact(kind, data) for kind, data in rows):
-        if isinstance(fact, SwarmTurned):
-            given |= {call["step"] for call in fact.calls if "step" in call}
-        elif type(fact).__name__ == "StepJoined":
-            joins += 1
-        else:
-            done[fact.step or ""] += 1
+    for fact in facts:
+        match fact:
+            case SwarmTurned():
+                given |= {call["step"] for call in fact.calls if "step" in call}
+            case StepJoined():
+                joins += 1
+            case StepDone():
+                done[fact.step or ""] += 1
+            case _:
+                continue
     return Counter({step: times for step, times in done.items() if step in given}), joins
 
 
