@@ -17,6 +17,7 @@ from protocol.messages.base import Message
 
 M = TypeVar("M", bound=Message)
 _PLAIN: Final = frozenset({str, int, bool, type(None)})
+_STRINGS: Final = frozenset({str})
 _LEVELS_ABOVE_A_VALUE: Final = 8
 """Room for what is around the value of an artefact: the views, requests and joins that it will be part of."""
 _write: Final = msgspec.msgpack.Encoder().encode
@@ -103,11 +104,11 @@ def _check_values(raw: dict[Any, Any], levels: int = MAX_NESTING) -> None:
             if kind in _PLAIN:
                 continue
             if kind is dict:
-                if any(type(key) is not str for key in item):
+                if not _STRINGS.issuperset(map(type, item)):
                     raise BadFrame("body.not_json", "the body has a map key that is not a string")
-                below.extend(item.values())
+                below += item.values()
             elif kind is list:
-                below.extend(item)
+                below += item
             elif kind is not float:
                 raise BadFrame("body.not_json", f"the body holds a {kind.__name__}; only JSON's types are read")
             elif not isfinite(item):

@@ -49,13 +49,24 @@ def producers(plan: Plan) -> dict[str, str]:
     return made
 
 
-def needs(plan: Plan) -> dict[str, frozenset[str]]:
-    """Step id -> ids of the steps it waits for, through data or control, itself never included."""
+def needs(plan: Plan) -> Mapping[str, frozenset[str]]:
+    """Step id -> ids of the steps it waits for, through data or control, itself never included.
+
+    The answer for the newest plan is kept: whoever takes one up checks it, predicts it and adopts it in a row.
+    """
+    if _newest and _newest[0][0] is plan:
+        return _newest[0][1]
     made = producers(plan)
-    return {
+    waits_for = {
         step.id: frozenset([made[name] for name in reads(step) if name in made] + list(step.depends_on)) - {step.id}
         for step in plan.steps
     }
+    _newest[:] = [(plan, waits_for)]
+    return waits_for
+
+
+_newest: Final[list[tuple[Plan, Mapping[str, frozenset[str]]]]] = []
+"""Of `needs`: a plan is frozen, so that the same object has the same graph."""
 
 
 def final_artefacts(plan: Plan) -> list[str]:

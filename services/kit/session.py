@@ -382,7 +382,7 @@ class PeerSession:
         key = header.key
         if key is None:
             self.granted += 1
-            ending = replace(_answer(header, "error"), credit=self.granted)
+            ending = _answer(header, "error", self.granted)
             return [Transmit(ending, _error(Category.POLICY, "call.no_key", "a call needs a key"))]
         if key in self.in_flight:
             self.in_flight[key] = header  # re-attached: the answer goes to the newest request
@@ -400,7 +400,7 @@ class PeerSession:
             refusal = _error(Category.TIMEOUT, "call.expired", "the deadline had passed before the work was begun")
         if refusal is not None:
             self.granted += 1
-            return [Transmit(replace(_answer(header, "error"), credit=self.granted), refusal)]
+            return [Transmit(_answer(header, "error", self.granted), refusal)]
         self.in_flight[key] = header
         return [StartWork(header, event.body)]
 
@@ -411,8 +411,7 @@ class PeerSession:
         self.granted += 1
         if event.kind == "error":
             # Not kept: a later try of the same key must run again. Lost with the hub, it is a key not re-attached.
-            ending = replace(_answer(header, "error"), credit=self.granted)
-            return self._when_joined(Transmit(ending, event.body))
+            return self._when_joined(Transmit(_answer(header, "error", self.granted), event.body))
         self.finished[event.key] = (event.kind, event.body, header)
         while len(self.finished) > _KEPT_RESULTS:
             self.finished.popitem(last=False)
@@ -426,7 +425,7 @@ class PeerSession:
 
     def _ending(self, key: str) -> Transmit:
         kind, body, header = self.finished[key]
-        return Transmit(replace(_answer(header, kind), credit=self.granted), body)
+        return Transmit(_answer(header, kind, self.granted), body)
 
     def _on_state_changed(self, event: StateChanged) -> list[Command]:
         if self.state is PeerState.DRAINING or self.state is event.state:
@@ -463,8 +462,8 @@ class PeerSession:
             raise AssertionError("more results kept than the bound")
 
 
-def _answer(request: Header, kind: str) -> Header:
-    """Header of a message that continues or ends `request`."""
+def _answer(request: Header, kind: str, credit: int | None = None) -> Header:
+    """Header of a message that continues `request`, or ends it and grants the slot again."""
     return Header(
         kind=kind,
         id="",
@@ -473,6 +472,7 @@ def _answer(request: Header, kind: str) -> Header:
         task=request.task,
         step=request.step,
         attempt=request.attempt,
+        credit=credit,
         trace=request.trace,
     )
 

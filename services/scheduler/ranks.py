@@ -132,6 +132,8 @@ class Ranking:
     slots: Callable[[str], int]
     """Slots that a model's workers have now, by the name of its entry."""
     _ranks: dict[str, _Ranks] = field(default_factory=dict)
+    _predicted: dict[str, tuple[Step, float]] = field(default_factory=dict)
+    """Step id -> step and expected seconds, of a plan that was predicted for the ranking that follows."""
     _observed: list[tuple[TaskRecord, StepRecord, str, float]] = field(default_factory=list)
     """Task, step, role and seconds of inferences that the durations have not been told of yet."""
 
@@ -161,6 +163,7 @@ class Ranking:
         cost_s = {
             name: self.durations.expected_s(self._job(task, planned, step, step.actor)) for name, step in specs.items()
         }
+        self._predicted = {name: (step, cost_s[name]) for name, step in specs.items()}
         ranks = upward_rank(followers, cost_s)
         chain = [max(ranks, key=lambda name: (ranks[name], name))]
         while followers[chain[-1]]:
@@ -192,6 +195,8 @@ class Ranking:
     def learn(self) -> None:
         """Tell the durations what was observed."""
         observed, self._observed = self._observed, []
+        if observed:
+            self._predicted.clear()
         for task, step, role, seconds in observed:
             self.durations.observe(self._job(task, task.ir, step.spec, role), seconds)
 
@@ -199,6 +204,7 @@ class Ranking:
         """Work with this registry from now on: roles may have other models and limits."""
         self.registry = registry
         self._ranks.clear()
+        self._predicted.clear()
 
     def forget(self, task_id: str) -> None:
         """The task has ended."""
@@ -208,11 +214,19 @@ class Ranking:
         given = sum(len(task.artefacts[one].text()) for one in step.inputs if one in task.artefacts)
         return job_of(ir, step, self.registry.roles[name], given)
 
+    def _expected_s(self, task: TaskRecord, step: StepRecord, predicted: Mapping[str, tuple[Step, float]]) -> float:
+        """Seconds to expect of a step's newest attempt: what was predicted of this very step, where it was."""
+        spec, seconds = predicted.get(step.spec.id, (None, 0.0))
+        if spec is step.spec and not step.attempts:
+            return seconds
+        return self.durations.expected_s(self.job(task, step))
+
     def _rank(self, task: TaskRecord, known: _Ranks | None, at_ms: int) -> _Ranks:
         self.learn()
         steps = {name: step for name, step in task.steps.items() if not step.state.final}
         spread = self.durations.spread()
-        cost_s = shrunk({name: self.durations.expected_s(self.job(task, step)) for name, step in steps.items()}, spread)
+        predicted, self._predicted = self._predicted, {}
+        cost_s = shrunk({name: self._expected_s(task, step, predicted) for name, step in steps.items()}, spread)
         tier = {name: self.registry.roles[step.role].model for name, step in steps.items()}
         slots = {model: self.slots_of(model) for model in set(tier.values())}
         if known is not None and known.still_holds(cost_s, slots):
