@@ -54,18 +54,19 @@ def needs(plan: Plan) -> Mapping[str, frozenset[str]]:
 
     The answer for the newest plan is kept: whoever takes one up checks it, predicts it and adopts it in a row.
     """
-    if _newest and _newest[0][0] is plan:
-        return _newest[0][1]
+    newest = _newest[0]
+    if newest is not None and newest[0] is plan:
+        return newest[1]
     made = producers(plan)
     waits_for = {
         step.id: frozenset([made[name] for name in reads(step) if name in made] + list(step.depends_on)) - {step.id}
         for step in plan.steps
     }
-    _newest[:] = [(plan, waits_for)]
+    _newest[0] = plan, waits_for
     return waits_for
 
 
-_newest: Final[list[tuple[Plan, Mapping[str, frozenset[str]]]]] = []
+_newest: Final[list[tuple[Plan, Mapping[str, frozenset[str]]] | None]] = [None]
 """Of `needs`: a plan is frozen, so that the same object has the same graph."""
 
 

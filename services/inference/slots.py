@@ -4,9 +4,8 @@ A call that would have to read a long prompt waits `GATHER_S` to see who else be
 beginning alone (*priming*), the slot is saved to a file, and the others restore it. A copy that fails costs the reading
 of one prompt and nothing else; an engine on which copies fail or help nothing is left alone until the next launch.
 
-Calls that come together are also read together: llama.cpp reads in one pass the prompts it finds, and whoever is there
-a millisecond earlier is read alone while all others wait. So the first call of an idle engine waits, for no longer than
-that, until as many are there as came together the last time. A model that is asked one thing at a time never waits.
+A call whose prompt is short, or known, never waits. To hold it back until as many are there as came together the last
+time, so that llama.cpp reads them in one pass, was tried: the median first token came no earlier, the first one later.
 
 Files live below the run folder, private to the user, at most `DISK_BYTES` for a model and never longer than the service
 or the model file they were read with. How an answer is made is `generation`'s business.
@@ -24,7 +23,6 @@ from typing import Final
 
 from protocol.messages.infer import ChatMessage, InferFinal
 from services.inference import prefix as p
-from services.inference.company import Company
 from services.inference.llama_http import EngineError, EngineGone, LlamaServer
 from services.kit.logs import Log, LogEvent
 
@@ -74,8 +72,6 @@ class SlotDesk:
         """Call -> the beginning that it makes."""
         self._reading: Counter[str] = Counter()
         self._stamp: object = None
-        self._slots = slots
-        self._company = Company(GATHER_S)
         self._totals = Counter({"prefixes_read": 0, "prefixes_copied": 0, "cached_tokens_total": 0})
 
     def engine_started(self, stamp: object, *, copies: bool) -> bool:
@@ -140,10 +136,8 @@ class SlotDesk:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[p.Placement | None] = loop.create_future()
         self._arrived.append((waiting, future))
-        idle = len(self._arrived) == 1 and self._book.free == self._slots
         more_may_come = self._book.free > len(self._arrived)
-        wanting = self._company.is_wanting(loop.time(), idle=idle)
-        if more_may_come and (wanting or self._book.reads_much(waiting.blocks)):
+        if more_may_come and self._book.reads_much(waiting.blocks):
             self._timer = self._timer or loop.call_later(GATHER_S, self._place)
         else:
             self._place()
