@@ -33,8 +33,6 @@ HISTORY_STEPS: Final = 100_000
 _COMPARED: Final = 25
 """Fan-outs of each kind behind the growth, where the history has so many; it is the ratio of their medians. With nine
 of each it came out anywhere between 1.00 and 1.11 for the same code."""
-_RAW_TIMES: Final = 3
-"""So many raw messages for each step: then the baseline lasts about as long as the chain that it is the measure of."""
 _WINDOW: Final = 64
 """Messages under way at once in the raw fan-out: as many as the noop tier has slots."""
 _LEARNED_S: Final = 120.0
@@ -138,9 +136,9 @@ def _beside(
 ) -> dict[str, float]:
     """One task between two rounds of raw messages, and what a step costs in raw round trips of this very moment."""
     _learned(stack)
-    before = raw_zmq.measure(folder, _RAW_TIMES * count, window)
+    before = raw_zmq.measure(folder, count, window)
     figures = _task(stack, name, task)
-    raw = statistics.mean((before, raw_zmq.measure(folder, _RAW_TIMES * count, window)))
+    raw = statistics.mean((before, raw_zmq.measure(folder, count, window)))
     return {f"raw_zmq_{name}_us": raw} | figures | {f"{name}_ratio": figures[f"{name}_us_per_step"] / raw}
 
 
