@@ -28,14 +28,10 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
         return [PlanProblem(None, "depends_on", f"{edges} control dependencies, at most {MAX_CONTROL_EDGES} are taken")]
     found = find_problems(task)
     for step in steps:
-        if step.actor not in registry.roles:
-            found += _unknown(step.id, "actor", [step.actor], registry.roles)
-        if step.gates:
-            found += _unknown(step.id, "gates", step.gates, registry.gates)
-        if step.persona is not None:
-            found += _unknown(step.id, "persona", _named(step.persona), registry.personas)
-        if step.spawns is not None:
-            found += _unknown(step.id, "spawns.roles", step.spawns.roles, registry.roles)
+        found += _unknown(step.id, "actor", [step.actor], registry.roles)
+        found += _unknown(step.id, "gates", step.gates or [], registry.gates)
+        found += _unknown(step.id, "persona", _named(step.persona), registry.personas)
+        found += _unknown(step.id, "spawns.roles", step.spawns.roles if step.spawns else [], registry.roles)
     if task.plan is not None:
         found += _unknown(None, "plan.persona", _named(task.plan.persona), registry.personas)
     found += _unknown(None, "gates", task.gates, registry.gates)
@@ -49,9 +45,7 @@ def _without_command(task: TaskIR, registry: Registry) -> Iterator[PlanProblem]:
     if task.check_command is not None:
         return
     for step in [None, *(task.plan.steps if task.plan is not None else ())]:
-        names = task.gates if step is None else step.gates
-        if not names:
-            continue
+        names = task.gates if step is None else step.gates or []
         wanting = [name for name in names if name in registry.gates and registry.gates[name].target == "command"]
         if wanting and (step is None or step.check_command is None):
             message = f"{wanting[0]} runs a command of the task's own: give it as check_command, a list of arguments"
@@ -74,9 +68,11 @@ def _named(persona: str | None) -> list[str]:
     return [] if persona in (None, NO_PERSONA) else [persona]
 
 
-def _unknown(step: str | None, field: str, names: list[str], known: Mapping[str, object]) -> Iterator[PlanProblem]:
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
-            yield PlanProblem(step, field, f"the registry has no {name!r}; {hint[:300]}")
+def _unknown(step: str | None, field: str, names: list[str], known: Mapping[str, object]) -> list[PlanProblem]:
+    return [PlanProblem(step, field, _hint(name, known)) for name in names if name not in known]
+
+
+def _hint(name: str, known: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+    return f"the registry has no {name!r}; {hint[:300]}"

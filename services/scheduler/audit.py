@@ -122,7 +122,7 @@ def _compare_index(record: TaskRecord, index: tuple[Any, ...]) -> list[Contradic
         "objective": line.objective,
         "created_ms": line.created_ms,
         "ended_ms": line.ended_ms,
-        "steps_done": line.steps_done if record.state.final else index[6],  # counted in memory until a task ends
+        "steps_done": line.steps_done if record.state.final else index[6],  # it says nothing before the end
         "steps_total": line.steps_total,
     }
     return [

@@ -204,7 +204,7 @@ class Journal:
                 objective=objective,
                 created_ms=created,
                 ended_ms=ended,
-                steps_done=done or self._done.get(task, 0),
+                steps_done=self._done.get(task, 0) if ended is None else done,
                 steps_total=total,
             )
             for task, state, kind, objective, created, ended, done, total in rows

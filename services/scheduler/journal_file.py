@@ -1,4 +1,4 @@
-"""The journal's file: its tables, how it is opened, and the steps from versions 1 and 2.
+"""The journal's file: its tables, how it is opened, and the step from version 1.
 
 Everything that is read at start or while the hub serves goes through an index whose size does not depend on the
 tasks that are over. Facts are appended to a plain table with a narrow index: as a table without rowid they lay inside
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 VERSION: Final = 3
+"""Since 3 a row of `facts` may hold several; what version 2 has written is read as it is."""
 _BUSY_S: Final = 30.0
 """How long a writer waits for another one. Ours hold the lock for milliseconds; a frozen one must not fail the hub."""
 _WAL_PAGES: Final = 4_000
@@ -59,10 +60,6 @@ ALTER TABLE tasks ADD COLUMN compacted INTEGER NOT NULL DEFAULT 0;
 DROP INDEX IF EXISTS tasks_open;
 DROP INDEX IF EXISTS tasks_newest;
 """
-_FROM_2: Final = """
-UPDATE tasks SET steps_done = 0 WHERE ended_ms IS NULL;
-"""
-"""A row may hold several facts now, and steps that are done are counted in memory until their task ends."""
 
 
 class JournalVersionError(Exception):
@@ -87,8 +84,6 @@ def open_journal(path: Path) -> sqlite3.Connection:
         _run(database, _INDEXES)
         if found == 1:
             database.execute("INSERT INTO tallies SELECT state, COUNT(*) FROM tasks GROUP BY state")
-        if found in (1, 2):
-            _run(database, _FROM_2)
         database.execute(f"PRAGMA user_version = {VERSION}")
         database.execute("COMMIT")
         path.chmod(0o600)

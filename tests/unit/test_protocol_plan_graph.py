@@ -139,3 +139,9 @@ def test_what_is_called_a_cycle_is_one_and_none_is_missed(graph: dict[str, froze
         for node in free:
             del remaining[node]
     assert bool(cycle) == bool(remaining)
+
+
+def test_the_graph_of_a_plan_is_found_once_and_is_never_that_of_another() -> None:
+    one, other = Plan(steps=[step("S1"), step("S2", ("out-S1",))]), Plan(steps=[step("S1"), step("S2")])
+    assert needs(one) is needs(one)
+    assert (needs(one)["S2"], needs(other)["S2"], needs(one)["S2"]) == ({"S1"}, frozenset(), {"S1"})

@@ -31,8 +31,8 @@ FANOUT_STEPS: Final = 1_000
 CHAIN_STEPS: Final = 200
 HISTORY_STEPS: Final = 100_000
 _COMPARED: Final = 25
-"""Fan-outs of each kind behind the growth, where the history has so many; it is the ratio of their medians. With nine
-of each it came out anywhere between 1.00 and 1.11 for the same code."""
+"""Fan-outs of each kind behind the growth, where the history has so many; it is the ratio of their medians. So many
+steady it against single ones that were slow, not against a machine that is busy for minutes."""
 _WINDOW: Final = 64
 """Messages under way at once in the raw fan-out: as many as the noop tier has slots."""
 _LEARNED_S: Final = 120.0
