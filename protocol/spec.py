@@ -11,7 +11,6 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +20,7 @@ from pydantic.json_schema import models_json_schema
 
 from protocol import limits
 from protocol.codec import pack_body
+from protocol.docstrings import Described, attribute_docstrings, docstrings_in
 from protocol.header import Count, Header, pack_header
 from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, family
 from protocol.messages.base import REGISTRY_NAME_PATTERN, Message, Name
@@ -65,12 +65,12 @@ def render(text: str) -> str:
 
 def header_table() -> str:
     """One row per header field, with the docstring it has in the code."""
-    notes = _attribute_docstrings(Header)
+    notes = attribute_docstrings(Header)
     rows = []
     for field in msgspec.structs.fields(Header):
         kind = "integer" if field.type in (Count, Count | None) else "text"
         needed = "yes" if field.required or field.name == "v" else ""
-        rows.append((f"`{field.name}`", kind, needed, notes.get(field.name, "")))
+        rows.append((f"`{field.name}`", kind, needed, _prose(notes.get(field.name, ""))))
     return _table(("field", "type", "required", "meaning"), rows)
 
 
@@ -85,7 +85,7 @@ def kinds_table() -> str:
 def bodies() -> str:
     """One table per body and per value inside a body."""
     models = [(model, "validation") for model in dict.fromkeys(BODIES.values())]
-    _, schema = models_json_schema(models, ref_template="{model}")  # type: ignore[arg-type]  # a list is a sequence
+    _, schema = models_json_schema(models, ref_template="{model}", schema_generator=Described)  # type: ignore[arg-type]  # a list is a sequence
     parts = []
     for name, definition in schema["$defs"].items():
         parts.append(f"#### {name}\n\n{_prose(definition.get('description', ''))}\n")
@@ -230,24 +230,8 @@ def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def _attribute_docstrings(cls: type) -> dict[str, str]:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    return _docstrings_in(tree.body) if isinstance(tree, ast.ClassDef) else {}
-
-
 def _module_docstrings(module: Any) -> dict[str, str]:
-    return _docstrings_in(ast.parse(inspect.getsource(module)).body)
-
-
-def _docstrings_in(body: list[ast.stmt]) -> dict[str, str]:
-    """Assigned name -> the string that stands below it."""
-    notes = {}
-    for assigned, below in pairwise(body):
-        if not isinstance(assigned, ast.AnnAssign) or not isinstance(assigned.target, ast.Name):
-            continue
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-            notes[assigned.target.id] = _prose(below.value.value)
-    return notes
+    return {name: _prose(text) for name, text in docstrings_in(ast.parse(inspect.getsource(module)).body).items()}
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 class Message(BaseModel):
     """Frozen value; unknown fields are ignored so that a newer peer can speak to an older one."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Strict(BaseModel):
     """Frozen value written by people: an unknown field is a typing mistake and is refused by name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}$")]

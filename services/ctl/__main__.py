@@ -7,39 +7,45 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from io import TextIOWrapper
 from types import FrameType
+from typing import Final
 
-from services.ctl import (
-    batch,
-    bench,
-    choices,
-    doctor,
-    explain,
-    journal,
-    memory,
-    plan,
-    registry,
-    replay,
-    run,
-    simulate,
-    stack,
-    status,
-    tail,
-    tasks,
-    tune,
-)
 from services.ctl.commands import Commands, Context, home_of
 from services.ctl.outcomes import CommandError, ExitCode
 from services.ctl.screen import Screen
 from services.kit.config import load_home
 
+GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
+    "stack": ("up", "down"),
+    "status": ("status",),
+    "doctor": ("doctor",),
+    "run": ("run", "submit"),
+    "batch": ("batch",),
+    "tasks": ("show", "watch", "cancel", "list"),
+    "plan": ("plan",),
+    "simulate": ("simulate",),
+    "explain": ("explain",),
+    "tail": ("tail",),
+    "replay": ("replay",),
+    "journal": ("journal",),
+    "memory": ("memory",),
+    "choices": ("personas", "roles"),
+    "registry": ("models", "registry"),
+    "tune": ("tune",),
+    "bench": ("bench",),
+}
+"""Module of this package -> the commands that it adds, in the order of the help page. Only the module of the command
+that is called is imported: all of them together take several times as long as most commands do."""
+
 _EPILOG = """exit codes: 0 ok, 1 the task or a check failed, 2 bad usage or bad input, 3 the system is unreachable
 Every command takes --json. The stack lives in TIERLINE_HOME, its configuration in TIERLINE_REGISTRY."""
 
 
-def build_parser() -> ArgumentParser:
+def build_parser(argv: Sequence[str] = ()) -> ArgumentParser:
+    """The parser for these arguments: with the commands of one group where they name one, else with all."""
     parser = ArgumentParser(
         prog="tierline",
         description="Runs one job on many language models.",
@@ -48,31 +54,15 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     commands = Commands(parser)
-    for group in (
-        stack,
-        status,
-        doctor,
-        run,
-        batch,
-        tasks,
-        plan,
-        simulate,
-        explain,
-        tail,
-        replay,
-        journal,
-        memory,
-        choices,
-        registry,
-        tune,
-        bench,
-    ):
-        group.add(commands)
+    called = next((word for word in argv if not word.startswith("-")), "")
+    for group in [group for group, names in GROUPS.items() if called in names] or GROUPS:
+        import_module(f"services.ctl.{group}").add(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
     signal.signal(signal.SIGTERM, _as_interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a locale that lacks a character must not end a command

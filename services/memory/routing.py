@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -131,14 +132,13 @@ class Arm:
         return self.expected_deviation() * (1 - math.exp(-self.cusum))
 
 
+@cache
 def _projection() -> Array:
-    """(256, 64) with orthonormal columns, scaled so that lengths are kept on average."""
+    """(256, 64) with orthonormal columns, scaled so that lengths are kept on average. Made when it is first used: the
+    library below starts its threads for it, which whoever only imports this should not wait for."""
     square = np.random.default_rng(20_250).standard_normal((DIMENSION, PROJECTED))
     basis, _ = np.linalg.qr(square)
     return np.asarray(basis * math.sqrt(DIMENSION / PROJECTED), dtype=np.float64)
-
-
-_PROJECTION: Final = _projection()
 
 
 class Bandit:
@@ -445,7 +445,7 @@ def _kept(arm: Arm, model: str, prompt: str) -> float:
 
 
 def _place(vector: Vector | None, cluster: str) -> Place:
-    return Place.of(None if vector is None else vector.astype(np.float64) @ _PROJECTION, cluster)
+    return Place.of(None if vector is None else vector.astype(np.float64) @ _projection(), cluster)
 
 
 def _normal_cdf(z: float) -> float:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from argparse import ArgumentParser, _SubParsersAction
 from pathlib import Path
 
 import pytest
 
-from services.ctl.__main__ import build_parser, main
+from services.ctl.__main__ import GROUPS, build_parser, main
 from services.ctl.doctor import run_checks
 from services.kit.config import CHECKOUT, load_home
 from services.kit.registry import load_registry
@@ -180,6 +183,34 @@ def test_json_may_stand_before_or_after_the_command() -> None:
     assert parser.parse_args(["--json", "list"]).json
     assert parser.parse_args(["list", "--json"]).json
     assert not parser.parse_args(["list"]).json
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_adds_the_commands_that_it_is_found_by(group: str) -> None:
+    added = [name for name, parser in _commands([GROUPS[group][0]]).items() if parser.prog.startswith("tierline ")]
+    assert tuple(added) == GROUPS[group]
+
+
+def test_all_groups_are_there_when_no_command_is_named() -> None:
+    everything = [name for names in GROUPS.values() for name in names]
+    assert list(_commands([])) == list(_commands(["--help"])) == list(_commands(["nonsense"])) == everything
+
+
+def test_a_command_imports_no_other_group() -> None:
+    code = (
+        "import sys; from services.ctl.__main__ import build_parser; build_parser(['--json', 'list']);"
+        "print(*(name for name in sys.modules if name.startswith('services.')))"
+    )
+    imported = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "services.ctl.tasks" in imported
+    assert not {"services.ctl.bench", "services.ctl.stack", "services.memory.routing"} & set(imported)
+
+
+def _commands(argv: list[str]) -> dict[str, ArgumentParser]:
+    for action in build_parser(argv)._actions:
+        if isinstance(action, _SubParsersAction):
+            return dict(action.choices)
+    raise AssertionError("no commands")
 
 
 def test_doctor_says_for_every_check_what_to_do(capsys: Out) -> None:

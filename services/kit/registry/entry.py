@@ -13,4 +13,4 @@ Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=16_0
 class Entry(BaseModel):
     """Base of everything an operator writes: frozen, and a misspelt field is an error instead of a silent default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

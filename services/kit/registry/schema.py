@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from protocol.docstrings import Described
 from protocol.messages.base import REGISTRY_NAME_PATTERN
 from protocol.messages.failure import Category
 from services.kit.registry.entries import CLIENT_PATTERN
@@ -31,7 +32,7 @@ def _file_schema(file: str, sections: tuple[Section, ...]) -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     properties: dict[str, Any] = {}
     for section in sections:
-        entry = section.entry.model_json_schema()
+        entry = section.entry.model_json_schema(schema_generator=Described)
         definitions.update(entry.pop("$defs", {}))
         properties[section.key] = _section_schema(section, entry)
     return {
