@@ -17,7 +17,12 @@ from protocol.messages.base import Message
 
 M = TypeVar("M", bound=Message)
 _PLAIN: Final = frozenset({str, int, bool, type(None)})
+_JSON: Final = _PLAIN | {float, list, dict}
 _STRINGS: Final = frozenset({str})
+_is_float: Final = float.__instancecheck__
+_is_map: Final = dict.__instancecheck__
+_is_list: Final = list.__instancecheck__
+"""As functions, so that `filter` looks at each value of each body without a line of Python."""
 _LEVELS_ABOVE_A_VALUE: Final = 8
 """Room for what is around the value of an artefact: the views, requests and joins that it will be part of."""
 _write: Final = msgspec.msgpack.Encoder().encode
@@ -98,21 +103,21 @@ def _check_values(raw: dict[Any, Any], levels: int = MAX_NESTING) -> None:
     """
     level: list[Any] = [raw]
     for _ in range(levels + 1):
+        kinds = set(map(type, level))
+        if kinds <= _PLAIN:
+            return
+        if not kinds <= _JSON:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds - _JSON))
+            raise BadFrame("body.not_json", f"the body holds a {names}; only JSON's types are read")
+        if not all(map(isfinite, filter(_is_float, level))):
+            raise BadFrame("body.not_json", "the body holds a number that JSON does not have: an infinity or NaN")
         below: list[Any] = []
-        for item in level:
-            kind = type(item)
-            if kind in _PLAIN:
-                continue
-            if kind is dict:
-                if not _STRINGS.issuperset(map(type, item)):
-                    raise BadFrame("body.not_json", "the body has a map key that is not a string")
-                below += item.values()
-            elif kind is list:
-                below += item
-            elif kind is not float:
-                raise BadFrame("body.not_json", f"the body holds a {kind.__name__}; only JSON's types are read")
-            elif not isfinite(item):
-                raise BadFrame("body.not_json", f"the body holds the number {item}, which JSON does not have")
+        for entries in filter(_is_map, level):
+            if not _STRINGS.issuperset(map(type, entries)):
+                raise BadFrame("body.not_json", "the body has a map key that is not a string")
+            below += entries.values()
+        for items in filter(_is_list, level):
+            below += items
         if not below:
             return
         level = below

@@ -6,7 +6,7 @@ The same `TaskView` answers `task.show` and ends `task.watch`, so that there is 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -18,23 +18,32 @@ from protocol.messages.memory import Episode, Lesson
 from protocol.messages.plan import AddedEdge, PlanShape, PlanVersion, RemovedEdge, RoutingDecision
 
 
-class TaskState(StrEnum):
+class _State(StrEnum):
+    """A state and whether it is the last one; that is asked so often that it is an attribute and no property."""
+
+    final: bool
+    """True once nothing about it can change any more."""
+
+    def __new__(cls, value: str, final: bool = False) -> Self:
+        """A member: its value, and `True` beside it where it is final."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.final = final
+        return member
+
+
+class TaskState(_State):
     """Where a task is; the last three are final."""
 
     PLANNING = "planning"
     RUNNING = "running"
     CHECKING = "checking"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def final(self) -> bool:
-        """True once nothing about the task can change any more."""
-        return self in _FINAL_TASK_STATES
+    SUCCEEDED = "succeeded", True
+    FAILED = "failed", True
+    CANCELLED = "cancelled", True
 
 
-class StepState(StrEnum):
+class StepState(_State):
     """Where a step is; the last four are final."""
 
     WAITING = "waiting"
@@ -42,19 +51,10 @@ class StepState(StrEnum):
     INFERRING = "inferring"
     EXPANDED = "expanded"
     CHECKING = "checking"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    SKIPPED = "skipped"
-
-    @property
-    def final(self) -> bool:
-        """True once nothing about the step can change any more."""
-        return self in _FINAL_STEP_STATES
-
-
-_FINAL_TASK_STATES: Final = (TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED)
-_FINAL_STEP_STATES: Final = (StepState.DONE, StepState.FAILED, StepState.CANCELLED, StepState.SKIPPED)
+    DONE = "done", True
+    FAILED = "failed", True
+    CANCELLED = "cancelled", True
+    SKIPPED = "skipped", True
 
 
 class Segment(Message):

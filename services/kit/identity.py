@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from typing import Any
+from typing import Any, Final
 
-import msgpack
+import msgspec
+
+_encode: Final = msgspec.msgpack.Encoder().encode
 
 
 def boot_id() -> str:
@@ -19,4 +21,4 @@ def work_key(*parts: Any) -> str:
 
     For a step: task, step, inputs of the attempt, sampling seed. Same parts, same key, on every machine.
     """
-    return hashlib.sha256(msgpack.packb(parts)).hexdigest()[:32]
+    return hashlib.sha256(_encode(parts)).hexdigest()[:32]

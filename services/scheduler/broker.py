@@ -325,7 +325,7 @@ class Broker:
         """
         if self._overdue:
             return self._overdue.popleft()
-        while self._dirty:
+        while self._dirty or self._let_in():
             target = next(iter(self._dirty))
             start = self._start_one(target, at_ms)
             if start is not None:
@@ -333,9 +333,12 @@ class Broker:
             if self._overdue:
                 return self._overdue.popleft()
             del self._dirty[target]
-            if not self._dirty:
-                self._touch(self.tokens.let_in())
         return None
+
+    def _let_in(self) -> bool:
+        """True if somebody who found a door of the tokens closed may try again."""
+        self._touch(self.tokens.let_in())
+        return bool(self._dirty)
 
     def _start_one(self, target: str, at_ms: int) -> Start | None:
         queue = self._queues.get(target)
@@ -361,12 +364,19 @@ class Broker:
             if not self.tokens.take(key, target, self.calls[key].needs, at_ms, self._waiting_parent(key)):
                 return None
             queue.take()
+            if queue.is_empty:
+                del self._dirty[target]
+                self._nobody_waits(target)
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
-        self.unserved.forget(target)
-        if len(self._queues) > _KEPT_QUEUES and not len(queue):
-            del self._queues[target]  # its name may be anything a client thought of
+        self._nobody_waits(target)
         return None
+
+    def _nobody_waits(self, target: str) -> None:
+        """The line for this capability has come to its end, but for calls that are held back."""
+        self.unserved.forget(target)
+        if len(self._queues) > _KEPT_QUEUES and self._queues[target].is_empty:
+            del self._queues[target]  # its name may be anything a client thought of
 
     def _waiting_parent(self, key: str) -> str | None:
         """The call during which this one was made, if it was made by the worker that has it."""
@@ -431,7 +441,10 @@ class Broker:
     def _push(self, call: Call) -> None:
         weight = self.weight_of(call.client)
         place = Place(call.client, call.interactive, call.rank_s, call.outer_ms, weight)
-        self._queues.setdefault(call.target, ReadyQueue()).push(call.key, place, call.hold_until_ms)
+        queue = self._queues.get(call.target)
+        if queue is None:
+            queue = self._queues[call.target] = ReadyQueue()
+        queue.push(call.key, place, call.hold_until_ms)
         self._touch((call.target,))
 
     def _touch(self, targets: Iterable[str]) -> None:

@@ -355,8 +355,9 @@ class Engine:
             self._on_failure(task, step, Work.INFERENCE, failure, at_ms, generated_tokens=tokens)
             return
         final = unpack_body(InferFinal, body)
-        if step.attempt.started_ms is not None and at_home(step, self.registry):
-            self.ranking.observe(task, step, (at_ms - step.attempt.started_ms) / 1000)
+        started_ms = step.attempt.started_ms
+        if started_ms is not None and at_home(step, self.registry):
+            self.ranking.observe(task, step, (at_ms - started_ms) / 1000)
         tokens = final.generated_tokens
         against = contradiction(final.text)
         if against is not None and may_contradict(task, step, self.registry):

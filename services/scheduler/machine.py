@@ -497,14 +497,14 @@ class Hub:
                 match effect:
                     case Record():
                         self._record(effect)
-                    case KeepPersona() | AdoptPersona():
-                        self.outbox.add(effect)
                     case Ask(call):
                         self.broker.ask(call)
                     case Drop(key):
                         todo.extend(self.broker.cancel(key))
                     case Tell(identity, request, kind, body):
                         self.outbox.answer(identity, request, kind, body)
+                    case KeepPersona() | AdoptPersona():
+                        self.outbox.add(effect)
             if todo:
                 self._carry_out(todo.popleft(), at_ms)
             elif (start := self.broker.next_start(at_ms)) is not None:
@@ -550,7 +550,9 @@ class Hub:
                     self._forget_client(peer.identity, at_ms)
 
     def _owner(self, call: c.Call) -> e.Engine | Batches | Personas:
-        """Who asked for one of the hub's own calls."""
+        """Who asked for one of the hub's own calls: what is done for a task, the engine has asked for."""
+        if call.task is not None:
+            return self.engine
         if self.engine.personas.owns(call.key):
             return self.engine.personas
         return self.batches if self.batches.owns(call.key) else self.engine

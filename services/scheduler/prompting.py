@@ -85,6 +85,8 @@ def _head(task: TaskIR) -> str:
 
 def _lesson_lines(lessons: Sequence[Lesson], title: str, tokens: int) -> str:
     """Failures of similar tasks and their cures, one a line, within the budget. Same lessons, same text."""
+    if not lessons:
+        return ""
     text = f"\n{title} (experience, not instructions):"
     room = int(tokens * CHARS_PER_TOKEN) - len(text)
     lines = []

@@ -173,6 +173,11 @@ class ReadyQueue:
         lines = [heap for group in (self._interactive, self._batch) for heap in group.waiting.values()]
         return [entry[3] for heap in lines for entry in heap] + [held[2] for held in self._held]
 
+    @property
+    def is_empty(self) -> bool:
+        """True if nothing is here, neither waiting nor held back nor stale."""
+        return not (self._interactive.waiting or self._batch.waiting or self._held)
+
     def __len__(self) -> int:
         groups = (self._interactive, self._batch)
         return len(self._held) + sum(len(heap) for group in groups for heap in group.waiting.values())

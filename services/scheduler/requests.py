@@ -5,14 +5,14 @@ Composed when the call starts, not when it is queued: a thousand waiting steps h
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from protocol.messages.artefact import ArtefactKind
 from protocol.messages.batch import BatchRequest
-from protocol.messages.infer import AbortLimits, ChatMessage, InferRequest, Sampling
+from protocol.messages.infer import ChatMessage, InferRequest, Sampling
 from services.kit.identity import work_key
-from services.kit.registry import EarlyAbort, PersonaEntry, Registry, RoleEntry, persona_entry
+from services.kit.registry import PersonaEntry, Registry, RoleEntry, persona_entry
 from services.scheduler.answers import schema_of_parts
 from services.scheduler.feedback import room_for, told
 from services.scheduler.prompting import CHARS_PER_TOKEN, compose
@@ -29,6 +29,7 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
     """
     attempt = step.attempt
     role = registry.roles[attempt.role]
+    parts = _fixed_parts(registry, attempt.role)
     model = registry.models[attempt.model]
     harder = attempt.arm == "harder"
     max_tokens = _max_tokens(
@@ -46,7 +47,7 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
         "role": attempt.role,
         "messages": _messages(task, step, registry, role, max_tokens),
         "max_tokens": min(max_tokens, left),
-        "sampling": _seeded(role, attempt.key),
+        "sampling": _seeded(parts.sampling, attempt.key),
         "json_output": not step.is_turn
         and len(step.spec.outputs) == 1
         and step.spec.outputs[0].kind is ArtefactKind.JSON,
@@ -57,9 +58,8 @@ def infer_request(task: TaskRecord, step: StepRecord, registry: Registry, *, str
         body["json_schema"] = schema
     if step.spec.grammar is not None:
         body["grammar"] = step.spec.grammar
-    limits = _limits(role.early_abort)
-    if limits is not None:
-        body["early_abort"] = limits.model_dump(exclude_none=True)
+    if parts.early_abort is not None:
+        body["early_abort"] = parts.early_abort
     return body
 
 
@@ -125,26 +125,30 @@ def batch_item_request(batch: BatchRequest, prompt: str, key: str, registry: Reg
         role=batch.role,
         messages=[ChatMessage(role="system", content=role.prompt), ChatMessage(role="user", content=prompt)],
         max_tokens=min(batch.max_tokens or role.max_tokens, longest),
-        sampling=Sampling(**_seeded(role, key)),
+        sampling=Sampling(**_seeded(_fixed_parts(registry, batch.role).sampling, key)),
         json_schema=batch.json_schema,
         grammar=batch.grammar,
-        early_abort=_limits(role.early_abort),
+        early_abort=role.early_abort.limits(),
     )
 
 
-def _seeded(role: RoleEntry, key: str) -> dict[str, Any]:
-    """The role's sampling; where it fixes no seed, one that follows from the key: a rerun asks the same."""
-    sampling = _fixed(role.sampling)
+class _FixedParts(NamedTuple):
+    """What every request for a role says alike, as it goes on the wire; not to be changed."""
+
+    sampling: dict[str, Any]
+    early_abort: dict[str, Any] | None
+
+
+@lru_cache(maxsize=256)
+def _fixed_parts(registry: Registry, name: str) -> _FixedParts:
+    """Made once: a registry has few roles, and they never change."""
+    role = registry.roles[name]
+    limits = role.early_abort.limits()
+    return _FixedParts(
+        role.sampling.model_dump(exclude_none=True), None if limits is None else limits.model_dump(exclude_none=True)
+    )
+
+
+def _seeded(sampling: dict[str, Any], key: str) -> dict[str, Any]:
+    """A role's sampling; where it fixes no seed, one that follows from the key: a rerun asks the same."""
     return sampling if "seed" in sampling else sampling | {"seed": int(work_key(key, "seed")[:7], 16)}
-
-
-@cache
-def _fixed(sampling: Sampling) -> dict[str, Any]:
-    """A role's sampling as it goes on the wire, made once, like its limits; not to be changed."""
-    return sampling.model_dump(exclude_none=True)
-
-
-@cache
-def _limits(early_abort: EarlyAbort) -> AbortLimits | None:
-    """A role's limits as they go on the wire, made once: a registry has few roles, and they never change."""
-    return early_abort.limits()

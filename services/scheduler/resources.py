@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -46,6 +47,7 @@ _LOADING: Final = Needs(cores=1)
 NOTHING: Final = Needs()
 
 
+@lru_cache(maxsize=256)
 def inference_needs(registry: Registry, target: str) -> Needs:
     """Needs of a call for `infer.<model>`: the threads of that model's process; nothing for other targets.
 
@@ -244,9 +246,12 @@ class Tokens:
 
     def _hold(self, key: str, needs: Needs) -> None:
         holder = needs.shared_by or key
-        cores = needs.cores + max(0, min(needs.more_cores, self.free_cores - needs.cores))
-        self._holdings.setdefault(holder, _Holding(cores, needs.group, set())).keys.add(key)
         self._holder_of[key] = holder
+        if holder in self._holdings:
+            self._holdings[holder].keys.add(key)
+            return
+        more = max(0, min(needs.more_cores, self.free_cores - needs.cores)) if needs.more_cores else 0
+        self._holdings[holder] = _Holding(needs.cores + more, needs.group, {key})
 
     def _fits(self, key: str, needs: Needs, lent: int = 0) -> bool:
         if needs is NOTHING or (needs.shared_by or key) in self._holdings:

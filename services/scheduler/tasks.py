@@ -123,9 +123,10 @@ class StepRecord:
     @property
     def attempt(self) -> Attempt:
         """The newest attempt; raises JournalError before the first."""
-        if not self.attempts:
-            raise JournalError(f"step {self.spec.id} has no attempt yet")
-        return self.attempts[-1]
+        try:
+            return self.attempts[-1]
+        except IndexError:
+            raise JournalError(f"step {self.spec.id} has no attempt yet") from None
 
     @property
     def role(self) -> str:

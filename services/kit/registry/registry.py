@@ -38,9 +38,11 @@ from services.kit.registry.sections import FILES, Draft, read_files
 from services.kit.registry.yaml_lines import Document
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Registry:
     """A checked registry. All mappings are read-only and keep the order of the files.
+
+    One is equal to itself only, so that what follows from it can be kept beside it; `digest` compares contents.
 
     Attributes:
         models: entries by name; `path` is absolute here (None for engine noop).
