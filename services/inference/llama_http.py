@@ -27,6 +27,9 @@ _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 """One event may hold a whole answer, escaped; anything larger is no answer."""
 
 _MAX_ERROR_BYTES: Final = 64 * 1024
+_LARGEST: Final = 2**40
+"""No figure of a server is larger, in tokens, bytes or milliseconds. JSON is read with infinities and with integers of
+any length, which no message can carry; sums of these can be sent too."""
 _PROBE_TIMEOUT_S: Final = 5.0
 _PATIENT: Final = httpx.Timeout(_PROBE_TIMEOUT_S, read=None)
 _STREAM: Final = aiohttp.ClientTimeout(total=None, sock_connect=_PROBE_TIMEOUT_S)
@@ -154,9 +157,10 @@ class LlamaServer:
         return sum(1 for slot in await self._slots() if slot.get("is_processing") is True)
 
     async def metrics(self) -> dict[str, float]:
-        """Counters and gauges by their name without prefix."""
+        """Counters and gauges by their name without prefix; what is no number is left out."""
         response = await self._get("/metrics")
-        return {name: float(value) for name, value in _METRIC.findall(response.text)}
+        found = ((name, _figure(text)) for name, text in _METRIC.findall(response.text))
+        return {name: value for name, value in found if value is not None}
 
     async def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
         """Stream one answer; closing the iterator closes the connection, which cancels the generation."""
@@ -186,15 +190,15 @@ class LlamaServer:
         data = await self._post("/v1/chat/completions", silent)
         timings = data.get("timings")
         timings = timings if isinstance(timings, dict) else {}
-        return _count(timings.get("prompt_n")), _duration(timings.get("prompt_ms"))
+        return token_count(timings.get("prompt_n")), duration_ms(timings.get("prompt_ms"))
 
     async def save_slot(self, slot: int, name: str) -> int:
         """Write what a free slot has read to a file of the folder the engine was given; returns its size in bytes."""
-        return _count((await self._post(f"/slots/{slot}?action=save", {"filename": name})).get("n_written"))
+        return token_count((await self._post(f"/slots/{slot}?action=save", {"filename": name})).get("n_written"))
 
     async def restore_slot(self, slot: int, name: str) -> int:
         """Replace what a free slot has read by a saved file; returns the tokens it holds then."""
-        return _count((await self._post(f"/slots/{slot}?action=restore", {"filename": name})).get("n_restored"))
+        return token_count((await self._post(f"/slots/{slot}?action=restore", {"filename": name})).get("n_restored"))
 
     @property
     def _open(self) -> httpx.AsyncClient:
@@ -274,12 +278,12 @@ def _refusal(status: int, body: bytes) -> EngineError:
     error = data.get("error") if isinstance(data, dict) else None
     if not isinstance(error, dict):
         return EngineFaulty(f"HTTP {status} from the engine without an error body")
-    kind, message = error.get("type"), str(error.get("message"))[:500]
+    kind, message = error.get("type"), whole_characters(str(error.get("message"))[:500])
     if kind == _TOO_LONG:
-        return PromptTooLong(_count(error.get("n_prompt_tokens")), _count(error.get("n_ctx")))
+        return PromptTooLong(token_count(error.get("n_prompt_tokens")), token_count(error.get("n_ctx")))
     if kind in _CALLERS_FAULT:
         return RequestInvalid(message)
-    return EngineFaulty(f"HTTP {status} from the engine ({kind}): {message}")
+    return EngineFaulty(f"HTTP {status} from the engine ({whole_characters(str(kind)[:80])}): {message}")
 
 
 def _piece(data: bytes) -> Piece:
@@ -298,16 +302,19 @@ def _piece(data: bytes) -> Piece:
         top_logprobs = candidate_logprobs(choices[0].get("logprobs"))
     if not isinstance(text, str) or not isinstance(finish_reason, str | None):
         raise EngineFaulty("the engine sent an answer whose text is no text")
-    if not text.isascii():
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair could not be sent on
     timings = event.get("timings")
     timings = timings if isinstance(timings, dict) else {}
     return Piece(
-        text=text,
+        text=whole_characters(text),
         finish_reason=finish_reason,
         usage=_usage(event["usage"], timings) if isinstance(event.get("usage"), dict) else None,
         top_logprobs=top_logprobs,
     )
+
+
+def whole_characters(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which could not be sent on."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def candidate_logprobs(logprobs: Any) -> tuple[tuple[float, ...], ...]:
@@ -318,26 +325,41 @@ def candidate_logprobs(logprobs: Any) -> tuple[tuple[float, ...], ...]:
         candidates = token.get("top_logprobs") if isinstance(token, dict) else None
         listed = candidates if isinstance(candidates, list) else ()
         values = [one.get("logprob") for one in listed if isinstance(one, dict)]
-        found.append(tuple(float(value) for value in values if isinstance(value, int | float)))
+        found.append(tuple(value for value in map(_number, values) if value is not None))
     return tuple(found)
 
 
 def _usage(usage: dict[str, Any], timings: dict[str, Any]) -> Usage:
     details = usage.get("prompt_tokens_details")
     return Usage(
-        prompt_tokens=_count(usage.get("prompt_tokens")),
-        cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else 0,
-        generated_tokens=_count(usage.get("completion_tokens")),
-        prompt_ms=_duration(timings.get("prompt_ms")),
-        generate_ms=_duration(timings.get("predicted_ms")),
-        draft_tokens=_count(timings.get("draft_n")),
-        accepted_tokens=_count(timings.get("draft_n_accepted")),
+        prompt_tokens=token_count(usage.get("prompt_tokens")),
+        cached_tokens=token_count(details.get("cached_tokens")) if isinstance(details, dict) else 0,
+        generated_tokens=token_count(usage.get("completion_tokens")),
+        prompt_ms=duration_ms(timings.get("prompt_ms")),
+        generate_ms=duration_ms(timings.get("predicted_ms")),
+        draft_tokens=token_count(timings.get("draft_n")),
+        accepted_tokens=token_count(timings.get("draft_n_accepted")),
     )
 
 
-def _count(value: Any) -> int:
-    return value if type(value) is int and value >= 0 else 0
+def token_count(value: Any, otherwise: int = 0) -> int:
+    """A number of tokens or bytes that a server gave; `otherwise` where it gave none that can be one."""
+    return value if type(value) is int and 0 <= value <= _LARGEST else otherwise
 
 
-def _duration(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and value >= 0 else 0.0
+def duration_ms(value: Any, otherwise: float = 0.0) -> float:
+    """Milliseconds that a server gave; `otherwise` where it gave none that can be some."""
+    number = _number(value)
+    return otherwise if number is None or number < 0 else number
+
+
+def _number(value: Any) -> float | None:
+    """A number that can be one of a server's figures, None for anything else; NaN is not within any bounds."""
+    return float(value) if isinstance(value, int | float) and -_LARGEST <= value <= _LARGEST else None
+
+
+def _figure(text: str) -> float | None:
+    try:
+        return _number(float(text))
+    except ValueError:
+        return None

@@ -29,6 +29,9 @@ from services.inference.llama_http import (
     RequestInvalid,
     Usage,
     candidate_logprobs,
+    duration_ms,
+    token_count,
+    whole_characters,
 )
 from services.inference.retry import retry_after_s
 from services.inference.sse import EventStream, EventTooLarge
@@ -210,7 +213,7 @@ class OpenAiServer:
         if (finish := choice.get("finish_reason")) is not None:
             answer.finish = self._finish(finish)
         delta = choice.get("delta")
-        text = _text(delta.get("content")) if isinstance(delta, dict) else ""
+        text = whole_characters(_text(delta.get("content"))) if isinstance(delta, dict) else ""
         answer.pieces += bool(text)
         return Piece(text, None, None, candidate_logprobs(choice.get("logprobs")))
 
@@ -255,8 +258,7 @@ class OpenAiServer:
         codes = {str(error.get("code")), str(error.get("type"))}
         message = self._message(event)
         if codes & _TOO_LONG:
-            asked = error.get("n_prompt_tokens")
-            return PromptTooLong(asked if type(asked) is int else 0, self._entry.context_tokens)
+            return PromptTooLong(token_count(error.get("n_prompt_tokens")), self._entry.context_tokens)
         if status in (301, 302, 303, 307, 308):
             return Rejected(f"the server sends us elsewhere (HTTP {status}), which is not followed: repair base_url")
         if status in (401, 403):
@@ -276,8 +278,8 @@ class OpenAiServer:
         return self._clean(str(message or "it gives no reason"))[:500]
 
     def _clean(self, text: str) -> str:
-        """A text of the server without our key: some quote it when they refuse it."""
-        return text if self.key is None else text.replace(self.key, "[key]")
+        """A text of the server that can be sent on, without our key: some quote it when they refuse it."""
+        return whole_characters(text if self.key is None else text.replace(self.key, "[key]"))
 
 
 @asynccontextmanager
@@ -339,20 +341,12 @@ def _usage(answer: _Answer, body: Mapping[str, Any], began_s: float, ended_s: fl
     first_s = ended_s if answer.first_s is None else answer.first_s
     asked = sum(len(str(turn["content"])) for turn in body["messages"]) // _CHARS_PER_TOKEN
     return Usage(
-        prompt_tokens=_count(usage.get("prompt_tokens"), asked),
-        cached_tokens=_count(cached, 0),
-        generated_tokens=_count(usage.get("completion_tokens"), answer.pieces),
-        prompt_ms=_duration(timings.get("prompt_ms"), (first_s - began_s) * 1000),
-        generate_ms=_duration(timings.get("predicted_ms"), (ended_s - first_s) * 1000),
+        prompt_tokens=token_count(usage.get("prompt_tokens"), asked),
+        cached_tokens=token_count(cached, 0),
+        generated_tokens=token_count(usage.get("completion_tokens"), answer.pieces),
+        prompt_ms=duration_ms(timings.get("prompt_ms"), (first_s - began_s) * 1000),
+        generate_ms=duration_ms(timings.get("predicted_ms"), (ended_s - first_s) * 1000),
     )
-
-
-def _count(value: Any, otherwise: int) -> int:
-    return value if type(value) is int and value >= 0 else otherwise
-
-
-def _duration(value: Any, otherwise: float) -> float:
-    return float(value) if isinstance(value, int | float) and value >= 0 else otherwise
 
 
 def _origin(url: str) -> str:

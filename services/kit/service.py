@@ -43,12 +43,14 @@ SERVICE_STOPPED = LogEvent("service.stopped", "reason unfinished")
 SESSION_OPENED = LogEvent("session.opened", "epoch failures")
 FRAME_REFUSED = LogEvent("frame.refused", "code reason", "warning")
 CALL_STARTED = LogEvent("call.started", "task step attempt kind key", "debug")
-CALL_ENDED = LogEvent("call.ended", "task step attempt kind key code took_ms", "debug")
-CALL_FAILED = LogEvent("call.failed", "task step attempt kind key code took_ms")
+CALL_ENDED = LogEvent("call.ended", "task step attempt kind key code reason took_ms", "debug")
+CALL_FAILED = LogEvent("call.failed", "task step attempt kind key code reason took_ms")
 CALL_BUG = LogEvent("call.bug", "task step attempt kind key error", "error")
 
 _TICK_S: Final = 0.25
 _BACKOFF_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+_OF_BACKENDS: Final = frozenset({Category.PEER, Category.RESOURCE})
+"""What a failure of these says is about processes and machines, so it is logged; others may quote an answer."""
 M = TypeVar("M", bound=Message)
 
 
@@ -422,15 +424,23 @@ class Service:
         except asyncio.CancelledError:
             ending = _failure("call.cancelled", Category.PEER, self.name, "cancelled by the hub or by a shutdown")
         except Exception as err:  # noqa: BLE001  a bug in one call must not take the others down; it is logged as one
-            self.log.write(CALL_BUG, kind=call.header.kind, key=call.header.key, task=call.header.task, error=repr(err))
-            ending = _failure("internal.bug", Category.RESOURCE, self.name, f"bug in {self.name}: {err!r}"[:1_000])
+            ending = self._bug(call, err)
         del self._work[call.header.key or ""]
         self._end(call, ending, started)
 
+    def _bug(self, call: Call, err: Exception) -> Failure:
+        self.log.write(CALL_BUG, kind=call.header.kind, key=call.header.key, task=call.header.task, error=repr(err))
+        return _failure("internal.bug", Category.RESOURCE, self.name, f"bug in {self.name}: {err!r}"[:1_000])
+
     def _end(self, call: Call, ending: Message | Failure, started_ms: int) -> None:
         header = call.header
-        code = ending.code if isinstance(ending, Failure) else None
-        told = CALL_ENDED if code is None else CALL_FAILED
+        try:
+            kind, body = _packed(header, ending)
+        except (ValueError, OverflowError) as err:  # a call without an ending would keep its slot for ever
+            ending = self._bug(call, err)
+            kind, body = _packed(header, ending)
+        failure = ending if isinstance(ending, Failure) else None
+        told = CALL_ENDED if failure is None else CALL_FAILED
         if self.log.keeps(told):
             self.log.write(
                 told,
@@ -439,13 +449,11 @@ class Service:
                 attempt=header.attempt,
                 kind=header.kind,
                 key=header.key,
-                code=code,
+                code=None if failure is None else failure.code,
+                reason=failure.message if failure is not None and failure.category in _OF_BACKENDS else None,
                 took_ms=self.clock.now_ms() - started_ms,
             )
-        if isinstance(ending, Failure):
-            self.feed(s.WorkEnded(header.key or "", "error", pack_body(ErrorReply(failure=ending))))
-        else:
-            self.feed(s.WorkEnded(header.key or "", f"{family(header.kind)}.final", pack_body(ending)))
+        self.feed(s.WorkEnded(header.key or "", kind, body))
 
     async def _drain(self) -> None:
         self.feed(s.DrainAsked(self._stop_reason))
@@ -466,6 +474,13 @@ def _outcome(header: Header, data: bytes) -> Message:
         refused = unpack_body(Refused, data)
         raise CallRefused(refused.reason, refused.retry_after_ms)
     return unpack_body(BODIES[header.kind], data)
+
+
+def _packed(header: Header, ending: Message | Failure) -> tuple[str, bytes]:
+    """Kind and body of the message that ends a call. Raises ValueError and OverflowError for what cannot be sent."""
+    if isinstance(ending, Failure):
+        return "error", pack_body(ErrorReply(failure=ending))
+    return f"{family(header.kind)}.final", pack_body(ending)
 
 
 def _failure(code: str, category: Category, origin: str, message: str) -> Failure:

@@ -9,6 +9,7 @@ give it a model file from `tests.fakes.gguf_files`. Its script is the JSON file 
      "record": "/tmp/x/requests.jsonl", every chat request is appended there as one JSON line
      "copies": false,                   refuse to save and restore slots
      "read_s": 0.5,                     seconds to read a beginning that several prompts share
+     "metrics": "llamacpp:x y",         what /metrics says instead of its figures
      "persist": true,                   answers go on in turn after a respawn and over all processes of the script
      "default": ANSWER,                 where no rule matches
      "rules": [{"match": "text in the prompt", "model": "worker", "answers": [ANSWER, ANSWER, ...]}]}
@@ -17,13 +18,15 @@ The first rule counts whose `match` is part of the prompt (all messages, joined 
 given, is the --alias; its answers are given in turn, the last one again and again. An ANSWER is a string or
 
     {"text": "...", "repeat": 1, "delay_s": 0, "token_s": 0, "finish_reason": "stop", "fault": null,
-     "top_logprobs": [], "retry_after": null, "style": null, "hold": null, "together": 1}
+     "top_logprobs": [], "retry_after": null, "style": null, "hold": null, "together": 1, "usage": {},
+     "timings": {}, "message": "scripted fault"}
 
 with `delay_s` before the first token, `token_s` between tokens, no token before the file `hold` is there (so that a
 test decides how long an answer takes), none before so many answers are at work `together`, `top_logprobs` the log
 probabilities of each token's candidates, sent where the request asks for them. `style` `foreign` streams as other
 servers do: CRLF, comments, fields that nobody asked for, usage null in every chunk and figures without timings at the
-end; `bare` gives no usage at all.
+end; `bare` gives no usage at all. What stands in `usage` and `timings` replaces single figures of an answer, `message`
+that of an error body.
 Faults: `500`, `429`, `503` an error body, with a Retry-After header if `retry_after` is given; `401` one that quotes
 the key it was sent; `garbage` an event that is no JSON; `cut` a stream that ends without an ending; `disconnect` in the
 middle of the text; `hang` no byte until the client leaves; `stuck` tokens, and a slot that stays busy for ever; `die`
@@ -208,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if (fault := str(answer.get("fault"))) in ("429", "500", "503"):
             self.retry_after = answer.get("retry_after")
-            self.error(int(fault), "server_error", "scripted fault")
+            self.error(int(fault), "server_error", answer.get("message", "scripted fault"))
             return
         if fault == "401":
             self.error(401, "invalid_api_key", f"Incorrect API key provided: {self.headers.get('authorization')}")
@@ -262,12 +265,13 @@ class Handler(BaseHTTPRequestHandler):
         took_ms = (time.monotonic() - began) * 1000
         self.slots.predicted_s += took_ms / 1000
         figures = {
-            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(words)},
+            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(words), **answer.get("usage", {})},
             "timings": {
                 "prompt_n": prompt_tokens,
                 "prompt_ms": 1.0,
                 "predicted_n": len(words),
                 "predicted_ms": took_ms,
+                **answer.get("timings", {}),
             },
         }
         if not stream:
@@ -338,7 +342,7 @@ class Handler(BaseHTTPRequestHandler):
             "requests_processing": sum(self.slots.busy),
         }
         lines = "".join(f"llamacpp:{name} {value}\n" for name, value in figures.items())
-        self.reply_bytes(200, "text/plain", lines.encode())
+        self.reply_bytes(200, "text/plain", self.script.read().get("metrics", lines).encode())
 
     def reply_bytes(self, code: int, content_type: str, data: bytes) -> None:
         self.send_response(code)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from protocol.messages.failure import Category, Failure
-from protocol.messages.infer import InferFinal, InferPartial
+from protocol.messages.infer import AbortLimits, InferFinal, InferPartial
 from protocol.messages.reply import ErrorReply
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY, InferenceStack, ask_for
@@ -141,6 +141,58 @@ def test_a_fault_of_the_engine_is_a_peer_failure_and_the_next_call_works(
     assert isinstance(shared.ask("m", ask_for("good")), InferFinal)
     assert shared.figures("m")["respawns"] == 0
     assert_both_slots_work(shared, ended=ended + 2)
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"usage": {"prompt_tokens": 10**30, "completion_tokens": 2**64}},
+        {"timings": {"prompt_ms": float("inf"), "predicted_ms": 1e308}},
+        {"timings": {"prompt_ms": float("nan"), "predicted_ms": 10**400, "draft_n": -1, "draft_n_accepted": "many"}},
+        {"top_logprobs": [10**400, float("-inf"), float("nan"), "x", -1.0]},
+    ],
+)
+def test_figures_that_no_message_can_carry_cost_neither_the_answer_nor_its_slot(
+    shared: InferenceStack, figures: dict[str, object]
+) -> None:
+    ended = shared.hub.credit["inference-m"] - 2
+    shared.script("m", {"default": {"text": "a b c d", **figures}})
+    final = shared.ask("m", ask_for("go", early_abort=AbortLimits(entropy_nats=5.0)))
+    assert isinstance(final, InferFinal), final
+    assert final.text == "a b c d"
+    assert_both_slots_work(shared, ended=ended + 1)
+
+
+@pytest.mark.parametrize(
+    "text", ["llamacpp:requests_processing -.-\n", "llamacpp:tokens_predicted_total 1e999\n", "\0"]
+)
+def test_metrics_that_are_no_numbers_cost_the_service_nothing(shared: InferenceStack, text: str) -> None:
+    pid = shared.hub.hellos["inference-m"].pid
+    shared.script("m", {"default": "ok", "metrics": text})
+    shared.hub.pump_for(2.5)  # it asks once a second
+    assert isinstance(shared.ask("m", ask_for("go")), InferFinal)
+    shared.figures("m")
+    assert shared.hub.hellos["inference-m"].pid == pid
+    log = (shared.root / "logs" / "inference-m.jsonl").read_text()
+    assert '"engine.bug"' not in log
+
+
+def test_what_an_engine_says_of_its_failure_is_told_and_logged_half_characters_included(
+    shared: InferenceStack,
+) -> None:
+    shared.script("m", {"default": {"fault": "500", "message": "no \ud800 room"}})
+    failure = failure_of(shared.ask("m", ask_for("go")))
+    assert (failure.category, failure.code) == (Category.PEER, "engine.faulty")
+    assert "no ? room" in failure.message
+    lines = (shared.root / "logs" / "inference-m.jsonl").read_text().splitlines()
+    ended = [json.loads(line) for line in lines if '"call.failed"' in line]
+    assert "no ? room" in ended[-1]["reason"]
+
+
+def test_an_answer_that_was_refused_is_not_logged(shared: InferenceStack) -> None:
+    shared.script("m", {"default": "the secret of the harbour"})
+    assert failure_of(shared.ask("m", ask_for("go", json_schema=SCHEMA))).category is Category.SCHEMA
+    assert "harbour" not in (shared.root / "logs" / "inference-m.jsonl").read_text()
 
 
 def test_the_deadline_of_a_call_is_a_timeout_and_frees_its_slot(shared: InferenceStack) -> None:

@@ -200,6 +200,25 @@ def test_a_fault_is_a_peer_failure_and_the_next_call_works(
     assert isinstance(stack.ask("m", ask_for("good")), InferFinal)
 
 
+def test_figures_and_half_characters_that_no_message_can_carry_cost_no_slot(
+    stack: InferenceStack, elsewhere: Elsewhere
+) -> None:
+    absurd = {"usage": {"prompt_tokens": 10**30, "completion_tokens": 2**64}, "timings": {"predicted_ms": 10**400}}
+    rules = [
+        {"match": "bad", "answers": [{"text": "", "fault": "500", "message": "no \ud800 room"}]},
+        {"match": "good", "answers": [{"text": "a\ud800b c", **absurd}]},
+    ]
+    elsewhere.script({"rules": rules})
+    entry(stack, elsewhere, slots=1)
+    start(stack)
+    stack.hub.await_peer("inference-m")
+    assert "no ? room" in failure_of(stack.ask("m", ask_for("bad"))).message
+    for _ in range(2):  # with the one slot that there is
+        final = stack.ask("m", ask_for("good"))
+        assert isinstance(final, InferFinal), final
+        assert (final.text, final.generated_tokens) == ("a?b c", 2)
+
+
 def test_a_silent_server_is_given_up_and_the_deadline_holds(stack: InferenceStack, elsewhere: Elsewhere) -> None:
     elsewhere.script({"default": {"text": "a b c", "delay_s": 300}})
     entry(stack, elsewhere, first_token_timeout_s=0.5)
