@@ -11,7 +11,7 @@ from pathlib import Path
 
 from services.inference.probe import ProbeFailed, probe
 from services.kit.gguf_facts import READ_TIMEOUT_S, Stamp, command, parsed, stamp
-from services.kit.gguf_header import MAGIC, BadHeader
+from services.kit.gguf_header import MAGIC, BadHeader, opened
 from services.kit.model_facts import ModelFacts
 
 
@@ -30,7 +30,7 @@ class ModelFile:
         """Raise BadModelFile unless the header is sound and all tensors lie within the file; returns the facts."""
         try:
             now = stamp(self.path)
-            with self.path.open("rb") as stream:
+            with opened(self.path) as stream:
                 magic = stream.read(len(MAGIC))
         except OSError as err:
             raise BadModelFile(

@@ -8,8 +8,10 @@ What the values mean is `gguf_facts`' business. The format: GGUF versions 2 and 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,7 +84,16 @@ def parts_of(path: Path) -> Sequence[Path]:
     if match is None:
         return [path]
     stem, count = path.name[: match.start()], int(match[2])
+    if count == 0:
+        return [path]
     return [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+
+
+def opened(path: Path) -> BinaryIO:
+    """Open a model file for reading. Raises OSError, also for what is no regular file: a pipe would never answer."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.open("rb")
 
 
 def read_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> Header:
@@ -91,7 +102,7 @@ def read_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> Heade
     Raises BadHeader for a header that is damaged or beyond the bounds, and for tensors that reach past the file's end;
     OSError where the file cannot be read.
     """
-    with path.open("rb") as stream:
+    with opened(path) as stream:
         return _Reader(stream, path.stat().st_size).read(block_sizes)
 
 

@@ -298,6 +298,18 @@ def test_a_missing_model_is_a_reason_and_is_cured_without_a_restart(stack: Infer
     stack.hub.await_peer("inference-m", "ready")
 
 
+def test_a_pipe_in_the_models_place_is_a_reason_and_nothing_that_is_waited_for(stack: InferenceStack) -> None:
+    model = stack.model_path("m")
+    model.unlink()
+    os.mkfifo(model)
+    stack.start("m")
+    stack.hub.await_peer("inference-m", "degraded")
+    assert "no regular file" in (stack.hub.pongs["inference-m"].reason or "")
+    model.unlink()
+    write_tiny_gguf(model)
+    stack.hub.await_peer("inference-m", "ready")
+
+
 @pytest.mark.parametrize("keep", [2, 20, 300])
 def test_a_truncated_model_is_a_reason(stack: InferenceStack, keep: int) -> None:
     model = stack.model_path("m")

@@ -1,5 +1,6 @@
 """Every rule of the registry: one bad edit of a good registry, refused at the file, line and field that is wrong."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def folder(tmp_path: Path, tiny: Path) -> Path:
     (tmp_path / "models").mkdir()
     for name in ("front.gguf", "worker.gguf"):
         (tmp_path / "models" / name).hardlink_to(tiny)
+    os.mkfifo(tmp_path / "models" / "pipe")
     return tmp_path
 
 
@@ -180,6 +182,11 @@ BAD_EDITS = [
     ("models.yaml", "threads: 2", "threads: 5", 12, "models.worker.threads", "threads-over-cores", "4 cores"),
     ("models.yaml", "front.gguf", "gone.gguf", 4, "models.front.path", "model-file-missing", "deploy/fetch-model"),
     ("models.yaml", "front.gguf", "../models.yaml", 4, "models.front.path", "model-file-format", "not a GGUF"),
+    ("models.yaml", "front.gguf", '"a\\0b.gguf"', 4, "models.front.path", "value_error", "no NUL character"),
+    ("models.yaml", "front.gguf", "~nobody-here/m.gguf", 4, "models.front.path", "value_error", "of ~nobody-here is"),
+    ("models.yaml", "port: 9001", "binary: ~nobody-here/x", 6, "models.front.binary", "value_error", "whole path"),
+    ("models.yaml", "front.gguf", "pipe", 4, "models.front.path", "model-file-missing", "no regular file"),
+    ("models.yaml", "front.gguf", "m-00000-of-00000.gguf", 4, "models.front.path", "model-file-missing", "No such"),
     # memory: what stays, and the largest that comes and goes
     ("hardware.yaml", "10000000000", "200000000", 4, "models.front.path", "memory", "hardware.yaml (line 3)"),
     ("models.yaml", "slots: 4", "memory_bytes: 20000000000", 11, "models.worker.memory_bytes", "memory", "it warm"),
@@ -363,6 +370,11 @@ def test_a_split_model_needs_all_its_parts_and_counts_with_all_of_them(folder: P
     size = tiny.stat().st_size
     edit(folder, "models.yaml", "front.gguf", "big-00001-of-00003.gguf")
     assert file_bytes(load(folder).models["front"]) == 3 * size
+    edit(folder, "models.yaml", "big-00001-of-00003.gguf", "big-00002-of-00003.gguf")
+    (problem,) = refused(folder)
+    assert (problem.line, problem.field, problem.rule) == (4, "models.front.path", "split-model-part")
+    assert "big-00001-of-00003.gguf" in problem.message
+    edit(folder, "models.yaml", "big-00002-of-00003.gguf", "big-00001-of-00003.gguf")
     (folder / "models" / "big-00003-of-00003.gguf").unlink()
     assert "big-00003-of-00003.gguf" in refused(folder)[0].message
 

@@ -8,7 +8,6 @@ named entry is its key in the file, so it is written once.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import Field, StringConstraints, model_validator
@@ -27,7 +26,7 @@ from services.kit.registry.acceleration import (
     RecurrentSpeculation,
     Speculation,
 )
-from services.kit.registry.entry import Entry, Name, Text
+from services.kit.registry.entry import Entry, FilePath, Name, Text
 
 VARIABLE_PATTERN: Final = r"^[A-Z][A-Z0-9_]{0,63}$"
 """Names of environment variables, which are names of files too. Capitals only, which few keys are made of: what stands
@@ -76,7 +75,7 @@ class RemoteLimits(Entry):
     """Seconds from the opening to the probe; doubles each time it is in vain."""
     probe_max_s: float = Field(default=60.0, gt=0, le=86_400)
     """Longest pause between two probes, in seconds."""
-    ca_file: Path | None = None
+    ca_file: FilePath | None = None
     """Absolute path of the certificates (PEM) to trust for https, instead of the usual authorities."""
     proxy: str | None = Field(default=None, max_length=2_048)
     """URL of an HTTP proxy to reach it through; proxies of the environment are never used."""
@@ -91,7 +90,7 @@ class ModelEntry(Entry):
     """Key of the entry; also the name of the process that serves it, as in `inference-worker`."""
     tier: Literal["A", "B", "C", "D"]
     """A front door, B specialist, C worker, D draft: used inside speculative decoding, so no role may map to it."""
-    path: Path | None = None
+    path: FilePath | None = None
     """GGUF file. A relative path is looked up in the models folder; `~` is the home folder. Not for engine noop."""
     engine: Literal["auto", "llama-server", "embedded", "noop", "openai"] = "auto"
     """auto = llama-server where such a binary is found, else embedded. openai = a server elsewhere that speaks the
@@ -105,7 +104,7 @@ class ModelEntry(Entry):
     secrets/ of TIERLINE_HOME; never the key itself. Absent = it wants none."""
     remote: RemoteLimits = RemoteLimits()
     """For openai: dialect, timeouts, retries, circuit breaker."""
-    binary: Path | None = None
+    binary: FilePath | None = None
     """Absolute path of the llama-server to use; absent = the one on PATH or built by deploy/build-native."""
     slots: int = Field(default=1, ge=1, le=256)
     """Requests that are decoded at the same time; each is one credit."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from services.kit.gguf_facts import read_facts
-from services.kit.gguf_header import MAGIC, BadHeader
+from services.kit.gguf_header import MAGIC, BadHeader, opened
 from services.kit.hardware import format_cores
 from services.kit.model_facts import ModelFacts
 from services.kit.registry.constraints import good_draft_tokens, violations
@@ -40,7 +40,7 @@ def known_facts(
                 facts[name] = declared_facts(model.declared)
             continue
         try:
-            with path.open("rb") as stream:
+            with opened(path) as stream:
                 if stream.read(len(MAGIC)) != MAGIC:
                     continue
             facts[name] = read_facts(path)

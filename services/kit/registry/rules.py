@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from protocol.messages.failure import Category
-from services.kit.gguf_header import MAGIC, parts_of
+from services.kit.gguf_header import MAGIC, opened, parts_of
 from services.kit.hardware import parse_cores
 from services.kit.model_facts import ModelFacts
 from services.kit.registry.entries import (
@@ -127,6 +127,14 @@ def _nodes_agree(scene: Scene) -> Iterator[Problem]:
         yield scene.draft.problem(("hardware", "cores"), "cores-over-nodes", message)
 
 
+def _first_parts(scene: Scene) -> Iterator[Problem]:
+    """llama.cpp opens the other parts of a split model by itself, and takes no other than the first."""
+    for name, model in scene.models.items():
+        if model.path is not None and model.is_local and (first := parts_of(model.path)[0]) != model.path:
+            message = f"names a later part of a split model; name its first one, {first.name}"
+            yield scene.draft.problem(("models", name, "path"), "split-model-part", message)
+
+
 def _model_files(scene: Scene) -> Iterator[Problem]:
     if not scene.check_files:
         return
@@ -141,7 +149,7 @@ def _model_files(scene: Scene) -> Iterator[Problem]:
             continue
         for part in parts_of(path):
             try:
-                with part.open("rb") as stream:
+                with opened(part) as stream:
                     magic = stream.read(len(MAGIC))
             except OSError as error:
                 message = f"cannot open {part}: {error.strerror}; run deploy/fetch-model, or repair the path"
@@ -419,6 +427,7 @@ ERRORS: Final[tuple[Rule, ...]] = (
     _ports_differ,
     _threads_fit,
     _nodes_agree,
+    _first_parts,
     _model_files,
     _residency_fields,
     _memory,
