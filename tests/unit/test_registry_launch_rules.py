@@ -125,6 +125,12 @@ BAD_EDITS = [
     ("n_max: 8", "n_min: 9\n      n_max: 8", 12, "dense.speculation.n_min", "speculation-lengths", "n_max (8)"),
     ("type: draft", "type: ngram-fancy", 9, "dense.speculation.type", "literal_error", "ngram-fancy"),
     ("type: draft", "kind: draft", 9, "dense.speculation.kind", "extra_forbidden", ""),
+    # what has no effect on a draft
+    (
+        "path: small.gguf", "path: small.gguf\n    speculation: {type: ngram-mod}", 37, "small.speculation",
+        "draft-fields", "its target's process",
+    ),
+    ("path: small.gguf", 'path: small.gguf\n    numa: {cores: "0"}', 37, "small.numa", "draft-fields", "set it there"),
     # vocabulary and kind of the draft
     ("small.gguf", "foreign.gguf", 10, "dense.speculation.draft", "draft-vocabulary", "(models.yaml:36)"),
     ("small.gguf", "large.gguf", 10, "dense.speculation.draft", "draft-size", "exchange the two"),

@@ -73,6 +73,10 @@ def test_a_remote_entry_of_an_exclusive_group_takes_that_and_no_core(folder: Pat
     [
         ("slots: 8", "threads: 2", 8, "models.front.threads", "remote-fields"),
         ("slots: 8", "port: 9000", 8, "models.front.port", "remote-fields"),
+        ("slots: 8", "speculation: {type: ngram-mod}", 8, "models.front.speculation", "remote-fields"),
+        ("slots: 8", 'numa: {cores: "0-99"}', 8, "models.front.numa", "remote-fields"),
+        ("slots: 8", "experts: 4", 8, "models.front.experts", "remote-fields"),
+        ("slots: 8", "kv_type_k: q8_0", 8, "models.front.kv_type_k", "remote-fields"),
         ("slots: 8", "path: x.gguf", 8, "models.front.path", "remote-fields"),
         ("slots: 8", "binary: /bin/sh", 8, "models.front.binary", "engine-fields"),
         ("    base_url: https://gpu1.example:8000/v1\n", "", 2, "models.front", "remote-fields"),

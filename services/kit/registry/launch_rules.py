@@ -103,6 +103,17 @@ def _speculation(scene: Scene) -> Iterator[Problem]:
             yield scene.draft.problem((*at, "draft"), "draft-tier", message)
 
 
+def _draft_fields(scene: Scene) -> Iterator[Problem]:
+    """A draft is computed inside its target's process, by that one's settings: what it sets itself goes nowhere."""
+    for name, model in scene.models.items():
+        if model.tier != "D":
+            continue
+        for field in _NOT_OF_DRAFTS:
+            if field in model.model_fields_set:
+                message = "has no effect on a draft, which its target's process computes; remove it, or set it there"
+                yield scene.draft.problem(("models", name, field), "draft-fields", message)
+
+
 def _lookup_lengths(scene: Scene) -> Iterator[Problem]:
     for name, model in scene.models.items():
         spec, at = model.speculation, ("models", name, "speculation")
@@ -140,6 +151,8 @@ def _placement(scene: Scene) -> Iterator[Problem]:
     nodes = scene.hardware.nodes
     existing = {core for node in nodes for core in node.cores}
     for name, model in scene.models.items():
+        if not model.is_local:
+            continue
         at = ("models", name, "numa")
         if model.numa.nodes and model.numa.cores is not None:
             yield scene.draft.problem((*at, "cores"), "numa-fields", "nodes name the cores already; remove one of both")
@@ -157,7 +170,7 @@ def _placement(scene: Scene) -> Iterator[Problem]:
             if bound and threads > len(bound):
                 message = f"{threads} threads on the {len(bound)} cores it is bound to ({format_cores(bound)})"
                 yield scene.draft.problem(at_field, "threads-over-bound", message)
-            elif len(nodes) > 1 and threads >= len(existing) and model.is_local:
+            elif len(nodes) > 1 and threads >= len(existing):
                 message = (
                     f"{threads} threads are all that {len(nodes)} NUMA nodes have: that cost 46 to 60 % of the speed "
                     f"where it was measured; at most {len(existing) // 2}, one for each physical core"
@@ -169,7 +182,7 @@ def _bound_apart(scene: Scene) -> Iterator[Problem]:
     """Models that are always in memory and bound to cores do not share them, unless they compute one at a time."""
     owner: dict[int, ModelEntry] = {}
     for name, model in scene.models.items():
-        if model.residency != "hot":
+        if model.residency != "hot" or not model.is_local or model.tier == "D":
             continue
         for core in bound_cores(model, scene.hardware.nodes):
             other = owner.setdefault(core, model)
@@ -216,11 +229,17 @@ def _near_memory(scene: Scene) -> Iterator[Problem]:
             yield launch.problem("numa.nodes", "memory-over-node", message)
 
 
+_NOT_OF_DRAFTS: Final = (
+    *("threads_batch", "batch_tokens", "ubatch_tokens", "experts", "speculation", "speculation_on_recurrent"),
+    *("load_mode", "numa", "flash_attention", "cache_reuse", "exclusive"),
+)
+"""Settings of a process, or that llama.cpp has no flag for where a draft is concerned."""
 _NGRAM_MOD_N_MIN: Final = 48
 """llama.cpp's own shortest guess of ngram-mod."""
 
 LAUNCH_ERRORS: Final[tuple[Rule, ...]] = (
     _speculation,
+    _draft_fields,
     _lookup_lengths,
     _caches,
     _experts_need_native,
