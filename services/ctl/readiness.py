@@ -29,7 +29,8 @@ class ServiceRow:
 
     name: str
     state: str
-    """`ready` and the other states of the hub where it knows the service, else supervisord's word, else `absent`."""
+    """`ready` and the other states of the hub where it knows the service, else supervisord's word, else `absent`; of a
+    service that the hub leaves alone because its calls fail `degraded`."""
     process: str
     """supervisord's word."""
     reason: str
@@ -61,8 +62,16 @@ def merge(processes: Sequence[ProcessInfo], report: StatusReport | None) -> list
                 state, reason = "starting", "it has not said hello to the hub yet" if report else "the hub is not there"
         if peer is not None and (process is None or process.state == "running"):
             state, reason = peer.state, peer.reason or ""
+            if state == "ready" and (left_alone := _left_alone(peer, report)) is not None:
+                state, reason = "degraded", left_alone  # it thinks well of itself, and the hub gives it no work
         rows.append(ServiceRow(name, state, process.state if process else "", reason, process, peer))
     return rows
+
+
+def _left_alone(peer: PeerReport, report: StatusReport | None) -> str | None:
+    """Why the hub leaves a service alone whose calls fail one after another; None where it does not."""
+    circuits = (report.circuits if report is not None else None) or {}
+    return next((circuits[capability] for capability in peer.capabilities if capability in circuits), None)
 
 
 @dataclass(slots=True)

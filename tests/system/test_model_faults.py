@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from protocol.errors import CallFailed, DeadlineExceeded
 from protocol.messages.infer import ChatMessage, InferRequest
 from protocol.messages.result import TaskState
 from services.kit.config import CHECKOUT
+from tests.system.inference_stack import FAKE_BINARY
 from tests.system.test_registry_reload import Stack, reloadable_stack
 from tests.waiting import until
 
@@ -91,6 +93,68 @@ def test_a_damaged_model_file_is_a_reason_in_status_and_supervisorctl_until_it_i
     assert_degraded(stack, str(model), pid)
     model.write_bytes(whole)
     assert_well(stack)
+
+
+def test_a_killed_engine_is_replaced_and_its_end_is_told(stack: Stack) -> None:
+    pid = stack.pids()["inference-worker"]
+    kill_engine(stack)
+    until(lambda: "SIGKILL" in supervisorctl(stack, "tail", "-20000", "inference-worker"), "supervisorctl says so")
+    assert_well(stack)
+    assert stack.pids()["inference-worker"] == pid
+
+
+@pytest.mark.parametrize("fault", ["500", "garbage"])
+def test_an_engine_that_answers_nonsense_call_after_call_is_degraded_until_it_is_well(stack: Stack, fault: str) -> None:
+    pid = stack.pids()["inference-worker"]
+    script = Path(f"{stack.root / 'worker.gguf'}.script.json")
+    good = script.read_text()
+    script.write_text(json.dumps({"default": {"text": "a b c", "fault": fault, "message": "no tensor"}}))
+    for number in range(3):
+        assert stack.client.result(stack.submit(f"Say {number}.", "worker"), timeout_s=100).state is TaskState.FAILED
+    words = "no tensor" if fault == "500" else "where JSON belongs"
+    until(lambda: words in reason_in_status(stack), "the status of the service says what its engine says")
+    assert "engine.faulty" in reason_in_status(stack)
+    assert words in supervisorctl(stack, "tail", "-20000", "inference-worker")
+    script.write_text(good)
+    assert_well(stack)
+    assert stack.pids()["inference-worker"] == pid
+
+
+def test_an_engine_without_enough_memory_is_degraded_with_the_reason_until_it_has_it(stack: Stack) -> None:
+    limit = stack.root / "limit"
+    limit.write_text("ulimit -v 9000\n")
+    poor = stack.root / "llama-server"
+    poor.write_text(f'#!/bin/sh\n[ "$1" = --help ] || [ "$1" = --version ] || . {limit}\nexec {FAKE_BINARY} "$@"\n')
+    poor.chmod(0o755)
+    stack.models["worker"]["binary"] = str(poor)
+    stack.write()
+    stack.reload("--no-wait")
+    await_reason(stack, "died while loading")
+    assert_degraded(stack, "died while loading", stack.pids()["inference-worker"])
+    limit.write_text("")
+    assert_well(stack)
+
+
+def test_a_client_that_is_gone_leaves_every_slot_free_and_the_service_as_it_was(stack: Stack) -> None:
+    pid, hold = stack.pids()["inference-worker"], stack.root / "go on"
+    hold.unlink(missing_ok=True)
+    script = (
+        "import sys; from protocol.client import Client; from protocol.messages.infer import *\n"
+        "Client(sys.argv[1]).infer('worker', InferRequest(role='t', messages=[ChatMessage(role='user', "
+        "content='SLOW')], max_tokens=40), timeout_s=300)"
+    )
+    client = subprocess.Popen([sys.executable, "-c", script, stack.home.hub_address], cwd=CHECKOUT)
+
+    def calls() -> int:
+        return sum(len(one.in_flight) for one in stack.client.status().peers if one.service == "inference-worker")
+
+    until(lambda: calls() == 1, "its call runs")
+    client.kill()
+    client.wait()
+    until(lambda: calls() == 0, "its call has ended")
+    hold.touch()
+    assert_well(stack)
+    assert stack.pids()["inference-worker"] == pid
 
 
 def test_an_engine_that_hangs_is_replaced_and_status_says_so_meanwhile(stack: Stack) -> None:

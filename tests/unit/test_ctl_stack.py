@@ -64,6 +64,14 @@ def test_a_service_that_works_only_in_part_does_not_hold_up_the_stack() -> None:
     assert readiness.ready
 
 
+def test_a_service_that_the_hub_leaves_alone_is_degraded_with_the_reason_whatever_it_says_of_itself() -> None:
+    bad = peer("inference-a").model_copy(update={"capabilities": ["infer.a"]})
+    told = report(bad, peer("inference-b")).model_copy(update={"circuits": {"infer.a": "circuit open: HTTP 500"}})
+    rows = {row.name: row for row in merge([process("inference-a"), process("inference-b")], told)}
+    assert (rows["inference-a"].state, rows["inference-a"].reason) == ("degraded", "circuit open: HTTP 500")
+    assert (rows["inference-b"].state, rows["inference-b"].reason) == ("ready", "")
+
+
 def test_an_empty_stack_is_not_ready() -> None:
     assert not Readiness().ready
 
