@@ -246,6 +246,11 @@ class EngineLife:
     held: bool = False
     """New calls are held back for such a change."""
 
+    @property
+    def killed_for(self) -> str:
+        """What the ending child did wrong; empty where nobody wants it any more, or another mode follows."""
+        return self._why if self.phase is Phase.ENDING and not self.changing else ""
+
     def handle(self, event: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
         match event:

@@ -52,7 +52,8 @@ class EngineModes:
         self._launch_began_ms = None
 
     def failed(self, reason: str) -> None:
-        """It could not be started, or has died by itself."""
+        """It has died by itself, or was killed for what it did. Not what keeps a child from being started, such as a
+        missing file or a taken port: it does so in any mode."""
         self._policy.failed(self._clock.now_ms(), self._next, reason)
 
     def began(self) -> Running:

@@ -86,11 +86,12 @@ class SlotDesk:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             roomy = shutil.disk_usage(self._folder).free >= 2 * DISK_BYTES
-        except OSError:
-            roomy = False
-        if copies and not roomy:
-            self._log.write(PREFIX_OFF, reason=f"{self._folder} has less than {2 * DISK_BYTES} bytes of room")
-        self._book.copies = copies and roomy
+            why = None if roomy else f"{self._folder} has less than {2 * DISK_BYTES} bytes of room"
+        except OSError as err:
+            why = f"{self._folder} cannot be used: {err.strerror}"
+        if copies and why is not None:
+            self._log.write(PREFIX_OFF, reason=why)
+        self._book.copies = copies and why is None
         return self._book.copies
 
     def clear(self) -> None:

@@ -230,11 +230,9 @@ class EngineSupervisor:
             command = engine.command(self._seated(engine, prepared), port, self.modes.launching())
             child = await children.spawn(command, output=self._output, env=environment(os.environ, key))
         except (EngineUnusable, BadModelFile) as err:
-            self.modes.failed(str(err))
             self._feed(m.LaunchFailed(self._clock.now_ms(), launch, str(err)))
             return
         except OSError as err:
-            self.modes.failed(str(err))
             self._feed(m.LaunchFailed(self._clock.now_ms(), launch, f"the engine cannot be started: {err}"))
             return
         self._log.write(ENGINE_STARTED, launch=launch, engine=engine.name, pid=child.pid, port=port)
@@ -294,8 +292,8 @@ class EngineSupervisor:
             self._past[name] += self._now.get(name, 0.0)
         self._now = {}
         how = _how_it_ended(status, self._output)
-        if self._life.phase is not m.Phase.ENDING:
-            self.modes.failed(how)
+        if self._life.phase is not m.Phase.ENDING or self._life.killed_for:
+            self.modes.failed(self._life.killed_for or how)
         self._log.write(ENGINE_ENDED, launch=launch, pid=child.pid, how=how)
         self._feed(m.ChildExited(self._clock.now_ms(), launch, how))
         await server.close()

@@ -160,6 +160,34 @@ def test_a_child_that_dies_during_a_change_is_replaced_and_no_slot_is_lost(scrip
     assert metrics["mode"] == "plain"
 
 
+def test_an_engine_that_hangs_while_it_guesses_comes_back_plain(scripted: InferenceStack) -> None:
+    assert guesses(scripted.figures("m")["child_pid"])
+    os.kill(scripted.figures("m")["child_pid"], signal.SIGSTOP)
+    scripted.hub.await_peer("inference-m", "degraded")
+    assert "no answer and no token" in (scripted.hub.pongs["inference-m"].reason or "")
+    scripted.hub.await_peer("inference-m", "ready")
+    metrics = scripted.figures("m")
+    assert metrics["mode"] == "plain"
+    assert "no answer and no token" in metrics["mode_reason"]
+    assert not guesses(metrics["child_pid"])
+
+
+def test_a_model_file_that_was_missing_says_nothing_about_guessing() -> None:
+    with InferenceStack() as stack:
+        stack.entry(
+            "m", binary=str(FAKE_BINARY), engine="llama-server", slots=3, context_tokens=512, speculation=LOOKUP
+        )
+        model = stack.model_path("m")
+        away = model.rename(model.with_suffix(".away"))
+        stack.start("m")
+        stack.hub.await_peer("inference-m", "degraded")
+        away.rename(model)
+        stack.hub.await_peer("inference-m", "ready")
+        metrics = stack.figures("m")
+        assert metrics["mode"] == "speculating", metrics["mode_reason"]
+        assert guesses(metrics["child_pid"])
+
+
 def test_a_call_during_a_change_waits_for_the_new_child(scripted: InferenceStack) -> None:
     run_batch(scripted, 8)
     scripted.script("m", {"load_s": 2, "default": "ok"})
