@@ -8,6 +8,7 @@ that its loop goes on. Both remember what they read until size or time of the fi
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -24,6 +25,7 @@ READ_TIMEOUT_S: Final = 60.0
 
 _MEMORY_BYTES: Final = 2 * 1024**3
 _MAX_LAYERS: Final = 4_096
+_ARCHITECTURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 #: Every how many layers one keeps all tokens, in architectures whose files do not say so. A layer pattern in the file
 #: comes first; for any other architecture all layers are counted as full, which is never too little.
@@ -85,6 +87,8 @@ def facts_of(headers: list[Header]) -> ModelFacts:
     architecture = values.get("general.architecture")
     if not isinstance(architecture, str):
         raise BadHeader("the header has no field general.architecture")
+    if not _ARCHITECTURE.fullmatch(architecture):  # it becomes part of a command line and of messages
+        raise BadHeader(f"general.architecture is {architecture[:64]!r}, which is no name")
     if not any(header.tensors for header in headers):
         raise BadHeader("the header lists no tensors")
     recurrent = _recurrent(architecture, values)

@@ -270,6 +270,30 @@ def test_a_frozen_engine_is_killed_and_replaced(stack: InferenceStack) -> None:
     assert_both_slots_work(stack, ended=2)
 
 
+def test_an_engine_that_fails_its_health_checks_is_left_to_work_as_long_as_tokens_come(stack: InferenceStack) -> None:
+    """Like one whose cores are all taken by a long batch."""
+    stack.start("m")
+    stack.hub.await_peer("inference-m")
+    pid = stack.figures("m")["child_pid"]
+    stack.script("m", {"load_s": 1_000, "default": {"text": "word " * 50, "token_s": 0.3}})  # unwell, 15 s of tokens
+    final = stack.ask("m", ask_for("go"))
+    assert isinstance(final, InferFinal), final
+    assert final.generated_tokens == 50
+    assert stack.figures("m")["child_pid"] == pid
+    stack.hub.await_peer("inference-m", "degraded")
+    assert "no answer and no token" in (stack.hub.pongs["inference-m"].reason or "")
+
+
+def test_a_long_output_of_earlier_engines_is_put_aside_at_the_next_launch(stack: InferenceStack) -> None:
+    output = stack.root / "logs" / "inference-m.engine.out"
+    output.parent.mkdir(exist_ok=True)
+    output.write_bytes(b"x" * (17 * 1024**2))
+    stack.start("m")
+    stack.hub.await_peer("inference-m")
+    assert output.stat().st_size < 1024**2
+    assert output.with_suffix(".out.1").stat().st_size == 17 * 1024**2
+
+
 def test_a_slot_that_stays_busy_after_a_cancel_costs_the_engine_its_life(stack: InferenceStack) -> None:
     stack.script("m", {"rules": [{"match": "bad", "answers": [{"text": "a b c d", "fault": "stuck"}]}]})
     stack.start("m")

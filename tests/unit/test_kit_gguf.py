@@ -186,6 +186,14 @@ def test_a_header_that_lies_is_refused_before_it_is_believed(tmp_path: Path, nam
         read_header(path, SIZES)
 
 
+@pytest.mark.parametrize("name", ["", "ll\0ama", "llama\n", "-llama", "x" * 65])
+def test_an_architecture_that_is_no_name_is_refused_before_it_gets_into_a_command(tmp_path: Path, name: str) -> None:
+    header = read_header(write_tiny_gguf(tmp_path / "m.gguf"), SIZES)
+    header.values["general.architecture"] = name
+    with pytest.raises(BadHeader, match="which is no name"):
+        facts_of([header])
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8))
 def test_no_flipped_byte_does_more_than_be_refused(changes: list[tuple[int, int]]) -> None:
