@@ -276,7 +276,7 @@ RULES: Final[tuple[_Rule, ...]] = (
     _Rule(
         "--slot-save-path",
         "",
-        lambda at: None if at.prefix_folder is None else f"{at.prefix_folder}/",
+        lambda at: f"{at.prefix_folder}/" if at.prefix_folder is not None and at.takes_copies else None,
         "a beginning that several prompts share is read once and copied from slot to slot",
     ),
     _Rule("--log-verbosity", "", _fixed(str(LOG_VERBOSITY)), "warnings and errors; more would grow without bound"),

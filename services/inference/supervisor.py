@@ -255,15 +255,9 @@ class EngineSupervisor:
         return prepared
 
     def _seated(self, engine: Engine, launch: Launch) -> Launch:
-        """Tell the desk about the child to come; returns the launch without a folder for slots where none are copied.
-
-        A draft model has a cache of its own that is not saved, and a recurrent model cannot go back to where its
-        prompts part: neither takes copies.
-        """
-        facts = launch.facts
-        simple = launch.draft is None and facts is not None and facts.recurrent is None
+        """Tell the desk about the child to come; returns the launch, without a folder where no slots are copied."""
         files = tuple(stamp(path) for path in launch.paths())
-        copies = self.desk.engine_started((engine.name, engine.build, files), copies=simple)
+        copies = self.desk.engine_started((engine.name, engine.build, files), copies=launch.takes_copies)
         return launch if copies else replace(launch, prefix_folder=None)
 
     async def _kill(self, launch: int, reason: str) -> None:

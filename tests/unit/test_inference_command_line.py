@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def test_a_field_becomes_its_flag(fields: dict[str, object], flag: str, value: s
     assert flags(launch(**fields))[flag] == value
     if "slots" not in fields:
         assert flag not in flags(launch())
+
+
+def test_slots_are_saved_where_copies_can_be_taken_only() -> None:
+    folder = Path("/slots")
+    recurrent = replace(DENSE, recurrent="is of the recurrent or hybrid architecture mamba")
+    assert flags(replace(launch(), prefix_folder=folder))["--slot-save-path"] == "/slots/"
+    for of in (launch(draft=DRAFT), launch(recurrent)):
+        assert "--slot-save-path" not in flags(replace(of, prefix_folder=folder))
 
 
 def test_speculation_is_in_one_of_two_modes_and_nothing_else_differs() -> None:

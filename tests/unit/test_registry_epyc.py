@@ -167,5 +167,6 @@ def test_the_reason_of_every_flag_is_told(capsys: pytest.CaptureFixture[str]) ->
     assert flags["--port"]["default"] is True
     assert flags["--metrics"]["where"] is None
     assert set(told["commands"]) == {"speculating", "plain"}
+    assert "--slot-save-path" not in flags, "its service saves no slots beside a draft"
     assert told["facts"]["kv_bytes"] == 2 * 16384 * 262144
     assert told["facts"]["memory_bytes"] > told["facts"]["kv_bytes"] + 20_000_000_000

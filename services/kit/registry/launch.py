@@ -35,7 +35,7 @@ class Launch:
     """Of the entry's file, or as declared; None = not known yet."""
     draft_facts: ModelFacts | None = None
     prefix_folder: Path | None = None
-    """Where slots are saved; None = they are not."""
+    """Where slots are saved if it `takes_copies`; None = they are not."""
 
     @property
     def cores(self) -> tuple[int, ...]:
@@ -46,6 +46,12 @@ class Launch:
     def core_text(self) -> str | None:
         """The cores it is bound to, as taskset reads them; None = all."""
         return format_cores(self.cores) or None
+
+    @property
+    def takes_copies(self) -> bool:
+        """Whether one slot may take over what another one has read. A draft model has a cache of its own that is not
+        saved, and a recurrent model cannot go back to where its prompts part."""
+        return self.draft is None and self.facts is not None and self.facts.recurrent is None
 
     def memory_bytes(self) -> int | None:
         """Memory of the process in bytes: files, KV caches and states of all slots; None where facts are missing."""
