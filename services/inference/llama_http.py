@@ -138,12 +138,20 @@ class LlamaServer:
         await self._http.aclose()
 
     async def ready(self, slots: int) -> bool:
-        """True once the model is loaded and it is our server: it takes our key and has the slots we asked for."""
+        """True once the model is loaded, False before. Raises EngineFaulty for one that cannot be our server: it takes
+        our key and has the slots we asked for."""
         try:
             health = await self._open.get("/health")
         except httpx.HTTPError as err:
             raise EngineGone(f"no answer to /health: {type(err).__name__}") from err
-        return health.status_code == 200 and len(await self._slots()) == slots
+        if health.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            return False
+        if health.status_code != 200:
+            raise EngineFaulty(f"the engine answered /health with HTTP {health.status_code}")
+        found = len(await self._slots())
+        if found != slots:
+            raise EngineFaulty(f"the engine has {found} slots instead of {slots}")
+        return True
 
     async def alive(self) -> bool:
         """True if the server answers at all that it is well; costs it nothing."""

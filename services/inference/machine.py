@@ -94,6 +94,8 @@ class HealthFailed:
 
     at_ms: int
     launch: int
+    why: str | None = None
+    """What it said instead, for people; None where it is merely not ready yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +241,8 @@ class EngineLife:
     _alive_ms: int = 0
     """Last sign of life of a serving child."""
     _stuck_since_ms: int | None = None
+    _unwell: str | None = None
+    """What the newest failed check of its health said, if anything."""
     _retry_ms: int = 0
     _why: str = ""
     changing: bool = False
@@ -271,8 +275,8 @@ class EngineLife:
                 return self._gone(at_ms, reason) if self.phase is Phase.LAUNCHING else []
             case HealthOk():
                 return self._on_health_ok(event)
-            case HealthFailed(at_ms):
-                return self._on_health_failed(at_ms)
+            case HealthFailed():
+                return self._on_health_failed(event)
             case Progressed(at_ms):
                 self._alive_ms = max(self._alive_ms, at_ms)
                 return []
@@ -322,6 +326,7 @@ class EngineLife:
         if self.phase is not Phase.LAUNCHING:
             return []
         self._enter(Phase.LOADING, event.at_ms)
+        self._unwell = None
         return [Report(PeerState.LOADING, None)] if self.wanted else self._unload(event.at_ms)
 
     def _on_health_ok(self, event: HealthOk) -> list[Command]:
@@ -338,7 +343,8 @@ class EngineLife:
         self._stuck_since_ms = None
         return [Report(PeerState.READY, None)]
 
-    def _on_health_failed(self, at_ms: int) -> list[Command]:
+    def _on_health_failed(self, event: HealthFailed) -> list[Command]:
+        at_ms, self._unwell = event.at_ms, event.why
         if self.phase is Phase.SERVING and at_ms - self._alive_ms > HUNG_MS:
             return self._kill(at_ms, f"no answer and no token for {(at_ms - self._alive_ms) / 1000:.0f} s")
         return []
@@ -373,11 +379,8 @@ class EngineLife:
             self.respawns += 1
             return self._launch(at_ms)
         if self.phase is Phase.LOADING and at_ms - self._since_ms > self.load_deadline_ms:
-            return self._kill(
-                at_ms,
-                f"the model was not loaded within {self.load_deadline_ms / 1000:g} s: "
-                "raise load_deadline_s in models.yaml or take a smaller model",
-            )
+            cure = self._unwell or "raise load_deadline_s in models.yaml or take a smaller model"
+            return self._kill(at_ms, f"the model was not loaded within {self.load_deadline_ms / 1000:g} s: {cure}")
         return []
 
     def _hold(self, reason: str) -> list[Command]:

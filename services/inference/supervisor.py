@@ -21,7 +21,7 @@ from protocol.messages.session import PeerState
 from services.inference import machine as m
 from services.inference.command_line import HOST, modes_of
 from services.inference.engines import Engine, EngineUnusable, choose_engine, environment
-from services.inference.llama_http import EngineError, LlamaServer
+from services.inference.llama_http import EngineError, EngineFaulty, LlamaServer
 from services.inference.model_file import BadModelFile, ModelFile
 from services.inference.modes import EngineModes
 from services.inference.slots import SlotDesk
@@ -299,12 +299,15 @@ class EngineSupervisor:
                 await asyncio.sleep(_SERVING_POLL_S)
                 await self._poll_serving(launch, server)
                 continue
+            ready, why = False, None
             try:
                 ready = await server.ready(self._entry.slots)
+            except EngineFaulty as err:
+                why = str(err)
             except EngineError:
-                ready = False
+                pass  # it does not listen yet; for how long that is no reason, the machine knows
             now = self._clock.now_ms()
-            self._feed(m.HealthOk(now, launch) if ready else m.HealthFailed(now, launch))
+            self._feed(m.HealthOk(now, launch) if ready else m.HealthFailed(now, launch, why))
             if not ready:
                 await asyncio.sleep(_LOADING_POLL_S)
 

@@ -10,6 +10,7 @@ give it a model file from `tests.fakes.gguf_files`. Its script is the JSON file 
      "copies": false,                   refuse to save and restore slots
      "read_s": 0.5,                     seconds to read a beginning that several prompts share
      "metrics": "llamacpp:x y",         what /metrics says instead of its figures
+     "slots": [],                       what /slots says instead of its state
      "persist": true,                   answers go on in turn after a respawn and over all processes of the script
      "default": ANSWER,                 where no rule matches
      "rules": [{"match": "text in the prompt", "model": "worker", "answers": [ANSWER, ANSWER, ...]}]}
@@ -160,7 +161,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/slots":
             states = enumerate(self.slots.busy)
             context = self.slots.context_tokens
-            self.reply(200, [{"id": i, "n_ctx": context, "is_processing": busy} for i, busy in states])
+            slots = [{"id": i, "n_ctx": context, "is_processing": busy} for i, busy in states]
+            self.reply(200, self.script.read().get("slots", slots))
         elif self.path == "/metrics":
             self.reply_metrics()
         elif self.path == "/props":

@@ -371,6 +371,19 @@ def test_a_model_that_loads_too_long_is_a_reason(stack: InferenceStack) -> None:
     assert "load_deadline_s" in reason
 
 
+@pytest.mark.parametrize(
+    ("slots", "words"), [([{}] * 7, "has 7 slots instead of 1"), ({"no": "list"}, "/slots is not a list of slots")]
+)
+def test_an_engine_that_is_not_what_was_asked_for_is_a_reason(stack: InferenceStack, slots: object, words: str) -> None:
+    stack.entry("m", binary=str(FAKE_BINARY), engine="llama-server", load_deadline_s=1.0)
+    stack.script("m", {"slots": slots})
+    stack.start("m")
+    stack.hub.await_peer("inference-m", "degraded")
+    assert words in (stack.hub.pongs["inference-m"].reason or "")
+    stack.script("m", {})
+    stack.hub.await_peer("inference-m", "ready")
+
+
 def test_a_binary_without_our_flags_is_a_reason(stack: InferenceStack) -> None:
     stack.entry("m", binary="/bin/true", engine="llama-server")
     stack.start("m")
