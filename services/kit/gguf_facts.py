@@ -49,11 +49,17 @@ def command(path: Path) -> list[str]:
 
 
 def parsed(status: int, output: bytes) -> ModelFacts:
-    """The facts that the program printed. Raises BadHeader with what it said instead."""
-    text = output.decode("utf-8", "replace").strip()
+    """The facts that the program printed. Raises BadHeader with what it said instead.
+
+    They are its last line: whatever an installation says at the start of each Python program stands before it.
+    """
+    said = output.decode("utf-8", "replace").strip().rpartition("\n")[2]
     if status != 0:
-        raise BadHeader(text.rpartition("\n")[2][:300] or f"its header made the reader end with status {status}")
-    data: dict[str, Any] = json.loads(text)
+        raise BadHeader(said[:300] or f"its header made the reader end with status {status}")
+    try:
+        data: dict[str, Any] = json.loads(said)
+    except ValueError as err:
+        raise BadHeader(f"its reader said {said[:300]!r} instead of the facts") from err
     words = data.pop("vocabulary")
     if words is not None:
         words = Vocabulary(**{**words, "digests": tuple(words["digests"])})

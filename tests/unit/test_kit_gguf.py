@@ -11,7 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.kit.gguf_facts import facts_of, read_facts
+from services.kit.gguf_facts import facts_of, parsed, read_facts
 from services.kit.gguf_header import BadHeader, Header, read_header
 from services.kit.model_facts import KvShape, ModelFacts, Vocabulary, same_vocabulary
 from tests.fakes.gguf_files import write_tiny_gguf
@@ -192,6 +192,17 @@ def test_an_architecture_that_is_no_name_is_refused_before_it_gets_into_a_comman
     header.values["general.architecture"] = name
     with pytest.raises(BadHeader, match="which is no name"):
         facts_of([header])
+
+
+def test_what_an_installation_says_at_the_start_of_every_program_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.stderr.write('watched by a profiler\\n')\n")
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert read_facts(path).architecture == "llama"
+    with pytest.raises(BadHeader, match="instead of the facts"):
+        parsed(0, b"watched by a profiler")
 
 
 @settings(max_examples=300, deadline=None)
