@@ -126,9 +126,8 @@ async def _check_outside(text: str, schema: dict[str, Any]) -> list[str]:
     except ProbeFailed as err:
         return [f"the answer could not be checked against the schema's regular expressions: {err}"]
     if probed.status != 0:
-        last = probed.output.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        return [f"the answer could not be checked against the schema's regular expressions: {last[:300]}"]
-    problems: list[str] = json.loads(probed.output)
+        return [f"the answer could not be checked against the schema's regular expressions: {probed.last_line[:300]}"]
+    problems: list[str] = json.loads(probed.last_line)
     return problems
 
 

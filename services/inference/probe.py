@@ -27,6 +27,11 @@ class Probed:
     output: bytes
     """stdout and stderr."""
 
+    @property
+    def last_line(self) -> str:
+        """Of its output: what an installation says at the start of every Python program stands before it."""
+        return self.output.decode("utf-8", "replace").strip().rpartition("\n")[2]
+
 
 async def probe(argv: Sequence[str], *, timeout_s: float, data: bytes = b"") -> Probed:
     """Run a program to its end with `data` on stdin. Raises ProbeFailed; the program is killed then."""

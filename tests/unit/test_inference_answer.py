@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from protocol.messages.failure import Category
@@ -53,6 +55,15 @@ async def test_expressions_are_checked_outside_the_service() -> None:
     assert failure is not None
     assert failure.category is Category.SCHEMA
     assert len(failure.findings) == 2  # the mismatch, and that the answer was cut off
+
+
+async def test_what_an_installation_says_at_the_start_of_every_program_is_no_part_of_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.stderr.write('watched by a profiler\\n')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert await judge('"aaa"', {"pattern": "^a+$"}, cut_off=False, origin="t") is None
+    assert await judge('"b"', {"pattern": "^a+$"}, cut_off=False, origin="t") is not None
 
 
 async def test_an_endless_expression_ends_with_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
