@@ -27,6 +27,8 @@ _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 """One event may hold a whole answer, escaped; anything larger is no answer."""
 
 _MAX_ERROR_BYTES: Final = 64 * 1024
+_MAX_BODY_BYTES: Final = 16 * 1024**2
+"""What is no stream is a small object; the state of hundreds of slots has some hundred kilobytes."""
 _LARGEST: Final = 2**40
 """No figure of a server is larger, in tokens, bytes or milliseconds. JSON is read with infinities and with integers of
 any length, which no message can carry; sums of these can be sent too."""
@@ -141,13 +143,13 @@ class LlamaServer:
         """True once the model is loaded, False before. Raises EngineFaulty for one that cannot be our server: it takes
         our key and has the slots we asked for."""
         try:
-            health = await self._open.get("/health")
+            status = await self._health()
         except httpx.HTTPError as err:
             raise EngineGone(f"no answer to /health: {type(err).__name__}") from err
-        if health.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        if status == httpx.codes.SERVICE_UNAVAILABLE:
             return False
-        if health.status_code != 200:
-            raise EngineFaulty(f"the engine answered /health with HTTP {health.status_code}")
+        if status != 200:
+            raise EngineFaulty(f"the engine answered /health with HTTP {status}")
         found = len(await self._slots())
         if found != slots:
             raise EngineFaulty(f"the engine has {found} slots instead of {slots}")
@@ -156,8 +158,8 @@ class LlamaServer:
     async def alive(self) -> bool:
         """True if the server answers at all that it is well; costs it nothing."""
         try:
-            return (await self._open.get("/health")).status_code == 200
-        except (httpx.HTTPError, EngineGone):
+            return await self._health() == 200
+        except (httpx.HTTPError, EngineError):
             return False
 
     async def busy_slots(self) -> int:
@@ -166,8 +168,8 @@ class LlamaServer:
 
     async def metrics(self) -> dict[str, float]:
         """Counters and gauges by their name without prefix; what is no number is left out."""
-        response = await self._get("/metrics")
-        found = ((name, _figure(text)) for name, text in _METRIC.findall(response.text))
+        said = (await self._get("/metrics")).decode("utf-8", "replace")
+        found = ((name, _figure(text)) for name, text in _METRIC.findall(said))
         return {name: value for name, value in found if value is not None}
 
     async def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
@@ -218,33 +220,49 @@ class LlamaServer:
     def _pinned(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         return dict(payload) if self._slot is None else {**payload, "id_slot": self._slot}
 
+    async def _health(self) -> int:
+        async with self._open.stream("GET", "/health") as response:
+            await bounded(response, _MAX_BODY_BYTES)
+        return response.status_code
+
     async def _post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            response = await self._open.post(path, json=payload, timeout=_PATIENT)
+            async with self._open.stream("POST", path, json=payload, timeout=_PATIENT) as response:
+                body = await bounded(response, _MAX_BODY_BYTES)
         except httpx.HTTPError as err:
             raise EngineGone(f"the connection to the engine broke: {type(err).__name__}") from err
         if response.status_code != 200:
-            raise _refusal(response.status_code, response.content[:_MAX_ERROR_BYTES])
-        data = _json(response.content)
+            raise _refusal(response.status_code, body[:_MAX_ERROR_BYTES])
+        data = _json(body)
         if not isinstance(data, dict):
             raise EngineFaulty(f"the engine's answer to {path} is not an object")
         return data
 
     async def _slots(self) -> list[dict[str, Any]]:
-        response = await self._get("/slots")
-        slots = _json(response.content)
+        slots = _json(await self._get("/slots"))
         if not isinstance(slots, list) or not all(isinstance(slot, dict) for slot in slots):
             raise EngineFaulty("the engine's /slots is not a list of slots")
         return slots
 
-    async def _get(self, path: str) -> httpx.Response:
+    async def _get(self, path: str) -> bytes:
         try:
-            response = await self._open.get(path)
+            async with self._open.stream("GET", path) as response:
+                body = await bounded(response, _MAX_BODY_BYTES)
         except httpx.HTTPError as err:
             raise EngineGone(f"no answer to {path}: {type(err).__name__}") from err
         if response.status_code != 200:
             raise EngineFaulty(f"the engine answered {path} with HTTP {response.status_code}")
-        return response
+        return body
+
+
+async def bounded(response: httpx.Response, most_bytes: int) -> bytes:
+    """The body of an answer that is no stream. Raises EngineFaulty where it is longer than such an answer can be."""
+    body = bytearray()
+    async for part in response.aiter_bytes():
+        body += part
+        if len(body) > most_bytes:
+            raise EngineFaulty(f"more than {most_bytes} bytes came where a short answer belongs")
+    return bytes(body)
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

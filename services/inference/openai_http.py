@@ -28,6 +28,7 @@ from services.inference.llama_http import (
     PromptTooLong,
     RequestInvalid,
     Usage,
+    bounded,
     candidate_logprobs,
     duration_ms,
     token_count,
@@ -152,7 +153,7 @@ class OpenAiServer:
             async with aclosing(response), aclosing(_events(response)) as events:
                 if response.status_code != 200:
                     async with _heard_within(loop.time() + _PROBE_TIMEOUT_S, _PROBE_TIMEOUT_S):
-                        body_of_error = await _bounded(response)
+                        body_of_error = await bounded(response, _MAX_BODY_BYTES)
                     raise self._refusal(response, body_of_error)
                 kind = response.headers.get("content-type", "")
                 if kind.startswith(("application/json", "text/html")):
@@ -230,7 +231,7 @@ class OpenAiServer:
     async def _get(self, url: str, *, parse: bool = True) -> Any:
         try:
             async with self._http.stream("GET", url, headers=self._headers()) as response:
-                body = await _bounded(response)
+                body = await bounded(response, _MAX_BODY_BYTES)
                 if response.status_code != 200:
                     raise self._refusal(response, body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as err:
@@ -290,15 +291,6 @@ async def _heard_within(due_s: float, limit_s: float) -> AsyncGenerator[None, No
             yield
     except TimeoutError as err:
         raise EngineGone(f"the server sent no token for {limit_s:g} s") from err
-
-
-async def _bounded(response: httpx.Response) -> bytes:
-    body = bytearray()
-    async for part in response.aiter_bytes():
-        body += part
-        if len(body) > _MAX_BODY_BYTES:
-            raise EngineFaulty(f"the server sent more than {_MAX_BODY_BYTES} bytes where a short answer belongs")
-    return bytes(body)
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[bytes, None]:
