@@ -125,12 +125,6 @@ BAD_EDITS = [
     ("n_max: 8", "n_min: 9\n      n_max: 8", 12, "dense.speculation.n_min", "speculation-lengths", "n_max (8)"),
     ("type: draft", "type: ngram-fancy", 9, "dense.speculation.type", "literal_error", "ngram-fancy"),
     ("type: draft", "kind: draft", 9, "dense.speculation.kind", "extra_forbidden", ""),
-    # what has no effect on a draft
-    (
-        "path: small.gguf", "path: small.gguf\n    speculation: {type: ngram-mod}", 37, "small.speculation",
-        "draft-fields", "its target's process",
-    ),
-    ("path: small.gguf", 'path: small.gguf\n    numa: {cores: "0"}', 37, "small.numa", "draft-fields", "set it there"),
     # vocabulary and kind of the draft
     ("small.gguf", "foreign.gguf", 10, "dense.speculation.draft", "draft-vocabulary", "(models.yaml:36)"),
     ("small.gguf", "large.gguf", 10, "dense.speculation.draft", "draft-size", "exchange the two"),
@@ -220,6 +214,14 @@ def test_a_recurrent_model_may_speculate_on_the_builds_that_are_named_and_on_no_
     (problem,) = violations(known, frozenset({"b4568"}))
     assert (problem.line, problem.rule) == (33, "recurrent-speculation")
     assert "this build (b4568) is not among those in models.yaml:34" in problem.message
+
+
+@pytest.mark.parametrize("setting", ["speculation: {type: ngram-mod}", 'numa: {cores: "0"}'])
+def test_a_setting_that_a_draft_cannot_have_is_noted_with_its_line(folder: Path, setting: str) -> None:
+    edit(folder, "models.yaml", "path: small.gguf", f"path: small.gguf\n    {setting}")
+    notes = [note for note in load(folder).notes if note.rule == "draft-fields"]
+    assert [(note.line, note.field) for note in notes] == [(37, f"models.small.{setting.partition(':')[0]}")]
+    assert "set it there" in notes[0].message
 
 
 def test_a_longer_guess_than_was_good_and_memory_beyond_the_node_are_notes(folder: Path) -> None:

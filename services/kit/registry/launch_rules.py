@@ -239,7 +239,6 @@ _NGRAM_MOD_N_MIN: Final = 48
 
 LAUNCH_ERRORS: Final[tuple[Rule, ...]] = (
     _speculation,
-    _draft_fields,
     _lookup_lengths,
     _caches,
     _experts_need_native,
@@ -247,4 +246,4 @@ LAUNCH_ERRORS: Final[tuple[Rule, ...]] = (
     _bound_apart,
     _metadata,
 )
-LAUNCH_NOTES: Final[tuple[Rule, ...]] = (_draft_lengths, _every_draft_is_used, _near_memory)
+LAUNCH_NOTES: Final[tuple[Rule, ...]] = (_draft_lengths, _draft_fields, _every_draft_is_used, _near_memory)
