@@ -198,6 +198,13 @@ def test_the_unit_of_a_file_changes_no_ratio(file: Path, factor: float) -> None:
         ('{"name":"g","tasks":[{"id":"a","seconds":1,"depends_on":["a"]}]}', "they wait for each other: a -> a"),
         ('{"name":"g","critical_path":3,"tasks":[{"id":"a","seconds":1,"depends_on":[]}]}', ":2: critical_path: is 3"),
         ('{"name":"g","tasks":[{"id":"a","seconds":1,"depends_on":[]},{"id":"a"}]}', ":2: tasks[1].id: "),
+        (f'{{"name":"g","tasks":[{{"id":"a","seconds":1{"0" * 400},"depends_on":[]}}]}}', ":2: tasks[0].seconds: "),
+        ('{"name":"g","tasks":[{"id":"a","seconds":5e-324,"depends_on":[]}]}', ":2: tasks[0].seconds: "),
+        (
+            f'{{"name":"g","critical_path":1{"0" * 400},"tasks":[{{"id":"a","seconds":1,"depends_on":[]}}]}}',
+            ":2: critical_path: is 1000",
+        ),
+        (f'{{"name":"{"g" * 300}","tasks":[{{"id":"a","seconds":1,"depends_on":[]}}]}}', ":2: name: "),
     ],
 )
 def test_a_bad_line_is_refused_with_file_line_and_field(file: Path, line: str, words: str) -> None:
@@ -206,6 +213,38 @@ def test_a_bad_line_is_refused_with_file_line_and_field(file: Path, line: str, w
         read_graphs(file)
     assert f"{file}" in str(caught.value)
     assert words in str(caught.value)
+
+
+def test_what_a_file_may_hold_is_measured_or_refused_in_words(capsys: Out, tmp_path: Path) -> None:
+    """Names that no text may hold, a rounded figure for the longest path, and levels for more barriers than fit."""
+    odd = {
+        "name": "g\ud800",
+        "critical_path": 0.476,
+        "tasks": tasks_of({"\ud800": [], "b": ["\ud800"]}, [1 / 3, 1 / 7]),
+    }
+    long = {"name": "long", "tasks": tasks_of({f"{i}": [f"{i - 1}"] if i else [] for i in range(2_600)}, [1])}
+    for name, graph in (("odd", odd), ("long", long)):
+        (tmp_path / name).write_text(json.dumps(graph))
+    assert told(capsys, "bench", "makespan", str(tmp_path / "odd"))["mean_ratio"] == pytest.approx(1, abs=1e-5)
+    argv = ("bench", "makespan", str(tmp_path / "long"), "--policy", "waves")
+    assert "graph 'long' is more than a plan holds: steps: " in told(capsys, *argv, code=2)["error"]["message"]
+
+
+def test_a_dense_graph_is_scheduled_as_the_same_order_in_fewer_words(capsys: Out, tmp_path: Path) -> None:
+    """A plan takes 20,000 control dependencies, and 300 tasks that wait for all before them name 44,850."""
+    first = {f"{i}": [f"{j}" for j in range(i)] for i in range(300)}
+    last = {f"x{i}": ["298"] for i in range(4)}
+    path = tmp_path / "dense"
+    path.write_text(json.dumps({"name": "dense", "tasks": tasks_of(first | last, [1, 2])}))
+    figures = told(capsys, "bench", "makespan", str(path), "--workers", "4")
+    assert figures["mean_ratio"] == pytest.approx(1, abs=1e-4)
+
+
+def tasks_of(needs: dict[str, list[str]], seconds: list[float]) -> list[dict[str, Any]]:
+    return [
+        {"id": task, "seconds": seconds[index % len(seconds)], "depends_on": others}
+        for index, (task, others) in enumerate(needs.items())
+    ]
 
 
 def test_the_bars_on_the_development_graphs() -> None:

@@ -20,7 +20,12 @@ from services.scheduler.ranks import upward_rank
 
 _MAX_LINE_BYTES: Final = 16 * 1024 * 1024
 _MAX_SECONDS: Final = 1e9
-_TOLERANCE: Final = 1e-6
+_MIN_SECONDS: Final = 1e-9
+"""Shorter is zero, or a mistake: the unit of a file is the user's, but no number of it may lose its meaning."""
+_MAX_NAME: Final = 256
+_MAX_SHOWN: Final = 60
+_TOLERANCE: Final = 1e-3
+"""Of a file's own figure for its longest path, which may have been rounded where the durations were not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +83,8 @@ class _Line:
         if not isinstance(value, dict):
             raise self._bad("", "expected an object")
         name = value.get("name")
-        if not isinstance(name, str) or not name:
-            raise self._bad("name", "expected a text")
+        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME:
+            raise self._bad("name", f"expected a text of at most {_MAX_NAME} characters")
         tasks = value.get("tasks")
         if not isinstance(tasks, list) or not tasks:
             raise self._bad("tasks", "expected a list with at least one task")
@@ -100,7 +105,9 @@ class _Line:
             raise self._bad("tasks", "no task takes any time: there is nothing to compare with")
         told = value.get("critical_path")
         if told is not None and not (_is_number(told) and math.isclose(told, critical_s, rel_tol=_TOLERANCE)):
-            raise self._bad("critical_path", f"is {told!r}, but the longest path of these tasks is {critical_s:g}")
+            raise self._bad(
+                "critical_path", f"is {_shown(told)}, but the longest path of these tasks is {critical_s:g}"
+            )
         return TaskGraph(name, seconds, needs, critical_s)
 
     def _id(self, index: int, task: Any, known: Mapping[str, float]) -> str:
@@ -115,8 +122,9 @@ class _Line:
 
     def _seconds(self, index: int, task: dict[str, Any]) -> float:
         seconds = task.get("seconds")
-        if not _is_number(seconds) or not 0 <= seconds <= _MAX_SECONDS:
-            raise self._bad(f"tasks[{index}].seconds", f"expected a number from 0 to {_MAX_SECONDS:g}, got {seconds!r}")
+        if not _is_number(seconds) or not (seconds == 0 or _MIN_SECONDS <= seconds <= _MAX_SECONDS):
+            wanted = f"expected 0, or a number from {_MIN_SECONDS:g} to {_MAX_SECONDS:g}"
+            raise self._bad(f"tasks[{index}].seconds", f"{wanted}, got {_shown(seconds)}")
         return float(seconds)
 
     def _needs(self, index: int, task: dict[str, Any]) -> tuple[str, ...]:
@@ -136,7 +144,19 @@ class _Line:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number that a float can hold: JSON's whole numbers have no end."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    """A value of the file in a message, whatever its length."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _followers(needs: Mapping[str, tuple[str, ...]]) -> dict[str, list[str]]:
