@@ -116,12 +116,12 @@ class Broker:
             if call is None or call.worker is not None or call.target not in peer.capabilities:
                 welcome.drop.append(key)
                 continue
-            self._attach(call, peer)
+            self._attach(call, peer, at_ms)
             commands.append(Attached(call, peer.service))
         for key in hello.finished:
             call = self.calls.get(key)
             if call is not None and call.worker is None and call.target in peer.capabilities:
-                self._attach(call, peer)
+                self._attach(call, peer, at_ms)
                 commands.append(Attached(call, peer.service))
                 welcome.resend.append(key)
         self._touch(peer.capabilities)
@@ -478,20 +478,25 @@ class Broker:
         peer.used += 1
         peer.calls.add(call.key)
         call.worker = peer.identity
-        if call.timeout_ms is not None:
-            limit = at_ms + call.timeout_ms
-            call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
-            self._watch_deadline(call)
+        self._bound(call, at_ms)
         self.circuits.started(call.target, call.key, at_ms)
         self.counters["started"] += 1
         return Start(call, peer, self.unserved.last(call.target, call.queued_ms))
 
-    def _attach(self, call: Call, peer: Peer) -> None:
+    def _bound(self, call: Call, at_ms: int) -> None:
+        """Work begins, or goes on under a new session: from now on it has `timeout_ms`."""
+        if call.timeout_ms is not None:
+            limit = at_ms + call.timeout_ms
+            call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
+            self._watch_deadline(call)
+
+    def _attach(self, call: Call, peer: Peer, at_ms: int) -> None:
         # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are
         # taken whether or not they are free: the work runs already, and the account shows it as soon as it can.
         self.tokens.book(call.key, call.needs)
         call.worker = peer.identity
         peer.calls.add(call.key)
+        self._bound(call, at_ms)  # its worker keeps the time of its start; this is for one that does not
         self._discard(call.target)
         self.counters["reattached"] += 1
 

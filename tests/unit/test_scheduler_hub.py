@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.codec import pack_body, unpack_body, unpack_map
-from protocol.header import Header
+from protocol.header import Header, unpack_header
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.infer import InferRequest
@@ -218,6 +218,30 @@ def test_a_restarted_hub_reattaches_running_work(down_ms: int) -> None:
     assert result.state is TaskState.SUCCEEDED
     started = world.peers["inference-worker"].started
     assert len(started) == len(set(started)) == 4, "each step was generated once"
+
+
+@pytest.mark.parametrize("trouble", ["hub", "connection"])
+def test_work_that_came_back_and_never_ends_has_a_deadline_too(trouble: str) -> None:
+    world = stack(say("fine", took_ms=5_000))
+    carry = world.carry_to_hub
+
+    def without_endings(identity: bytes, frames: list[bytes]) -> None:
+        if unpack_header(frames[0]).kind not in ("infer.final", "error"):
+            carry(identity, frames)
+
+    world.carry_to_hub = without_endings  # type: ignore[method-assign]
+    task = world.submit(task_of([{"id": "S1", "timeout_s": 60}]))
+    world.run_for(1_000)
+    if trouble == "hub":
+        world.kill_hub()
+        world.boot_hub()
+    else:
+        world.peers["inference-worker"].disconnect()
+    world.run_for(5_000)
+    assert world.hub is not None
+    assert world.hub.broker.counters["reattached"] == 1
+    world.run_for(70_000)
+    assert world.view(task).steps[0].attempts[0].failure is not None
 
 
 def test_a_result_that_arrives_while_the_hub_is_down_is_asked_for_again() -> None:
