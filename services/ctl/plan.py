@@ -153,6 +153,11 @@ def _print(screen: Screen, final: PlanFinal, before: Forecast, expected: Forecas
     screen.heading("expected")
     screen.line(f"{len(expected.steps)} steps on {expected.levels} levels, up to {expected.width} side by side")
     screen.line(durations.words())
+    given = {artefact.name for artefact in final.task.inputs}
+    lists = {step.id: step.map_over for step in written.values() if step.map_over not in {None, *given}}
+    if lists:
+        what = ", ".join(f"{step} over {name!r}" for step, name in lists.items())
+        screen.line(f"mapped over a list that is not there yet, taken to have one item: {what}")
     screen.line(f"critical path {seconds(expected.critical_s * 1000)}: {' -> '.join(expected.critical)}")
     screen.line(
         f"makespan {seconds(expected.makespan_s * 1000)} for {seconds(expected.work_s * 1000)} of work, alone on this "

@@ -123,6 +123,26 @@ def test_the_plan_has_a_schedule_per_model_and_names_the_bottleneck(capsys: Out)
     assert at["S6"]["start_s"] >= max(at[name]["end_s"] for name in ("S2", "S3", "S4"))
 
 
+def test_a_plan_that_maps_a_step_over_what_another_one_writes_is_not_told_to_fail(capsys: Out, tmp_path: Path) -> None:
+    """However long the list will be: it is taken to have one item, and the dry run says so."""
+    steps = [
+        {"id": "S1", "outputs": [{"name": "title"}, {"name": "points", "kind": "json"}]},
+        {"id": "S2", "map_over": "points", "outputs": [{"name": "texts"}]},
+        {"id": "S3", "inputs": ["texts"], "outputs": [{"name": "whole"}]},
+    ]
+    common = {"actor": "worker", "action": "write", "max_tokens": 300, "gates": []}
+    path = tmp_path / "mapped.json"
+    path.write_text(json.dumps({"objective": "map", "plan": {"steps": [common | step for step in steps]}}))
+    forecast = told(capsys, "plan", "--file", str(path), "--tokens-per-s", "30")["forecast"]
+    assert forecast["failure"] is None
+    assert forecast["makespan_s"] == pytest.approx(30.0) == forecast["critical_s"]
+    base = told(capsys, "simulate", str(path), "--tokens-per-s", "30")["base"]
+    assert base["failed"] == 0
+    assert base["bound_s"] == base["makespan_s"] == pytest.approx(30.0)
+    assert main(["plan", "--file", str(path)]) == 0
+    assert "taken to have one item: S2 over 'points'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -17,7 +17,6 @@ from typing import Final
 from protocol.codec import Unpacked
 from protocol.header import Header
 from protocol.kinds import family
-from protocol.messages.artefact import ArtefactKind
 from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal
@@ -37,7 +36,7 @@ from services.scheduler.machine import Hub
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.ranks import Ranking
 from services.scheduler.simulation.peers import SimulationError
-from services.scheduler.simulation.tiers import Seconds, Tier, all_pass, planned, smallest_final
+from services.scheduler.simulation.tiers import Seconds, Tier, Wanted, all_pass, planned, smallest_final, wanted_of
 from services.scheduler.simulation.world import NotReachedError, RefusedError
 from services.scheduler.tasks import TaskRecord
 
@@ -170,15 +169,15 @@ class CalmWorld:
 
     def add_tiers(self, tiers: Sequence[Tier], seconds: Seconds) -> None:
         """Start the workers of these tiers; `seconds` says how long each step takes them."""
-        finals: dict[tuple[bool, tuple[tuple[str, ArtefactKind], ...]], Unpacked] = {}
+        finals: dict[tuple[bool, tuple[Wanted, ...]], Unpacked] = {}
 
         def infer(call: c.Call) -> Answer:
             task = self.task(call.task or "")
             step = task.steps[call.step or ""]
-            shape = tuple((output.name, output.kind) for output in step.spec.outputs)
-            final = finals.get((step.is_turn, shape))
+            wanted = wanted_of(task, step)
+            final = finals.get((step.is_turn, wanted))
             if final is None:
-                final = finals[step.is_turn, shape] = Unpacked(smallest_final(shape, turn=step.is_turn))
+                final = finals[step.is_turn, wanted] = Unpacked(smallest_final(wanted, turn=step.is_turn))
             return round(seconds(task, step) * 1000), final
 
         for tier in tiers:

@@ -120,4 +120,9 @@ def _critical_s(task: TaskRecord) -> float:
     cost_s = dict.fromkeys(task.steps, 0.0)
     for span in spans_of(task):
         cost_s[span.step] += (span.ended_ms - span.started_ms) / 1000
-    return max(upward_rank(task.dependents, cost_s).values(), default=0.0)
+    # From what each step needed: `dependents` names no sub-step of a mapped one, since nothing waited for it then.
+    followers: dict[str, list[str]] = {name: [] for name in task.steps}
+    for name, step in task.steps.items():
+        for other in step.needs:
+            followers[other].append(name)
+    return max(upward_rank(followers, cost_s).values(), default=0.0)

@@ -22,6 +22,7 @@ from services.scheduler.tasks import StepRecord, TaskRecord
 
 WRITTEN: Final = "simulated"
 """What a step writes as text."""
+_LIST: Final = f'["{WRITTEN}"]'
 Seconds = Callable[[TaskRecord, StepRecord], float]
 """How long the inference of a step's newest attempt takes."""
 
@@ -51,13 +52,36 @@ def all_pass(gates: Sequence[str]) -> list[GateResult]:
     return [GateResult(gate=name, verdict=Verdict.PASS, category="CODE", started_ms=0, ended_ms=0) for name in gates]
 
 
-def smallest_final(shape: Sequence[tuple[str, ArtefactKind]], *, turn: bool = False) -> InferFinal:
-    """An answer that yields these outputs, by name and kind; as a `turn` of a spawning step, without any sub-agent."""
-    text = "{}" if shape[0][1] is ArtefactKind.JSON else WRITTEN
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an answer must hold for one output."""
+
+    name: str
+    kind: ArtefactKind
+    listed: bool = False
+    """A later step is mapped over it, so it is a list; how long a one only shows at run time: here, of one item."""
+
+    def smallest(self) -> str:
+        """Its smallest value in JSON."""
+        return _LIST if self.listed else "{}" if self.kind is ArtefactKind.JSON else '""'
+
+
+def wanted_of(task: TaskRecord, step: StepRecord) -> tuple[Wanted, ...]:
+    """What the answer of a step must hold for the task to go on."""
+    readers = (task.steps[name].spec for name in task.dependents[step.spec.id])
+    lists = {reader.map_over for reader in readers if reader.map_over is not None}
+    return tuple(Wanted(output.name, output.kind, output.name in lists) for output in step.spec.outputs)
+
+
+def smallest_final(wanted: Sequence[Wanted], *, turn: bool = False) -> InferFinal:
+    """An answer that yields these outputs; as a `turn` of a spawning step, without any sub-agent."""
+    first = wanted[0]
+    is_text = first.kind is not ArtefactKind.JSON and not first.listed
+    text = WRITTEN if is_text else first.smallest()
     if turn:
-        text = f'{{"answer":{text if text == "{}" else chr(34) + text + chr(34)}}}'
-    if len(shape) > 1:
-        parts = (f'"{name}":{"{}" if kind is ArtefactKind.JSON else chr(34) * 2}' for name, kind in shape)
+        text = f'{{"answer":{chr(34) + text + chr(34) if is_text else text}}}'
+    if len(wanted) > 1:
+        parts = (f'"{one.name}":{one.smallest()}' for one in wanted)
         text = f"{{{','.join(parts)}}}"
     return InferFinal(
         text=text, finish_reason="stop", model="simulated", engine="sim", prompt_tokens=0, generated_tokens=0
