@@ -87,15 +87,23 @@ def _check(copy: sqlite3.Connection, tasks: list[str], screen: Screen, *, whole:
 
 
 def _print(copy: sqlite3.Connection, tasks: list[str], until: int | None, screen: Screen) -> ExitCode:
+    without = 0
     for task in tasks:
+        told = False
         try:
             for stepped in _steps(copy, task, until):
+                told = True
                 if screen.json:
                     screen.record(asdict(stepped))
                 else:
                     screen.line(_line(stepped))
         except DamagedTask as err:
             raise CommandError(f"{err}; `tierline replay --check` looks at all tasks; {_REPAIR}") from err
+        without += not told
+    if without:
+        screen.note(
+            f"{without} of {len(tasks)} tasks are compacted: no facts to step through; `tierline show TASK` tells"
+        )
     return ExitCode.OK
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 from protocol.messages.result import Cancelled, Listing, TaskState, TaskView
@@ -57,12 +58,20 @@ def _show(args: Namespace, context: Context) -> ExitCode:
 
 
 def _write_page(path: Path, text: str) -> None:
-    """Whole or not at all: whoever has the old page open never reads half of the new one."""
-    draft = path.with_name(f".{path.name}.tierline-draft")
+    """Whole or not at all: whoever has the old page open never reads half of the new one. What is no file, such as
+    /dev/stdout, is written to as it is, since putting a file in its place would take it away from everybody.
+    """
+    target = path.resolve()
+    draft = target.with_name(f".{target.name}.tierline-draft")
     try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, "utf-8")
+            return
         draft.write_text(text, "utf-8")
-        draft.replace(path)
+        draft.replace(target)
     except OSError as err:
+        with suppress(OSError):
+            draft.unlink()
         raise BadInput(f"--html {path}: {err.strerror}; name a file in a folder that can be written") from err
 
 

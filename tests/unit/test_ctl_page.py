@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -292,6 +294,22 @@ def test_a_page_is_written_whole_or_the_reason_is_said(tmp_path: Path) -> None:
         _write_page(tmp_path / "nowhere" / "task.html", "text")
     with pytest.raises(BadInput, match="Is a directory"):
         _write_page(tmp_path, "text")
+    assert not list(tmp_path.parent.glob(".*draft")), "what could not be put in place is not left behind"
+
+
+def test_a_page_goes_into_a_pipe_and_through_a_link_and_takes_neither_away(tmp_path: Path) -> None:
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    link.symlink_to(file)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        _write_page(pipe, "page")
+        assert read.result(timeout=10) == "page"
+    assert pipe.is_fifo()
+    file.write_text("old")
+    _write_page(link, "page")
+    assert link.is_symlink()
+    assert file.read_text() == "page"
 
 
 def test_an_assignment_names_its_sub_agent() -> None:

@@ -195,3 +195,12 @@ def test_compact_and_stats_say_what_there_is(path: Path, capsys: Out) -> None:
     after = json.loads(said(capsys, "journal", "stats", "--json"))
     assert (after["tasks"], after["facts"], after["removed"]) == (0, 0, 0)
     assert checked(capsys, code=0)["tasks"] == 0
+
+
+def test_a_compacted_task_is_not_passed_over_in_silence(path: Path, capsys: Out) -> None:
+    write_journal(path, 2)
+    change(path, "DELETE FROM facts WHERE task = (SELECT MIN(task) FROM facts)")
+    assert main(["replay"]) == 0
+    told = capsys.readouterr()
+    assert "TaskAccepted" in told.out
+    assert "1 of 2 tasks are compacted" in told.err
