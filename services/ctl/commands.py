@@ -5,14 +5,24 @@ Groups (`stack`, `doctor`, `run`, …) register their commands here; `__main__` 
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter, _SubParsersAction
+from argparse import (
+    SUPPRESS,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+    _SubParsersAction,
+)
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from services.ctl.outcomes import ExitCode
 from services.ctl.screen import Screen
 from services.kit.config import Home
+
+_MOST: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,13 @@ def home_of(args: Namespace, home: Home) -> Home:
     if registry is not None:
         home = replace(home, registry=registry.absolute())
     return home if hardware is None else replace(home, hardware=hardware.absolute())
+
+
+def count(text: str) -> int:
+    """Type of an argument that says how many: a whole number from 1. Taking 0 for 1 would answer another question."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:10]) <= _MOST:
+        raise ArgumentTypeError(f"expected a whole number from 1 to {_MOST}, got {text!r}")
+    return int(text)
 
 
 Run = Callable[[Namespace, Context], ExitCode]

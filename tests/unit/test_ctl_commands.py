@@ -70,6 +70,8 @@ def test_a_command_is_needed_and_the_wrong_one_is_met_with_the_list(capsys: Out)
         (["run", "x", "--type", "poem"], "'chat'"),
         (["show"], "TASK"),
         (["registry"], "COMMAND"),
+        (["bench", "barrier", "--runs", "0"], "a whole number from 1"),
+        (["bench", "prefix", "--runs", "-1"], "a whole number from 1"),
     ],
 )
 def test_bad_usage_says_what_is_possible(capsys: Out, argv: list[str], words: str) -> None:
@@ -88,6 +90,9 @@ def test_bad_usage_says_what_is_possible(capsys: Out, argv: list[str], words: st
         (["plan", "x", "--tokens-per-s", "0"], "--tokens-per-s"),
         (["plan", "x", "--gates", "no-such-gate"], "no-such-gate"),
         (["list", "--limit", "0"], "--limit 0"),
+        (["bench", "soak", "--seconds", "nan"], "--seconds nan"),
+        (["bench", "soak", "--clients", "-4"], "--clients -4"),
+        (["bench", "soak", "--kill-every", "0"], "--kill-every 0"),
         (["tail", "nothing"], "nothing"),
     ],
 )

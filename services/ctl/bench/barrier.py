@@ -18,7 +18,7 @@ from protocol.messages.result import TaskEvent, TaskState
 from services.ctl.bench.bare_stack import BareStack, bound
 from services.ctl.bench.overhead import BenchmarkFailedError
 from services.ctl.bench.timed_worker import TOKENS_PER_S
-from services.ctl.commands import Commands, Context
+from services.ctl.commands import Commands, Context, count
 from services.ctl.outcomes import ExitCode
 from services.scheduler.facts import TaskEnded, TaskPlanned
 
@@ -34,11 +34,11 @@ _MODELS: Final = {
 def add(commands: Commands) -> None:
     """Add `bench barrier`."""
     parser = commands.add("barrier", _run, "run a chain beside a long step: no step may wait for a stranger")
-    parser.add_argument("--runs", type=int, default=5, help="runs; every figure is the median (default 5)")
+    parser.add_argument("--runs", type=count, default=5, help="runs; every figure is the median (default 5)")
 
 
 def _run(arguments: Namespace, context: Context) -> ExitCode:
-    figures = measure(max(1, arguments.runs))
+    figures = measure(arguments.runs)
     if context.screen.json:
         context.screen.document(figures)
     else:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from services.ctl.bench import lookup, prefix, streams, warm_load
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.demo_models import IDLE, decoding_threads, demo_entry
-from services.ctl.commands import Commands, Context
+from services.ctl.commands import Commands, Context, count
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import Screen
 
@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
         "inference", _run, "measure what bus and service add to llama.cpp, and what prefixes and lookups are worth"
     )
     parser.add_argument("--engines", default=",".join(ENGINES), help=f"comma-separated (default {','.join(ENGINES)})")
-    parser.add_argument("--runs", type=int, default=5, help="rounds of each kind; figures are medians (default 5)")
+    parser.add_argument("--runs", type=count, default=5, help="rounds of each kind; figures are medians (default 5)")
     parser.add_argument("--threads", type=int, help="cores to decode with (default: 2 where there are two)")
     parser.add_argument(
         "--quick", action="store_true", help="short answers and prompts: shows that all of it works, no real figures"
@@ -54,7 +54,7 @@ def _run(arguments: Namespace, context: Context) -> ExitCode:
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown or not engines:
         raise BadInput(f"--engines takes a comma-separated list of {', '.join(ENGINES)}, not {arguments.engines!r}")
-    figures = measure(engines, max(1, arguments.runs), context.screen, arguments.threads, quick=arguments.quick)
+    figures = measure(engines, arguments.runs, context.screen, arguments.threads, quick=arguments.quick)
     if context.screen.json:
         context.screen.document(figures)
     else:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from protocol.messages.infer import ChatMessage, InferFinal, InferRequest, Sampling
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.demo_models import IDLE, decoding_threads, demo_entry
-from services.ctl.commands import Commands, Context
+from services.ctl.commands import Commands, Context, count
 from services.ctl.outcomes import CommandError, ExitCode
 
 SPECULATION: Final = {"type": "ngram-map-k", "ngram_n": 8, "ngram_m": 48}
@@ -82,12 +82,12 @@ def copy_task(code: str) -> tuple[ChatMessage, ...]:
 def add(commands: Commands) -> None:
     """Add `bench lookup`."""
     parser = commands.add("lookup", _run, "measure prompt lookup on a copy task and on prose, with its policy on")
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of each kind; figures are medians (default 5)")
+    parser.add_argument("--pairs", type=count, default=5, help="pairs of each kind; figures are medians (default 5)")
     parser.add_argument("--engine", choices=("auto", "llama-server", "embedded"), default="auto")
 
 
 def _run(arguments: Namespace, context: Context) -> ExitCode:
-    figures = measure(max(1, arguments.pairs), arguments.engine)
+    figures = measure(arguments.pairs, arguments.engine)
     if context.screen.json:
         context.screen.document(figures)
     else:

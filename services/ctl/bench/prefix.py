@@ -25,7 +25,7 @@ import httpx
 from protocol.messages.result import TaskState, TaskView
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.demo_models import IDLE, demo_entry
-from services.ctl.commands import Commands, Context
+from services.ctl.commands import Commands, Context, count
 from services.ctl.outcomes import CommandError, ExitCode
 from services.kit.config import CHECKOUT
 
@@ -39,13 +39,13 @@ _TASK_S: Final = 600.0
 def add(commands: Commands) -> None:
     """Add `bench prefix`."""
     parser = commands.add("prefix", _run, "measure prompts that begin alike, with and without what the cache gives")
-    parser.add_argument("--runs", type=int, default=3, help="runs; every figure is the median (default 3)")
+    parser.add_argument("--runs", type=count, default=3, help="runs; every figure is the median (default 3)")
     parser.add_argument("--tokens", type=int, default=700, help="length of what is shared (default 700)")
     parser.add_argument("--engine", choices=("auto", "llama-server", "embedded"), default="auto")
 
 
 def _run(arguments: Namespace, context: Context) -> ExitCode:
-    figures = measure(max(1, arguments.runs), arguments.tokens, arguments.engine)
+    figures = measure(arguments.runs, arguments.tokens, arguments.engine)
     if context.screen.json:
         context.screen.document(figures)
     else:

@@ -25,7 +25,7 @@ from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.journal_audit import Audit, audit
 from services.ctl.bench.soak_load import LoadClient
 from services.ctl.commands import Commands, Context
-from services.ctl.outcomes import ExitCode
+from services.ctl.outcomes import BadInput, CommandError, ExitCode
 
 _MODELS: Final = {
     "front": {"tier": "A", "engine": "noop", "slots": 8, "context_tokens": 4096},
@@ -42,6 +42,9 @@ _DRAIN_S: Final = 60.0
 _LOADED_S: Final = 2.0
 """Load after all killed processes are back."""
 _SAMPLE_S: Final = 0.25
+_MAX_SECONDS: Final = 86_400
+_MAX_CLIENTS: Final = 64
+_LEAST_PAUSE_S: Final = 0.1
 _MB: Final = 1024 * 1024
 
 
@@ -125,11 +128,19 @@ def add(commands: Commands) -> None:
 
 
 def _run(arguments: Namespace, context: Context) -> ExitCode:
-    figures = measure(arguments.seconds, max(1, arguments.clients), arguments.kill_every, arguments.seed)
+    if not 1 <= arguments.seconds <= _MAX_SECONDS:
+        raise BadInput(f"--seconds {arguments.seconds:g}: expected 1 to {_MAX_SECONDS}")
+    if not 1 <= arguments.clients <= _MAX_CLIENTS:
+        raise BadInput(f"--clients {arguments.clients}: expected 1 to {_MAX_CLIENTS}")
+    if not _LEAST_PAUSE_S <= arguments.kill_every <= _MAX_SECONDS:
+        raise BadInput(f"--kill-every {arguments.kill_every:g}: expected {_LEAST_PAUSE_S:g} to {_MAX_SECONDS} seconds")
+    figures = measure(arguments.seconds, arguments.clients, arguments.kill_every, arguments.seed)
     if context.screen.json:
         context.screen.document(figures)
     else:
         context.screen.table(("figure", "value"), [(name, str(value)) for name, value in figures.items()])
+    if not figures["accepted"]:
+        raise CommandError("no task was accepted, so nothing could be lost: give it more time with --seconds")
     return ExitCode.FAILED if figures["lost"] or figures["duplicate_effects"] else ExitCode.OK
 
 

@@ -19,7 +19,7 @@ from protocol.messages.infer import ChatMessage, InferPartial, InferRequest
 from protocol.messages.session import ModelReport
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.overhead import BenchmarkFailedError
-from services.ctl.commands import Commands, Context
+from services.ctl.commands import Commands, Context, count
 from services.ctl.outcomes import ExitCode
 
 ENGINES: Final = ("llama-server", "embedded")
@@ -31,13 +31,13 @@ _POLL_S: Final = 0.02
 def add(commands: Commands) -> None:
     """Add `bench warm-load`."""
     parser = commands.add("warm-load", _run, "time from a request to its first token, for a model that is not loaded")
-    parser.add_argument("--runs", type=int, default=5, help="runs; every figure is the median (default 5)")
+    parser.add_argument("--runs", type=count, default=5, help="runs; every figure is the median (default 5)")
     parser.add_argument("--engine", action="append", choices=ENGINES, help="only this engine; repeatable")
     parser.add_argument("--model", default=DEMO_MODEL, help=f"GGUF file (default {DEMO_MODEL})")
 
 
 def _run(arguments: Namespace, context: Context) -> ExitCode:
-    figures = measure_warm_load(max(1, arguments.runs), arguments.engine or ENGINES, arguments.model)
+    figures = measure_warm_load(arguments.runs, arguments.engine or ENGINES, arguments.model)
     if context.screen.json:
         context.screen.document(figures)
         return ExitCode.OK
