@@ -79,6 +79,7 @@ class Pong(Message):
     reason: str | None = None
     """Why the state is not ready, for people."""
     in_flight: int = Field(ge=0)
+    """Calls it is working on. Fewer than the hub knows of, twice in a row: messages were lost, the session is over."""
     loop_lag_ms: float = Field(ge=0)
     """Longest delay of the work loop since the last pong, in milliseconds."""
     rss_bytes: int = Field(ge=0)

@@ -100,6 +100,7 @@ class Broker:
             heard_ms=at_ms,
             state=hello.state,
             granted=granted,
+            slots=granted + len(hello.in_flight),
         )
         commands: list[Command] = []
         # Same identity again, or an earlier session of the same process: that session is over. What it had is
@@ -155,6 +156,12 @@ class Broker:
             peer.state = PeerState.DRAINING
         else:
             self.peers.pop(peer.identity, None)
+
+    def on_messages_lost(self, peer: Peer, at_ms: int) -> list[Command]:
+        """Something that was sent never arrived: a fresh session tells what there still is, and counts slots anew."""
+        for key in peer.calls:
+            self.calls[key].mislaid = True
+        return self._remove(peer, "messages were lost", at_ms, blame=False)
 
     def on_unreachable(self, identity: bytes, at_ms: int, why: str = "disconnected") -> list[Command]:
         """The connection is gone, or cannot be used any more."""
@@ -478,17 +485,11 @@ class Broker:
         peer.used += 1
         peer.calls.add(call.key)
         call.worker = peer.identity
-        self._bound(call, at_ms)
+        call.begin(at_ms)
+        self._watch_deadline(call)
         self.circuits.started(call.target, call.key, at_ms)
         self.counters["started"] += 1
         return Start(call, peer, self.unserved.last(call.target, call.queued_ms))
-
-    def _bound(self, call: Call, at_ms: int) -> None:
-        """Work begins, or goes on under a new session: from now on it has `timeout_ms`."""
-        if call.timeout_ms is not None:
-            limit = at_ms + call.timeout_ms
-            call.deadline_ms = limit if call.outer_ms is None else min(limit, call.outer_ms)
-            self._watch_deadline(call)
 
     def _attach(self, call: Call, peer: Peer, at_ms: int) -> None:
         # No credit is spent: in its new epoch the peer did not grant the slots that running work holds. Tokens are
@@ -496,7 +497,8 @@ class Broker:
         self.tokens.book(call.key, call.needs)
         call.worker = peer.identity
         peer.calls.add(call.key)
-        self._bound(call, at_ms)  # its worker keeps the time of its start; this is for one that does not
+        call.begin(at_ms, again=True)
+        self._watch_deadline(call)
         self._discard(call.target)
         self.counters["reattached"] += 1
 

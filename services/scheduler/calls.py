@@ -32,7 +32,9 @@ class Call(msgspec.Struct):
     timeout_ms: int | None = None
     """Bound from the start of the work."""
     deadline_ms: int | None = None
-    """The bound in force: `outer_ms`, and once started also `timeout_ms`."""
+    """The bound in force: `outer_ms`, and while somebody works on it also `limit_ms`."""
+    limit_ms: int | None = None
+    """Unix ms by which the work that was begun last has to be over, whoever comes back with it."""
     task: str | None = None
     step: str | None = None
     attempt: int | None = None
@@ -44,6 +46,18 @@ class Call(msgspec.Struct):
     """Identity of the peer that has it; None while queued."""
     hold_until_ms: int = 0
     """Not handed out before this time: its worker may bring it back."""
+    mislaid: bool = False
+    """A session that had it ended because messages were lost."""
+
+    def begin(self, at_ms: int, *, again: bool = False) -> None:
+        """Somebody works on it from now on, or `again` under a new session. Neither that nor a lost message gives the
+        work more time: both could happen for ever, the second to an answer that never gets through.
+        """
+        if self.timeout_ms is None:
+            return
+        if self.limit_ms is None or not (again or self.mislaid):
+            self.limit_ms = at_ms + self.timeout_ms
+        self.deadline_ms = self.limit_ms if self.outer_ms is None else min(self.limit_ms, self.outer_ms)
 
 
 # Commands

@@ -251,7 +251,13 @@ class Hub:
             if header.seq is None or header.seq == peer.last_seq:  # else a later message has overtaken it
                 self.broker.on_pong(peer, pong)
                 self.loading.ponged(peer, at_ms)
-            self._settle([], at_ms)
+            lost: list[c.Command] = []
+            if peer.has_lost_messages(header.corr, pong.in_flight):
+                lost = self.broker.on_messages_lost(peer, at_ms)
+                self.outbox.error(
+                    peer.identity, None, UNKNOWN_PEER, Category.PEER, "messages were lost: say hello again"
+                )
+            self._settle(lost, at_ms)
         elif kind == "session.goodbye":
             if not peer.is_worker:
                 self._settle([c.PeerGone(peer, "said goodbye")], at_ms)
@@ -542,7 +548,9 @@ class Hub:
                 self.loading.ended(call.target)
                 self.outbox.cancel(identity, call)
             case c.SendPing(identity):
-                self.outbox.ping(identity, at_ms)
+                ping = self.outbox.ping(identity, at_ms)
+                if identity in self.broker.peers:
+                    self.broker.peers[identity].pinged(ping)
             case c.PeerGone(peer, why, silent):
                 self.loading.gone(peer, at_ms, silent=silent)
                 self.outbox.note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)

@@ -117,12 +117,13 @@ class Outbox:
         header = Header(kind=f"{family(call.kind)}.cancel", id=self.next_id(), key=call.key, epoch=self.epoch)
         self._commands.append(Send(identity, pack_header(header), _EMPTY, promises=False))
 
-    def ping(self, identity: bytes, at_ms: int, *, mark: bool = False) -> None:
-        """Ask for a sign of life; with `mark`, one that says that all before it was read."""
+    def ping(self, identity: bytes, at_ms: int, *, mark: bool = False) -> str:
+        """Ask for a sign of life; with `mark`, one that says that all before it was read. Returns the ping's id."""
         header = Header(kind="session.ping", id=self.next_id(), epoch=self.epoch)
         self._commands.append(Send(identity, pack_header(header), pack_body(Ping(at_ms=at_ms)), promises=False))
         if mark:
             self.unread.mark(identity, header.id)
+        return header.id
 
     def unpromised(self, identity: bytes, kind: str, body: Message) -> Send:
         """A message of the hub's own that may go out before what led to it is written; it is not added."""

@@ -17,6 +17,8 @@ SUSPECT_MS: Final = 3_000
 DEAD_MS: Final = 10_000
 _KEPT_SEQS: Final = 1_024
 """How far a message may be overtaken and still be told from a repeat."""
+_KEPT_PINGS: Final = 2 * DEAD_MS // PING_MS
+"""More are never without a pong: a peer that answers none of them is gone before."""
 _SEQ_WINDOW: Final = (1 << _KEPT_SEQS) - 1
 
 
@@ -32,6 +34,8 @@ class Peer:
     heard_ms: int
     state: PeerState
     granted: int
+    slots: int = 0
+    """Most slots that it was seen to have in this epoch, free ones and taken ones together."""
     used: int = 0
     """Calls handed over in this epoch; `granted - used` are free."""
     last_seq: int = -1
@@ -52,6 +56,10 @@ class Peer:
     told: int = 0
     """Newest one it was sent."""
     told_ms: int = 0
+    _asked: dict[str, tuple[frozenset[str], int]] = field(default_factory=dict)
+    """Ping without a pong -> `calls` and `used` when that was sent."""
+    _lacks: bool = False
+    """By its newest pong to one of those, something that was sent is missing."""
 
     @property
     def is_worker(self) -> bool:
@@ -81,6 +89,28 @@ class Peer:
             return True
         self._seen |= 1 << behind
         return False
+
+    def pinged(self, ping: str) -> None:
+        """A ping is on its way, behind the calls that it was given by now."""
+        self._asked[ping] = (frozenset(self.calls), self.used)
+        while len(self._asked) > _KEPT_PINGS:
+            del self._asked[next(iter(self._asked))]
+
+    def has_lost_messages(self, ping: str | None, in_flight: int) -> bool:
+        """True if its pongs say twice in a row that a request or an answer never arrived. Once, it may be on its way,
+        overtaken by the ping or the pong.
+
+        An answer is missing where it works on fewer calls than it was given before the ping and has not ended before
+        the pong; a request where a slot was used that is neither free nor taken.
+        """
+        asked = self._asked.pop(ping or "", None)
+        if asked is None:
+            return False
+        calls, used = asked
+        slots = self.granted - used + in_flight
+        self.slots = max(self.slots, slots)
+        lacked, self._lacks = self._lacks, len(calls & self.calls) > in_flight or slots < self.slots
+        return lacked and self._lacks
 
     def free(self, now_ms: int) -> int:
         """Calls it may be given now."""

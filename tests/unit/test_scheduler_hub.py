@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.codec import pack_body, unpack_body, unpack_map
-from protocol.header import Header, unpack_header
+from protocol.header import Header
 from protocol.messages.failure import Category, Failure
 from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.infer import InferRequest
@@ -223,24 +223,20 @@ def test_a_restarted_hub_reattaches_running_work(down_ms: int) -> None:
 @pytest.mark.parametrize("trouble", ["hub", "connection"])
 def test_work_that_came_back_and_never_ends_has_a_deadline_too(trouble: str) -> None:
     world = stack(say("fine", took_ms=5_000))
-    carry = world.carry_to_hub
-
-    def without_endings(identity: bytes, frames: list[bytes]) -> None:
-        if unpack_header(frames[0]).kind not in ("infer.final", "error"):
-            carry(identity, frames)
-
-    world.carry_to_hub = without_endings  # type: ignore[method-assign]
+    worker = world.peers["inference-worker"]
     task = world.submit(task_of([{"id": "S1", "timeout_s": 60}]))
     world.run_for(1_000)
-    if trouble == "hub":
-        world.kill_hub()
-        world.boot_hub()
-    else:
-        world.peers["inference-worker"].disconnect()
-    world.run_for(5_000)
-    assert world.hub is not None
-    assert world.hub.broker.counters["reattached"] == 1
-    world.run_for(70_000)
+    worker._working.clear()  # it hangs: it answers pings, says that it works, and its work never ends
+    for _ in range(3):
+        if trouble == "hub":
+            world.kill_hub()
+            world.boot_hub()
+        else:
+            worker.disconnect()
+        world.run_for(5_000)
+        assert world.hub is not None
+        assert world.hub.broker.counters["reattached"] >= 1
+    world.run_for(50_000 if trouble == "connection" else 70_000)  # a new hub does not know when the work began
     assert world.view(task).steps[0].attempts[0].failure is not None
 
 

@@ -1,8 +1,8 @@
 """Whatever network and processes do, within what a bus can do: every task ends once, in order, and no slot leaks.
 
-A connection that lives loses nothing, so a message is lost only together with its connection: the peer notices and
-opens a new session, or its process died. Messages may be repeated, and overtake each other, at any time in both
-directions.
+Messages may be lost, one by one or with all that was under way on their connection, be repeated, and overtake each
+other, at any time in both directions. Real connections that live lose nothing; a peer that drops a request or an answer
+looks the same.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol.header import Header, unpack_header
 from protocol.messages.failure import Category, Failure
-from protocol.messages.result import StepState, TaskState
+from protocol.messages.result import CancelQuery, StepState, TaskState
 from protocol.messages.session import PeerState
 from services.scheduler import facts as f
 from services.scheduler.simulation.tiers import memory_takes
@@ -29,6 +30,7 @@ LIMIT_MS = 300_000
 class Weather:
     """How bad it is: chances per message, or per second and process."""
 
+    lose: float
     repeat: float
     overtake: float
     cut: float
@@ -67,7 +69,9 @@ class Storm(World):
             self.later(delay_ms, lambda: self.to_peer(identity, header, body))
 
     def copies(self) -> list[int]:
-        """Delays of the copies of one message."""
+        """Delays of the copies of one message: none of one that is lost."""
+        if self.chance(self.weather.lose):
+            return []
         count = 2 if self.chance(self.weather.repeat) else 1
         return [self.draw.randint(1, 400) if self.chance(self.weather.overtake) else 1 for _ in range(count)]
 
@@ -115,6 +119,7 @@ def storm(weather: Weather, seed: int) -> Storm:
 chances = st.sampled_from([0.0, 0.05, 0.3])
 weathers = st.builds(
     Weather,
+    lose=chances,
     repeat=chances,
     overtake=chances,
     cut=chances,
@@ -131,7 +136,7 @@ def plans(draw: st.DrawFn) -> list[dict[str, object]]:
     for index in range(draw(st.integers(1, 9))):
         needs = draw(st.sets(st.integers(0, index - 1), max_size=3)) if index else set()
         actor = draw(st.sampled_from(["worker", "writer", "coder"]))
-        gates = draw(st.sampled_from([[], ["format"]]))
+        gates = draw(st.sampled_from([[], ["format"], ["unit"]]))
         steps.append(
             {"id": f"S{index}", "inputs": [f"S{one}.out" for one in sorted(needs)], "actor": actor, "gates": gates}
         )
@@ -152,7 +157,7 @@ def test_every_task_ends_once_in_order_and_all_slots_come_back(
         check_facts(world, task_id)
         check_order(tasks[task_id])
         assert len(tasks[task_id].steps) in (0, len(steps))
-        if weather.fail == weather.kill == weather.freeze == weather.cut == 0:
+        if weather.lose == weather.fail == weather.kill == weather.freeze == weather.cut == 0:
             assert tasks[task_id].state is TaskState.SUCCEEDED, tasks[task_id].failure
     check_credit(world)
 
@@ -173,6 +178,75 @@ def test_a_final_that_a_pong_has_overtaken_still_ends_its_call() -> None:
     result = world.finish(world.submit(task_of([{"id": "S1"}])), limit_ms=5_000)
     assert held
     assert result.state is TaskState.SUCCEEDED
+
+
+@pytest.mark.parametrize("kind", ["infer.request", "infer.final"])
+def test_a_single_lost_message_costs_seconds_and_neither_an_attempt_nor_a_slot(kind: str) -> None:
+    world = stack(say("fine", took_ms=500))
+    worker = world.peers["inference-worker"]
+    lost: list[str] = []
+
+    def is_lost(header: Header) -> bool:
+        if header.kind == kind and not lost:
+            lost.append(header.kind)
+            return True
+        return False
+
+    to_hub, to_peer = world.carry_to_hub, world.carry_to_peer
+    world.carry_to_hub = (  # type: ignore[method-assign]
+        lambda identity, frames: None if is_lost(unpack_header(frames[0])) else to_hub(identity, frames)
+    )
+    world.carry_to_peer = (  # type: ignore[method-assign]
+        lambda identity, header, body: None if is_lost(unpack_header(header)) else to_peer(identity, header, body)
+    )
+    view = world.finish(world.submit(task_of([{"id": "S1"}])), limit_ms=5_000)
+    assert lost == [kind]
+    assert view.state is TaskState.SUCCEEDED
+    assert len(worker.started) == len(view.steps[0].attempts) == 1
+    assert view.steps[0].losses == 0
+    world.run_for(1_000)  # memory is told
+    check_credit(world)
+
+
+def test_an_answer_that_never_gets_through_ends_with_the_time_of_its_work() -> None:
+    world = stack(say("fine", took_ms=500))
+    world.add("inference-worker-2", ("infer.worker",), say("fine", took_ms=500), 4)
+    carry = world.carry_to_hub
+
+    def without_finals(identity: bytes, frames: list[bytes]) -> None:
+        if unpack_header(frames[0]).kind != "infer.final":
+            carry(identity, frames)
+
+    world.carry_to_hub = without_finals  # type: ignore[method-assign]
+    task = world.submit(task_of([{"id": "S1", "timeout_s": 20}]))
+    world.run_for(30_000)
+    failure = world.view(task).steps[0].attempts[0].failure
+    assert failure is not None
+    assert failure.category is Category.TIMEOUT
+
+
+def test_a_request_that_was_lost_and_then_cancelled_keeps_no_slot() -> None:
+    world = stack(say("fine", took_ms=500))
+    carry = world.carry_to_peer
+    world.carry_to_peer = (  # type: ignore[method-assign]
+        lambda identity, header, body: (
+            None if unpack_header(header).kind == "infer.request" else carry(identity, header, body)
+        )
+    )
+    task = world.submit(task_of([{"id": "S1"}]))
+    world.run_for(100)
+    world.client("task.cancel", CancelQuery(task_id=task))
+    world.run_for(5_000)
+    check_credit(world)
+
+
+def test_a_worker_that_works_loses_no_session_however_short_its_calls_are() -> None:
+    world = stack(say("fine", took_ms=7))
+    before = {name: peer.identity for name, peer in world.peers.items()}
+    for _ in range(3):
+        world.finish(world.submit(task_of([{"id": f"S{number}"} for number in range(400)])))
+    assert world.now > 1_002_000, "some pings were answered meanwhile"
+    assert {name: peer.identity for name, peer in world.peers.items()} == before
 
 
 def test_a_repeated_hello_does_not_take_the_running_work_of_its_session() -> None:
@@ -222,8 +296,8 @@ def check_order(task: TaskRecord) -> None:
             assert before.ended_ms <= step.ready_ms
 
 
-def check_credit(world: Storm) -> None:
-    """The system is idle: every slot of every process is free again, and nobody has more than there are."""
+def check_credit(world: World) -> None:
+    """The system is idle: every slot of every process and every core is free, and nobody has more than there are."""
     assert world.hub is not None
     broker = world.hub.broker
     assert not broker.calls
@@ -232,3 +306,5 @@ def check_credit(world: Storm) -> None:
         assert known.state is PeerState.READY
         assert known.granted - known.used == peer.slots, peer.service
         assert not peer.session.in_flight
+    assert broker.tokens.free_cores == broker.tokens.cores
+    assert not broker.tokens.blocked()
