@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from protocol.codec import unpack_body
+from protocol.header import Header
 from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState
 from services.scheduler import admission as a
@@ -162,3 +163,16 @@ def test_a_call_whose_deadline_has_passed_is_dropped_when_its_turn_comes() -> No
     assert unpack_body(ErrorReply, ended.body).failure.code == "call.expired"
     assert hub.counters["expired"] == 1
     hub.check_invariants()
+
+
+def test_a_call_that_finds_no_place_is_told_the_pace_at_which_such_calls_have_ended() -> None:
+    hub = broker()
+    worker = hub.peers[join_worker(hub, 4)]
+    for number in range(4):
+        hub.ask(call(f"k{number}"))
+        assert hub.next_start(0) is not None
+    for number in range(4):
+        hub.on_heard(worker, None, 700 * number)
+        hub.on_ending(worker, Header(kind="infer.final", id="", key=f"k{number}"), b"\x80")
+    assert hub.admission.retry_after_ms("infer.worker", 2_100) == 700
+    assert hub.admission.retry_after_ms("gate", 2_100) == 1_000, "of others nothing is known"

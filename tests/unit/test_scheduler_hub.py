@@ -288,6 +288,18 @@ def test_a_submit_beyond_the_bound_is_refused_with_a_time(monkeypatch: pytest.Mo
     assert body.retry_after_ms >= 100
 
 
+def test_a_refused_submit_is_told_the_pace_at_which_tasks_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_requests, "MAX_ACTIVE_TASKS", 6)
+    world = stack(say("fine", took_ms=2_500), slots=1)
+    for task in [world.submit(task_of([{"id": "S1"}])) for _ in range(3)]:
+        world.finish(task)
+    for _ in range(3):
+        world.submit(task_of([{"id": "S1"}]))
+    _, body = world.client("task.submit", Submit(task=task_of([{"id": "S1"}]).model_dump(mode="json")))
+    assert isinstance(body, Refused)
+    assert 2_500 <= body.retry_after_ms <= 2_600
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

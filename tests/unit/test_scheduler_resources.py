@@ -15,12 +15,13 @@ from protocol.messages.result import TaskState
 from services.kit.config import CHECKOUT
 from services.kit.registry import load_registry
 from services.scheduler.resources import NOTHING, PATIENCE_MS, Needs, Tokens, gate_needs
-from tests.unit.simulation import Answer, final_of, stack, task_of
+from tests.unit.simulation import Answer, final_of, gates_pass, stack, task_of
 
 KINDS = {
     "infer.a": Needs(cores=1, shared_by="infer.a"),
     "infer.b": Needs(cores=2, shared_by="infer.b", group="heavy"),
     "infer.c": Needs(cores=1, shared_by="infer.c", group="heavy"),
+    "infer.e": Needs(cores=1, shared_by="infer.e", group="heavy"),  # beside infer.c the cores would be enough
     "gate": Needs(cores=2),
     "memory": NOTHING,
 }
@@ -192,6 +193,27 @@ def test_who_found_the_door_closed_is_tried_as_soon_as_it_opens() -> None:
     assert tokens.take("g0", "gate", KINDS["gate"], PATIENCE_MS + 10)
     assert tokens.let_in() == ["infer.a"]
     assert tokens.let_in() == []
+
+
+def test_a_gate_run_holds_the_cores_that_it_is_told_to_use() -> None:
+    world = stack()
+    seen: list[tuple[int | None, int]] = []
+
+    def answer(header: Header, body: bytes) -> Answer:
+        assert world.hub is not None
+        seen.append((header.cores, world.hub.broker.tokens.free_cores))
+        return gates_pass(header, body)
+
+    world.peers["gates"].answer = answer
+    assert world.hub is not None
+    world.hub.broker.tokens.cores = 4
+    steps: list[dict[str, object]] = [
+        {"id": "S1", "gates": ["lint"]},
+        {"id": "S2", "gates": ["unit"], "inputs": ["S1.out"]},
+    ]
+    assert world.finish(world.submit(task_of(steps))).state is TaskState.SUCCEEDED
+    assert seen == [(None, 4), (1, 3)]
+    assert world.hub.broker.tokens.free_cores == 4
 
 
 def test_models_that_keep_the_cores_busy_do_not_starve_a_third() -> None:
