@@ -30,8 +30,13 @@ def show_hardware(context: Context, *, write: bool) -> ExitCode:
         text = with_machine(path.read_text(encoding="utf-8") if path.exists() else "", machine)
         if write:
             _replace(path, text)
-    except (OSError, UnicodeDecodeError) as err:
-        raise BadInput(f"cannot detect or write {path}: {err}") from err
+    except UnicodeDecodeError as err:
+        raise BadInput(
+            f"{path} is not UTF-8 (byte {err.start}); save it as UTF-8, or move it away: it is made anew"
+        ) from err
+    except OSError as err:
+        where = "TIERLINE_REGISTRY names its folder, which must be there and writable"
+        raise BadInput(f"cannot detect or write {path}: {err.strerror}; {where}") from err
     if context.screen.json:
         context.screen.document({**asdict(machine), "file": str(path), "written": write})
         return ExitCode.OK

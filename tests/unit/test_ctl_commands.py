@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from services.ctl import hardware as hardware_command
 from services.ctl.__main__ import GROUPS, build_parser, main
 from services.ctl.doctor import run_checks
 from services.kit.config import CHECKOUT, load_home
@@ -249,6 +250,8 @@ def test_doctor_writes_what_it_detects_into_hardware_yaml_and_keeps_the_comments
     folder = tmp_path / "registry"
     shutil.copytree(CHECKOUT / "registry", folder)
     monkeypatch.setenv("TIERLINE_REGISTRY", str(folder))
+    machine = hardware_command.detect()  # once: a machine that is shared may have another size a moment later
+    monkeypatch.setattr(hardware_command, "detect", lambda: machine)
     before = (folder / "hardware.yaml").read_text()
     assert main(["doctor", "--detect"]) == 0
     shown = capsys.readouterr().out
@@ -276,6 +279,12 @@ def test_doctor_does_not_write_into_a_hardware_file_that_it_cannot_read(
     assert main(["doctor", "--detect", "--write"]) == 2
     assert "did you mean 'cores'" in capsys.readouterr().err
     assert (folder / "hardware.yaml").read_text() == broken
+    (folder / "hardware.yaml").write_bytes(b"hardware: \xff")
+    assert main(["doctor", "--detect", "--write"]) == 2
+    assert "hardware.yaml is not UTF-8 (byte 10); save it as UTF-8" in capsys.readouterr().err
+    monkeypatch.setenv("TIERLINE_REGISTRY", str(folder / "nowhere"))
+    assert main(["doctor", "--detect", "--write"]) == 2
+    assert "No such file or directory; TIERLINE_REGISTRY names its folder" in capsys.readouterr().err
 
 
 def test_the_doctor_says_what_a_service_would_refuse_at_its_start(
