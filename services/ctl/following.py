@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,7 +24,7 @@ from services.ctl.commands import Context
 from services.ctl.hub import listening
 from services.ctl.outcomes import CommandError, ExitCode, Unreachable
 from services.ctl.progress import COLUMNS, Progress, event_line
-from services.ctl.screen import Screen, grid
+from services.ctl.screen import Screen, grid, printable
 from services.kit.clock import SteadyClock
 
 _REFRESH_S: Final = 0.2
@@ -32,6 +32,8 @@ _WATCH_S: Final = 30 * 86_400.0
 """As long as a task may take; that the hub is gone is noticed otherwise."""
 _LOOK_S: Final = 5.0
 _GONE_S: Final = 60.0
+_SHOWN_REASONS: Final = 3
+"""Of those why a task waits: many steps mostly wait for the same."""
 
 
 class LeftAlone(CommandError):
@@ -53,6 +55,7 @@ async def follow(
         async with (
             _ended_by(client, task_id, context, cancels=cancels) as ending,
             _ticking(live, progress, clock),
+            _asking(client, progress, context),
             aclosing(client.watch(task_id, after_seq=after_seq, timeout_s=_WATCH_S)) as events,
         ):
             async for item in events:
@@ -102,10 +105,48 @@ async def _ticking(live: Live | None, progress: Progress, clock: SteadyClock) ->
             if len(rows) > room:
                 busy = [row for row in rows if row[1] not in ("done", "waiting")]
                 rows = (busy or rows)[:room]
-            live.update(Group(Text(progress.summary(clock.now_ms())), grid(COLUMNS, rows, live=True)), refresh=True)
+            why = [
+                Text(f"waiting: {printable(reason)}", style="yellow") for reason in progress.waiting[:_SHOWN_REASONS]
+            ]
+            summary = Text(progress.summary(clock.now_ms()))
+            live.update(Group(summary, grid(COLUMNS, rows, live=True), *why), refresh=True)
             await asyncio.sleep(_REFRESH_S)
 
     task = asyncio.create_task(redraw())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+@asynccontextmanager
+async def _asking(client: AsyncClient, progress: Progress, context: Context) -> AsyncIterator[None]:
+    """Ask why, whenever nothing has happened for a while, and say it where a table does not."""
+    screen = context.screen
+
+    async def ask() -> None:
+        seen, said = progress.last_seq, list[str]()
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if progress.last_seq != seen:
+                seen, said = progress.last_seq, []
+                continue
+            with suppress(
+                BusError
+            ):  # the hub is away, which is looked for elsewhere, or the task has just been removed
+                reasons = (await client.show(progress.task_id)).waiting
+                if progress.last_seq == seen:
+                    progress.waiting = reasons
+            if (
+                screen.rich is None
+                and not screen.json
+                and (new := [one for one in progress.waiting if one not in said])
+            ):
+                said = progress.waiting
+                for reason in new[:_SHOWN_REASONS]:
+                    screen.note(printable(f"waiting: {reason}"))
+
+    task = asyncio.create_task(ask())
     try:
         yield
     finally:

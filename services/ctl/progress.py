@@ -70,12 +70,15 @@ class Progress:
     steps: dict[str, StepLine] = field(default_factory=dict)
     last_seq: int = 0
     began_ms: int | None = None
+    waiting: list[str] = field(default_factory=list)
+    """Why what could run does not, since the newest event."""
 
     def apply(self, event: TaskEvent) -> None:
         """Take one event; late and repeated ones do no harm, since each only overwrites."""
         self.task_id = event.task_id
         self.last_seq = max(self.last_seq, event.seq)
         self.began_ms = event.at_ms if self.began_ms is None else min(self.began_ms, event.at_ms)
+        self.waiting = []
         if event.event == "task.planned":
             self.state, self.source = "running", str(event.fields.get("source", ""))
         elif event.event == "task.plan_grown":

@@ -309,3 +309,25 @@ def test_ctrl_c_leaves_a_watched_task_running(slow_stack: Stack) -> None:
     assert "goes on" in err
     view = json.loads(slow_stack.tierline("show", task, "--json").stdout)
     assert view["state"] in ("planning", "running")
+
+
+def test_run_says_why_nothing_happens_until_something_does(stack: Stack) -> None:
+    scripted = stack.processes[2]
+    scripted.send_signal(signal.SIGSTOP)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.ctl", "run", "--file", str(EXAMPLE)],
+            env=stack.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        said = next((line for line in process.stderr if line.startswith("waiting: ")), "")
+    finally:
+        scripted.send_signal(signal.SIGCONT)
+        stack.await_ready()
+    assert " waits for infer." in said or " waits for memory" in said
+    assert "ready (scripted suspect" in said or "0 workers alive since " in said
+    process.communicate(timeout=120)
+    assert process.returncode == 0
