@@ -35,8 +35,6 @@ class Hello(Message):
     """Targets this peer answers, such as `infer.worker`; a client has none."""
     state: PeerState = PeerState.READY
     pid: int = Field(default=0, ge=0)
-    load_deadline_s: float = Field(default=120, gt=0)
-    """How long the peer may stay LOADING before the hub reports it."""
     in_flight: list[str] = Field(default_factory=list, max_length=10_000)
     """Keys of the calls this peer is still working on: they are re-attached, not computed again."""
     finished: list[str] = Field(default_factory=list, max_length=10_000)

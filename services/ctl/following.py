@@ -131,20 +131,15 @@ async def _asking(client: AsyncClient, progress: Progress, context: Context) -> 
             if progress.last_seq != seen:
                 seen, said = progress.last_seq, []
                 continue
-            with suppress(
-                BusError
-            ):  # the hub is away, which is looked for elsewhere, or the task has just been removed
+            with suppress(BusError):  # the hub is away, which is looked for elsewhere
                 reasons = (await client.show(progress.task_id)).waiting
                 if progress.last_seq == seen:
                     progress.waiting = reasons
-            if (
-                screen.rich is None
-                and not screen.json
-                and (new := [one for one in progress.waiting if one not in said])
-            ):
+            new = [one for one in progress.waiting if one not in said]
+            if new and screen.rich is None and not screen.json:
                 said = progress.waiting
-                for reason in new[:_SHOWN_REASONS]:
-                    screen.note(printable(f"waiting: {reason}"))
+                for one in new[:_SHOWN_REASONS]:
+                    screen.note(printable(f"waiting: {one}"))
 
     task = asyncio.create_task(ask())
     try:

@@ -42,13 +42,7 @@ class InferenceService:
     def __init__(self, home: Home, registry: Registry, launch: Launch) -> None:
         self._launch = launch
         self._entry = entry = launch.entry
-        self._service = Service(
-            home,
-            service_name(entry.name),
-            (f"infer.{entry.name}",),
-            slots=entry.slots,
-            load_deadline_s=entry.load_deadline_s,
-        )
+        self._service = Service(home, service_name(entry.name), (f"infer.{entry.name}",), slots=entry.slots)
         self._engine: EngineSupervisor | RemoteEngine | None = None
         self._service.follower = RegistryFollower(home, self._service.log, registry, self._take_up)
         self._leaving: asyncio.Task[None] | None = None

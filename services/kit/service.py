@@ -95,7 +95,6 @@ class Service:
         capabilities: tuple[str, ...] = (),
         *,
         slots: int = 1,
-        load_deadline_s: float = 120,
         drain_s: float = 10,
     ) -> None:
         self.home = home
@@ -114,9 +113,7 @@ class Service:
         self._boot = boot_id()
         self._epochs = 0
         self._seq = 0
-        self._session = s.PeerSession(
-            service=name, capabilities=capabilities, slots=slots, pid=os.getpid(), load_deadline_s=load_deadline_s
-        )
+        self._session = s.PeerSession(service=name, capabilities=capabilities, slots=slots, pid=os.getpid())
         self._reason: str | None = None
         self._handlers: dict[str, tuple[Handler, bool]] = {}
         """Kind -> who works on it, and whether that takes a task of its own."""

@@ -204,7 +204,6 @@ class PeerSession:
     capabilities: tuple[str, ...]
     slots: int
     pid: int
-    load_deadline_s: float
     state: PeerState = PeerState.STARTING
     epoch: str = ""
     joined: bool = False
@@ -290,7 +289,6 @@ class PeerSession:
             capabilities=list(self.capabilities),
             state=self.state,
             pid=self.pid,
-            load_deadline_s=self.load_deadline_s,
             in_flight=list(self.in_flight),
             finished=list(self.finished),
         )

@@ -533,10 +533,11 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             capabilities=["infer.worker"],
             state=PeerState.LOADING,
             pid=4242,
-            load_deadline_s=60,
             in_flight=["0123456789abcdef0123456789abcdef"],
             finished=["fedcba9876543210fedcba9876543210"],
-        )
+        ),
+        # Until it was left out, the first one said how long loading may take; the hub had never asked.
+        Hello(service="inference-worker", protocol_min=1, protocol_max=1, capabilities=["infer.worker"], pid=4242),
     ],
     "session.welcome": [
         Welcome(protocol=1, hub_epoch="a1b2c3d4e5f6", ping_ms=1_000, drop=["k1"], resend=["k2"]),

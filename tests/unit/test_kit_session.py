@@ -50,9 +50,7 @@ class Peer:
     """A session with what is convenient for tests: times that pass by themselves, bodies that are packed."""
 
     session: PeerSession = field(
-        default_factory=lambda: PeerSession(
-            service="worker", capabilities=("infer.worker",), slots=2, pid=1, load_deadline_s=60
-        )
+        default_factory=lambda: PeerSession(service="worker", capabilities=("infer.worker",), slots=2, pid=1)
     )
     now_ms: int = 0
 

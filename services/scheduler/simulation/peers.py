@@ -82,7 +82,7 @@ class SimPeer:
         self._epochs = 0
         self._seq = 0
         self.identity = b""
-        self.session = s.PeerSession(service, capabilities, slots, pid=1, load_deadline_s=1)
+        self.session = s.PeerSession(service, capabilities, slots, pid=1)
 
     def start(self) -> None:
         """Boot: a new life, nothing of an earlier one is left."""
@@ -91,7 +91,7 @@ class SimPeer:
         self._epochs = self._seq = 0
         self._inbox.clear()
         self._working.clear()
-        self.session = s.PeerSession(self.service, self.capabilities, self.slots, pid=1, load_deadline_s=1)
+        self.session = s.PeerSession(self.service, self.capabilities, self.slots, pid=1)
         self.session.state = PeerState.READY if self.load_ms is None else PeerState.PARKED
         self._loading += 1
         self._open()
