@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import math
 import os
 import secrets
 import time
@@ -61,6 +62,9 @@ _TICK_S: Final = 0.25
 _BATCH_GRACE_S: Final = 2.0
 """After the deadline of a batch the hub still has to say what became of it."""
 
+_LONGEST_S: Final = 366 * 86_400.0
+"""The hub is told no later deadline than that, so that whoever waits for ever has one that a header can hold."""
+
 M = TypeVar("M", bound=Message)
 
 
@@ -76,13 +80,16 @@ class AsyncClient:
     """One client of one hub, used as `async with AsyncClient() as tierline`; calls may run side by side.
 
     `address` is the hub's, by default that of `$TIERLINE_HOME`; `name` appears in the hub's logs. Entering does not
-    wait for the hub: services and clients start in any order.
+    wait for the hub: services and clients start in any order. Raises ValueError for a name or an address that is none.
     """
 
     def __init__(self, address: str | None = None, name: str = "client") -> None:
         self.address = address or default_address()
         self._boot = secrets.token_hex(6)
-        self._session = s.ClientSession(service=f"{name}-{self._boot}", pid=os.getpid(), boot=self._boot)
+        service = f"{name}-{self._boot}"
+        if _objection(Header(kind="session.hello", id=self._boot, src=service)) is not None:
+            raise ValueError(f"name {name!r}: only letters, digits and _ . : - may be in it, at most 115 of them")
+        self._session = s.ClientSession(service=service, pid=os.getpid(), boot=self._boot)
         self._seq = 0
         self._socket: ZmqDealer | None = None
         self._ticker: asyncio.Task[None] | None = None
@@ -283,6 +290,8 @@ class AsyncClient:
         `timeout_s`. Waits behind interactive work unless `interactive`. `on_progress` runs in the event loop. Raises
         ValueError for what no hub would take, CallRefused while the hub has too many batches.
         """
+        if isinstance(prompts, str):  # a sequence of its characters: each would be answered as a prompt of its own
+            raise ValueError("prompts is one text: put it into a list")
         request = BatchRequest(
             role=role,
             prompts=[*prompts],
@@ -370,16 +379,21 @@ class AsyncClient:
         """An outstanding request and what is answered to it; dropped at the end."""
         if self._socket is None:
             raise RuntimeError("the client is not open: use it inside `async with AsyncClient() as …`")
+        if math.isnan(timeout_s):
+            raise ValueError("timeout_s is not a number")
         packed = _pack(body)
         header = Header(
             kind=kind,
             id=f"{self._boot}-{self._next_seq()}",
             dst=dst,
             key=key or (secrets.token_hex(16) if dst is not None else None),
-            deadline=_now_ms() + int(timeout_s * 1000),
+            deadline=_now_ms() + int(min(max(0.0, timeout_s), _LONGEST_S) * 1000),
             cores=cores,
             prio=prio,
         )
+        objection = _objection(header)
+        if objection is not None:
+            raise _unsendable("header.field", objection)
         answers = Pieces()
         self._answers[header.id] = answers
         self._feed(s.Asked(_steady_ms(), header, packed))
@@ -483,6 +497,15 @@ def _pack(body: Message) -> bytes:
     if len(packed) > MAX_BODY_BYTES:
         raise _unsendable("body.too_large", f"{len(packed)} bytes, at most {MAX_BODY_BYTES} can be sent at once")
     return packed
+
+
+def _objection(header: Header) -> str | None:
+    """Why no hub could read this header; it would not even answer, since it cannot know to whom or what."""
+    try:
+        unpack_header(pack_header(header))
+    except (BadFrame, TypeError, ValueError, OverflowError) as err:
+        return str(err)
+    return None
 
 
 def _unsendable(code: str, message: str) -> CallFailed:

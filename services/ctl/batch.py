@@ -10,15 +10,17 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from protocol.codec import describe
+from protocol.codec import check_value, describe
+from protocol.errors import BadFrame
 from protocol.limits import MAX_BATCH_PROMPTS, MAX_BODY_BYTES
-from protocol.messages.batch import BatchFinal, BatchPartial
+from protocol.messages.batch import BatchFinal, BatchPartial, Prompt
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import connect
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import seconds
+from services.inference.answer import BadSchema, check_schema
 
 _EXAMPLES: Final = """FILE holds one prompt a line: a JSON string, or an object with the member "prompt"; - is stdin.
 The output has one JSON object a line and prompt, with "text" or "failure". Exit 1 if any prompt failed.
@@ -27,6 +29,7 @@ examples:
   tierline batch worker --file prompts.jsonl > answers.jsonl
   tierline batch extractor --file prompts.jsonl --schema facts.schema.json | jq .text
 """
+_PROMPT: Final = TypeAdapter(Prompt)
 
 
 def add(commands: Commands) -> None:
@@ -45,7 +48,7 @@ def add(commands: Commands) -> None:
 def _batch(args: Namespace, context: Context) -> ExitCode:
     prompts = _prompts(args.file)
     schema = None if args.schema is None else _schema(args.schema)
-    if args.timeout <= 0:
+    if not args.timeout > 0:  # nor is "nan"
         raise BadInput(f"--timeout {args.timeout:g}: must be above 0")
     try:
         finals = asyncio.run(_ask(args, prompts, schema, context))
@@ -94,9 +97,12 @@ async def _ask(
 
 
 def _prompts(path: Path) -> list[str]:
-    """The prompts of a file; raises BadInput naming the line that is none."""
+    """The prompts of a file, all of them fit to be asked; raises BadInput naming the line that is none.
+
+    Only a line feed ends a line: what else ends one in Unicode may stand in a JSON string as it is.
+    """
     prompts = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -106,19 +112,28 @@ def _prompts(path: Path) -> list[str]:
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str) or not prompt:
             raise BadInput(f'{path}:{number}: no prompt: needs a string, or an object with the string "prompt"')
-        prompts.append(prompt)
+        try:
+            prompts.append(_PROMPT.validate_python(prompt))
+        except ValidationError as err:
+            raise BadInput(f"{path}:{number}: no prompt: {err.errors()[0]['msg']}") from err
     if not prompts:
         raise BadInput(f"{path}: holds no prompts")
     return prompts
 
 
 def _schema(path: Path) -> dict[str, Any]:
+    """The schema of a file. Raises BadInput for what every single answer would fail for."""
     try:
         schema = json.loads(_text(path))
     except (ValueError, RecursionError) as err:
         raise BadInput(f"--schema {path}: not JSON: {err}") from err
     if not isinstance(schema, dict):
         raise BadInput(f"--schema {path}: a JSON Schema is an object")
+    try:
+        check_value(schema)
+        check_schema(schema)
+    except (BadFrame, BadSchema) as err:
+        raise BadInput(f"--schema {path}: not a JSON Schema: {err}") from err
     return schema
 
 
@@ -127,9 +142,12 @@ def _text(path: Path) -> str:
         data = sys.stdin.buffer.read(MAX_BODY_BYTES + 1) if str(path) == "-" else _read(path)
         if len(data) > MAX_BODY_BYTES:
             raise BadInput(f"{path}: larger than the {MAX_BODY_BYTES:,} bytes that may be asked at once; split it")
-        return data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise BadInput(f"{path}: cannot be read: {err}") from err
+        return data.decode("utf-8-sig")  # editors of some systems begin a file with a byte order mark
+    except UnicodeDecodeError as err:
+        line = data.count(b"\n", 0, err.start) + 1
+        raise BadInput(f"{path}:{line}: not UTF-8: {err}") from err
+    except OSError as err:
+        raise BadInput(f"{path}: cannot be read: {err.strerror}") from err
 
 
 def _read(path: Path) -> bytes:

@@ -54,6 +54,8 @@ def add_reload(group: Commands) -> None:
 
 
 def _reload(args: Namespace, context: Context) -> ExitCode:
+    if not args.timeout >= 0:  # nor is "nan"
+        raise BadInput(f"--timeout {args.timeout:g}: must be 0 or more")
     home, screen = context.home.make(), context.screen
     checked_registry(home)  # before the lock: what is wrong is said at once
     with stack_lock(home):

@@ -21,6 +21,8 @@ def move_model(context: Context, action: str, name: str | None, *, wait_s: float
     """Ask the hub, and wait until it is done. Raises BadInput, Unreachable, CommandError."""
     if name is None:
         raise BadInput(f"models {action}: say which model; `tierline models` lists them")
+    if not wait_s >= 0:  # nor is "nan"
+        raise BadInput(f"--wait {wait_s:g}: must be 0 or more")
     report = asyncio.run(_move(context.home, action, name, wait_s))
     if context.screen.json:
         context.screen.document(report)

@@ -70,7 +70,7 @@ def add(commands: Commands) -> None:
 
 
 def _tune(args: Namespace, context: Context) -> ExitCode:
-    if args.budget_s <= 0:
+    if not args.budget_s > 0:  # nor is "nan"
         raise BadInput(f"--budget-s takes seconds above 0, not {args.budget_s:g}")
     registry = checked_registry(context.home)
     entry = _entry(registry, args.model)

@@ -301,6 +301,37 @@ async def test_what_cannot_be_sent_is_refused_before_it_is_sent(address: str) ->
             assert failed.value.failure.origin == "client"
 
 
+async def test_a_header_that_no_hub_could_read_is_refused_instead_of_waiting_in_vain(address: str) -> None:
+    for name in ("my importer", "größe", "a" * 116):
+        with pytest.raises(ValueError, match="at most 115"):
+            AsyncClient(address, name)
+    async with AsyncClient(address) as client:
+        with pytest.raises(CallFailed, match=r"\$\.key") as failed:
+            await client.llm_batch("worker", ["one"], timeout_s=60, key="my key")
+        assert failed.value.failure.category is Category.POLICY
+        with pytest.raises(CallFailed, match=r"\$\.dst"):
+            await client.ask("memory.request", MemoryRequest(ask=Stats()), MemoryFinal, timeout_s=60, dst="my memory")
+        with pytest.raises(ValueError, match="not a number"):
+            await client.status(timeout_s=float("nan"))
+
+
+async def test_who_waits_for_ever_gets_an_answer_too(address: str) -> None:
+    hub = ScriptedHub(address)
+    hub.answer("task.submit", always(("task.accepted", Accepted(task_id="T1"))))
+    with hub.serving():
+        async with AsyncClient(address) as client:
+            for timeout_s in (float("inf"), 1e300):
+                async with asyncio.timeout(WITHIN_S):
+                    assert (await client.submit(TASK, timeout_s=timeout_s)).task_id == "T1"
+        assert all(header.deadline is not None for header, _ in hub.seen("task.submit"))
+
+
+async def test_one_text_is_not_a_batch_of_its_characters(address: str) -> None:
+    async with AsyncClient(address) as client:
+        with pytest.raises(ValueError, match="put it into a list"):
+            await client.llm_batch("worker", "hello", timeout_s=60)
+
+
 async def test_every_call_has_its_value(address: str) -> None:
     final = InferFinal(
         text="hi", finish_reason="stop", model="worker", engine="noop", prompt_tokens=1, generated_tokens=1

@@ -229,8 +229,10 @@ def test_the_command_answers_a_file_of_prompts_line_by_line(scripted: ScriptedSt
     refused = tierline(scripted, "batch", "worker", "--file", str(file))
     assert refused.returncode == 2
     assert "prompts.jsonl:2" in refused.stderr
-    unknown = tierline(scripted, "batch", "nobody", "--file", "-")
+    file.write_text('"fine"\n', "utf-8")
+    unknown = tierline(scripted, "batch", "nobody", "--file", str(file))
     assert unknown.returncode == 2
+    assert "no role 'nobody'" in unknown.stderr
 
 
 def test_a_model_that_went_bad_is_degraded_with_its_reason_in_the_status(scripted: ScriptedStack) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.limits import MAX_ARTEFACT_CHARS
 from services.ctl import hardware as hardware_command
 from services.ctl.__main__ import GROUPS, build_parser, main
 from services.ctl.doctor import run_checks
@@ -95,11 +96,66 @@ def test_bad_usage_says_what_is_possible(capsys: Out, argv: list[str], words: st
         (["bench", "soak", "--clients", "-4"], "--clients -4"),
         (["bench", "soak", "--kill-every", "0"], "--kill-every 0"),
         (["tail", "nothing"], "nothing"),
+        (["models", "load", "front", "--wait", "nan"], "--wait nan"),
+        (["registry", "reload", "--timeout", "-1"], "--timeout -1"),
+        (["tune", "front", "--budget-s", "nan"], "--budget-s takes seconds above 0"),
     ],
 )
 def test_bad_input_exits_2_and_says_what_is_wrong(capsys: Out, argv: list[str], words: str) -> None:
     assert main(argv) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (b'"one"\nnot JSON\n', ":2: not JSON"),
+        (b'"one"\n\n["two"]\n', ":3: no prompt"),
+        (b'"one"\n"half a pair \\ud800"\n', ":2: no prompt"),
+        (b'"one"\n"%s"\n' % (b"x" * (MAX_ARTEFACT_CHARS + 1)), ":2: no prompt: String should have at most"),
+        (b'"one"\n"caf\xe9"\n', ":2: not UTF-8"),
+        (b"\n \n", "holds no prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_asked_are_named_by_file_and_line(
+    tmp_path: Path, capsys: Out, prompts: bytes, words: str
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(prompts)
+    assert main(["batch", "worker", "--file", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert str(file) in told
+    assert words in told
+
+
+def test_only_a_line_feed_ends_a_prompt_and_a_byte_order_mark_is_none(tmp_path: Path, capsys: Out) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes('\ufeff"one"\r\n"a line\u2028another\x85third"\n'.encode())
+    assert main(["batch", "worker", "--file", str(file)]) == 3, "read, and no hub is there"
+    assert "tierline up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ("[]", "is an object"),
+        ("{", "not JSON"),
+        ('{"type": "objekt"}', "$.type"),
+        ('{"type": "number", "maximum": NaN}', "nan"),
+        ('{"type": "integer", "maximum": 1%s}' % ("0" * 30), "cannot be written"),
+    ],
+)
+def test_a_batch_is_not_begun_with_a_schema_that_every_answer_would_fail_for(
+    tmp_path: Path, capsys: Out, schema: str, words: str
+) -> None:
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "schema.json"
+    prompts.write_text('"one"\n', "utf-8")
+    file.write_text(schema, "utf-8")
+    assert main(["batch", "worker", "--file", str(prompts), "--schema", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert f"--schema {file}" in told
+    assert words in told
+    assert main(["batch", "worker", "--file", str(prompts), "--timeout", "nan"]) == 2
 
 
 @pytest.mark.parametrize(
