@@ -7,11 +7,14 @@ answer is stopped before its end is `abort`'s decision, whether it is the JSON i
 **Back-pressure.** A piece that the way to the hub does not take is kept and joined with the next one, so what waits is
 never more than the answer itself. **Repair.** An answer that is not the JSON it should be goes back once, with the
 findings and under its schema, within the tokens and the time that the request has left; its figures are added.
+**Open.** A schema that the engine cannot take costs the constraint and not the answer: it is shown to the model,
+decoding is held to JSON of any form, and what comes is checked against the whole schema as ever.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import aclosing
@@ -42,7 +45,7 @@ has its turn every n times as long: what partials cost is taken from the cores t
 LOGPROB_CANDIDATES: Final = 10
 """Candidates per token whose probabilities are asked for where entropy is watched."""
 
-FIGURES: Final = ("early_aborts", "repairs_begun", "repairs_done", "partials_sent", "partials_held")
+FIGURES: Final = ("early_aborts", "repairs_begun", "repairs_done", "schemas_open", "partials_sent", "partials_held")
 """What a Generation counts: totals of the service since it started."""
 
 _LEAST_REPAIR_TOKENS: Final = 16
@@ -97,6 +100,10 @@ class _Stream:
         return self.finish == "length"
 
 
+class _Refused(CallFailed):
+    """The engine calls the request wrong: it cannot read the grammar, or cannot take the schema."""
+
+
 class Generation:
     """One answer in the making. `service` and `model` name its origin in failures and in the final.
 
@@ -124,6 +131,8 @@ class Generation:
         self._calls = calls
         self._began_s = 0.0
         self._stream: _Stream | None = None
+        self._opened: _Refused | None = None
+        """Why the engine could not take the schema, where it could not."""
         self._unsent: list[str] = []
         self._sent_s = 0.0
 
@@ -147,11 +156,21 @@ class Generation:
                 message = f"json_schema is not a JSON Schema: {err}"
                 raise self._failed("schema.invalid", Category.POLICY, message) from err
         self._began_s = asyncio.get_running_loop().time()
-        first = await self._decode(server, request, progressed, partial if request.stream else None)
+        try:
+            first = await self._decode(server, request, progressed, partial if request.stream else None)
+        except _Refused as refused:
+            if not request.json_schema:  # none, or one that allows everything
+                raise
+            self._opened, request = refused, _opened(request)
+            self._figures["schemas_open"] += 1
+            try:
+                first = await self._decode(server, request, progressed, partial if request.stream else None)
+            except _Refused as err:
+                raise refused from err  # so it was not the schema, or not alone
         failure = await self._objection(first)
         if failure is None:
             return self._final([first])
-        again = self._repair_request(first, failure)
+        again = self._repair_request(request, first, failure)
         if again is None:
             raise self._unusable(failure, [first])
         self._figures["repairs_begun"] += 1
@@ -198,7 +217,8 @@ class Generation:
                 context_tokens=err.context_tokens,
             ) from err
         except RequestInvalid as err:
-            raise self._failed("engine.refused", Category.POLICY, f"the engine refused the request: {err}") from err
+            refusal = self._failed("engine.refused", Category.POLICY, f"the engine refused the request: {err}")
+            raise _Refused(refusal.failure) from err
         except EngineUnavailable as err:
             raise self._failed(err.code, err.category, str(err), **err.evidence) from err
         except EngineFaulty as err:
@@ -256,9 +276,8 @@ class Generation:
             text, schema, cut_off=stream.cut_off, origin=self._service, fenced=request.json_schema is None
         )
 
-    def _repair_request(self, first: _Stream, failure: Failure) -> InferRequest | None:
+    def _repair_request(self, request: InferRequest, first: _Stream, failure: Failure) -> InferRequest | None:
         """The request that shows the engine its answer and what is wrong with it; None where nothing is left for it."""
-        request = self._request
         left_tokens = request.max_tokens - _generated(first)
         took_s = asyncio.get_running_loop().time() - first.began_s
         left_s = self._seconds_left()
@@ -284,6 +303,8 @@ class Generation:
         spent: dict[str, Any] = {"generated_tokens": sum(_generated(stream) for stream in streams)}
         if len(streams) > 1:
             spent["repair"] = "tried once, in vain"
+        if self._opened is not None:
+            spent["unconstrained"] = self._opened.failure.message
         return CallFailed(failure.model_copy(update={"evidence": failure.evidence | spent}))
 
     def _final(self, streams: list[_Stream]) -> InferFinal:
@@ -331,6 +352,14 @@ class Generation:
         return CallFailed(
             Failure(code=code, category=category, origin=self._service, message=message, evidence=evidence)
         )
+
+
+def _opened(request: InferRequest) -> InferRequest:
+    """The request for an engine that cannot take its schema: any JSON, and the model is told of which form."""
+    told = f"Answer with JSON that this JSON Schema allows:\n{json.dumps(request.json_schema)[:_REPAIR_SHOWN_CHARS]}"
+    *before, last = request.messages
+    messages = [*before, last.model_copy(update={"content": f"{last.content}\n\n{told}"})]
+    return request.model_copy(update={"messages": messages, "json_schema": _ANY_JSON})
 
 
 def _monitor(request: InferRequest, left_s: float | None) -> DecodingMonitor | None:

@@ -134,6 +134,19 @@ def test_a_schema_the_converter_cannot_take_does_not_let_a_wrong_answer_pass(sta
     assert body.failure.category in (Category.SCHEMA, Category.POLICY)
 
 
+def test_a_schema_that_the_engine_refuses_costs_the_constraint_and_not_the_answer(stack: InferenceStack) -> None:
+    schema = {"$ref": "#small", "$defs": {"size": {"$anchor": "small", "enum": ["s", 1]}}}
+    before = stack.figures("m")["schemas_open"]
+    body = stack.ask("m", ask_for("Give JSON.", max_tokens=40, json_schema=schema))
+    if isinstance(body, ErrorReply):
+        assert (body.failure.category, body.failure.code) == (Category.SCHEMA, "answer.schema")
+        assert "$ref" in body.failure.evidence["unconstrained"]
+    else:
+        assert isinstance(body, InferFinal)
+        assert json.loads(body.text) in ("s", 1)
+    assert stack.figures("m")["schemas_open"] == before + 1
+
+
 def test_what_the_engine_refuses_is_a_policy_failure(stack: InferenceStack) -> None:
     body = stack.ask("m", ask_for("word " * 1_200))
     assert isinstance(body, ErrorReply)

@@ -1,0 +1,86 @@
+"""Structured output where the engine cannot take the schema, against a server that refuses on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import pytest
+
+from protocol.errors import CallFailed
+from protocol.messages.failure import Category
+from protocol.messages.infer import ChatMessage, InferFinal, InferRequest
+from services.inference.generation import Generation
+from services.inference.llama_http import Piece, RequestInvalid, Usage
+
+SCHEMA = {"type": "array", "prefixItems": [{"type": "integer"}], "items": False}
+
+
+class Refusing:
+    """Refuses every schema that says anything, or whatever it is asked; else gives its answers in turn."""
+
+    def __init__(self, *answers: str, everything: bool = False) -> None:
+        self.asked: list[Mapping[str, Any]] = []
+        self._answers = list(answers)
+        self._everything = everything
+
+    async def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+        self.asked.append(payload)
+        if self._everything or payload.get("response_format", {}).get("json_schema", {}).get("schema"):
+            raise RequestInvalid(f"refusal {len(self.asked)}")
+        yield Piece(self._answers.pop(0), None, None)
+        yield Piece("", "stop", Usage(9, 0, 4, 1.0, 1.0))
+
+
+def generated(server: Refusing, request: InferRequest, figures: Counter[str]) -> InferFinal:
+    generation = Generation(
+        request, service="inference-m", model="m", engine="fake", left_s=None, figures=figures, calls=lambda: 1
+    )
+    return asyncio.run(generation.run(server, lambda partial: True, lambda: None))
+
+
+def asking(schema: dict[str, Any] | None = None, grammar: str | None = None) -> InferRequest:
+    return InferRequest(
+        role="worker",
+        messages=[ChatMessage(role="user", content="One number.")],
+        max_tokens=100,
+        json_schema=schema,
+        grammar=grammar,
+    )
+
+
+def test_a_schema_that_the_engine_refuses_is_told_to_the_model_and_checked_here() -> None:
+    server, figures = Refusing("[7]"), Counter[str]()
+    final = generated(server, asking(SCHEMA), figures)
+    assert (final.text, final.repaired) == ("[7]", False)
+    refused, taken = server.asked
+    assert refused["response_format"]["json_schema"]["schema"] == SCHEMA
+    assert taken["response_format"]["json_schema"]["schema"] == {}, "still JSON"
+    assert json.dumps(SCHEMA) in taken["messages"][-1]["content"]
+    assert figures["schemas_open"] == 1
+
+
+def test_its_wrong_answer_is_mended_once_and_then_the_evidence_says_what_the_engine_refused() -> None:
+    server, figures = Refusing("[7, 8]", "[7]"), Counter[str]()
+    assert generated(server, asking(SCHEMA), figures).repaired
+    with pytest.raises(CallFailed) as failed:
+        generated(Refusing("[7, 8]", "[8, 9]"), asking(SCHEMA), figures)
+    failure = failed.value.failure
+    assert (failure.category, failure.code) == (Category.SCHEMA, "answer.schema")
+    assert "refusal 1" in failure.evidence["unconstrained"]
+    assert failure.evidence["repair"] == "tried once, in vain"
+
+
+@pytest.mark.parametrize(
+    ("request_", "times"), [(asking(SCHEMA), 2), (asking({}), 1), (asking(), 1), (asking(grammar="root ::= x"), 1)]
+)
+def test_what_is_refused_for_another_reason_fails_with_that(request_: InferRequest, times: int) -> None:
+    server = Refusing(everything=True)
+    with pytest.raises(CallFailed) as failed:
+        generated(server, request_, Counter[str]())
+    assert failed.value.failure.code == "engine.refused"
+    assert "refusal 1" in failed.value.failure.message
+    assert len(server.asked) == times
