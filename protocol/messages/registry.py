@@ -39,7 +39,7 @@ class Reloaded(Message):
     draining: list[str] = Field(default_factory=list)
     """Models whose process finishes what it has: removed ones, and changed ones, which begin anew then."""
     kept: list[str] = Field(default_factory=list)
-    """Removed entries that running tasks still use, as `roles.translator`: kept until those have ended."""
+    """Removed entries that running tasks and batches still use, as `roles.translator`: kept until those have ended."""
 
 
 class RegistryChanged(Message):

@@ -162,7 +162,7 @@ def waiting(registry: Registry, report: StatusReport | None, programs: Sequence[
     for name, peer in sorted(peers.items()):
         if _is_gone(registry, name):
             if name in programs or not _is_drained(peer):
-                calls = f"{len(peer.in_flight)} calls run" if peer.in_flight else "running tasks still use it"
+                calls = f"{len(peer.in_flight)} calls run" if peer.in_flight else "running work still uses it"
                 found.append(Waiting(name, "" if _is_drained(peer) else f"leaves when its work has ended: {calls}"))
         elif peer.registry is not None and peer.registry != registry.digest:
             found.append(Waiting(name, peer.reason or "reads the registry"))
@@ -193,7 +193,7 @@ def _say(screen: Screen, told: Reloaded, started: Sequence[str]) -> None:
     if not told.changes:
         screen.line(f"nothing has changed: {told.unchanged} entries are what they were")
     if told.kept:
-        screen.line(f"kept for running tasks: {', '.join(told.kept)}")
+        screen.line(f"kept for running work: {', '.join(told.kept)}")
     for name in started:
         screen.line(f"started: {name}")
 

@@ -87,7 +87,7 @@ class InferenceService:
         if entry is not None and registry.launch(entry.name).same_as(self._launch):
             return True
         if entry is None and needed:
-            return False  # running tasks still use it; the hub will say when they have ended
+            return False  # running work still uses it; the hub will say when they have ended
         self._leaving = asyncio.get_running_loop().create_task(self._leave(begin_anew=entry is not None))
         return False
 

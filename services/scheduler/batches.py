@@ -113,7 +113,7 @@ class _Batch:
 class Batches:
     """All batches. Methods named `on_…` take an event; what is to be done comes from `take`.
 
-    `registry` gives the one in force; a batch keeps the one it began with. `slots` tells how many calls for one target
+    `registry` gives the one declared; a batch keeps the one it began with. `slots` tells how many calls for one target
     can run at once, as far as the broker knows.
     """
 
@@ -137,6 +137,10 @@ class Batches:
     def requesters(self) -> set[bytes]:
         """Peers that wait for a batch."""
         return {batch.identity for batch in self._batches.values()}
+
+    def models(self) -> set[str]:
+        """Models that batches need until they have ended, whatever the registry says meanwhile."""
+        return {batch.model for batch in self._batches.values()}
 
     def objection(self, identity: bytes, header: Header, size_bytes: int) -> str | None:
         """Why this batch cannot be taken now; None if it can. One that is there already can."""

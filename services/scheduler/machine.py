@@ -125,7 +125,7 @@ class Hub:
         self.loading = Loading(self.registry, self.broker, ranking, self.engine.live, self.outbox.unpromised)
         self.loading.declare(self.registry)
         self.loading.residency.trust_ms = self.started_ms + TRUST_MS
-        self.batches = Batches(lambda: self.registry, self.broker.slots)
+        self.batches = Batches(lambda: self.registries.declared, self.broker.slots)
         self.requests = ClientRequests(
             self.started_ms,
             self.outbox,
@@ -394,7 +394,7 @@ class Hub:
         self._settle([], event.at_ms)
 
     def _take_up(self, registry: Registry, at_ms: int) -> Reloaded:
-        told = self.registries.take_up(registry, self.engine.live.values())
+        told = self.registries.take_up(registry, self.engine.live.values(), self.batches.models())
         self._use(self.registries.in_force)
         self.outbox.note(
             REGISTRY_TAKEN, digest=told.digest, previous=told.previous, draining=told.draining, kept=told.kept
@@ -479,7 +479,7 @@ class Hub:
                 self.outbox.note(CIRCUIT_CLOSED, capability=target)
             else:
                 self.outbox.note(CIRCUIT_OPENED, capability=target, reason=why)
-        if self.registries.let_go(self.engine.live.values(), at_ms):
+        if self.registries.let_go(self.engine.live.values(), at_ms, self.batches.models()):
             self._use(self.registries.in_force)
             self.outbox.note(REGISTRY_LET_GO, kept=kept_names(self.registries.declared, self.registry))
         self._tell_services(at_ms)

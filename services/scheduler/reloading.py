@@ -1,7 +1,8 @@
 """What a new registry means for the hub: what has changed, and what running tasks still need of the old one.
 
 A task keeps what it was planned with as long as it runs: a role, persona, gate or model that left the registry stays in
-force for the tasks that use it, and for nobody else, until the last of them has ended. An entry that was *changed* is
+force for the tasks that use it, and for nobody else, until the last of them has ended; so does the model of a batch,
+which has the rest of its registry itself. An entry that was *changed* is
 taken up with the next attempt; attempts under way have their request already. Pure: reading files is `app`'s, telling
 services `machine`'s.
 """
@@ -205,13 +206,15 @@ class Registries:
         self._trials = personas
         self.declared, self.in_force = (with_trials(one, personas) for one in (self.declared, self.in_force))
 
-    def take_up(self, declared: Registry, tasks: Iterable[TaskRecord]) -> Reloaded:
-        """A new declared registry; says what is different."""
+    def take_up(self, declared: Registry, tasks: Iterable[TaskRecord], models: Iterable[str] = ()) -> Reloaded:
+        """A new declared registry; says what is different. `models` are needed whatever the tasks use."""
         previous, past = self.declared, self.in_force
         declared = with_trials(declared, self._trials)
         found, same = changes(previous, declared)
         self.declared = declared
-        self.in_force = with_kept(declared, past, used_by(tasks))
+        used = used_by(tasks)
+        used.models.update(models)
+        self.in_force = with_kept(declared, past, used)
         self._told_ms.clear()
         return Reloaded(
             digest=declared.digest,
@@ -228,12 +231,14 @@ class Registries:
         if more is not self.declared:
             self.in_force = _over(more, {name: getattr(self.in_force, name) for name in _NAMED})
 
-    def let_go(self, tasks: Iterable[TaskRecord], at_ms: int) -> bool:
+    def let_go(self, tasks: Iterable[TaskRecord], at_ms: int, models: Iterable[str] = ()) -> bool:
         """Drop what was kept and is used no more; True if the registry in force is another now."""
         if self.in_force is self.declared or at_ms - self._looked_ms < _LOOK_EVERY_MS:
             return False
         self._looked_ms = at_ms
-        less = with_kept(self.declared, self.in_force, used_by(tasks))
+        used = used_by(tasks)
+        used.models.update(models)
+        less = with_kept(self.declared, self.in_force, used)
         if kept_names(self.declared, less) == kept_names(self.declared, self.in_force):
             return False
         self.in_force = less

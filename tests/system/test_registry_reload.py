@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,28 @@ def test_a_removed_model_and_role_stay_for_the_running_task_and_leave_afterwards
     assert "inference-extra" not in stack.pids()
     assert not (stack.home.conf_d / "inference-extra.conf").exists()
     assert set(stack.pids()) == {*CORE, "inference-front", "inference-worker"}
+
+
+def test_a_removed_model_serves_a_running_batch_to_its_last_prompt(stack: Stack) -> None:
+    stack.models["extra"] = stack.scripted(stack.root, "extra")
+    stack.write()
+    stack.role("clerk", model="extra")
+    stack.reload()
+    (stack.root / "go on").unlink(missing_ok=True)
+    with ThreadPoolExecutor(1) as asking:
+        batch = asking.submit(
+            stack.client.llm_batch, "clerk", ["SLOW one", "two", "three"], timeout_s=100, concurrency=1
+        )
+        until(lambda: any(peer.in_flight for peer in stack.client.status().peers), "the first prompt is at work")
+        del stack.models["extra"]
+        stack.write()
+        stack.role("clerk")
+        assert stack.reload("--no-wait")["kept"] == ["models.extra"]
+        stack.go_on()
+        answers = batch.result().answers
+    assert [(answer.failure, answer.model) for answer in answers] == [(None, "extra")] * 3
+    assert stack.reload()["waiting"] == []
+    assert "inference-extra" not in stack.pids()
 
 
 def test_a_model_that_comes_back_while_its_old_process_still_stands_by_is_served_anew(stack: Stack) -> None:

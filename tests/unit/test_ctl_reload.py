@@ -51,7 +51,7 @@ def test_who_lags_loads_is_missing_or_has_work_left_is_waited_for() -> None:
         "planner": "reads the registry",
         "inference-front": "is loading",
         "inference-gone": "leaves when its work has ended: 1 calls run",
-        "inference-kept": "leaves when its work has ended: running tasks still use it",
+        "inference-kept": "leaves when its work has ended: running work still uses it",
     }
     assert [one.service for one in waiting(REGISTRY, None, programs)] == ["scheduler"]
 

@@ -24,6 +24,7 @@ from services.scheduler.events import FrameIn, ReadRegistry, RegistryChanged, Re
 from services.scheduler.reloading import changes, used_by, with_kept
 from services.scheduler.simulation.world import CLIENT, RefusedError
 from tests.unit.simulation import Answer, World, final_of, say, shipped_registry, stack, task_of
+from tests.unit.test_scheduler_batches import Asker
 
 SHIPPED = shipped_registry()
 
@@ -93,6 +94,26 @@ def test_a_running_task_keeps_its_removed_role_and_model_until_it_has_ended() ->
     assert prompts[1].messages[0].content.startswith(SHIPPED.roles["worker"].prompt[:30])
     world.run_for(2_000)
     assert "worker" not in world.hub.registry.roles
+    assert "worker" not in world.hub.registry.models
+
+
+def test_a_running_batch_keeps_its_removed_model_to_its_last_prompt_and_no_new_one_gets_it() -> None:
+    prompts: list[InferRequest] = []
+    world = stack(slow_answer(prompts), slots=1)
+    asker = Asker(world)
+    running = asker.ask(["one", "two", "three"])
+    world.run(lambda: len(prompts) == 1)
+    assert reload(world, without_worker()).kept == ["models.worker"]
+    refused = asker.ask(["four"], key="K2")
+    world.run_for(1_500)
+    assert world.hub is not None
+    assert "worker" in world.hub.registry.models
+    (error,) = asker.said(refused)
+    assert isinstance(error, ErrorReply)
+    assert error.failure.code == "role.unknown"
+    world.client_inbox.clear()
+    assert [answer.text for answer in asker.finish(running).answers] == ["fine"] * 3
+    world.run_for(2_000)
     assert "worker" not in world.hub.registry.models
 
 
