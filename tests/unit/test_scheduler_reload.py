@@ -87,6 +87,10 @@ def test_a_running_task_keeps_its_removed_role_and_model_until_it_has_ended() ->
     told = reload(world, without_worker())
     assert told.draining == ["worker"]
     assert set(told.kept) == {"roles.worker", "models.worker"}
+    asker = Asker(world)
+    refused = asker.ask(["not for new work"])
+    world.run(lambda: bool(asker.said(refused)))
+    assert isinstance(asker.said(refused)[-1], ErrorReply)
     assert world.hub is not None
     result = world.finish(task_id)
     assert result.state is TaskState.SUCCEEDED
