@@ -141,6 +141,11 @@ class Generation:
         """True once the engine has said that the answer is complete: its slot is free then."""
         return self._stream is not None and self._stream.complete
 
+    @property
+    def begun(self) -> bool:
+        """True once a piece of text has come from the engine."""
+        return self._stream is not None and self._stream.chars > 0
+
     async def run(
         self, server: ChatServer, partial: Callable[[InferPartial], bool], progressed: Callable[[], None]
     ) -> InferFinal:
@@ -159,7 +164,8 @@ class Generation:
         try:
             first = await self._decode(server, request, progressed, partial if request.stream else None)
         except _Refused as refused:
-            if not request.json_schema:  # none, or one that allows everything
+            # There is none, or one that allows everything; or the answer was begun, so it can be taken.
+            if not request.json_schema or self.begun:
                 raise
             self._opened, request = refused, _opened(request)
             self._figures["schemas_open"] += 1

@@ -106,6 +106,12 @@ class OpenAiServer:
         self._entry = entry
         self._model = entry.remote_model
         self._base = entry.base_url.rstrip("/")
+        try:
+            httpx.Request(
+                "GET", self._base
+            )  # what the registry's rule lets pass, such as names that no IDNA encoder takes
+        except (httpx.InvalidURL, UnicodeError) as err:
+            raise ValueError(str(err)) from err
         self._dialect = entry.remote.dialect
         self.key: str | None = None
         ca_file = entry.remote.ca_file

@@ -89,8 +89,8 @@ class RemoteEngine:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the key and the prompts
         try:
             self._http = OpenAiServer(self._entry)
-        except (OSError, ValueError) as err:  # certificates that cannot be read
-            self.reason = f"remote.ca_file or remote.proxy of model {self._entry.name} cannot be used: {err}"
+        except (OSError, ValueError) as err:  # certificates that cannot be read, a host name that is none
+            self.reason = f"base_url, remote.ca_file or remote.proxy of model {self._entry.name} cannot be used: {err}"
             self._report(PeerState.DEGRADED, self.reason)
             return
         self._spawn_task(self._tick())

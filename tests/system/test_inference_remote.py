@@ -301,6 +301,15 @@ def test_an_unknown_model_is_named_with_those_there_are(stack: InferenceStack, e
     assert "check base_url, which usually ends in /v1" in (stack.hub.pongs["inference-m"].reason or "")
 
 
+def test_a_host_name_that_is_none_is_a_reason_and_no_end_of_the_service(stack: InferenceStack) -> None:
+    stack.entry("m", engine="openai", base_url="http://xn--zz--/v1", remote_model="big", context_tokens=512)
+    stack.start("m")
+    stack.hub.await_peer("inference-m", state="degraded")
+    assert "base_url" in (stack.hub.pongs["inference-m"].reason or "")
+    failure = failure_of(stack.ask("m", ask_for("go")))
+    assert (failure.category, failure.code) == (Category.RESOURCE, "engine.not_ready")
+
+
 def test_a_proxy_of_the_environment_is_not_used(stack: InferenceStack, elsewhere: Elsewhere) -> None:
     entry(stack, elsewhere)
     start(stack, HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9", ALL_PROXY="http://127.0.0.1:9")

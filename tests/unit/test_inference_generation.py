@@ -20,15 +20,21 @@ SCHEMA = {"type": "array", "prefixItems": [{"type": "integer"}], "items": False}
 
 
 class Refusing:
-    """Refuses every schema that says anything, or whatever it is asked; else gives its answers in turn."""
+    """Refuses every schema that says anything, or whatever it is asked; else gives its answers in turn.
 
-    def __init__(self, *answers: str, everything: bool = False) -> None:
+    With `late` it says so in the middle of an answer, as the content filter of a server elsewhere does.
+    """
+
+    def __init__(self, *answers: str, everything: bool = False, late: bool = False) -> None:
+        self._late = late
         self.asked: list[Mapping[str, Any]] = []
         self._answers = list(answers)
         self._everything = everything
 
     async def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
         self.asked.append(payload)
+        if self._late:
+            yield Piece("[", None, None)
         if self._everything or payload.get("response_format", {}).get("json_schema", {}).get("schema"):
             raise RequestInvalid(f"refusal {len(self.asked)}")
         yield Piece(self._answers.pop(0), None, None)
@@ -84,3 +90,10 @@ def test_what_is_refused_for_another_reason_fails_with_that(request_: InferReque
     assert failed.value.failure.code == "engine.refused"
     assert "refusal 1" in failed.value.failure.message
     assert len(server.asked) == times
+
+
+def test_an_answer_that_was_begun_is_not_asked_for_again() -> None:
+    server = Refusing(everything=True, late=True)
+    with pytest.raises(CallFailed, match="refusal 1"):
+        generated(server, asking(SCHEMA), Counter[str]())
+    assert len(server.asked) == 1

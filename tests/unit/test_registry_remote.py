@@ -87,6 +87,8 @@ def test_a_remote_entry_of_an_exclusive_group_takes_that_and_no_core(folder: Pat
         ("https://gpu1.example:8000/v1", "gpu1:8000", 5, "models.front.base_url", "remote-url"),
         ("https://gpu1.example:8000/v1", "https://:8000/v1", 5, "models.front.base_url", "remote-url"),
         ("https://gpu1.example:8000/v1", "https://gpu1:99999/v1", 5, "models.front.base_url", "remote-url"),
+        ("https://gpu1.example:8000/v1", "http://10.0.0.999/v1", 5, "models.front.base_url", "remote-url"),
+        ("https://gpu1.example:8000/v1", '"http://gpu1\\x7f/v1"', 5, "models.front.base_url", "remote-url"),
         ("probe_after_s: 1", "probe_after_s: 100", 10, "models.front.remote.probe_max_s", "remote-probe"),
         ("probe_after_s: 1", "proxy: socks9", 10, "models.front.remote.proxy", "remote-url"),
         ("ca.pem", "none.pem", 10, "models.front.remote.ca_file", "remote-ca"),

@@ -6,7 +6,9 @@ Part of `rules`. Whether the server answers and has the model is seen at run tim
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from ipaddress import AddressValueError, IPv4Address
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
@@ -26,6 +28,7 @@ _LOCAL: Final = (
 )
 #: Sampling that a server with the standard API alone knows nothing of -> the value that says the same as silence.
 _EXTRA_SAMPLING: Final = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
+_NUMBERS: Final = re.compile(r"[0-9.]+")
 
 
 def remote_entries(scene: Scene) -> Iterator[Problem]:
@@ -87,11 +90,21 @@ def _url_trouble(url: str) -> str | None:
         return "must begin with http:// or https://"
     if "@" in parts.netloc:
         return "must not hold a user or a password; name a variable or file in api_key_env instead"
-    if not parts.hostname or port == 0 or any(char.isspace() for char in url):
+    if not parts.hostname or port == 0 or not url.isprintable() or any(char.isspace() for char in url):
         return "names no host, as in https://gpu1.example:8000/v1"
+    if _NUMBERS.fullmatch(parts.hostname) and not _is_address(parts.hostname):
+        return f"names a host of numbers that is no IPv4 address: {parts.hostname[:60]}"
     if parts.query or parts.fragment:
         return "must end before '?' or '#'; a key belongs into the variable or file that api_key_env names"
     return None
+
+
+def _is_address(host: str) -> bool:
+    try:
+        IPv4Address(host)
+    except AddressValueError:
+        return False
+    return True
 
 
 def remote_sampling(scene: Scene) -> Iterator[Problem]:
