@@ -248,7 +248,9 @@ def _show(
         ],
     )
     if not result.complete:
-        screen.line(f"the time was up before everything was compared: --budget-s has {outcome['budget_s']:g}")
+        used = f"{outcome['took_s']:g} of {outcome['budget_s']:g} s were used"
+        why = "the next measurement, with those of the last comparison, would have taken longer than what is left"
+        screen.line(f"the time was up before everything was compared: {used}, and {why}; raise --budget-s")
     if not outcome["settings"]:
         screen.line("nothing was found that is better by 3 %: the entry stays as it is")
         return

@@ -136,6 +136,18 @@ def test_settings_that_the_registry_forbids_are_shown_with_its_rule_and_never_st
     assert "slots" not in found["settings"]
 
 
+def test_a_budget_for_one_measurement_says_why_there_was_no_second(
+    models_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(models_file, monkeypatch, slots=1)
+    before = models_file.read_text(encoding="utf-8")
+    assert main(["tune", "worker", "--budget-s", "0.01", "--apply"]) == 0
+    told = capsys.readouterr().out
+    assert "of 0.01 s were used" in told
+    assert "raise --budget-s" in told
+    assert models_file.read_text(encoding="utf-8") == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -33,6 +33,18 @@ def test_a_file_of_the_project_comes_back_as_it_was_when_nothing_is_set(path: st
         assert with_settings(text, name, {}) == text
 
 
+def test_a_file_that_is_indented_by_four_stays_so() -> None:
+    wide = (
+        "# mine\n---\nmodels: # all\n\n    # first\n    front:\n        tier: A # door\n        threads: 1\n"
+        "        numa:\n            cores: 0-3\n"
+    )
+    assert with_settings(wide, "front", {}) == wide
+    after = with_settings(wide, "front", {"threads": 2}, "now").splitlines()
+    assert [(one, other) for one, other in zip(wide.splitlines(), after, strict=True) if one != other] == [
+        ("        threads: 1", "        threads: 2 # tuned now")
+    ]
+
+
 def test_a_value_changes_in_its_line_and_every_other_line_stays() -> None:
     after = with_settings(TEXT, "front", {"threads": 8}, "2026-01-02: 9 tokens/s").splitlines()
     before = TEXT.splitlines()

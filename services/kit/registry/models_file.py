@@ -7,6 +7,7 @@ since the comments that follow it in the file would go with it.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -17,6 +18,10 @@ from ruamel.yaml.tokens import CommentToken
 
 _MARK: Final = "tuned "
 """Begins the part of a comment that is ours: the next one replaces it."""
+_INDENTED: Final = re.compile(r"^models:[^\n]*\n(?:[ ]*(?:#[^\n]*)?\n)*([ ]+)[^\s#]", re.MULTILINE)
+"""The first entry, with the spaces before it: people indent by two, by four."""
+_HEAD: Final = re.compile(r"\A(?:[ ]*(?:#[^\n]*)?\n)*---[ ]*\n")
+"""What stands before the document with the mark that begins it: ruamel.yaml would drop both."""
 _EOL: Final = 2
 """Where ruamel.yaml keeps the comment behind a key, with all lines up to the next key."""
 
@@ -29,8 +34,10 @@ def with_settings(text: str, model: str, settings: Mapping[str, Any], note: str 
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4_096
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    document = yaml.load(text)
+    indented = _INDENTED.search(text)
+    yaml.indent(mapping=len(indented[1]) if indented else 2, sequence=4, offset=2)
+    head = marked[0] if (marked := _HEAD.match(text)) else ""
+    document = yaml.load(text[len(head) :])
     noted: dict[tuple[int, str], CommentedMap] = {}
     for path, value in settings.items():
         owner, shown, name = _reached(document, ("models", model), path.split("."))
@@ -41,7 +48,7 @@ def with_settings(text: str, model: str, settings: Mapping[str, Any], note: str 
             _note(owner, name, note)
     out = io.StringIO()
     yaml.dump(document, out)
-    return out.getvalue()
+    return head + out.getvalue()
 
 
 def _reached(
