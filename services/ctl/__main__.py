@@ -14,9 +14,9 @@ from types import FrameType
 from typing import Final
 
 from services.ctl.commands import Commands, Context, home_of
-from services.ctl.outcomes import CommandError, ExitCode
+from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.ctl.screen import Screen
-from services.kit.config import load_home
+from services.kit.config import Home, load_home
 
 GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "stack": ("up", "down"),
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     screen = Screen(sys.stdout, sys.stderr, as_json=args.json)
     try:
-        code: ExitCode = args.run(args, Context(home_of(args, load_home()), screen))
+        code: ExitCode = args.run(args, Context(home_of(args, _home()), screen))
     except CommandError as err:
         if screen.json:
             screen.document({"error": {"exit": int(err.code), "message": str(err), "details": list(err.details)}})
@@ -84,6 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = ExitCode.OK
     return int(code)
+
+
+def _home() -> Home:
+    """The home of the environment. Raises BadInput for a variable that makes no sense."""
+    try:
+        return load_home()
+    except ValueError as err:
+        raise BadInput(str(err)) from err
 
 
 def _as_interrupt(number: int, _frame: FrameType | None) -> None:

@@ -250,7 +250,14 @@ def _disk(scene: Scene) -> Iterator[Check]:
 def _home(scene: Scene) -> Iterator[Check]:
     root, run = scene.home.root, scene.home.run
     if not root.exists():
-        yield Check("home", "ok", f"{root} does not exist yet; 'tierline up' makes it")
+        above = next(path for path in root.parents if path.exists())
+        if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+            yield Check("home", "ok", f"{root} does not exist yet; 'tierline up' makes it")
+        else:
+            yield Check("home", "fail", f"{root} cannot be made in {above}", "set TIERLINE_HOME to another folder")
+        return
+    if not root.is_dir():
+        yield Check("home", "fail", f"{root} is no folder", "set TIERLINE_HOME to another one")
         return
     status = root.stat()
     if status.st_uid != os.geteuid():

@@ -20,7 +20,14 @@ from services.ctl.commands import Commands, Context
 from services.ctl.hub import connect, try_status
 from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.ctl.screen import Screen
-from services.ctl.stack_files import checked_registry, remember_registry, stack_lock, taken_up, write_programs
+from services.ctl.stack_files import (
+    checked_registry,
+    made_home,
+    remember_registry,
+    stack_lock,
+    taken_up,
+    write_programs,
+)
 from services.ctl.supervisor import Supervisor, SupervisorGone
 from services.kit.config import Home
 from services.kit.registry import Registry, make_current
@@ -56,7 +63,7 @@ def add_reload(group: Commands) -> None:
 def _reload(args: Namespace, context: Context) -> ExitCode:
     if not args.timeout >= 0:  # nor is "nan"
         raise BadInput(f"--timeout {args.timeout:g}: must be 0 or more")
-    home, screen = context.home.make(), context.screen
+    home, screen = made_home(context.home), context.screen
     checked_registry(home)  # before the lock: what is wrong is said at once
     with stack_lock(home):
         registry, before = taken_up(home)

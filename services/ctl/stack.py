@@ -23,7 +23,14 @@ from services.ctl.outcomes import CommandError, ExitCode
 from services.ctl.readiness import Readiness, ServiceRow
 from services.ctl.screen import Screen, grid, mebibytes
 from services.ctl.service_logs import telling_line
-from services.ctl.stack_files import checked_registry, registry_changed, stack_lock, taken_up, write_programs
+from services.ctl.stack_files import (
+    checked_registry,
+    made_home,
+    registry_changed,
+    stack_lock,
+    taken_up,
+    write_programs,
+)
 from services.ctl.supervisor import ProcessInfo, Supervisor, SupervisorGone, SupervisorStuck
 from services.kit.config import Home
 
@@ -41,7 +48,7 @@ def add(commands: Commands) -> None:
 
 
 def _up(args: Namespace, context: Context) -> ExitCode:
-    home, screen = context.home.make(), context.screen
+    home, screen = made_home(context.home), context.screen
     checked_registry(home)  # before the lock: what is wrong is said at once
     since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     supervisor = Supervisor(home)

@@ -35,6 +35,17 @@ def checked_registry(home: Home, *, check_files: bool = True) -> Registry:
         ) from err
 
 
+def made_home(home: Home) -> Home:
+    """The home with its folders. Raises BadInput where they cannot be made."""
+    try:
+        return home.make()
+    except OSError as err:
+        raise BadInput(
+            f"the home {home.root} cannot be used: {err.strerror} ({err.filename}); set TIERLINE_HOME to a folder that "
+            "you may write to"
+        ) from err
+
+
 def registry_changed(home: Home, registry: Registry) -> bool:
     """True where this home was started with another registry, which its services have read; remembers this one."""
     path = home.started_registry

@@ -291,6 +291,28 @@ def test_doctor_finds_a_home_whose_socket_paths_are_too_long(monkeypatch: pytest
     assert checks["socket path"]["verdict"] == "fail"
 
 
+@pytest.mark.parametrize("below", ["", "/home"])
+def test_a_home_that_cannot_be_one_is_said_by_doctor_up_and_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out, below: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TIERLINE_HOME", f"{tmp_path}/file{below}")
+    assert main(["doctor", "--json"]) == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["home"]["verdict"] == "fail"
+    for argv in (["up"], ["registry", "reload"]):
+        assert main(argv) == 2
+        told = capsys.readouterr().err
+        assert f"{tmp_path}/file{below} cannot be used" in told
+        assert "TIERLINE_HOME" in told
+
+
+def test_a_level_of_the_log_that_does_not_exist_is_bad_input(monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    monkeypatch.setenv("TIERLINE_LOG_LEVEL", "loud")
+    assert main(["doctor"]) == 2
+    assert "TIERLINE_LOG_LEVEL is 'loud'" in capsys.readouterr().err
+
+
 def test_doctor_finds_a_run_folder_that_others_can_enter(home: Path, capsys: Out) -> None:
     (home / "run").mkdir(parents=True)
     (home / "run").chmod(0o755)
