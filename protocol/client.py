@@ -45,8 +45,9 @@ T = TypeVar("T")
 class Client:
     """The same calls, blocking, for programs without an event loop; used as `with Client() as tierline`.
 
-    Its loop runs in a thread of its own, so several threads may share one client. It does not survive a fork: open
-    one in the child. `close` takes at most 4 seconds.
+    Its loop runs in a thread of its own, so several threads may share one client. What is called back there must not
+    call the client in turn, which raises RuntimeError: it would wait for itself. It does not survive a fork: open one
+    in the child. `close` takes at most 4 seconds.
     """
 
     def __init__(self, address: str | None = None, name: str = "client") -> None:
@@ -72,6 +73,7 @@ class Client:
         """Say goodbye and end the thread; calls of other threads are cancelled. Closing twice does no harm."""
         if self._loop.is_closed():
             return
+        self._refuse_own_thread()
         try:
             asyncio.run_coroutine_threadsafe(_shut(self._client), self._loop).result(_CLOSE_S)
         finally:
@@ -201,15 +203,23 @@ class Client:
 
     def _wait(self, call: Coroutine[Any, Any, T]) -> T:
         """Run a call in the thread; the call itself keeps the deadline. An interrupt cancels it."""
-        if self._loop.is_closed():
+        try:
+            self._refuse_own_thread()
+            if self._loop.is_closed():
+                raise RuntimeError("this client is closed")
+        except RuntimeError:
             call.close()
-            raise RuntimeError("this client is closed")
+            raise
         future = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def _refuse_own_thread(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a callback cannot call its own client: hand what it was told to another thread")
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -384,6 +384,18 @@ def test_the_blocking_client_makes_the_same_calls_from_several_threads(address: 
         assert len(shown) == 8
 
 
+def test_a_callback_that_calls_its_own_client_is_told_so_and_nothing_waits_for_ever(address: str) -> None:
+    hub = ScriptedHub(address)
+    told = BatchPartial(done=0, failed=0, running=1, total=1, generated_tokens=0)
+    final = BatchFinal(role="worker", model="m", answers=[BatchAnswer(text="ok")], widest=1, wall_ms=1)
+    hub.answer("batch.request", always(("batch.partial", told), ("batch.final", final)))
+    with hub.serving(), Client(address) as client:
+        for call in (client.status, client.close):
+            with pytest.raises(RuntimeError, match="its own client"):
+                client.llm_batch("worker", ["one"], timeout_s=WITHIN_S, on_progress=lambda _, call=call: call())
+        assert client.llm_batch("worker", ["one"], timeout_s=WITHIN_S).answers[0].text == "ok"
+
+
 def test_closing_the_blocking_client_is_bounded_and_wakes_who_waits(address: str) -> None:
     client = Client(address)
     ended: list[BaseException] = []
