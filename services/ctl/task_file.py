@@ -1,7 +1,8 @@
 """Reads a TaskIR that a person wrote, and says about every mistake in which field and line it is.
 
 The hub checks a submitted task again; checking here first costs no round trip, works without a hub (`tierline plan`),
-and can name the line, which the hub cannot since it never sees the file. What the words mean is up to
+and can name the line, which the hub cannot since it never sees the file. That a `json_schema` is one is seen only here
+and by the inference service, to which the hub leaves it. What the words mean is up to
 `protocol.messages.task`, whether the plan is a graph that can run to `protocol.plan_graph`.
 """
 
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from protocol.messages.task import TaskIR
 from protocol.plan_graph import find_problems
 from services.ctl.outcomes import BadInput
+from services.inference.answer import BadSchema, check_schema
 from services.kit.registry.yaml_lines import MAX_FILE_BYTES, Document, UnreadableFileError, read_document
 
 MAX_TASK_BYTES: Final = MAX_FILE_BYTES
@@ -61,13 +63,18 @@ def checked_task(document: Document) -> TaskIR:
         details = [_problem(document, tuple(item["loc"]), _message(item)) for item in err.errors(include_url=False)]
         raise BadInput(_headline(document, details), details=_bounded(details)) from err
     details = []
+    steps = task.plan.steps if task.plan else []
     for found in find_problems(task):
-        steps = task.plan.steps if task.plan else []
         at: tuple[int | str, ...] = ("inputs",) if found.field == "inputs" and found.step is None else ("plan", "steps")
         index = next((index for index, step in enumerate(steps) if step.id == found.step), None)
         if index is not None:
             at = ("plan", "steps", index, found.field)
         details.append(_problem(document, at, found.message))
+    for index, step in enumerate(steps):
+        try:
+            check_schema(step.json_schema or {})
+        except BadSchema as err:
+            details.append(_problem(document, ("plan", "steps", index, "json_schema"), f"not a JSON Schema: {err}"))
     if details:
         raise BadInput(_headline(document, details), details=_bounded(details))
     return task

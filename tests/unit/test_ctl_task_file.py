@@ -55,6 +55,11 @@ def test_the_shipped_example_is_a_task_that_can_run() -> None:
         ("id: S2", "id: S1", "plan.steps[S1].id: the id 'S1' is used by two steps"),
         ("action: do it", "action: do it\n      max_tokens: 0", "task.yaml:7: plan.steps[S1].max_tokens: "),
         ("action: do it", "action: do it\n      depends_on: [S2]", "the steps wait for each other: S"),
+        (
+            "action: do it",
+            "action: do it\n      json_schema: {properties: {n: {type: nubmer}}}",
+            "task.yaml:7: plan.steps[S1].json_schema: not a JSON Schema: $.properties.n.type: 'nubmer'",
+        ),
         ("objective: compare", "task_type: poem\nobjective: x", "task.yaml:1: task_type: "),
         ("objective: compare", "purpose: x", "task.yaml:1: objective: the field is missing"),
         (
