@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
+from typing import Any
 
 import pytest
 
@@ -155,6 +157,24 @@ async def test_a_batch_gives_its_answers_in_order_and_tells_its_progress(address
     assert header.key
     assert header.deadline is not None
     assert header.deadline <= time.time() * 1000 + 20_000, "the hub is told the deadline itself, not our grace"
+
+
+async def test_every_option_of_a_batch_reaches_the_hub(address: str) -> None:
+    hub = ScriptedHub(address)
+    final = BatchFinal(role="worker", model="m", answers=[BatchAnswer(text="a")], widest=1, wall_ms=5)
+    hub.answer("batch.request", always(("batch.final", final)))
+    asked: list[dict[str, Any]] = [
+        {"max_tokens": 7, "json_schema": {"type": "object"}, "concurrency": 3},
+        {"grammar": "root ::= [0-9]"},
+    ]
+    with hub.serving():
+        async with AsyncClient(address) as client:
+            for options in asked:
+                await client.llm_batch("worker", ["x"], timeout_s=20, interactive=True, key="mine", **options)
+        seen = hub.seen("batch.request")
+    assert [(header.prio, header.key) for header, _ in seen] == [("interactive", "mine")] * 2
+    wanted = [BatchRequest(role="worker", prompts=["x"], **options) for options in asked]
+    assert [unpack_body(BatchRequest, body) for _, body in seen] == wanted
 
 
 async def test_a_batch_nobody_waits_for_is_cancelled(address: str) -> None:
@@ -382,6 +402,26 @@ def test_the_blocking_client_makes_the_same_calls_from_several_threads(address: 
         for thread in threads:
             thread.join(WITHIN_S)
         assert len(shown) == 8
+
+
+def test_the_blocking_client_hands_every_argument_on(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            async def call(*args: Any, **named: Any) -> dict[str, Any]:
+                return inspect.signature(getattr(AsyncClient, name)).bind(self, *args, **named).arguments
+
+            return call
+
+    calls = {name: one for name, one in vars(Client).items() if not name.startswith("_") and name != "close"}
+    assert calls.keys() >= {"submit", "run", "infer", "llm_batch", "memory"}
+    with Client(address) as client:
+        monkeypatch.setattr(client, "_client", recorder := Recorder())
+        for name, call in calls.items():
+            if name == "watch":
+                continue  # an iterator: the test above goes through it
+            given = {one: object() for one in list(inspect.signature(call).parameters)[1:]}
+            assert call(client, **given) == {"self": recorder, **given}, name
+        monkeypatch.undo()
 
 
 def test_a_callback_that_calls_its_own_client_is_told_so_and_nothing_waits_for_ever(address: str) -> None:
