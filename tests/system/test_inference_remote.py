@@ -231,6 +231,36 @@ def test_a_silent_server_is_given_up_and_the_deadline_holds(stack: InferenceStac
     assert failure_of(stack.hub.collect(request)[1]).category is Category.TIMEOUT
 
 
+def test_silence_in_the_middle_of_an_answer_ends_it(stack: InferenceStack, elsewhere: Elsewhere) -> None:
+    entry(stack, elsewhere, silence_timeout_s=0.5)
+    start(stack)
+    stack.hub.await_peer("inference-m")
+    elsewhere.script({"default": {"text": "one two", "token_s": 60}})
+    failure = failure_of(stack.ask("m", ask_for("go", stream=True)))
+    assert (failure.category, failure.code) == (Category.PEER, "engine.died")
+    assert "no token for 0.5 s" in failure.message
+
+
+@pytest.mark.parametrize(("way", "sent"), [("json_object", {"type": "json_object"}), ("none", None)])
+def test_json_is_asked_for_as_the_server_takes_it_and_judged_here(
+    stack: InferenceStack, elsewhere: Elsewhere, way: str, sent: dict[str, str] | None
+) -> None:
+    entry(stack, elsewhere, response_format=way)
+    start(stack)
+    stack.hub.await_peer("inference-m")
+    elsewhere.script({"rules": [{"match": "go", "answers": ['{"n": 1}', '{"n": "one"}', '{"n": "one"}']}]})
+    assert isinstance(stack.ask("m", ask_for("go", json_schema=SCHEMA)), InferFinal)
+    assert failure_of(stack.ask("m", ask_for("go", json_schema=SCHEMA))).code == "answer.schema"
+    assert [body.get("response_format") for body in elsewhere.requests()] == [sent] * 3, "the repair too"
+
+
+def test_the_proxy_of_the_entry_is_used(stack: InferenceStack, elsewhere: Elsewhere) -> None:
+    entry(stack, elsewhere, proxy="http://127.0.0.1:9")
+    start(stack)
+    stack.hub.await_peer("inference-m", state="degraded")
+    assert "no connection" in (stack.hub.pongs["inference-m"].reason or ""), "nobody listens at the proxy"
+
+
 def test_the_breaker_opens_fails_fast_and_recovers_by_its_own_probe(
     stack: InferenceStack, elsewhere: Elsewhere
 ) -> None:

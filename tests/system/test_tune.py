@@ -15,8 +15,11 @@ import yaml
 from protocol.client import Client
 from protocol.errors import BusError, CallError
 from protocol.messages.infer import ChatMessage, InferRequest
+from services.ctl import tune
 from services.ctl.__main__ import main
 from services.ctl.bench.bare_stack import BareStack
+from services.ctl.tune import Row
+from services.ctl.tuning.search import Point, Result
 from services.kit.config import CHECKOUT, load_home
 from services.kit.gguf_facts import read_facts
 from services.kit.hardware import detect
@@ -134,6 +137,23 @@ def test_settings_that_the_registry_forbids_are_shown_with_its_rule_and_never_st
         assert "(rule: memory" in rows[slots]["refused"]
         assert rows[slots]["measurements"] == []
     assert "slots" not in found["settings"]
+
+
+def test_a_file_that_somebody_edits_meanwhile_is_left_to_them(
+    models_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(models_file, monkeypatch, slots=1)
+    best = Result(Point.of({"slots": 2, "threads": 1}), 20.0, 10.0, complete=True)
+    edited = models_file.read_text(encoding="utf-8") + "# edited\n"
+
+    def searched(_: object, start: Point, *__: object) -> tuple[Result, dict[Point, Row]]:
+        models_file.write_text(edited, encoding="utf-8")
+        return best, {start: Row(start)}
+
+    monkeypatch.setattr(tune, "_searched", searched)
+    assert main(["tune", "worker", "--apply"]) == 1
+    assert "has changed while it was measured" in capsys.readouterr().err
+    assert models_file.read_text(encoding="utf-8") == edited
 
 
 def test_a_budget_for_one_measurement_says_why_there_was_no_second(
