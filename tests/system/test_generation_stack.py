@@ -221,15 +221,15 @@ def test_the_command_answers_a_file_of_prompts_line_by_line(scripted: ScriptedSt
     assert [answer.get("text") for answer in answers] == ["tart", None, "tart"]
     assert answers[1]["failure"]["category"] == "PEER"
     assert "2 answered, 1 failed" in done.stderr
-    scripted.say({"match": "medlar", "answers": ['{"n": 1}']})
+    scripted.say({"match": "azarole", "answers": ['{"n": 1}']})
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object", "required": ["n"]}', "utf-8")
-    file.write_text('"medlar"\n' * 4, "utf-8")
+    file.write_text('"azarole"\n' * 4, "utf-8")
     options = ["--schema", str(schema), "--max-tokens", "7", "--concurrency", "1"]
     one_by_one = tierline(scripted, "batch", "worker", "--file", str(file), *options)
     assert one_by_one.returncode == 0, one_by_one.stderr
     assert "up to 1 at once" in one_by_one.stderr
-    asked = scripted.requests_with("medlar")
+    asked = scripted.requests_with("azarole")
     assert {body["max_tokens"] for body in asked} == {7}
     assert {body["response_format"]["json_schema"]["schema"]["required"][0] for body in asked} == {"n"}
     scripted.say({"match": "sloe", "answers": ["tart"]})
