@@ -549,8 +549,9 @@ class Hub:
                 self.outbox.cancel(identity, call)
             case c.SendPing(identity):
                 ping = self.outbox.ping(identity, at_ms)
-                if identity in self.broker.peers:
-                    self.broker.peers[identity].pinged(ping)
+                pinged = self.broker.peers.get(identity)
+                if pinged is not None and pinged.is_worker:  # what a client has in flight is its own business
+                    pinged.pinged(ping)
             case c.PeerGone(peer, why, silent):
                 self.loading.gone(peer, at_ms, silent=silent)
                 self.outbox.note(PEER_GONE, peer=peer.service, epoch=peer.epoch, reason=why)

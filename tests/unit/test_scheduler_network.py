@@ -14,10 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protocol.header import Header, unpack_header
+from protocol.codec import pack_body
+from protocol.header import Header, pack_header, unpack_header
+from protocol.messages.base import Message
 from protocol.messages.failure import Category, Failure
+from protocol.messages.infer import ChatMessage, InferRequest
 from protocol.messages.result import CancelQuery, StepState, TaskState
-from protocol.messages.session import PeerState
+from protocol.messages.session import Hello, PeerState, Pong
 from services.scheduler import facts as f
 from services.scheduler.simulation.tiers import memory_takes
 from services.scheduler.tasks import TaskRecord
@@ -308,3 +311,34 @@ def check_credit(world: World) -> None:
         assert not peer.session.in_flight
     assert broker.tokens.free_cores == broker.tokens.cores
     assert not broker.tokens.blocked()
+
+
+def test_a_client_with_fewer_requests_than_before_has_lost_nothing() -> None:
+    world = stack(say("fine", took_ms=60_000))
+    deliver = world._deliver
+    pongs: list[str] = []
+
+    def answer(identity: bytes, header: bytes, body: bytes) -> None:
+        read = unpack_header(header)
+        if identity != b"asker":
+            deliver(identity, header, body)
+        elif read.kind == "session.ping":
+            pongs.append(read.id)
+            open_ones = 5 if len(pongs) == 1 else 1
+            send("session.pong", Pong(state=PeerState.READY, in_flight=open_ones, loop_lag_ms=0, rss_bytes=0), read.id)
+
+    def send(kind: str, body: Message, corr: str | None = None) -> None:
+        header = Header(
+            kind=kind, id=f"a{world.now}-{kind}", corr=corr, key="a-call" if corr is None else None, dst="infer.worker"
+        )
+        world.carry_to_hub(b"asker", [pack_header(header), pack_body(body)])
+
+    world._deliver = answer  # type: ignore[method-assign]
+    send("session.hello", Hello(service="asker-1", protocol_min=1, protocol_max=1, pid=1))
+    messages = [ChatMessage(role="user", content="go on")]
+    send("infer.request", InferRequest(role="worker", messages=messages, max_tokens=9))
+    world.run_for(6_000)
+    assert len(pongs) >= 4
+    assert world.hub is not None
+    assert b"asker" in world.hub.broker.peers
+    assert "a-call" in world.hub.broker.calls
