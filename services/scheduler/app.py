@@ -263,6 +263,7 @@ class HubApp:
         began_s = time.perf_counter()
         until_s = began_s + min(self._vigil.awake_s, most_ms / 1000)
         while time.perf_counter() < until_s:
+            os.sched_yield()  # whoever waits for this core, such as ZeroMQ's thread that brings the message, goes first
             message = self._port.receive()
             if message is not None:
                 break
