@@ -139,7 +139,7 @@ def _schema(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        data = sys.stdin.buffer.read(MAX_BODY_BYTES + 1) if str(path) == "-" else _read(path)
+        data = _read_stdin() if str(path) == "-" else _read(path)
         if len(data) > MAX_BODY_BYTES:
             raise BadInput(f"{path}: larger than the {MAX_BODY_BYTES:,} bytes that may be asked at once; split it")
         return data.decode("utf-8-sig")  # editors of some systems begin a file with a byte order mark
@@ -148,6 +148,12 @@ def _text(path: Path) -> str:
         raise BadInput(f"{path}:{line}: not UTF-8: {err}") from err
     except OSError as err:
         raise BadInput(f"{path}: cannot be read: {err.strerror}") from err
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:  # whoever called us has closed it
+        raise BadInput("-: there is no standard input; name a file")
+    return sys.stdin.buffer.read(MAX_BODY_BYTES + 1)
 
 
 def _read(path: Path) -> bytes:

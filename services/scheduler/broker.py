@@ -9,7 +9,6 @@ Leaves to others: what an answer means (`machine.py`), sockets and clocks (`app.
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from services.kit.registry import FailureCaps
 from services.scheduler.admission import Admission
 from services.scheduler.calls import Attached, Call, CancelAt, Command, Ended, Lost, PeerGone, SendPing, Start
 from services.scheduler.circuits import Circuits, fault_of, policy_of
+from services.scheduler.deadlines import Deadlines
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
 from services.scheduler.queues import Place, ReadyQueue
 from services.scheduler.resources import Tokens
@@ -39,9 +39,6 @@ _KEPT_ENDINGS: Final = 4_096
 _KEPT_GONE: Final = 256
 _KEPT_QUEUES: Final = 64
 """So many queues stay when they become empty, since most will soon be needed again."""
-_DEADLINES_SLACK: Final = 1_024
-_DEADLINE_GRACE_MS: Final = 1_000
-"""A worker enforces deadlines itself; the hub steps in when it has not."""
 
 
 @dataclass(slots=True)
@@ -78,12 +75,16 @@ class Broker:
     is found past the gaps of all that were removed since it last grew."""
     _children: dict[str, set[str]] = field(default_factory=dict)
     """Key of a call -> keys of the calls made during it."""
-    _deadlines: list[tuple[int, str]] = field(default_factory=list)
+    _deadlines: Deadlines = field(init=False)
     _overdue: deque[Command] = field(default_factory=deque)
     """Ends of calls that were found expired when it was their turn."""
     _dirty: dict[str, None] = field(default_factory=dict)
     """Capabilities for which something may have become possible, in the order in which it did."""
     _pinged_ms: int = 0
+
+    def __post_init__(self) -> None:
+        """Look after the deadlines of its calls."""
+        self._deadlines = Deadlines(self.calls)
 
     # Peers
 
@@ -186,15 +187,7 @@ class Broker:
                     )
                 else:
                     commands.append(SendPing(peer.identity))
-        while self._deadlines and self._deadlines[0][0] <= at_ms:
-            due, key = heapq.heappop(self._deadlines)
-            call = self.calls.get(key)
-            if call is None or call.deadline_ms is None:
-                continue
-            limit = call.deadline_ms + (_DEADLINE_GRACE_MS if call.worker else 0)
-            if limit > max(at_ms, due):
-                heapq.heappush(self._deadlines, (limit, key))
-                continue
+        for call in self._deadlines.passed(at_ms):
             commands.extend(self._expire(call))
         self.circuits.on_tick(at_ms)
         self._touch(self._queues)  # holds may be over, and pauses of circuits
@@ -202,11 +195,8 @@ class Broker:
 
     def next_due_ms(self) -> int | None:
         """When a tick will find something to do, pings apart: a deadline, or the end of a hold; None = never."""
-        while self._deadlines and self._deadlines[0][1] not in self.calls:
-            heapq.heappop(self._deadlines)
-        due = [release for queue in self._queues.values() if (release := queue.next_release_ms()) is not None]
-        if self._deadlines:
-            due.append(self._deadlines[0][0])
+        releases = (queue.next_release_ms() for queue in self._queues.values())
+        due = [at_ms for at_ms in (*releases, self._deadlines.next_ms()) if at_ms is not None]
         return min(due, default=None)
 
     def slots(self, target: str) -> int:
@@ -249,7 +239,7 @@ class Broker:
         if call.parent is not None:
             self._children.setdefault(call.parent, set()).add(call.key)
         call.deadline_ms = call.outer_ms
-        self._watch_deadline(call)
+        self._deadlines.watch(call)
         self._push(call)
 
     def queued(self, target: str) -> int:
@@ -486,7 +476,7 @@ class Broker:
         peer.calls.add(call.key)
         call.worker = peer.identity
         call.begin(at_ms)
-        self._watch_deadline(call)
+        self._deadlines.watch(call)
         self.circuits.started(call.target, call.key, at_ms)
         self.counters["started"] += 1
         return Start(call, peer, self.unserved.last(call.target, call.queued_ms))
@@ -498,18 +488,9 @@ class Broker:
         call.worker = peer.identity
         peer.calls.add(call.key)
         call.begin(at_ms, again=True)
-        self._watch_deadline(call)
+        self._deadlines.watch(call)
         self._discard(call.target)
         self.counters["reattached"] += 1
-
-    def _watch_deadline(self, call: Call) -> None:
-        if call.deadline_ms is None:
-            return
-        heapq.heappush(self._deadlines, (call.deadline_ms, call.key))
-        if len(self._deadlines) > 2 * len(self.calls) + _DEADLINES_SLACK:
-            # Most calls end long before their deadline: without this the heap would hold all calls of ten minutes.
-            self._deadlines = [(one.deadline_ms, key) for key, one in self.calls.items() if one.deadline_ms is not None]
-            heapq.heapify(self._deadlines)
 
     def _end(self, call: Call, kind: str, body: bytes, worker: str) -> Iterator[Command]:
         del self.calls[call.key]

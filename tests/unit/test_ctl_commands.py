@@ -128,6 +128,14 @@ def test_prompts_that_cannot_be_asked_are_named_by_file_and_line(
     assert words in told
 
 
+def test_prompts_from_a_standard_input_that_is_closed_are_bad_input(
+    capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # what Python makes of a descriptor that is closed
+    assert main(["batch", "worker", "--file", "-"]) == 2
+    assert "name a file" in capsys.readouterr().err
+
+
 def test_only_a_line_feed_ends_a_prompt_and_a_byte_order_mark_is_none(tmp_path: Path, capsys: Out) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_bytes('\ufeff"one"\r\n"a line\u2028another\x85third"\n'.encode())
@@ -141,7 +149,7 @@ def test_only_a_line_feed_ends_a_prompt_and_a_byte_order_mark_is_none(tmp_path: 
         ("[]", "is an object"),
         ("{", "not JSON"),
         ('{"type": "objekt"}', "$.type"),
-        ('{"type": "number", "maximum": NaN}', "nan"),
+        ('{"type": "number", "maximum": NaN}', "NaN"),
         ('{"type": "integer", "maximum": 1%s}' % ("0" * 30), "cannot be written"),
     ],
 )

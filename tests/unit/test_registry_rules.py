@@ -326,6 +326,13 @@ def test_a_role_of_an_invalid_or_unreadable_model_is_not_blamed_too(folder: Path
     assert [problem.rule for problem in refused(folder)] == ["yaml-syntax"]
 
 
+def test_a_pipe_in_place_of_a_file_is_refused_instead_of_waited_for(folder: Path) -> None:
+    (folder / "gates.yaml").unlink()
+    os.mkfifo(folder / "gates.yaml")
+    (problem,) = refused(folder)
+    assert (problem.file, problem.rule) == ("gates.yaml", "file-unreadable")
+
+
 @pytest.mark.parametrize(
     ("text", "line", "field", "rule"),
     [

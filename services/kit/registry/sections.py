@@ -122,6 +122,9 @@ class Draft:
     def read(self, path: Path, file: str | None = None) -> None:
         """Read and validate one of `FILES`, adding its entries and its problems; `file` says which, if another name."""
         file = file or path.name
+        if path.is_fifo() or path.is_char_device():  # whoever opens one may wait for ever: a check, or the hub
+            self.problems.append(Problem(file, 1, "", "file-unreadable", "is a pipe or a device; make it a file"))
+            return
         try:
             document = read_document(path)
         except UnreadableFileError as error:
