@@ -19,13 +19,15 @@ def reasons(broker: Broker, loading: Loading, task: TaskRecord, started_ms: int,
     if task.state.final:
         return []
     waiting = [call for call in broker.calls.values() if call.task == task.id and call.worker is None]
-    return [f"{_what(call)} {_why(broker, loading, call, started_ms, at_ms)}" for call in waiting[:_MAX_REASONS]]
+    return [f"{_what(task, call)} {_why(broker, loading, call, started_ms, at_ms)}" for call in waiting[:_MAX_REASONS]]
 
 
-def _what(call: Call) -> str:
+def _what(task: TaskRecord, call: Call) -> str:
     if call.step is None:
-        return "planning" if call.kind == "plan.request" else "the final checks"
-    return f"step {call.step}" if call.kind == "infer.request" else f"the gates of step {call.step}"
+        return "planning" if call.kind == "plan.request" else "the final check"
+    if call.kind != "infer.request":
+        return f"the gate run of step {call.step}"
+    return f"step {call.step} (role {task.steps[call.step].role})"
 
 
 def _why(broker: Broker, loading: Loading, call: Call, started_ms: int, at_ms: int) -> str:
@@ -46,5 +48,7 @@ def _why(broker: Broker, loading: Loading, call: Call, started_ms: int, at_ms: i
         states = ", ".join(f"{peer.service} {peer.report(at_ms).state} {peer.reason or ''}".strip() for peer in peers)
         return f"waits for {call.target}: 0 of {len(peers)} workers ready ({states})"
     if all(peer.free(at_ms) <= 0 for peer in ready):
-        return f"waits for a slot of {call.target}: all are busy, {broker.queued(call.target)} calls wait"
+        queued = broker.queued(call.target)
+        calls = "1 call waits" if queued == 1 else f"{queued} calls wait"
+        return f"waits for a slot of {call.target}: all are busy, {calls}"
     return f"waits for {call.needs.cores} cores: {broker.tokens.free_cores} of {broker.tokens.cores} are free"

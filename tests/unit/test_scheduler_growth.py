@@ -231,8 +231,8 @@ def test_a_task_that_cannot_go_on_says_why() -> None:
     _, body = world.client("task.show", TaskQuery(task_id=task))
     assert isinstance(body, TaskView)
     first, second = sorted(body.waiting)
-    assert first.startswith("step A waits for infer.specialist: 0 workers alive since 1970-01-01T")
-    assert second == "step C waits for a slot of infer.worker: all are busy, 1 calls wait"
+    assert first.startswith("step A (role coder) waits for infer.specialist: 0 workers alive since 1970-01-01T")
+    assert second == "step C (role worker) waits for a slot of infer.worker: all are busy, 1 call waits"
 
 
 def test_a_grown_task_is_the_same_from_its_snapshot_and_stands_the_audit(tmp_path: Path) -> None:

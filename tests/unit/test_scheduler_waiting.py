@@ -22,7 +22,7 @@ def test_without_a_worker_it_says_which_is_missing_and_since_when() -> None:
     world.run_for(20_000)
     (reason,) = waiting(world, task_id)
     words, since = reason.rsplit(" ", 1)
-    assert words == "step S1 waits for infer.worker: 0 workers alive since"
+    assert words == "step S1 (role worker) waits for infer.worker: 0 workers alive since"
     gone = datetime.strptime(since, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     assert world.now / 1000 - 25 < gone.timestamp() < world.now / 1000
 
@@ -34,7 +34,7 @@ def test_a_worker_that_is_silent_is_named() -> None:
     task_id = world.submit(task_of([{"id": "S1"}]))
     world.run_for(500)
     assert waiting(world, task_id) == [
-        "step S1 waits for infer.worker: 0 of 1 workers ready (inference-worker suspect)"
+        "step S1 (role worker) waits for infer.worker: 0 of 1 workers ready (inference-worker suspect)"
     ]
 
 
@@ -43,7 +43,8 @@ def test_what_waits_for_a_slot_says_so_and_what_runs_says_nothing() -> None:
     task_id = world.submit(task_of([{"id": "S1"}, {"id": "S2"}, {"id": "S3"}]))
     world.run_for(500)
     assert waiting(world, task_id) == [
-        f"step {step} waits for a slot of infer.worker: all are busy, 2 calls wait" for step in ("S2", "S3")
+        f"step {step} (role worker) waits for a slot of infer.worker: all are busy, 2 calls wait"
+        for step in ("S2", "S3")
     ]
     world.finish(task_id)
     assert waiting(world, task_id) == []
@@ -59,4 +60,4 @@ def test_a_plan_and_the_gates_of_a_step_wait_by_name() -> None:
     world.add("memory", ("memory",), tiers.memory_takes)
     world.run_for(2_000)
     (reason,) = waiting(world, task_id)
-    assert reason.startswith("the gates of step S1 waits for gate: 0 workers alive since ")
+    assert reason.startswith("the gate run of step S1 waits for gate: 0 workers alive since ")
