@@ -297,7 +297,7 @@ def test_duplicates_are_counted_and_change_no_value(stand: MemoryStand) -> None:
         (
             RecordDecisions(decisions=[decision(0, 0).model_copy(update={"features": {"x": float("nan")}})]),
             "body.not_json",
-            "nan",
+            "NaN",
         ),
         (
             RecordOutcomes(outcomes=[outcomes(0, True)[0].model_copy(update={"seconds": float("inf")})]),
