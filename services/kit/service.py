@@ -400,7 +400,8 @@ class Service:
             )
         started = self.clock.now_ms()
         if takes_time:
-            self._work[key] = asyncio.create_task(self._work_on(call, handler, started))
+            work = self._work[key] = asyncio.create_task(self._work_on(call, handler, started))
+            work.add_done_callback(lambda _: self._work_over(work, call, started))
             return
         try:
             result = handler(call)
@@ -419,11 +420,20 @@ class Service:
         except (CallFailed, CallRefused, DeadlineExceeded, BadFrame) as err:
             ending = _as_failure(err, self.name)
         except asyncio.CancelledError:
-            ending = _failure("call.cancelled", Category.PEER, self.name, "cancelled by the hub or by a shutdown")
+            ending = self._cancelled()
         except Exception as err:  # noqa: BLE001  a bug in one call must not take the others down; it is logged as one
             ending = self._bug(call, err)
         del self._work[call.header.key or ""]
         self._end(call, ending, started)
+
+    def _work_over(self, work: asyncio.Task[None], call: Call, started: int) -> None:
+        """End a call that was cancelled before its first line ran: then none did, that of its ending included."""
+        if work.cancelled():
+            del self._work[call.header.key or ""]
+            self._end(call, self._cancelled(), started)
+
+    def _cancelled(self) -> Failure:
+        return _failure("call.cancelled", Category.PEER, self.name, "cancelled by the hub or by a shutdown")
 
     def _bug(self, call: Call, err: Exception) -> Failure:
         self.log.write(CALL_BUG, kind=call.header.kind, key=call.header.key, task=call.header.task, error=repr(err))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from protocol.codec import unpack_body
+from protocol.kinds import Empty
 from protocol.messages.infer import ChatMessage, InferFinal, InferRequest
 from protocol.messages.reply import ErrorReply
 from tests.fakes.hub import ScriptedHub
@@ -60,5 +62,18 @@ def test_an_ending_that_no_message_can_carry_is_an_error_and_gives_its_slot_back
     body = hub.ask("one", "infer.request", ask_for(10**30))
     assert isinstance(body, ErrorReply), body
     assert body.failure.code == "internal.bug"
+    assert isinstance(hub.ask("one", "infer.request", ask_for(3)), InferFinal), "the only slot is free"
+    assert hub.newest_pong("one").in_flight == 0
+
+
+def test_a_call_that_is_cancelled_before_it_was_begun_ends_and_gives_its_slot_back(hub: ScriptedHub) -> None:
+    identity, pid = hub.peers["one"], hub.hellos["one"].pid
+    os.kill(pid, signal.SIGSTOP)  # both messages are there when it looks again
+    hub.send(identity, "infer.request", ask_for(3), key="k1", dst="infer.one")
+    hub.send(identity, "infer.cancel", Empty(), key="k1")
+    os.kill(pid, signal.SIGCONT)
+    hub.until(lambda: hub.seen("error"), "it has ended")
+    ((_, body),) = hub.seen("error")
+    assert unpack_body(ErrorReply, body).failure.code == "call.cancelled"
     assert isinstance(hub.ask("one", "infer.request", ask_for(3)), InferFinal), "the only slot is free"
     assert hub.newest_pong("one").in_flight == 0
