@@ -177,7 +177,7 @@ def test_a_busy_model_makes_way_after_its_turn_and_comes_back() -> None:
     other = world.submit(task_of([{"id": "S", "actor": "coder"}]))
     world.run_for(2_000)
     (why,) = world.show(other).waiting
-    assert why.startswith("step S waits for memory: specialist needs 5.6 GiB, 3.7 GiB of 9.3 GiB are free")
+    assert why.startswith("step S (role coder) waits for memory: specialist needs 5.6 GiB, 3.7 GiB of 9.3 GiB are free")
     assert "worker 5.6 GiB (2 calls run)" in why
     result = world.finish(other, limit_ms=20_000)
     assert result.ended_ms is not None
