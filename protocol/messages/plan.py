@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from protocol.limits import MAX_STEPS
 from protocol.messages.base import Message, Millis, Text
@@ -12,6 +12,8 @@ from protocol.messages.failure import Failure
 from protocol.messages.memory import Advised, Episode, Lesson
 from protocol.messages.persona import MAX_PERSONAS_AT_ONCE, Persona
 from protocol.messages.task import Output, Step, TaskIR
+
+DecisionId: TypeAlias = Annotated[str, Field(max_length=128)]
 
 PlanSource: TypeAlias = Literal["client", "rules", "model"]
 """Who made the steps of a plan."""
@@ -120,12 +122,14 @@ class PlanVersion(Message):
 
 
 class RoutingDecision(Message):
-    """A choice that will be scored by its outcome, with what it was chosen from."""
+    """A choice that will be scored by its outcome, with what it was chosen from.
 
-    decision_id: str = Field(max_length=128)
+    Steps for which the same was chosen, with the same in view, share one: a plan of a thousand like steps has a few.
+    """
+
+    ids: dict[str, DecisionId] = Field(min_length=1, max_length=MAX_STEPS)
+    """Step -> id under which the choice is scored for that step. The empty name stands for the whole task."""
     subject: Literal["role", "persona", "decomposition"]
-    step: str | None = None
-    """Absent for decisions about the whole task."""
     choice: str
     alternatives: list[str] = Field(default_factory=list, max_length=64)
     propensity: float = Field(gt=0, le=1)
@@ -142,7 +146,16 @@ class RoutingDecision(Message):
     model: str = Field(default="", max_length=128)
     prompt: str = Field(default="", max_length=128)
     advice: Advised | None = None
-    """What memory advised; given once for all steps that share it."""
+    """What memory advised; given once for all decisions that share it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_step(cls, values: Any) -> Any:
+        """As written when each step had a decision of its own: `decision_id`, and `step` where it was about one."""
+        if not isinstance(values, dict) or "ids" in values or "decision_id" not in values:
+            return values
+        about = {values.get("step") or "": values["decision_id"]}
+        return {name: value for name, value in values.items() if name not in ("decision_id", "step")} | {"ids": about}
 
 
 class PlanFinal(Message):

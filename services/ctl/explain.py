@@ -21,7 +21,7 @@ from services.ctl.commands import Commands, Context
 from services.ctl.failure_story import is_troubled, print_step_story, print_task_story
 from services.ctl.hub import connect
 from services.ctl.outcomes import BadInput, CommandError, ExitCode
-from services.ctl.result_view import print_plan_choices
+from services.ctl.result_view import print_plan_choices, told_steps
 from services.ctl.screen import STYLES, Screen, one_line, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.swarm_view import print_swarms
@@ -126,7 +126,7 @@ async def _ask(task_id: str, context: Context) -> tuple[TaskView, list[Explained
     """The task, what memory knows about its decisions, and why it knows nothing."""
     async with connect(context.home) as client:
         view = await client.show(task_id)
-        ids = [decision.decision_id for decision in view.plan.decisions] if view.plan is not None else []
+        ids = [ident for one in view.plan.decisions for ident in one.ids.values()] if view.plan is not None else []
         if not ids:
             return view, [], None
         try:
@@ -185,7 +185,7 @@ def _print_advice(screen: Screen, plan: PlanView) -> None:
         ("step", "subject", "rules", "learned", "taken", "won", "confidence", "outcomes", "why"),
         [
             (
-                item.step or "task",
+                told_steps(item.ids),
                 item.subject,
                 advice.rules_choice,
                 advice.learned_choice,
@@ -202,7 +202,7 @@ def _print_advice(screen: Screen, plan: PlanView) -> None:
         ("step", "subject", "option", "wide", "expected", "staged", "value", "chance", "outcomes", "alike", "seconds"),
         [
             (
-                item.step or "task",
+                told_steps(item.ids),
                 item.subject,
                 arm.choice,
                 str(arm.width or ""),

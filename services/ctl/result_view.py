@@ -6,7 +6,7 @@ Takes what the hub said and prints it; asks nothing and decides nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from services.kit.clock import SteadyClock
 
 _MAX_LINES = 200
 _PIPE_COLUMNS = 100
+_NAMED_STEPS = 3
 
 
 def exit_code_of(state: TaskState) -> ExitCode:
@@ -98,7 +99,7 @@ def print_plan_choices(screen: Screen, plan: PlanView) -> None:
             ("step", "subject", "choice", "instead of", "chance", "why"),
             [
                 (
-                    item.step or "task",
+                    told_steps(item.ids),
                     item.subject,
                     item.choice,
                     ", ".join(other for other in item.alternatives if other != item.choice),
@@ -114,6 +115,12 @@ def print_plan_choices(screen: Screen, plan: PlanView) -> None:
         screen.line(f"added: {new.step} waits for {new.depends_on}: {new.reason}")
     _print_shapes(screen, plan)
     print_versions(screen, plan)
+
+
+def told_steps(names: Iterable[str]) -> str:
+    """What a decision is about: the task, or steps, of which the first few are named."""
+    first, *more = [name or "task" for name in names]
+    return f"{first} and {len(more)} more" if len(more) >= _NAMED_STEPS else ", ".join((first, *more))
 
 
 def _print_shapes(screen: Screen, plan: PlanView) -> None:

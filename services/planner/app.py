@@ -130,7 +130,8 @@ class PlannerApp:
         self._counters[f"model_{model}"] += 1
         self._counters["revisions"] += version > 1
         self._counters["broke_off"] += final.broke_off is not None
-        self._counters["decisions"] += len(final.decisions)
+        decisions = sum(len(item.ids) for item in final.decisions)
+        self._counters["decisions"] += decisions
         for item in final.decisions:
             if item.advice is not None:
                 self._counters[f"advice_{item.advice.won}"] += 1
@@ -143,7 +144,7 @@ class PlannerApp:
             template=next((item.choice for item in final.decisions if item.subject == "decomposition"), None),
             steps=len(final.task.plan.steps) if final.task.plan is not None else 0,
             removed=len(final.removed_edges),
-            decisions=len(final.decisions),
+            decisions=decisions,
             similar=len(final.similar),
             model=model.value,
             generated_tokens=final.generated_tokens,

@@ -3,16 +3,13 @@
 Works the same on a client's, a rules' and a model's plan, and never overrides what a client's step says itself. The
 rules always have a choice; memory's advice, where it came, takes its place together with its propensity. Without
 advice every propensity is 1. What is learned from the outcomes, and when it is strong enough, is memory's business.
-
-Ids are derived from task, step, subject and choice. Same choice, same id: a plan that is made again after a crash
-records nothing twice. Another choice (the model answers differently the second time), another id: the outcome of the
-plan that ran is never booked on a choice that did not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -21,7 +18,6 @@ from protocol.messages.memory import Advised
 from protocol.messages.persona import NO_PERSONA
 from protocol.messages.plan import PlanSource, RoutingDecision
 from protocol.messages.task import Output, Plan, Step, TaskIR
-from services.kit.identity import work_key
 from services.kit.registry import GateEntry, PersonaEntry, Registry
 from services.kit.registry.versions import versions
 from services.planner.advice import (
@@ -33,6 +29,7 @@ from services.planner.advice import (
     role_options,
 )
 from services.planner.cast import crew
+from services.planner.ledger import Ledger
 from services.planner.tests_given import given_tests, module_under_test
 from services.planner.width import width_of
 
@@ -59,8 +56,6 @@ _ROLE_RULES: Final[Mapping[PlanSource, str]] = {
     "rules": "the table of roles per kind of work",
     "model": "the model's plan names it",
 }
-MAX_DECISIONS: Final = 2_000
-"""Of a larger plan the first ones are recorded: what they teach repeats itself, and messages stay bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,37 +98,32 @@ def choose(
     """
     by_rules, plan = plan.steps, _cast_by(advice, plan, settled)
     task_id = task.task_id or "dry-run"
-    task_type = task.task_type.value
     tests = {artefact.name for artefact in given_tests(task.inputs)}
     module = module_under_test(task.inputs)
     sizes = {artefact.name: float(len(artefact.text())) for artefact in task.inputs}
     share = _token_share(task, plan, registry) if source != "client" else None
     width = float(len(plan.steps))
-    decisions = [
-        RoutingDecision(
-            decision_id=_decision_id(task_id, None, "decomposition", decomposition.choice),
-            subject="decomposition",
-            choice=decomposition.choice,
-            alternatives=list(decomposition.alternatives),
-            propensity=1.0 if decomposition.advice is None else decomposition.advice.propensity,
-            rule=decomposition.rule[:1_000],
-            advice=decomposition.advice,
-            task_type=task_type,
-            features={
-                "steps": width,
-                "width": float(width_of(plan)),
-                "rules_width": float(decomposition.rules_width),
-                "widest": float(decomposition.widest),
-                "inputs": float(len(task.inputs)),
-                "objective_chars": float(len(task.objective)),
-                "read_chars": sum(sizes.values()),
-            },
-            cluster=decomposition.cluster,
-        )
-    ]
+    ledger = Ledger(task_id, task.task_type.value)
+    ledger.take(
+        "decomposition",
+        decomposition.choice,
+        None,
+        rule=decomposition.rule,
+        cluster=decomposition.cluster,
+        features={
+            "steps": width,
+            "width": float(width_of(plan)),
+            "rules_width": float(decomposition.rules_width),
+            "widest": float(decomposition.widest),
+            "inputs": float(len(task.inputs)),
+            "objective_chars": float(len(task.objective)),
+            "read_chars": sum(sizes.values()),
+        },
+        advice=decomposition.advice,
+        options=lambda: decomposition.alternatives,
+    )
     by_role: dict[str, list[PersonaEntry]] = {}
     steps: list[Step] = []
-    told: dict[str, str] = {}
     for step, ruled in zip(plan.steps, by_rules, strict=True):
         features = {
             "steps": width,
@@ -158,42 +148,31 @@ def choose(
         if share is not None and step.max_tokens is None:
             changes["max_tokens"] = min(share, registry.roles[step.actor].max_tokens)
         steps.append(step.model_copy(update=changes) if changes else step)
-        if len(decisions) + 2 > MAX_DECISIONS:
+        if ledger.full:
             continue
-        role_advice = None if runs else advice.get(role_key(ruled))
-        decisions.append(
-            RoutingDecision(
-                decision_id=_decision_id(task_id, step.id, "role", step.actor),
-                subject="role",
-                step=step.id,
-                choice=step.actor,
-                alternatives=[role for role in role_options(ruled, registry) if role != step.actor],
-                propensity=1.0 if role_advice is None else role_advice.propensity,
-                rule=_told(told, role_advice) or _ROLE_RULES[source],
-                task_type=task_type,
-                features=features,
-                cluster=cluster_of(ruled),
-                advice=_once(told, step.id, role_advice),
-            )
+        ledger.take(
+            "role",
+            step.actor,
+            step.id,
+            rule=_ROLE_RULES[source],
+            cluster=cluster_of(ruled),
+            features=features,
+            advice=None if runs else advice.get(role_key(ruled)),
+            options=partial(role_options, ruled, registry),
         )
         if persona is not None or persona_advice is not None:
             names = [entry.name for entry in by_role[step.actor]][:62]
-            decisions.append(
-                RoutingDecision(
-                    decision_id=_decision_id(task_id, step.id, "persona", persona or NO_PERSONA),
-                    subject="persona",
-                    step=step.id,
-                    choice=persona or NO_PERSONA,
-                    alternatives=[name for name in [*names, NO_PERSONA] if name != (persona or NO_PERSONA)],
-                    propensity=1.0 if persona_advice is None else persona_advice.propensity,
-                    rule=_told(told, persona_advice) or persona_rule,
-                    task_type=task_type,
-                    features=features,
-                    cluster=step.actor,
-                    advice=_once(told, step.id, persona_advice),
-                )
+            ledger.take(
+                "persona",
+                persona or NO_PERSONA,
+                step.id,
+                rule=persona_rule,
+                cluster=step.actor,
+                features=features,
+                advice=persona_advice,
+                options=partial(list, (*names, NO_PERSONA)),
             )
-    return Chosen(plan.model_copy(update={"steps": steps}), tuple(decisions))
+    return Chosen(plan.model_copy(update={"steps": steps}), ledger.decisions)
 
 
 def as_of(registry: Registry, decisions: Sequence[RoutingDecision]) -> list[RoutingDecision]:
@@ -242,21 +221,6 @@ def _cast_by(advice: Mapping[str, Advised], plan: Plan, settled: Set[str]) -> Pl
     return plan.model_copy(update={"steps": steps})
 
 
-def _told(told: Mapping[str, str], advice: Advised | None) -> str | None:
-    """Why, in words; that the reason is another step's where that has given it already."""
-    if advice is None:
-        return None
-    return f"as {told[advice.key]}" if advice.key in told else advice.why[:1_000]
-
-
-def _once(told: dict[str, str], step: str, advice: Advised | None) -> Advised | None:
-    """The advice for the first step that it is about: a plan of a thousand steps carries each one once."""
-    if advice is None or advice.key in told:
-        return None
-    told[advice.key] = step
-    return advice
-
-
 def _persona(step: Step, plan: Plan, fit: Sequence[PersonaEntry], advice: Advised | None) -> tuple[str | None, str]:
     """Step before plan before what was learned, which begins with the rules; None = nobody chose any."""
     if step.persona is not None:
@@ -275,7 +239,3 @@ def _token_share(task: TaskIR, plan: Plan, registry: Registry) -> int | None:
     """Generated tokens each step may spend, where the roles' own limits together would break the budget."""
     wished = sum(step.max_tokens or registry.roles[step.actor].max_tokens for step in plan.steps)
     return None if wished <= task.budget.max_tokens else max(1, task.budget.max_tokens // len(plan.steps))
-
-
-def _decision_id(task_id: str, step: str | None, subject: str, choice: str) -> str:
-    return work_key("decision", task_id, step, subject, choice)

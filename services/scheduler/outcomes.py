@@ -24,7 +24,7 @@ from services.scheduler.tasks import StepRecord, TaskRecord
 _MAX_CURES: Final = 8  # bound of Outcome.cures
 _MAX_TEXT_CHARS: Final = 4_000
 """Of the objective, as what decisions are about: as much as the planner asks about."""
-_RECORDED: Final = set(DecisionRecord.model_fields) - {"task_id"}
+_RECORDED: Final = set(DecisionRecord.model_fields) & set(RoutingDecision.model_fields)
 MAX_ADDED_DECISIONS: Final = 1_000
 """Of steps that were added while the task ran."""
 UNEMBEDDABLE: Final = "memory.unembeddable"
@@ -36,22 +36,27 @@ def outcomes_of(task: TaskRecord, registry: Registry, *, with_episode: bool = Tr
     if task.plan is None or task.ended_ms is None or task.state is TaskState.CANCELLED:
         return None
     blameless = task.failure is not None and not teaches(registry, task.failure)
-    outcomes = []
+    outcomes: list[Outcome] = []
+    taken: list[DecisionRecord] = []
     # Without the advice, which is most of a decision and teaches nothing.
     planned = [RoutingDecision.model_validate({**value, "advice": None}) for value in task.plan.decisions]
     later = _taken_without_planner(task, planned, registry)
     for decision in (*planned, *later):
-        step = task.steps.get(decision.step or "")
-        if step is not None and step.agent is not None and task.steps[step.swarm or ""].state is not StepState.DONE:
-            step = None  # what it contributed to came to nothing: the task's word counts for it, too
-        outcome = _of_task(task, decision, blameless) if step is None else _of_step(step, decision, registry)
-        if outcome is not None:
-            outcomes.append(outcome)
+        shared = decision.model_dump(include=_RECORDED)
+        for about, ident in decision.ids.items():
+            step = task.steps.get(about)
+            if step is not None and step.agent is not None and task.steps[step.swarm or ""].state is not StepState.DONE:
+                step = None  # what it contributed to came to nothing: the task's word counts for it, too
+            if step is None:
+                outcome = _of_task(task, ident, decision, blameless)
+            else:
+                outcome = _of_step(step, ident, decision, registry)
+            if outcome is not None:
+                outcomes.append(outcome)
+                taken.append(DecisionRecord(decision_id=ident, task_id=task.id, step=about or None, **shared))
     episode = _episode(task) if with_episode and not blameless else None
     if not outcomes and episode is None:
         return None
-    scored = {outcome.decision_id for outcome in outcomes}
-    taken = [_record(task, one) for one in (*planned, *later) if one.decision_id in scored]
     text = task.ir.objective[:_MAX_TEXT_CHARS]
     return MemoryRequest(ask=RecordOutcomes(decisions=taken, text=text, outcomes=outcomes, episode=episode))
 
@@ -65,7 +70,7 @@ def _taken_without_planner(
     if plan is None:
         return []
     registry = with_own(registry, task.personas.values())
-    known = {one.step for one in planned}
+    known = {step for one in planned for step in one.ids}
     found = []
     by_plan = {spec.id for spec in plan.steps}
     agents = [step.spec for step in task.steps.values() if step.agent is not None]
@@ -75,9 +80,8 @@ def _taken_without_planner(
             continue
         found.append(
             RoutingDecision(
-                decision_id=work_key("decision", task.id, spec.id, "persona", name),
+                ids={spec.id: work_key("decision", task.id, spec.id, "persona", name)},
                 subject="persona",
-                step=spec.id,
                 choice=name,
                 propensity=1.0,
                 rule="the step names it" if spec.id in by_plan else "a planning model made the sub-agent",
@@ -90,11 +94,7 @@ def _taken_without_planner(
     return found[:MAX_ADDED_DECISIONS]
 
 
-def _record(task: TaskRecord, decision: RoutingDecision) -> DecisionRecord:
-    return DecisionRecord(task_id=task.id, **decision.model_dump(include=_RECORDED))
-
-
-def _of_task(task: TaskRecord, decision: RoutingDecision, blameless: bool) -> Outcome | None:
+def _of_task(task: TaskRecord, ident: str, decision: RoutingDecision, blameless: bool) -> Outcome | None:
     if blameless or task.ended_ms is None:
         return None
     # A plan whose rest had to be made anew did not do it: the version that did was not what was decided on.
@@ -102,7 +102,7 @@ def _of_task(task: TaskRecord, decision: RoutingDecision, blameless: bool) -> Ou
         one.trigger in ("failed", "contradicted") and one.adopted_ms is not None for one in task.versions
     )
     return Outcome(
-        decision_id=decision.decision_id,
+        decision_id=ident,
         reward=1.0 if task.state is TaskState.SUCCEEDED and not given_up else 0.0,
         seconds=(task.ended_ms - task.created_ms) / 1000,
         attempts=1,
@@ -112,7 +112,7 @@ def _of_task(task: TaskRecord, decision: RoutingDecision, blameless: bool) -> Ou
     )
 
 
-def _of_step(step: StepRecord, decision: RoutingDecision, registry: Registry) -> Outcome | None:
+def _of_step(step: StepRecord, ident: str, decision: RoutingDecision, registry: Registry) -> Outcome | None:
     """Reward 1 if the role that was chosen solved the step itself; an escalation is its failure."""
     if step.ended_ms is None or step.ready_ms is None or step.state not in (StepState.DONE, StepState.FAILED):
         return None
@@ -127,7 +127,7 @@ def _of_step(step: StepRecord, decision: RoutingDecision, registry: Registry) ->
         solved = False
     failures = [one.failure.code for one in step.attempts if one.failure is not None and one.role == first]
     return Outcome(
-        decision_id=decision.decision_id,
+        decision_id=ident,
         reward=1.0 if solved else 0.0,
         seconds=(step.ended_ms - step.ready_ms) / 1000,
         attempts=max(1, len(step.attempts)),

@@ -10,12 +10,13 @@ Carrying it out is `replanning.py`; the fold of the facts, `fold.py`; what the n
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Final
 
 from protocol.codec import pack_body
 from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
-from protocol.messages.plan import PlanFinal, PlanRequest, ReplanTrigger, Revision
+from protocol.messages.plan import PlanFinal, PlanRequest, ReplanTrigger, Revision, RoutingDecision
 from protocol.messages.result import StepState
 from protocol.messages.task import Output, Plan, Step
 from protocol.plan_graph import needs
@@ -181,8 +182,9 @@ def adopted_version(
     if revising.trigger == "late":
         _must_be_faster(task, new, added, ranking, at_ms)
     models = {registry.roles[step.actor].model for step in added}
-    known = {one["decision_id"] for one in task.plan.decisions} if task.plan is not None else set()
-    decisions = [one for one in final.decisions if one.decision_id not in known]
+    taken = map(RoutingDecision.model_validate, task.plan.decisions) if task.plan is not None else ()
+    known = {ident for one in taken for ident in one.ids.values()}
+    decisions = [rest for one in final.decisions if (rest := _without_known(one, known)) is not None]
     return f.TaskReplanned(
         task=task.id,
         at_ms=at_ms,
@@ -197,6 +199,12 @@ def adopted_version(
         generated_tokens=final.generated_tokens,
         slots={name: registry.models[name].slots for name in sorted(models)},
     )
+
+
+def _without_known(decision: RoutingDecision, known: Set[str]) -> RoutingDecision | None:
+    """What of a decision the plan does not have yet; None if it has all of it."""
+    new = {step: ident for step, ident in decision.ids.items() if ident not in known}
+    return decision.model_copy(update={"ids": new}) if new else None
 
 
 def _timeout_ms(task: TaskRecord, at_ms: int) -> int:

@@ -221,9 +221,8 @@ _EPISODE = Episode(
     q=0.5,
 )
 _DECISION = RoutingDecision(
-    decision_id="D-1",
+    ids={"S1": "D-1"},
     subject="persona",
-    step="S1",
     choice="terse",
     alternatives=["terse", "careful"],
     propensity=0.5,
@@ -261,6 +260,7 @@ _ADVISED_DECISION = _DECISION.model_copy(update={"choice": "careful", "cluster":
 _VERSIONED_DECISION = _DECISION.model_copy(
     update={"registry_digest": "abc123", "model": "0123abcd", "prompt": "89ef4567"}
 )
+_SHARED_DECISION = _VERSIONED_DECISION.model_copy(update={"ids": {"S1": "D-1", "S2": "D-2"}})
 _RECORD = DecisionRecord(
     decision_id="D-1",
     task_id="T-1",
@@ -733,6 +733,13 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 )
             }
         ),
+        _VIEW.model_copy(
+            update={
+                "plan": PlanView(
+                    source="rules", reason="alike", removed_edges=[], similar=[], decisions=[_SHARED_DECISION]
+                )
+            }
+        ),
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -796,6 +803,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         PlanFinal(task=_SPAWNING, source="client", reason="as given"),
         PlanFinal(task=_TASK, source="model", reason="cut", added_edges=[_ADDED_EDGE], broke_off="call.expired"),
         PlanFinal(task=_TASK, source="rules", reason="as of a registry", decisions=[_VERSIONED_DECISION]),
+        PlanFinal(task=_TASK, source="rules", reason="alike", decisions=[_SHARED_DECISION]),
     ],
     "plan.cancel": [Empty()],
     "infer.request": [

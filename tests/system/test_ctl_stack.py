@@ -123,7 +123,7 @@ def test_a_task_runs_from_end_to_end_and_is_explained(running: Installation) -> 
     assert view["plan"]["decisions"]
     explained = json.loads(running.tierline("explain", view["task_id"], "--json").stdout)
     assert explained["memory_unavailable"] is None
-    assert len(explained["memory"]) == len(view["plan"]["decisions"])
+    assert len(explained["memory"]) == sum(len(one["ids"]) for one in view["plan"]["decisions"])
 
 
 def test_a_killed_service_is_seen_and_comes_back(running: Installation) -> None:

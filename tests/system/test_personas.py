@@ -55,7 +55,7 @@ def run(stack: ScriptedStack, action: str, persona: str | None = None, **fields:
 def chosen(view: TaskView, step: str = "S1") -> tuple[str, str]:
     """The persona of a step and the rule behind it, as its decision says."""
     assert view.plan is not None
-    made = next(item for item in view.plan.decisions if (item.subject, item.step) == ("persona", step))
+    made = next(item for item in view.plan.decisions if item.subject == "persona" and step in item.ids)
     return made.choice, made.rule
 
 

@@ -58,7 +58,7 @@ def test_decisions_of_a_task_are_scored_in_memory_exactly_once(stack: BareStack)
     view = stack.client.run({"objective": "Say good morning.", "task_type": "chat"}, timeout_s=300)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert view.plan is not None
-    ids = [decision.decision_id for decision in view.plan.decisions]
+    ids = [ident for decision in view.plan.decisions for ident in decision.ids.values()]
     assert ids, "a planned task has decisions"
 
     def scored() -> list[str]:

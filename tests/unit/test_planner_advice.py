@@ -85,10 +85,20 @@ def test_steps_of_one_kind_share_one_answer_and_carry_it_once() -> None:
     advice = [one for one in advice_for(command.request, last=True) if one.key == "role:worker"]
     final = finished(planning.handle(MemoryAnswered(5, MemoryFinal(advice=advice))))
     assert final.task.plan is not None
+    (shared,) = (item for item in final.decisions if item.subject == "role" and item.cluster == "worker")
+    assert len(shared.ids) == 2, "both have the same in view"
+    assert (shared.choice, shared.advice) == (advice[0].choice, advice[0])
+
+
+def test_a_step_with_something_else_in_view_refers_to_the_advice_of_another() -> None:
+    longer = DOC.model_copy(update={"inputs": [DOC.inputs[0], DOC.inputs[1].model_copy(update={"value": "long " * 9})]})
+    planning, command = asked_for_advice(longer)
+    advice = [one for one in advice_for(command.request, last=True) if one.key == "role:worker"]
+    final = finished(planning.handle(MemoryAnswered(5, MemoryFinal(advice=advice))))
     first, second = (item for item in final.decisions if item.subject == "role" and item.cluster == "worker")
     assert first.choice == second.choice == advice[0].choice
     assert first.advice == advice[0]
-    assert (second.advice, second.rule) == (None, f"as {first.step}")
+    assert (second.advice, second.rule) == (None, f"as {next(iter(first.ids))}")
 
 
 def test_code_is_only_given_to_roles_that_write_code() -> None:

@@ -3,7 +3,8 @@
 from protocol.messages.artefact import Artefact, ArtefactKind
 from protocol.messages.plan import RoutingDecision
 from protocol.messages.task import Output, Plan, Step, TaskIR
-from services.planner.choose import MAX_DECISIONS, Chosen, Decomposition, as_of, choose, fitting
+from services.planner.choose import Chosen, Decomposition, as_of, choose, fitting
+from services.planner.ledger import MAX_DECISIONS
 from services.planner.rules import plan_by_rules
 from tests.unit.planner_tasks import SHIPPED, task
 
@@ -28,6 +29,10 @@ def gates(output: Output, task_: TaskIR | None = None, **fields: object) -> list
 
 def of(decisions: tuple[RoutingDecision, ...], subject: str) -> list[RoutingDecision]:
     return [decision for decision in decisions if decision.subject == subject]
+
+
+def ids_of(decisions: tuple[RoutingDecision, ...]) -> list[str]:
+    return [ident for decision in decisions for ident in decision.ids.values()]
 
 
 def test_gates_follow_the_kind_of_output() -> None:
@@ -77,35 +82,33 @@ def test_the_most_specific_fitting_persona_is_chosen_and_none_where_none_fits() 
 
 def test_every_step_has_a_decision_for_its_role_and_the_task_one_for_its_decomposition() -> None:
     made = chosen(task("Summarise", "doc", "a", "b"))
-    assert [decision.step for decision in of(made.decisions, "role")] == ["S1", "S2", "S3"]
+    assert [step for decision in of(made.decisions, "role") for step in decision.ids] == ["S1", "S2", "S3"]
     role = of(made.decisions, "role")[0]
     assert (role.choice, role.propensity) == ("worker", 1.0)
     assert "extractor" in role.alternatives
     assert "worker" not in role.alternatives
     whole = of(made.decisions, "decomposition")
-    assert [(item.choice, item.step, item.alternatives) for item in whole] == [
-        ("doc.map-join/2", None, ["doc.single/1"])
-    ]
+    assert [(item.choice, *item.ids, item.alternatives) for item in whole] == [("doc.map-join/2", "", ["doc.single/1"])]
     assert all(decision.rule for decision in made.decisions)
 
 
 def test_ids_of_decisions_repeat_for_the_same_choice_only() -> None:
     first, again = chosen(task("Summarise", "doc", "a", "b")), chosen(task("Summarise", "doc", "a", "b"))
     assert first == again
-    ids = [decision.decision_id for decision in first.decisions]
+    ids = ids_of(first.decisions)
     assert len(set(ids)) == len(ids)
     other_task = chosen(task("Summarise", "doc", "a", "b", task_id="t2"))
     other_choice = choose(
         task("Summarise", "doc"), one(Output(name="a")), Decomposition("x", (), "y"), SHIPPED, "client"
     )
     for other in (other_task, other_choice):
-        assert not {decision.decision_id for decision in other.decisions} & set(ids)
+        assert not set(ids_of(other.decisions)) & set(ids)
 
 
 def test_decisions_carry_the_registry_in_force() -> None:
     taken = chosen(task("Summarise", "doc", "a", "b")).decisions
     decisions = as_of(SHIPPED, taken)
-    assert [one.decision_id for one in decisions] == [one.decision_id for one in taken]
+    assert [one.ids for one in decisions] == [one.ids for one in taken]
     assert {decision.registry_digest for decision in decisions} == {SHIPPED.digest}
     assert all(one.prompt for one in decisions if one.subject == "role")
 
@@ -119,6 +122,17 @@ def test_a_small_token_budget_is_shared_out_and_a_large_one_is_left_to_the_roles
 def test_decisions_are_bounded_however_large_the_plan() -> None:
     steps = [Step(id=f"S{n}", actor="worker", action="go", outputs=[Output(name=f"a{n}")]) for n in range(3_000)]
     made = choose(task("x", "doc"), Plan(steps=steps), WIDE, SHIPPED, "client")
-    assert len(made.decisions) <= MAX_DECISIONS
+    assert MAX_DECISIONS - 2 < len(set(ids_of(made.decisions))) <= MAX_DECISIONS
     assert len(made.plan.steps) == 3_000
     assert made.plan.steps[-1].persona == "source-keeper"
+
+
+def test_like_steps_share_their_decisions_and_steps_that_read_something_else_do_not() -> None:
+    steps = [Step(id=f"S{n}", actor="worker", action="go", outputs=[Output(name=f"a{n}")]) for n in range(100)]
+    reading = Step(id="R", actor="worker", action="read", inputs=["a0", "a1"], outputs=[Output(name="all")])
+    made = choose(task("x", "doc"), Plan(steps=[*steps, reading]), WIDE, SHIPPED, "client")
+    for subject in ("role", "persona"):
+        like, other = of(made.decisions, subject)
+        assert list(like.ids) == [step.id for step in steps]
+        assert (list(other.ids), other.features["inputs"]) == (["R"], 2.0)
+        assert len({*like.ids.values(), *other.ids.values()}) == 101

@@ -151,7 +151,7 @@ def test_memory_advises_nobody_who_has_begun() -> None:
         advice.append(Advised(key=question.key, subject=question.subject, **told, **figures))
     command = planning.handle(MemoryAnswered(4, MemoryFinal(advice=advice)))
     assert isinstance(command, Finish)
-    booked = {(one.step, one.subject): one.choice for one in command.final.decisions}
+    booked = {(step, one.subject): one.choice for one in command.final.decisions for step in one.ids}
     for step in offered:
         assert booked[step.id, "role"] == step.actor, "what is learned from an outcome is about what ran"
         assert booked.get((step.id, "persona")) == step.persona

@@ -446,7 +446,7 @@ def test_every_task_ends_once_and_no_step_starts_before_its_inputs(
 
 def test_an_objective_that_memory_cannot_embed_loses_its_episode_but_not_its_outcomes() -> None:
     asked: list[bool] = []
-    decision = {"decision_id": "d1", "subject": "role", "step": "S1", "choice": "worker", "propensity": 1}
+    decision = {"ids": {"S1": "d1"}, "subject": "role", "choice": "worker", "propensity": 1}
     told = RoutingDecision.model_validate(decision | {"rule": "test", "task_type": "chat"})
 
     def planner(header: Header, body: bytes) -> Answer:

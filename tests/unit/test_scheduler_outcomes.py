@@ -11,12 +11,11 @@ from services.scheduler.simulation.run import run_tasks, tiers_of
 from tests.unit.planner_tasks import SHIPPED
 
 
-def decision(ident: str, step: str | None, choice: str = "worker") -> RoutingDecision:
+def decision(ids: dict[str, str]) -> RoutingDecision:
     return RoutingDecision(
-        decision_id=ident,
+        ids=ids,
         subject="role",
-        step=step,
-        choice=choice,
+        choice="worker",
         alternatives=["coder"],
         propensity=0.7,
         rule="outcomes agree",
@@ -37,15 +36,23 @@ def test_the_decisions_go_with_their_outcomes_and_say_what_stood_behind_them_whe
     task = TaskIR.model_validate({"objective": "work", "plan": {"steps": steps}})
     (record,) = run_tasks([task], SHIPPED, tiers_of(SHIPPED), TokenSpeed(100), TokenSpeed(100)).tasks
     assert record.plan is not None
-    taken = [decision("D-1", "S1"), decision("D-2", "S2"), decision("D-3", "S9")]
+    taken = [decision({"S1": "D-1", "S2": "D-2"}), decision({"": "D-3"})]
     record.plan = replace(record.plan, decisions=[one.model_dump(mode="json") for one in taken])
     request = outcomes_of(record, SHIPPED)
     assert request is not None
     told = request.ask
     assert isinstance(told, RecordOutcomes)
     assert told.text == "work"
-    assert {one.decision_id for one in told.decisions} == {one.decision_id for one in told.outcomes}
+    assert [(one.decision_id, one.step) for one in told.decisions] == [("D-1", "S1"), ("D-2", "S2"), ("D-3", None)]
+    assert [one.decision_id for one in told.outcomes] == ["D-1", "D-2", "D-3"]
     first = told.decisions[0]
     assert first.task_id == record.id
-    for name in RoutingDecision.model_fields.keys() - {"advice"}:
+    for name in RoutingDecision.model_fields.keys() - {"advice", "ids"}:
         assert getattr(first, name) == getattr(taken[0], name)
+    earlier = [
+        {**one.model_dump(mode="json", exclude={"ids"}), "decision_id": ident, "step": step or None}
+        for one in taken
+        for step, ident in one.ids.items()
+    ]
+    record.plan = replace(record.plan, decisions=earlier)
+    assert outcomes_of(record, SHIPPED) == request, "as an earlier version's journal has them, one for each step"

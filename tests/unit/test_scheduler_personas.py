@@ -206,7 +206,7 @@ def test_what_comes_with_a_plan_is_the_tasks_own_under_a_free_name_and_no_outcom
         steps = [step.model_copy(update={"persona": "pirate"}) for step in final.task.plan.steps]
         task = final.task.model_copy(update={"plan": final.task.plan.model_copy(update={"steps": steps})})
         wrong = RoutingDecision(
-            decision_id="d", subject="persona", step="S1", choice="pirate", propensity=1, rule="", task_type="chat"
+            ids={"S1": "d"}, subject="persona", choice="pirate", propensity=1, rule="", task_type="chat"
         )
         return 5, final.model_copy(update={"task": task, "personas": [PIRATE], "decisions": [wrong]})
 
@@ -293,7 +293,7 @@ def test_steps_that_were_added_while_the_task_ran_are_credited_to_their_persona(
         _, final = plan_as_given(header, body)
         assert isinstance(final, PlanFinal)
         whole = RoutingDecision(
-            decision_id="d", subject="decomposition", choice="client/1", propensity=1, rule="", task_type="chat"
+            ids={"": "d"}, subject="decomposition", choice="client/1", propensity=1, rule="", task_type="chat"
         )
         return 5, final.model_copy(update={"decisions": [whole]})
 

@@ -60,7 +60,7 @@ def test_the_sub_steps_of_a_map_count_and_their_join_does_not() -> None:
 def of_decomposition(record: TaskRecord, *alternatives: str) -> Outcome:
     """What memory is told about a decision for this task's plan, taken from these alternatives."""
     decision = RoutingDecision(
-        decision_id="D-1",
+        ids={"": "D-1"},
         subject="decomposition",
         choice="doc.map-join/2",
         alternatives=list(alternatives),

@@ -363,7 +363,7 @@ def test_sub_agents_become_personas_that_are_rated_and_can_be_named_again() -> N
         return tiers.memory_takes(header, body)
 
     world.peers["memory"].answer = memory
-    decision = {"decision_id": "d", "subject": "decomposition", "choice": "client", "rule": "as given"}
+    decision = {"ids": {"": "d"}, "subject": "decomposition", "choice": "client", "rule": "as given"}
 
     def planned(header: Header, body: bytes) -> Answer:
         took_ms, final = plan_as_given(header, body)
