@@ -182,8 +182,8 @@ def adopted_version(
     if revising.trigger == "late":
         _must_be_faster(task, new, added, ranking, at_ms)
     models = {registry.roles[step.actor].model for step in added}
-    taken = map(RoutingDecision.model_validate, task.plan.decisions) if task.plan is not None else ()
-    known = {ident for one in taken for ident in one.ids.values()}
+    before = map(RoutingDecision.model_validate, task.plan.decisions) if task.plan is not None else ()
+    known = {ident for one in before for ident in one.ids.values()}
     decisions = [rest for one in final.decisions if (rest := _without_known(one, known)) is not None]
     return f.TaskReplanned(
         task=task.id,
