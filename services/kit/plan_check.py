@@ -28,10 +28,14 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
         return [PlanProblem(None, "depends_on", f"{edges} control dependencies, at most {MAX_CONTROL_EDGES} are taken")]
     found = find_problems(task)
     for step in steps:
-        found += _unknown(step.id, "actor", [step.actor], registry.roles)
-        found += _unknown(step.id, "gates", step.gates or [], registry.gates)
-        found += _unknown(step.id, "persona", _named(step.persona), registry.personas)
-        found += _unknown(step.id, "spawns.roles", step.spawns.roles if step.spawns else [], registry.roles)
+        if step.actor not in registry.roles:
+            found += _unknown(step.id, "actor", [step.actor], registry.roles)
+        if step.gates:
+            found += _unknown(step.id, "gates", step.gates, registry.gates)
+        if step.persona is not None:
+            found += _unknown(step.id, "persona", _named(step.persona), registry.personas)
+        if step.spawns is not None:
+            found += _unknown(step.id, "spawns.roles", step.spawns.roles, registry.roles)
     if task.plan is not None:
         found += _unknown(None, "plan.persona", _named(task.plan.persona), registry.personas)
     found += _unknown(None, "gates", task.gates, registry.gates)
@@ -58,8 +62,8 @@ def _beyond_gates(task: TaskIR) -> Iterator[PlanProblem]:
         if step.gates and len(reads(step)) > MAX_CONTEXT:
             message = f"a step with gates reads at most {MAX_CONTEXT} artefacts, this one {len(reads(step))}"
             yield PlanProblem(step.id, "inputs", f"{message}: join them in several steps, or drop its gates")
-    final = len(final_artefacts(task.plan)) if task.plan is not None else 0
-    if task.gates and final > MAX_CHECKED:
+    final = len(final_artefacts(task.plan)) if task.gates and task.plan is not None else 0
+    if final > MAX_CHECKED:
         message = f"the final checks take at most {MAX_CHECKED} results, the plan has {final}"
         yield PlanProblem(None, "gates", f"{message}: join them in a step, or check them where they are made")
 
