@@ -98,6 +98,26 @@ def test_setup_says_what_to_install_when_python_is_too_old(checkout: Path, tmp_p
     assert not (checkout / ".venv").exists()
 
 
+@pytest.mark.parametrize(("told_us", "taken"), [(10**9, True), (1, False)])
+def test_setup_takes_the_quicker_build_of_the_same_python(
+    told_us: int, taken: bool, checkout: Path, tmp_path: Path
+) -> None:
+    system = Path("/usr/bin/python3")
+    usable = "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))"
+    if not system.exists() or subprocess.run([system, "-c", usable], check=False, capture_output=True).returncode:
+        pytest.skip(f"no {system} of 3.11 or newer that can make a .venv: there is nothing to choose from")
+    wrapper = (
+        f'case "$2" in *python_speed.py) echo {told_us};; *) echo "$@" >> {tmp_path}/asked; exec {system} "$@";; esac'
+    )
+    executable(tmp_path / "bin" / "python3", wrapper)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
+    done = subprocess.run([checkout / "deploy" / "setup"], env=environment, capture_output=True, text=True, check=False)
+    assert (f"{system} takes" in done.stderr) is taken, done.stderr
+    assert ("-m venv" in (tmp_path / "asked").read_text()) is not taken
+    assert (checkout / ".venv" / "bin" / "python").exists()
+
+
 @pytest.mark.parametrize("script", ["setup", "fetch-model", "build-native"])
 def test_an_unknown_argument_is_refused_before_anything_happens(script: str, checkout: Path, tmp_path: Path) -> None:
     done = subprocess.run(
