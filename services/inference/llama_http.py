@@ -3,8 +3,8 @@
 Everything the server sends is bounded and checked here: a broken engine is an EngineError, never a KeyError further
 up. Which failure the hub is told, what counts as healthy for how long, and what is generated, others decide.
 
-Answers are streamed with aiohttp, whose parser is compiled: every token is an event of its own, and what a token costs
-here is taken from cores that decode. All else, a request now and then, is httpx's.
+All of it with aiohttp, whose parser is compiled: every token is an event of its own, an idle engine is looked at every
+second, and what that costs here is taken from cores that decode.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import aiohttp
-import httpx
 
 from protocol.limits import MAX_ARTEFACT_CHARS
 from protocol.messages.failure import Category
@@ -33,9 +32,11 @@ _LARGEST: Final = 2**40
 """No figure of a server is larger, in tokens, bytes or milliseconds. JSON is read with infinities and with integers of
 any length, which no message can carry; sums of these can be sent too."""
 _PROBE_TIMEOUT_S: Final = 5.0
-_PATIENT: Final = httpx.Timeout(_PROBE_TIMEOUT_S, read=None)
-_STREAM: Final = aiohttp.ClientTimeout(total=None, sock_connect=_PROBE_TIMEOUT_S)
+_PROBE: Final = aiohttp.ClientTimeout(total=None, sock_connect=_PROBE_TIMEOUT_S, sock_read=_PROBE_TIMEOUT_S)
+_PATIENT: Final = aiohttp.ClientTimeout(total=None, sock_connect=_PROBE_TIMEOUT_S)
 _METRIC: Final = re.compile(r"^llamacpp:([a-z_]+) ([0-9.eE+-]+)$", re.MULTILINE)
+_OK: Final = 200
+_LOADING: Final = 503
 _REPLACED: Final = "the engine is being replaced"
 _TOO_LONG: Final = "exceed_context_size_error"
 _CALLERS_FAULT: Final = frozenset({"invalid_request_error", "not_supported_error"})
@@ -116,15 +117,12 @@ class LlamaServer:
 
     def __init__(self, port: int, api_key: str) -> None:
         base_url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {api_key}"}
-        self._streams = aiohttp.ClientSession(
-            base_url, headers=headers, timeout=_STREAM, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+        # Neither takes a proxy from the environment: one for the outside world must not see this.
+        self._calls = aiohttp.ClientSession(
+            base_url, headers=headers, timeout=_PATIENT, connector=aiohttp.TCPConnector(limit=0, force_close=True)
         )
-        self._http = httpx.AsyncClient(
-            base_url=base_url,
-            headers=headers,
-            timeout=_PROBE_TIMEOUT_S,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=4),
-            trust_env=False,  # a proxy for the outside world must not see this
+        self._probes = aiohttp.ClientSession(
+            base_url, headers=headers, timeout=_PROBE, connector=aiohttp.TCPConnector(limit=0)
         )
         self._slot: int | None = None
 
@@ -136,19 +134,16 @@ class LlamaServer:
 
     async def close(self) -> None:
         """Close all connections; running answers end with EngineGone, and so does whatever is asked afterwards."""
-        await self._streams.close()
-        await self._http.aclose()
+        await self._calls.close()
+        await self._probes.close()
 
     async def ready(self, slots: int) -> bool:
         """True once the model is loaded, False before. Raises EngineFaulty for one that cannot be our server: it takes
         our key and has the slots we asked for."""
-        try:
-            status = await self._health()
-        except httpx.HTTPError as err:
-            raise EngineGone(f"no answer to /health: {type(err).__name__}") from err
-        if status == httpx.codes.SERVICE_UNAVAILABLE:
+        status, _ = await self._get("/health")
+        if status == _LOADING:
             return False
-        if status != 200:
+        if status != _OK:
             raise EngineFaulty(f"the engine answered /health with HTTP {status}")
         found = len(await self._slots())
         if found != slots:
@@ -158,8 +153,8 @@ class LlamaServer:
     async def alive(self) -> bool:
         """True if the server answers at all that it is well; costs it nothing."""
         try:
-            return await self._health() == 200
-        except (httpx.HTTPError, EngineError):
+            return (await self._get("/health"))[0] == _OK
+        except EngineError:
             return False
 
     async def busy_slots(self) -> int:
@@ -168,28 +163,20 @@ class LlamaServer:
 
     async def metrics(self) -> dict[str, float]:
         """Counters and gauges by their name without prefix; what is no number is left out."""
-        said = (await self._get("/metrics")).decode("utf-8", "replace")
+        said = (await self._found("/metrics")).decode("utf-8", "replace")
         found = ((name, _figure(text)) for name, text in _METRIC.findall(said))
         return {name: value for name, value in found if value is not None}
 
     async def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
         """Stream one answer; closing the iterator closes the connection, which cancels the generation."""
-        if self._streams.closed:
-            raise EngineGone(_REPLACED)
-        try:
-            async with self._streams.post("/v1/chat/completions", json=self._pinned(payload)) as response:
-                try:
-                    if response.status != 200:
-                        raise _refusal(response.status, await _read_bounded(response))
-                    async with aclosing(_events(response)) as events:
-                        async for data in events:
-                            if data == b"[DONE]":
-                                return
-                            yield _piece(data)
-                finally:
-                    response.close()
-        except (aiohttp.ClientError, TimeoutError) as err:
-            raise EngineGone(f"the connection to the engine broke: {type(err).__name__}") from err
+        async with self._asked(self._calls, "POST", "/v1/chat/completions", self._pinned(payload)) as response:
+            if response.status != _OK:
+                raise _refusal(response.status, (await _bounded(response))[:_MAX_ERROR_BYTES])
+            async with aclosing(_events(response)) as events:
+                async for data in events:
+                    if data == b"[DONE]":
+                        return
+                    yield _piece(data)
 
     async def read(self, payload: Mapping[str, Any]) -> tuple[int, float]:
         """Read a prompt into the slot's cache without an answer; returns the tokens that were not there before, and ms.
@@ -210,68 +197,64 @@ class LlamaServer:
         """Replace what a free slot has read by a saved file; returns the tokens it holds then."""
         return token_count((await self._post(f"/slots/{slot}?action=restore", {"filename": name})).get("n_restored"))
 
-    @property
-    def _open(self) -> httpx.AsyncClient:
-        """The connections. Raises EngineGone once they are closed: a call may have waited for its slot meanwhile."""
-        if self._http.is_closed:
-            raise EngineGone(_REPLACED)
-        return self._http
-
     def _pinned(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         return dict(payload) if self._slot is None else {**payload, "id_slot": self._slot}
 
-    async def _health(self) -> int:
-        async with self._open.stream("GET", "/health") as response:
-            await bounded(response, _MAX_BODY_BYTES)
-        return response.status_code
-
     async def _post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            async with self._open.stream("POST", path, json=payload, timeout=_PATIENT) as response:
-                body = await bounded(response, _MAX_BODY_BYTES)
-        except httpx.HTTPError as err:
-            raise EngineGone(f"the connection to the engine broke: {type(err).__name__}") from err
-        if response.status_code != 200:
-            raise _refusal(response.status_code, body[:_MAX_ERROR_BYTES])
+        async with self._asked(self._calls, "POST", path, payload) as response:
+            body = await _bounded(response)
+        if response.status != _OK:
+            raise _refusal(response.status, body[:_MAX_ERROR_BYTES])
         data = _json(body)
         if not isinstance(data, dict):
             raise EngineFaulty(f"the engine's answer to {path} is not an object")
         return data
 
     async def _slots(self) -> list[dict[str, Any]]:
-        slots = _json(await self._get("/slots"))
+        slots = _json(await self._found("/slots"))
         if not isinstance(slots, list) or not all(isinstance(slot, dict) for slot in slots):
             raise EngineFaulty("the engine's /slots is not a list of slots")
         return slots
 
-    async def _get(self, path: str) -> bytes:
-        try:
-            async with self._open.stream("GET", path) as response:
-                body = await bounded(response, _MAX_BODY_BYTES)
-        except httpx.HTTPError as err:
-            raise EngineGone(f"no answer to {path}: {type(err).__name__}") from err
-        if response.status_code != 200:
-            raise EngineFaulty(f"the engine answered {path} with HTTP {response.status_code}")
+    async def _found(self, path: str) -> bytes:
+        status, body = await self._get(path)
+        if status != _OK:
+            raise EngineFaulty(f"the engine answered {path} with HTTP {status}")
         return body
 
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        async with self._asked(self._probes, "GET", path) as response:
+            return response.status, await _bounded(response)
 
-async def bounded(response: httpx.Response, most_bytes: int) -> bytes:
+    @asynccontextmanager
+    async def _asked(
+        self, session: aiohttp.ClientSession, method: str, path: str, payload: Mapping[str, Any] | None = None
+    ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+        """An answer that has begun. One that is not read to its end costs the connection, which cancels it.
+
+        Raises EngineGone, also where the connections were closed: a call may have waited for its slot meanwhile.
+        """
+        if session.closed:
+            raise EngineGone(_REPLACED)
+        try:
+            async with session.request(method, path, json=payload, allow_redirects=False) as response:
+                try:
+                    yield response
+                except BaseException:
+                    response.close()
+                    raise
+        except (aiohttp.ClientError, TimeoutError) as err:
+            raise EngineGone(f"the connection to the engine broke at {path}: {type(err).__name__}") from err
+
+
+async def _bounded(response: aiohttp.ClientResponse) -> bytes:
     """The body of an answer that is no stream. Raises EngineFaulty where it is longer than such an answer can be."""
-    body = bytearray()
-    async for part in response.aiter_bytes():
-        body += part
-        if len(body) > most_bytes:
-            raise EngineFaulty(f"more than {most_bytes} bytes came where a short answer belongs")
-    return bytes(body)
-
-
-async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
     body = bytearray()
     async for part in response.content.iter_any():
         body += part
-        if len(body) > _MAX_ERROR_BYTES:
-            break
-    return bytes(body[:_MAX_ERROR_BYTES])
+        if len(body) > _MAX_BODY_BYTES:
+            raise EngineFaulty(f"more than {_MAX_BODY_BYTES} bytes came where a short answer belongs")
+    return bytes(body)
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:

@@ -28,7 +28,6 @@ from services.inference.llama_http import (
     PromptTooLong,
     RequestInvalid,
     Usage,
-    bounded,
     candidate_logprobs,
     duration_ms,
     token_count,
@@ -159,7 +158,7 @@ class OpenAiServer:
             async with aclosing(response), aclosing(_events(response)) as events:
                 if response.status_code != 200:
                     async with _heard_within(loop.time() + _PROBE_TIMEOUT_S, _PROBE_TIMEOUT_S):
-                        body_of_error = await bounded(response, _MAX_BODY_BYTES)
+                        body_of_error = await _bounded(response)
                     raise self._refusal(response, body_of_error)
                 kind = response.headers.get("content-type", "")
                 if kind.startswith(("application/json", "text/html")):
@@ -237,7 +236,7 @@ class OpenAiServer:
     async def _get(self, url: str, *, parse: bool = True) -> Any:
         try:
             async with self._http.stream("GET", url, headers=self._headers()) as response:
-                body = await bounded(response, _MAX_BODY_BYTES)
+                body = await _bounded(response)
                 if response.status_code != 200:
                     raise self._refusal(response, body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as err:
@@ -362,3 +361,13 @@ def _reason(err: Exception) -> str:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
     return type(err).__name__
+
+
+async def _bounded(response: httpx.Response) -> bytes:
+    """The body of an answer that is no stream. Raises EngineFaulty where it is longer than such an answer can be."""
+    body = bytearray()
+    async for part in response.aiter_bytes():
+        body += part
+        if len(body) > _MAX_BODY_BYTES:
+            raise EngineFaulty(f"more than {_MAX_BODY_BYTES} bytes came where a short answer belongs")
+    return bytes(body)

@@ -318,12 +318,12 @@ class EngineSupervisor:
         if not alive:
             return
         try:
-            busy = await server.busy_slots()
             metrics = await server.metrics()
         except EngineError:
             return  # in the middle of a long batch; the health check above tells whether it is worse
         if server is not self._server:
             return
+        busy = int(metrics.get("requests_processing", 0))
         self._feed(m.SlotsSeen(self._clock.now_ms(), launch, busy, self.calls))
         seconds, tokens = (
             metrics.get(name, 0.0) - self._now.get(name, 0.0)
