@@ -253,7 +253,8 @@ class AsyncClient:
         """One generation by the model entry of that name, outside any task.
 
         With the same `key` a repeated call is attached to the running one. `on_partial` gets the pieces of a
-        request with `stream`; it runs in the event loop and must not block.
+        request with `stream`; it runs in the event loop and must not block. Raises CallFailed with `model.unknown` for
+        a name that the registry does not have, and what else `ask` raises.
         """
 
         def hand_on(piece: Message) -> None:

@@ -282,6 +282,16 @@ class Loading:
         """Sessions that serve this capability; of a process that came back only the newest."""
         return self._workers.get(target, {}).values()
 
+    def objection(self, target: str, at_ms: int) -> Failure | None:
+        """Why nobody will ever work for this target: it is a model of no registry, and no worker offers it either. A
+        hub that has just started does not object: who offers it may be about to come back.
+        """
+        kind, _, model = target.partition(".")
+        if kind != "infer" or model in self.registry.models or at_ms < self.residency.trust_ms:
+            return None
+        offered = any(target in peer.capabilities for peer in self.broker.peers.values())
+        return None if offered else self._unknown(model)
+
     def _hear(self, target: str, model: str, at_ms: int) -> None:
         peers = self._peers(target)
         states = {peer.state for peer in peers}
@@ -323,12 +333,14 @@ class Loading:
                     yield self.message(peer.identity, "session.reside", Reside(loaded=place.wish, order=place.order))
 
     def _not_movable(self, model: str) -> Failure:
-        if model in self.registry.models:
-            code, message = "model.hot", f"{model} is hot: it is always in memory; set residency in models.yaml"
-        else:
-            known = ", ".join(self.registry.models)
-            code, message = "model.unknown", f"models.yaml has no entry {model!r}; it has: {known}"
-        return Failure(code=code, category=Category.POLICY, origin="scheduler", message=message)
+        if model not in self.registry.models:
+            return self._unknown(model)
+        message = f"{model} is hot: it is always in memory; set residency in models.yaml"
+        return Failure(code="model.hot", category=Category.POLICY, origin="scheduler", message=message)
+
+    def _unknown(self, model: str) -> Failure:
+        message = f"models.yaml has no entry {model!r}; it has: {', '.join(self.registry.models)}"
+        return Failure(code="model.unknown", category=Category.POLICY, origin="scheduler", message=message)
 
 
 def _cold(model: str) -> Failure:

@@ -356,6 +356,10 @@ class Hub:
         if objection is not None:
             self.outbox.refuse(peer.identity, header, objection, RETRY_AFTER_MS)
             return
+        stranger = self.loading.objection(call.target, at_ms)
+        if stranger is not None:
+            self.outbox.answer(peer.identity, header, "error", ErrorReply(failure=stranger))
+            return
         objection = self.broker.objection(call)
         if objection is not None:
             pause_ms = self.broker.admission.retry_after_ms(call.target, at_ms)

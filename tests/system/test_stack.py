@@ -17,10 +17,12 @@ import zmq
 from protocol.errors import CallFailed
 from protocol.messages.failure import Category
 from protocol.messages.gate import Verdict
+from protocol.messages.infer import ChatMessage, InferRequest
 from protocol.messages.memory import Explain, MemoryRequest
 from protocol.messages.result import TaskEvent, TaskState, TaskView
 from services.ctl.bench.bare_stack import BareStack
 from services.kit.config import CHECKOUT
+from services.scheduler.residency import TRUST_MS
 from tests.waiting import until
 
 
@@ -52,6 +54,14 @@ def test_the_example_runs_through_every_service(stack: BareStack) -> None:
     assert path[0].start_ms == view.created_ms
     assert path[-1].end_ms == view.ended_ms
     assert all(one.end_ms == two.start_ms for one, two in itertools.pairwise(path)), "no gap in the path"
+
+
+def test_a_model_that_nobody_has_is_named_at_once_with_those_that_there_are(stack: BareStack) -> None:
+    request = InferRequest(role="test", messages=[ChatMessage(role="user", content="Hi")], max_tokens=4)
+    until(lambda: stack.client.status().uptime_ms > TRUST_MS, "whoever was there before the hub started is back")
+    with pytest.raises(CallFailed, match="no entry 'nosuch'; it has: front, specialist, worker") as raised:
+        stack.client.infer("nosuch", request, timeout_s=100)
+    assert raised.value.failure.code == "model.unknown"
 
 
 def test_decisions_of_a_task_are_scored_in_memory_exactly_once(stack: BareStack) -> None:
