@@ -114,7 +114,11 @@ def _group_room(root: Path) -> Iterator[int]:
 
 
 def _nodes(root: Path, usable: frozenset[int], installed: int) -> Iterator[Node]:
-    """Nodes with at least one usable core; a single one with everything where the kernel names none."""
+    """Nodes with at least one usable core; a single one with everything where the kernel names none.
+
+    A node that is the only one has all memory that is installed, whatever it says itself: in a virtual machine whose
+    host lends memory page by page it tells what is lent at the moment, and a registry would change by itself.
+    """
     folders = sorted((root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda path: int(path.name[4:]))
     found = False
     for folder in folders:
@@ -122,7 +126,8 @@ def _nodes(root: Path, usable: frozenset[int], installed: int) -> Iterator[Node]
         near = usable.intersection(parse_cores(text)) if text else frozenset()
         if near:
             found = True
-            yield Node(tuple(sorted(near)), _mem_total(folder / "meminfo") or installed)
+            own = None if len(folders) == 1 else _mem_total(folder / "meminfo")
+            yield Node(tuple(sorted(near)), own or installed)
     if not found:
         yield Node(tuple(sorted(usable)), installed)
 

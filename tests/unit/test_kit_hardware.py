@@ -46,6 +46,12 @@ def test_nodes_are_cut_to_the_usable_cores_and_those_without_any_are_left_out(tm
     assert found.cores == 4
 
 
+def test_the_only_node_has_all_memory_however_little_the_host_lends_at_the_moment(tmp_path: Path) -> None:
+    folder = "sys/devices/system/node/node0"
+    files = {f"{folder}/cpulist": "0-1\n", f"{folder}/meminfo": f"Node 0 MemTotal: {5 * GIB // 1024} kB\n"}
+    assert detect(machine_of(tmp_path, files), {0, 1}).nodes == (Node((0, 1), 16 * GIB),)
+
+
 @pytest.mark.parametrize(
     "files",
     [
