@@ -143,12 +143,18 @@ class InferenceService:
         generation = self._generation(request, engine, left_s)
         key = call.header.key or ""
         seat, final = None, None
+
+        def progressed() -> None:
+            if not generation.begun:
+                engine.desk.begun(key)
+            engine.progressed()
+
         engine.calls += 1
         running = engine.modes.began()
         try:
             async with asyncio.timeout(_LONGEST_CALL_S if left_s is None else left_s):
-                seat = await engine.desk.enter(key, request.messages, server)
-                final = await generation.run(seat.server, call.partial, engine.progressed)
+                seat = await engine.desk.enter(key, request.messages, server, watched=request.stream)
+                final = await generation.run(seat.server, call.partial, progressed)
             return seat.true_figures(final)
         except TimeoutError as err:
             raise self._late() from err

@@ -4,8 +4,9 @@ A call that would have to read a long prompt waits `GATHER_S` to see who else be
 beginning alone (*priming*), the slot is saved to a file, and the others restore it. A copy that fails costs the reading
 of one prompt and nothing else; an engine on which copies fail or help nothing is left alone until the next launch.
 
-A call whose prompt is short, or known, never waits. To hold it back until as many are there as came together the last
-time, so that llama.cpp reads them in one pass, was tried: the median first token came no earlier, the first one later.
+A call whose prompt is short, or known, never waits for others to share with. To hold it back until as many are there
+as came together the last time, so that llama.cpp reads them in one pass, was tried: the median first token came no
+earlier, the first one later. Long prompts whose answers somebody watches are read in turn (`turns`).
 
 Files live below the run folder, private to the user, at most `DISK_BYTES` for a model and never longer than the service
 or the model file they were read with. How an answer is made is `generation`'s business.
@@ -24,6 +25,7 @@ from typing import Final
 from protocol.messages.infer import ChatMessage, InferFinal
 from services.inference import prefix as p
 from services.inference.llama_http import EngineError, EngineGone, LlamaServer
+from services.inference.turns import ReadingTurns
 from services.kit.logs import Log, LogEvent
 
 PREFIX_SAVED = LogEvent("prefix.saved", "name slot tokens bytes took_ms", "debug")
@@ -70,6 +72,7 @@ class SlotDesk:
         self._making: dict[str, asyncio.Future[None]] = {}
         self._makers: dict[str, str] = {}
         """Call -> the beginning that it makes."""
+        self._turns = ReadingTurns()
         self._reading: Counter[str] = Counter()
         self._stamp: object = None
         self._totals = Counter({"prefixes_read": 0, "prefixes_copied": 0, "cached_tokens_total": 0})
@@ -104,11 +107,17 @@ class SlotDesk:
         """Totals since the service started, and the bytes on disk."""
         return {**self._totals, "prefixes_bytes": sum(size or 0 for size in self._book.saved_bytes.values())}
 
-    async def enter(self, key: str, messages: Sequence[ChatMessage], server: LlamaServer) -> Seat:
-        """Take a slot, with as much of the prompt in it as can be had; `leave` gives it back, also after a cancel."""
+    async def enter(
+        self, key: str, messages: Sequence[ChatMessage], server: LlamaServer, *, watched: bool = False
+    ) -> Seat:
+        """Take a slot, with as much of the prompt in it as can be had; `leave` gives it back, also after a cancel.
+
+        Where somebody watches the answer, the rest is read when it is its turn, and `begun` must end that.
+        """
         loop = asyncio.get_running_loop()
         began_s = loop.time()
-        placement = await self._placed(p.Waiting(key, p.blocks_of(p.flat(messages))))
+        text = p.flat(messages)
+        placement = await self._placed(p.Waiting(key, p.blocks_of(text)))
         if placement is None:
             return Seat(server)
         seated = server.on_slot(placement.slot)
@@ -117,7 +126,13 @@ class SlotDesk:
         if placement.prime is not None:
             shared = p.beginning(messages, placement.prime_blocks)
             tokens, read_ms = await self._prime(seated, placement, shared)
+        if watched:
+            await self._turns.take(key, max(0, len(text) - p.BLOCK_CHARS * placement.cached_blocks))
         return Seat(seated, (loop.time() - began_s) * 1000, tokens, read_ms, restored)
+
+    def begun(self, key: str) -> None:
+        """The first piece of the answer has come, so the prompt is read."""
+        self._turns.over(key)
 
     def leave(self, key: str, seat: Seat | None, final: InferFinal | None, *, complete: bool) -> None:
         """The call has ended and its slot is free. `complete`: the engine has read all of its prompt; `final`: its
@@ -126,6 +141,7 @@ class SlotDesk:
         self._arrived = [(waiting, future) for waiting, future in self._arrived if waiting.key != key]
         if key in self._makers:  # cancelled before it began to read
             self._made(key, 0)
+        self._turns.over(key)
         self._book.ended(key, complete=complete)
         if final is None or seat is None:
             return

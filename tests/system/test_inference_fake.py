@@ -94,6 +94,37 @@ def test_partials_are_joined_and_the_final_repeats_everything(shared: InferenceS
 
 
 @pytest.mark.parametrize(
+    ("second", "watched", "begins"), [("long " * 90, True, False), ("short", True, True), ("long " * 90, False, True)]
+)
+def test_long_prompts_that_somebody_watches_are_read_one_after_the_other(
+    second: str, watched: bool, begins: bool, shared: InferenceStack
+) -> None:
+    record, hold = shared.root / "read.jsonl", shared.root / "hold"
+    for file in (record, hold):
+        file.unlink(missing_ok=True)
+    rules = [{"match": "first", "answers": [{"text": "a b c", "hold": str(hold)}]}]
+    shared.script("m", {**SCRIPT, "record": str(record), "rules": rules})
+
+    def read() -> list[str]:
+        lines = record.read_text().splitlines() if record.exists() else []
+        return [json.loads(line)["prompt"].split()[0] for line in lines]
+
+    one = shared.hub.request("inference-m", "infer.request", ask_for("first " * 90, stream=True))
+    shared.hub.until(lambda: read() == ["first"], "the first is read")
+    two = shared.hub.request("inference-m", "infer.request", ask_for(second, stream=watched))
+    if begins:
+        shared.hub.until(lambda: len(read()) == 2, "the second is read beside it")
+    else:
+        shared.hub.pump_for(1)
+        assert read() == ["first"]
+    hold.touch()
+    for request in (one, two):
+        _, final, _ = shared.hub.collect(request)
+        assert isinstance(final, InferFinal), final
+    assert read() == ["first", second.split()[0]]
+
+
+@pytest.mark.parametrize(
     "answer", ["no JSON at all", '{"n": "three"}', '{"n": 1, "extra": 2}', '{"n": 1', "[" * 100_000]
 )
 def test_an_answer_that_breaks_its_schema_is_a_schema_failure(shared: InferenceStack, answer: str) -> None:
