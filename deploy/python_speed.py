@@ -1,8 +1,8 @@
 """Prints how long this Python takes for work like the scheduler's, in microseconds: `deploy/setup` compares by it.
 
-The same version of Python is a quarter slower where it was compiled without profile-guided optimization. No setting
-that could be read says so for every build, hence a measurement; the least of many short ones, since others use the
-machine as well.
+The same version of Python runs our services a fifth slower where it was compiled without profile-guided optimization.
+No setting that could be read says so for every build, hence a measurement; the least of many short ones, since others
+use the machine as well.
 """
 
 from __future__ import annotations
