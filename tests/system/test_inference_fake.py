@@ -94,7 +94,7 @@ def test_partials_are_joined_and_the_final_repeats_everything(shared: InferenceS
 
 
 @pytest.mark.parametrize(
-    ("second", "watched", "begins"), [("long " * 90, True, False), ("short", True, True), ("long " * 90, False, True)]
+    ("second", "watched", "begins"), [("long " * 300, True, False), ("short", True, True), ("long " * 300, False, True)]
 )
 def test_long_prompts_that_somebody_watches_are_read_one_after_the_other(
     second: str, watched: bool, begins: bool, shared: InferenceStack
@@ -109,7 +109,7 @@ def test_long_prompts_that_somebody_watches_are_read_one_after_the_other(
         lines = record.read_text().splitlines() if record.exists() else []
         return [json.loads(line)["prompt"].split()[0] for line in lines]
 
-    one = shared.hub.request("inference-m", "infer.request", ask_for("first " * 90, stream=True))
+    one = shared.hub.request("inference-m", "infer.request", ask_for("first " * 300, stream=True))
     shared.hub.until(lambda: read() == ["first"], "the first is read")
     two = shared.hub.request("inference-m", "infer.request", ask_for(second, stream=watched))
     if begins:
