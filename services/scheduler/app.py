@@ -26,7 +26,6 @@ from services.kit.hardware import available_memory
 from services.kit.identity import boot_id
 from services.kit.logs import Log, LogEvent
 from services.kit.registry import Registry, RegistryError
-from services.scheduler.client_requests import MAX_ACTIVE_TASKS
 from services.scheduler.durations import LearnedDurations
 from services.scheduler.effects import Record
 from services.scheduler.events import (
@@ -65,6 +64,7 @@ from services.scheduler.facts import (
 from services.scheduler.housekeeping import Housekeeping, Intervals
 from services.scheduler.journal import Journal
 from services.scheduler.machine import Hub
+from services.scheduler.occupancy import MAX_ACTIVE_TASKS, MAX_UNSETTLED
 from services.scheduler.personas import AdoptPersona, KeepPersona
 from services.scheduler.registry_reader import RegistryReader
 from services.scheduler.vigil import Vigil
@@ -81,6 +81,8 @@ TASK_DETAIL = LogEvent("task.detail", _FIELDS, "debug")
 _DETAILS: Final = (AttemptQueued, AttemptAnswered)
 
 _TICK_MS: Final = 100
+_RESTORED_MS: Final = 20
+"""Longest that ended tasks are read back in one go; a thousand steps take some thirty, and the rest wait meanwhile."""
 _MEMORY_EVERY_MS: Final = 1_000
 _BATCH: Final = 512
 """Messages drained before the journal is written: bounds the delay of the first one."""
@@ -124,6 +126,8 @@ class HubApp:
         """Those that may not."""
         self._reads: dict[tuple[bytes, str], ReadEvents] = {}
         """One page to read for each watcher that came late, the longest waiting first."""
+        self._set_aside: set[str] = set()
+        """Ended tasks that are damaged: memory will not be told of them."""
         self._available_memory = available_memory
         self._next_tick = self._next_memory = now
         self._next_page = 0
@@ -163,7 +167,7 @@ class HubApp:
         began = self._clock.now_ms()
         self._hub.restore_personas(self._journal.personas())
         restored = self._restore(self._journal.open_tasks(MAX_ACTIVE_TASKS * 2, final=False))
-        unsettled = self._restore(self._journal.open_tasks(MAX_ACTIVE_TASKS, final=True))
+        unsettled = self._restore_unsettled()
         self._flush()
         self._log.write(
             HUB_STARTED,
@@ -233,6 +237,26 @@ class HubApp:
                 past = self._reader.past_with(self._hub.lacks(task))
                 self._feed(Restored(task, self._clock.now_ms(), past))
         return len(ids) - damaged, damaged
+
+    def _restore_unsettled(self) -> tuple[int, int]:
+        """Take up ended tasks that memory is still to be told of, oldest first, while there is room; see `_restore`."""
+        engine, until = self._hub.engine, self._clock.now_ms() + _RESTORED_MS
+        here = len(engine.live) + len(self._set_aside)
+        ids = self._journal.open_tasks(here + MAX_UNSETTLED, final=True)
+        more = len(ids) == here + MAX_UNSETTLED
+        restored = damaged = 0
+        for task_id in ids:
+            if task_id in engine.live or task_id in self._set_aside:
+                continue
+            if not engine.occupancy.has_room or self._clock.now_ms() > until:
+                more = True
+                break
+            good, bad = self._restore([task_id])
+            if bad:
+                self._set_aside.add(task_id)
+            restored, damaged = restored + good, damaged + bad
+        engine.settling.deferred |= more
+        return restored, damaged
 
     def _keep_house(self, now: int) -> None:
         if self._housekeeping.durations_due(now):
@@ -328,9 +352,9 @@ class HubApp:
                 self._promises.append(self._hub.outbox.reply(identity, header, "session.report", report))
             case ReadRegistry():
                 self._reader.read(command)
-            case ReloadUnsettled(limit):
+            case ReloadUnsettled():
                 self._write()
-                self._restore(self._journal.open_tasks(limit, final=True))
+                self._restore_unsettled()
 
     def _write(self) -> None:
         if self._records or self._personas:

@@ -29,6 +29,7 @@ from services.scheduler.engine import Engine
 from services.scheduler.events import LookUp, ReadListing, ReadRegistry, ReadStatus
 from services.scheduler.growth import checked_extension
 from services.scheduler.loading import Loading
+from services.scheduler.occupancy import steps_in
 from services.scheduler.outbox import Outbox
 from services.scheduler.past import Past, answer_past
 from services.scheduler.reloading import Registries
@@ -39,9 +40,6 @@ from services.scheduler.views import view
 from services.scheduler.waiting import reasons
 from services.scheduler.watchers import Watchers
 
-MAX_ACTIVE_TASKS: Final = 2_000
-"""Tasks that are not final. A submit is refused, with the time after which one should have ended, as soon as its client
-has as many as there are places left: one alone gets half of them, two a third each, and a newcomer finds a place."""
 _SHORT_ANSWERS: Final = frozenset({"task.submit", "task.cancel", "task.extend"})
 """Requests whose answers are a few bytes: taken from a peer that is behind with reading, too."""
 
@@ -108,7 +106,6 @@ class ClientRequests:
 
     def _on_submit(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
         ir = read_task(body, self.registries.declared)
-        peer = self.broker.peers[identity]
         if ir.idempotency_key is None:
             task_id = f"t-{work_key('task', self.outbox.epoch, self.outbox.sent, at_ms)[:16]}"
         else:
@@ -118,7 +115,7 @@ class ClientRequests:
         elif ir.idempotency_key is not None:
             self.outbox.add(LookUp(task_id, identity, header, body))
         else:
-            self._accept(identity, header, ir, task_id, peer.service, at_ms)
+            self._accept(identity, header, ir, task_id, len(body), at_ms)
 
     def _on_make_persona(self, identity: bytes, header: Header, asked: MakePersona, at_ms: int) -> None:
         task = None if asked.task_id is None else self.engine.live.get(asked.task_id)
@@ -137,23 +134,22 @@ class ClientRequests:
         self.batches.ask(identity, header, body, self.broker.peers[identity].service, at_ms)
         self.settle(at_ms)
 
-    def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, client: str, at_ms: int) -> None:
-        refused = self.admit(ir, task_id, client, at_ms)
+    def _accept(self, identity: bytes, header: Header, ir: TaskIR, task_id: str, sent: int, at_ms: int) -> None:
+        client = self.broker.peers[identity].service
+        refused = self.admit(ir, task_id, client, sent, at_ms)
         if refused is not None:
             self.outbox.note(TASK_REFUSED, peer=client, reason=refused.reason, retry_after_ms=refused.retry_after_ms)
             self.outbox.answer(identity, header, "refused", refused)
             return
         self.outbox.answer(identity, header, "task.accepted", Accepted(task_id=task_id))
 
-    def admit(self, ir: TaskIR, task_id: str, client: str, at_ms: int) -> Refused | None:
+    def admit(self, ir: TaskIR, task_id: str, client: str, sent_bytes: int, at_ms: int) -> Refused | None:
         """Take a task that has been checked and begin with it; returns why not, if there is no place for it."""
-        # Nobody may have more than are left for the others, so that a greedy client never takes the last place.
-        own, active = self.engine.active[client], self.engine.active.total()
-        if own >= MAX_ACTIVE_TASKS - active:
-            reason = f"{active} tasks are active, {own} of them yours"
-            return Refused(reason=reason, retry_after_ms=self.drain.retry_after_ms(at_ms))
+        objection = self.engine.occupancy.objection(client, sent_bytes, steps_in(ir))
+        if objection is not None:
+            return Refused(reason=objection, retry_after_ms=self.drain.retry_after_ms(at_ms))
         accepted = ir.model_copy(update={"task_id": task_id, "created_at": at_ms})
-        self.engine.submit(task_id, accepted, client, at_ms)
+        self.engine.submit(task_id, accepted, client, sent_bytes, at_ms)
         self.settle(at_ms)
         return None
 
@@ -161,8 +157,7 @@ class ClientRequests:
         self, identity: bytes, header: Header, body: bytes, task: TaskRecord | Past | None, at_ms: int
     ) -> None:
         """What the journal knows of the task that a request is about."""
-        peer = self.broker.peers.get(identity)
-        if peer is None:
+        if identity not in self.broker.peers:
             return
         try:
             if header.kind == "task.submit":
@@ -172,7 +167,7 @@ class ClientRequests:
                     accepted = Accepted(task_id=task_id, duplicate=True)
                     self.outbox.answer(identity, header, "task.accepted", accepted)
                 else:
-                    self._accept(identity, header, ir, task_id, peer.service, at_ms)
+                    self._accept(identity, header, ir, task_id, len(body), at_ms)
             elif task is None:
                 wanted = task_asked_for(header.kind, body)
                 raise BadFrame("task.unknown", f"there is no task {wanted!r}; `tierline list` shows them")

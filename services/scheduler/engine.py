@@ -7,7 +7,6 @@ follows a failure is `failures.py`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -37,6 +36,7 @@ from services.scheduler.ended import EndedTasks
 from services.scheduler.failures import Action, Work, react, teaches
 from services.scheduler.fold import apply, begin
 from services.scheduler.growth import reach_of
+from services.scheduler.occupancy import Occupancy, steps_in
 from services.scheduler.own_calls import Wanted, inference_call, service_call
 from services.scheduler.personas import Personas
 from services.scheduler.plans import PlanHands, Plans, planning_of, will_grow
@@ -68,8 +68,8 @@ class Engine:
     """Made at run time; those that its steps use a task has for itself."""
     live: dict[str, TaskRecord] = field(default_factory=dict)
     """Tasks that are not final, or whose outcomes memory does not have yet."""
-    active: Counter[str] = field(default_factory=Counter)
-    """Client -> its tasks that are not final."""
+    occupancy: Occupancy = field(default_factory=Occupancy)
+    """What these occupy, and whether there is a place for more."""
     ended: EndedTasks = field(default_factory=EndedTasks)
     """The newest of those that are over."""
     effort: EffortRecord = field(default_factory=EffortRecord)
@@ -128,6 +128,7 @@ class Engine:
             ask,
             lambda task, failure, at_ms: self._on_task_failure(task, Work.MEMORY, failure, at_ms),
             self._retire,
+            self.occupancy.may_wait,
         )
 
     def take(self) -> list[Effect]:
@@ -148,22 +149,20 @@ class Engine:
 
     # Tasks
 
-    def submit(self, task_id: str, ir: TaskIR, client: str, at_ms: int) -> None:
-        """Accept a task whose IR has been checked; `ir` carries task_id and created_at."""
+    def submit(self, task_id: str, ir: TaskIR, client: str, sent_bytes: int, at_ms: int) -> None:
+        """Accept a task whose IR has been checked; `ir` carries task_id and created_at, and came in so many bytes."""
         fact = f.TaskAccepted(task=task_id, at_ms=at_ms, ir=f.Dumped(ir), client=client)
         task = begin(fact)
         self.live[task_id] = task
-        self.active[client] += 1
+        self.occupancy.took(task_id, client, sent_bytes, steps_in(ir))
         self._effects.append(Record(fact, task.seq))
         self.plans.ask(task, at_ms)
 
     def restore(self, task: TaskRecord, at_ms: int) -> None:
         """Take up a task from the journal where it stood; work in flight may be brought back by its worker."""
-        known = self.live.get(task.id)
-        self.live[task.id] = task
-        if not task.state.final and known is None:
-            self.active[task.client] += 1
+        self._take_in(task)
         if task.state.final:
+            self.occupancy.over(task.id)
             self.settling.begin(task, at_ms)
         elif task.state is TaskState.PLANNING:
             self.plans.ask(task, at_ms)
@@ -183,8 +182,7 @@ class Engine:
 
     def give_up(self, task: TaskRecord, failure: Failure, at_ms: int) -> None:
         """Take up a task from the journal only to end it: what it needs is not there any more."""
-        self.live[task.id] = task
-        self.active[task.client] += 1
+        self._take_in(task)
         self._end(task, TaskState.FAILED, failure, at_ms, why=failure.message)
 
     def cancel(self, task_id: str, reason: str, at_ms: int) -> None:
@@ -560,9 +558,7 @@ class Engine:
                 )
         value = None if failure is None else failure.model_dump(mode="json", exclude_none=True)
         self._emit(task, f.TaskEnded(task=task.id, at_ms=at_ms, state=state.value, failure=value))
-        self.active[task.client] -= 1
-        if not self.active[task.client]:
-            del self.active[task.client]  # clients come and go under ever new names
+        self.occupancy.over(task.id)
         self.ranking.forget(task.id)
         self.replanning.forget(task.id)
         self.settling.begin(task, at_ms)
@@ -570,7 +566,7 @@ class Engine:
     def _retire(self, task: TaskRecord) -> None:
         self.live.pop(task.id, None)
         self._calls.pop(task.id, None)
-        self.ended.add(task)
+        self.ended.add(task, self.occupancy.gone(task.id))
 
     def forget_ended(self, task_id: str) -> None:
         """Drop an ended task from memory; the journal has it."""
@@ -578,8 +574,16 @@ class Engine:
 
     # Inside
 
+    def _take_in(self, task: TaskRecord) -> None:
+        self.live[task.id] = task
+        self.ended.pop(task.id)
+        self.occupancy.took(task.id, task.client, len(task.ir.model_dump_json()), len(task.steps))
+
     def _emit(self, task: TaskRecord, fact: f.Fact) -> None:
+        before = len(task.steps)
         apply(task, fact)
+        if len(task.steps) != before:
+            self.occupancy.grew(task.id, len(task.steps))
         self._effects.append(Record(fact, task.seq))
 
     def _locate(self, call: Call) -> tuple[TaskRecord | None, StepRecord | None]:

@@ -176,9 +176,7 @@ class ReadRegistry(msgspec.Struct, frozen=True):
 
 
 class ReloadUnsettled(msgspec.Struct, frozen=True):
-    """Bring back ended tasks whose outcomes memory does not have, as Restored."""
-
-    limit: int
+    """Bring back ended tasks whose outcomes memory does not have, as Restored, while there is room."""
 
 
 class Noted(msgspec.Struct, frozen=True):

@@ -66,7 +66,6 @@ from services.scheduler.ranks import Ranking
 from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
 from services.scheduler.residency import TRUST_MS
 from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
-from services.scheduler.settling import MAX_UNSETTLED
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.unread import RETRY_AFTER_MS
 from services.scheduler.watchers import Watchers
@@ -160,7 +159,7 @@ class Hub:
                     self.outbox.unread.gone(identity)
                 self._settle(self.broker.on_unreachable(identity, at_ms), at_ms)
             case Restored(task, at_ms, past):
-                if self.engine.find(task.id) is None or not task.state.final:
+                if task.id not in self.engine.live or not task.state.final:
                     self._on_restored(task, past, at_ms)
             case RegistryChanged():
                 self._on_registry_changed(happened)
@@ -190,7 +189,7 @@ class Hub:
             models=self.loading.reports(at_ms),
             memory=self.loading.budget(),
             registry=self.registries.declared.digest,
-            clients=client_reports(self.broker, self.engine.active),
+            clients=client_reports(self.broker, self.engine.occupancy.active),
             circuits=self.broker.circuits.open() or None,
         )
 
@@ -491,10 +490,9 @@ class Hub:
             self._cleaned_ms = at_ms
             self.broker.forget_silent_clients(at_ms, self.watchers.identities() | self.batches.requesters())
             self.outbox.unread.want_marks(self.broker.peers)
-            settling = self.engine.settling
-            if settling.deferred and len(settling.waiting) < MAX_UNSETTLED // 2:
-                settling.deferred = False
-                self.outbox.add(ReloadUnsettled(MAX_UNSETTLED // 2))
+        if self.engine.settling.deferred and self.engine.occupancy.has_room:
+            self.engine.settling.deferred = False  # unless not all come back
+            self.outbox.add(ReloadUnsettled())
 
     # Joining broker and engine
 

@@ -21,8 +21,6 @@ from services.scheduler.personas import Personas
 from services.scheduler.tasks import TaskRecord
 
 MEMORY: Final = "memory"
-MAX_UNSETTLED: Final = 200
-"""Ended tasks that wait for memory at once; further ones wait in the journal."""
 
 
 @dataclass(slots=True)
@@ -38,6 +36,8 @@ class Settling:
     """Memory could not take it."""
     let_go: Callable[[TaskRecord], None]
     """The task is over for good, or for now."""
+    may_wait: Callable[[str], bool]
+    """Whether this ended task has a place beside the others."""
     waiting: set[str] = field(default_factory=set)
     """Ended tasks whose outcomes are on their way to memory."""
     deferred: bool = False
@@ -49,7 +49,7 @@ class Settling:
         if request is None:
             self.end(task, 0, "nothing to learn", at_ms)
             return
-        if task.id not in self.waiting and len(self.waiting) >= MAX_UNSETTLED:
+        if task.id not in self.waiting and not self.may_wait(task.id):
             self.deferred = True  # memory is away for long: the journal keeps it, and it is restored later
             self._let_go(task)
             return

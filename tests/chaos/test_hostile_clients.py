@@ -25,7 +25,7 @@ from protocol.messages.result import ArtefactQuery, TaskQuery, TaskState, Watch
 from protocol.messages.session import Hello
 from services.ctl.bench.bare_stack import BareStack
 from services.scheduler.admission import MAX_CALLS_PER_PEER
-from services.scheduler.client_requests import MAX_ACTIVE_TASKS
+from services.scheduler.occupancy import MAX_ACTIVE_BYTES, MAX_ACTIVE_TASKS
 from services.scheduler.unread import MAX_UNREAD_PER_PEER
 from tests.waiting import until
 
@@ -93,6 +93,21 @@ def test_a_flood_of_submits_is_refused_while_others_are_served(stack: BareStack)
 
     until(lambda: tasks().get("succeeded", 0) >= accepted + 6, "what was accepted is finished", within_s=300)
     assert tasks() == {"succeeded": accepted + 6}, "and nothing else"
+
+
+def test_heavy_tasks_are_refused_long_before_their_number_would_be(stack: BareStack) -> None:
+    stack.kill("inference-worker", signal.SIGSTOP)
+    before_mb = resident_mb(stack)
+    heavy = task("worker") | {"inputs": [{"name": f"i{n}", "value": "x" * 1_000_000} for n in range(7)]}
+    places = MAX_ACTIVE_BYTES // 2 // (2 * 7_000_000)  # inputs are there twice, and half is for others
+    accepted = [stack.client.submit(heavy, timeout_s=100).task_id for _ in range(places)]
+    with pytest.raises(CallRefused, match="of the hub's memory"):
+        stack.client.submit(heavy, timeout_s=100)
+    assert resident_mb(stack) - before_mb < MAX_ACTIVE_BYTES / 2**20
+    assert stack.client.run(task("writer"), timeout_s=100).state is TaskState.SUCCEEDED, "a small one has a place"
+    for one in accepted:
+        stack.client.cancel(one)
+    stack.client.cancel(stack.client.submit(heavy, timeout_s=100).task_id)
 
 
 async def flood_with_calls(address: str, count: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from services.ctl.__main__ import main
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.overhead import NOOP_MODELS
 from services.kit.children import resident_bytes
+from services.scheduler.occupancy import MAX_UNSETTLED_BYTES
 from tests.waiting import until
 
 pytestmark = pytest.mark.chaos
@@ -105,3 +106,32 @@ def test_resident_memory_does_not_grow_with_the_number_of_tasks(stack: BareStack
     half = len(sizes) // 2
     assert stack.client.status().tasks == {"succeeded": SOAK_TASKS}
     assert max(sizes[half:]) - max(sizes[:half]) < SOAK_BOUND_MB, sizes
+
+
+def test_ended_tasks_that_memory_cannot_be_told_of_do_not_stay_in_the_hub(stack: BareStack) -> None:
+    fanout = {
+        "objective": "many small answers",
+        "plan": {
+            "steps": [
+                {"id": f"S{i}", "actor": "worker", "action": "answer", "gates": [], "outputs": [{"name": f"o{i}"}]}
+                for i in range(1_000)
+            ]
+        },
+    }
+    pid = stack.client.status().hub_pid
+    assert stack.client.run(fanout, timeout_s=200).state is TaskState.SUCCEEDED
+    stack.kill("memory")
+    sizes: list[float] = []
+    for _ in range(20):
+        assert stack.client.run(fanout, timeout_s=200).state is TaskState.SUCCEEDED
+        sizes.append(resident_bytes(pid) / 1024**2)
+    assert max(sizes) - sizes[0] < 1.5 * MAX_UNSETTLED_BYTES / 1024**2, sizes
+    stack.start("memory")
+    unsettled = "SELECT COUNT(*) FROM tasks WHERE settled = 0"
+    until(lambda: rows(stack, unsettled) == [(0,)], "memory was told of all of them", within_s=120)
+    reasons = Counter(
+        fact["stored"]
+        for (data,) in rows(stack, "SELECT data FROM facts WHERE kind = 'OutcomesSettled'")
+        for fact in [msgpack.unpackb(data)]
+    )
+    assert len(reasons) == 1, reasons

@@ -5,7 +5,6 @@ After every event the invariants of the broker and of the sessions are checked.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +42,7 @@ class World(world.World):
             self.hub.batches.check_invariants(self.hub.broker.calls)
             self.hub.outbox.unread.check_invariants()
             live = self.hub.engine.live.values()
-            assert self.hub.engine.active == Counter(task.client for task in live if not task.state.final)
+            self.hub.engine.occupancy.check_invariants(live)
         for peer in self.peers.values():
             peer.session.check_invariants()
 

@@ -7,6 +7,7 @@ import pytest
 from services.scheduler import broker as b
 from services.scheduler import calls as c
 from services.scheduler import ended
+from services.scheduler.occupancy import STEP_BYTES
 from services.scheduler.resources import Tokens
 from tests.unit.simulation import say, stack, task_of
 
@@ -25,12 +26,25 @@ def test_deadlines_of_ended_calls_do_not_pile_up() -> None:
     assert len(ended_keys) == 10, "no deadline that still matters is lost"
 
 
-def test_ended_tasks_in_memory_are_bounded_by_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ended, "_KEPT_ENDED_STEPS", 25)
-    world = stack(say("fine", took_ms=1), slots=64)
+TEXT = "x" * 10 * STEP_BYTES
+
+
+@pytest.mark.parametrize(
+    ("steps", "fields", "answer"),
+    [
+        (10, {}, "fine"),
+        (1, {"inputs": [{"name": "long", "value": TEXT[::2]}]}, "fine"),
+        (1, {}, TEXT),
+    ],
+    ids=["steps", "inputs", "answers"],
+)
+def test_ended_tasks_in_memory_are_bounded_by_their_weight(
+    monkeypatch: pytest.MonkeyPatch, steps: int, fields: dict[str, object], answer: str
+) -> None:
+    monkeypatch.setattr(ended, "_KEPT_BYTES", 25 * STEP_BYTES)
+    world = stack(say(answer, took_ms=1), slots=64)
     assert world.hub is not None
-    steps: list[dict[str, object]] = [{"id": f"S{index}"} for index in range(10)]
-    tasks = [world.submit(task_of(steps)) for _ in range(5)]
+    tasks = [world.submit(task_of([{"id": f"S{index}"} for index in range(steps)], **fields)) for _ in range(5)]
     for task in tasks:
         world.finish(task)
     world.run_for(200)

@@ -16,7 +16,7 @@ from protocol.messages.plan import PlanFinal, RoutingDecision
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.result import CancelQuery, StepState, TaskState
 from protocol.messages.task import Submit
-from services.scheduler import client_requests
+from services.scheduler import occupancy
 from tests.unit.simulation import Answer, World, final_of, plan_as_given, say, stack, task_of
 
 
@@ -278,7 +278,7 @@ def test_the_same_idempotency_key_is_one_task_even_after_a_restart() -> None:
 
 
 def test_a_submit_beyond_the_bound_is_refused_with_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_requests, "MAX_ACTIVE_TASKS", 6)  # one client alone gets half
+    monkeypatch.setattr(occupancy, "MAX_ACTIVE_TASKS", 6)  # one client alone gets half
     world = stack(say("fine", took_ms=60_000))
     for _ in range(3):
         world.submit(task_of([{"id": "S1"}]))
@@ -289,7 +289,7 @@ def test_a_submit_beyond_the_bound_is_refused_with_a_time(monkeypatch: pytest.Mo
 
 
 def test_a_refused_submit_is_told_the_pace_at_which_tasks_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_requests, "MAX_ACTIVE_TASKS", 6)
+    monkeypatch.setattr(occupancy, "MAX_ACTIVE_TASKS", 6)
     world = stack(say("fine", took_ms=2_500), slots=1)
     for task in [world.submit(task_of([{"id": "S1"}])) for _ in range(3)]:
         world.finish(task)

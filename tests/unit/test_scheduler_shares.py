@@ -126,7 +126,7 @@ def test_the_report_shows_weight_tasks_and_calls_of_each_client() -> None:
     world.run_for(200)
     hello = Hello(service="idle-1", protocol_min=1, protocol_max=1, pid=1)
     world.hub.broker.on_hello(b"idle", hello, "idle-1", 0, world.now)
-    rows = {row.client: row for row in client_reports(world.hub.broker, world.hub.engine.active)}
+    rows = {row.client: row for row in client_reports(world.hub.broker, world.hub.engine.occupancy.active)}
     busy = rows["client-simulated"]
     assert (busy.tasks, busy.running, busy.waiting, busy.weight) == (1, 1, 2, registry.weight_of("client-simulated"))
     assert (rows["idle-1"].tasks, rows["idle-1"].running) == (0, 0)

@@ -83,7 +83,7 @@ class _CalmHub(Hub):
         problems = plan_problems(task, self.registry)
         if problems:
             raise RefusedError(f"not accepted: {'; '.join(str(one) for one in problems[:10])}", None)
-        refused = self.requests.admit(task, task_id, CLIENT, at_ms)
+        refused = self.requests.admit(task, task_id, CLIENT, 0, at_ms)
         if refused is not None:
             raise RefusedError(f"not accepted: {refused.reason}", refused.retry_after_ms)
 

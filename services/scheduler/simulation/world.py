@@ -170,9 +170,7 @@ class World:
             case ev.LookUp(task_id, identity, header, body):
                 self.feed(ev.LookedUp(identity, header, body, self.find(task_id), self.now))
             case ev.ReloadUnsettled():
-                for task in self.recorded_tasks().values():
-                    if task.state.final and not task.settled:
-                        self.feed(ev.Restored(task, self.now))
+                self._restore_unsettled()
             case ev.Noted(event=told, fields=fields):
                 self.notes.append(f"{self.now} {told.name} {fields}")
                 del self.notes[:-_KEPT_NOTES]
@@ -182,6 +180,15 @@ class World:
                 self.adopting.append(command)
             case ev.ReadListing() | ev.ReadStatus() | ev.ReadEvents() | ev.ReadRegistry():
                 raise SimulationError("listings and reports are the business of the process, not of its machine")
+
+    def _restore_unsettled(self) -> None:
+        for task in self.recorded_tasks().values():
+            if self.hub is None or task.id in self.hub.engine.live or not task.state.final or task.settled:
+                continue
+            if not self.hub.engine.occupancy.has_room:
+                self.hub.engine.settling.deferred = True
+                return
+            self.feed(ev.Restored(task, self.now))
 
     def _record(self, fact: f.Fact, seq: int) -> None:
         self.journal.append((fact.task, seq, type(fact).__name__, f.pack_fact(fact)))
