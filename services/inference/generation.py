@@ -38,8 +38,9 @@ from services.inference.llama_http import (
     Usage,
 )
 
-PARTIAL_S: Final = 0.05
-"""Shortest time between two partials of a service; pieces that come faster are joined. Each of n calls at the same time
+PARTIAL_S: Final = 0.045
+"""Shortest time between two partials of a service; pieces that come faster are joined. A little shorter than
+`llama_http.GATHER_S`, so that each look at an answer can be one. Each of n calls at the same time
 has its turn every n times as long: what partials cost is taken from the cores that decode, and must not grow with n."""
 
 LOGPROB_CANDIDATES: Final = 10
@@ -213,7 +214,7 @@ class Generation:
                     now_s = loop.time()
                     self._take(stream, piece, now_s)
                     if partial is not None and piece.text:
-                        self._hand_on(stream, piece.text, now_s, partial)
+                        self._hand_on(stream, piece, now_s, partial)
         except PromptTooLong as err:
             raise self._failed(
                 "prompt.too_long",
@@ -258,9 +259,9 @@ class Generation:
             self._figures["early_aborts"] += 1
             raise self._aborted(found, stream)
 
-    def _hand_on(self, stream: _Stream, text: str, now_s: float, partial: Callable[[InferPartial], bool]) -> None:
-        self._unsent.append(text)
-        if now_s - self._sent_s < PARTIAL_S * max(1, self._calls()):
+    def _hand_on(self, stream: _Stream, piece: Piece, now_s: float, partial: Callable[[InferPartial], bool]) -> None:
+        self._unsent.append(piece.text)
+        if piece.more or now_s - self._sent_s < PARTIAL_S * max(1, self._calls()):
             return
         self._sent_s = now_s
         unsent = "".join(self._unsent)

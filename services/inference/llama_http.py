@@ -21,6 +21,7 @@ import aiohttp
 
 from protocol.limits import MAX_ARTEFACT_CHARS
 from protocol.messages.failure import Category
+from services.inference.gathering import Gathering
 
 _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 """One event may hold a whole answer, escaped; anything larger is no answer."""
@@ -28,6 +29,9 @@ _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 _MAX_ERROR_BYTES: Final = 64 * 1024
 _MAX_BODY_BYTES: Final = 16 * 1024**2
 """What is no stream is a small object; the state of hundreds of slots has some hundred kilobytes."""
+GATHER_S: Final = 0.05
+"""Time between two looks at an answer that has begun, where it is the only one; each of n at once is looked at n times
+as seldom, so that what it costs does not grow with their number."""
 _LARGEST: Final = 2**40
 """No figure of a server is larger, in tokens, bytes or milliseconds. JSON is read with infinities and with integers of
 any length, which no message can carry; sums of these can be sent too."""
@@ -86,6 +90,8 @@ class Piece:
     usage: Usage | None
     top_logprobs: tuple[tuple[float, ...], ...] = ()
     """Per token of the piece the log probabilities of its most probable candidates, where they were asked for."""
+    more: bool = False
+    """The next one has come together with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,8 @@ class LlamaServer:
             base_url, headers=headers, timeout=_PROBE, connector=aiohttp.TCPConnector(limit=0)
         )
         self._slot: int | None = None
+        self._answers: set[aiohttp.ClientResponse] = set()
+        """Those that are being streamed, over all slots."""
 
     def on_slot(self, slot: int) -> LlamaServer:
         """The same server, whose answers run in this slot."""
@@ -172,11 +180,23 @@ class LlamaServer:
         async with self._asked(self._calls, "POST", "/v1/chat/completions", self._pinned(payload)) as response:
             if response.status != _OK:
                 raise _refusal(response.status, (await _bounded(response))[:_MAX_ERROR_BYTES])
-            async with aclosing(_events(response)) as events:
-                async for data in events:
-                    if data == b"[DONE]":
-                        return
-                    yield _piece(data)
+            self._answers.add(response)
+            transport = None if response.connection is None else response.connection.transport
+            try:
+                with Gathering(transport, self._between_looks) as gathering:
+                    async with aclosing(_events(response)) as events:
+                        async for data, more in events:
+                            if data == b"[DONE]":
+                                return
+                            piece = _piece(data, more)
+                            yield piece
+                            if piece.text and not more:
+                                gathering.rest()
+            finally:
+                self._answers.discard(response)
+
+    def _between_looks(self) -> float:
+        return GATHER_S * max(1, len(self._answers))
 
     async def read(self, payload: Mapping[str, Any]) -> tuple[int, float]:
         """Read a prompt into the slot's cache without an answer; returns the tokens that were not there before, and ms.
@@ -257,8 +277,8 @@ async def _bounded(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
-    """Data of every server-sent event."""
+async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[tuple[bytes, bool], None]:
+    """Data of every server-sent event, and whether another one has come with it."""
     rest = bytearray()
     async for part in response.content.iter_any():
         rest += part
@@ -266,12 +286,17 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, Non
             raise EngineFaulty(f"the engine sent an event of more than {_MAX_EVENT_BYTES} bytes")
         *lines, last = rest.split(b"\n")
         rest = bytearray(last)
+        found: bytes | None = None
         for line in lines:
             name, _, data = bytes(line).partition(b":")
             if name in (b"data", b"error"):
-                yield data.strip()
+                if found is not None:
+                    yield found, True
+                found = data.strip()
             elif name.strip():
                 raise EngineFaulty(f"the engine sent {bytes(line[:80])!r} where an event belongs")
+        if found is not None:
+            yield found, False
 
 
 def _json(data: bytes) -> Any:
@@ -295,7 +320,7 @@ def _refusal(status: int, body: bytes) -> EngineError:
     return EngineFaulty(f"HTTP {status} from the engine ({whole_characters(str(kind)[:80])}): {message}")
 
 
-def _piece(data: bytes) -> Piece:
+def _piece(data: bytes, more: bool) -> Piece:
     event = _json(data)
     if not isinstance(event, dict):
         raise EngineFaulty("the engine sent an event that is not an object")
@@ -318,6 +343,7 @@ def _piece(data: bytes) -> Piece:
         finish_reason=finish_reason,
         usage=_usage(event["usage"], timings) if isinstance(event.get("usage"), dict) else None,
         top_logprobs=top_logprobs,
+        more=more,
     )
 
 
