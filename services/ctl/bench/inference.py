@@ -85,7 +85,9 @@ def _engine(engine: str, runs: int, threads: int, screen: Screen, *, quick: bool
         figures: dict[str, Any] = dict(
             streams.measure_streams(stack, _MODEL, STREAMS, runs, tokens, beginnings=beginnings)
         )
+        turns = streams.measure_turns(stack, _MODEL, 1, 2) if quick else streams.measure_turns(stack, _MODEL, runs)
         cancels = streams.measure_cancel(stack, _MODEL, 2 if quick else _CANCELS_PER_RUN * runs)
+    figures |= turns
     figures |= {f"cancel_ms_{name}": value for name, value in cancels.items()}
     screen.note(f"tierline: {engine}: prompts that begin alike")
     if quick:

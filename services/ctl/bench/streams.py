@@ -20,6 +20,9 @@ many tokens were read and written for an answer is reported for both sides: figu
 The service replaces an engine whose slots work for nobody it knows, for five seconds on end, and the direct side is
 nobody it knows. So two direct answers are shorter than that, and before and after them the service sees its own calls.
 Where the machine was too busy for that, the pair is repeated on the new engine, a few times.
+
+Long prompts are another matter: the service has the engine read them one after the other, where it would read all at
+once by itself (`services/inference/turns.py`). `measure_turns` says what that is worth to those who wait.
 """
 
 from __future__ import annotations
@@ -31,12 +34,13 @@ import math
 import statistics
 import string
 import time
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
+import psutil
 
 from protocol.client import AsyncClient
 from protocol.messages.infer import ChatMessage, InferPartial, InferRequest, Sampling
@@ -58,6 +62,10 @@ _SEEN_FREE_S: Final = 1.3
 _LEAST_TOKENS: Final = 4
 _REPEATS: Final = 3
 """Pairs that may be lost to a machine that is too busy."""
+_TURNS: Final = 4
+"""Long prompts at once."""
+_LONG_WORDS: Final = 80
+"""Of a long prompt: some 250 tokens, longer than what is read together."""
 _FREE_POLL_S: Final = 0.005
 """Asking for free slots without a pause would take the cores from the engine that has to free one."""
 
@@ -118,6 +126,8 @@ class Round:
     """Mean of an answer."""
     transit_ms: float
     """Median time to the first text that passed outside of the service; 0 where there is none."""
+    cpu_ms: float = 0.0
+    """What an answer cost the process of its service, its engine not included. Counted in ticks of 10 ms."""
 
     @property
     def first_ms(self) -> float:
@@ -142,21 +152,33 @@ def measure_streams(
     answer_tokens: int,
     beginnings: int = BEGINNINGS_PER_RUN,
 ) -> dict[str, dict[str, float]]:
-    """Figures by number of streams: `tokens_ratio` (bus over direct), `ttft_added_ms_p50` with `ttft_added_ms_se`, the
-    standard error of the mean over the pairs, `ttft_transit_ms_p50`, which of the first token is the bus's own, and of
-    each side speed, tokens read and tokens written for an answer.
+    """Figures by number of streams: `tokens_ratio` (bus over direct) and `ttft_added_ms_p50`, with the standard errors
+    of their means over the pairs (`_se`), `ttft_transit_ms_p50`, which of the first token is the bus's own,
+    `service_cpu_ms`, which an answer costs the process of its service, and of each side speed, tokens read and tokens
+    written for an answer.
 
     `beginnings` are the pairs of a run that are made for the first token alone. Raises BenchmarkFailedError.
     """
     return asyncio.run(_Comparison(stack, model).figures(streams, runs, answer_tokens, beginnings))
 
 
-class _Comparison:
-    """The same prompts both ways."""
+def measure_turns(stack: BareStack, model: str, pairs: int, prompts: int = _TURNS) -> dict[str, float]:
+    """So many long prompts at once, through the bus over direct: `turns_first_ratio` of the times to the first text in
+    the mean over the prompts, `turns_last_ratio` of that of the last one to begin; medians over the pairs.
 
-    def __init__(self, stack: BareStack, model: str) -> None:
+    Raises BenchmarkFailedError.
+    """
+    return asyncio.run(_Comparison(stack, model, _long_request).turns(pairs, prompts))
+
+
+class _Comparison:
+    """The same prompts both ways; `request` makes one from its number and the tokens to write."""
+
+    def __init__(self, stack: BareStack, model: str, request: Callable[[int, int], InferRequest] | None = None) -> None:
         self._stack = stack
         self._model = model
+        self._make = request or _request
+        self._service = psutil.Process(stack.processes[f"inference-{model}"].pid)
         self._numbers = itertools.count()
         self._repeats = _REPEATS
 
@@ -164,7 +186,15 @@ class _Comparison:
         self, streams: tuple[int, ...], runs: int, answer_tokens: int, beginnings: int
     ) -> dict[str, dict[str, float]]:
         figures: dict[str, dict[str, float]] = {
-            name: {} for name in ("tokens_ratio", "ttft_added_ms_p50", "ttft_added_ms_se", "ttft_transit_ms_p50")
+            name: {}
+            for name in (
+                "tokens_ratio",
+                "tokens_ratio_se",
+                "ttft_added_ms_p50",
+                "ttft_added_ms_se",
+                "ttft_transit_ms_p50",
+                "service_cpu_ms",
+            )
         }
         async with AsyncClient(self._stack.home.hub_address, name="bench") as bus:
             await self._warm(bus)
@@ -176,17 +206,18 @@ class _Comparison:
                     await self._pair(bus, count, _LEAST_TOKENS, turn % 2 == 0) for turn in range(beginnings * runs)
                 ]
                 name = str(count)
-                ratio = statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
+                ratios = [one.tokens_per_s / other.tokens_per_s for one, other in pairs]
                 added = statistics.median(
                     over - around
                     for one, other in begun
                     for over, around in zip(one.firsts_ms, other.firsts_ms, strict=True)
                 )
                 means = [statistics.mean(one.firsts_ms) - statistics.mean(other.firsts_ms) for one, other in begun]
-                error = statistics.stdev(means) / math.sqrt(len(means))
-                figures["tokens_ratio"][name] = round(ratio, 3)
+                figures["tokens_ratio"][name] = round(statistics.median(ratios), 3)
+                figures["tokens_ratio_se"][name] = round(_standard_error(ratios), 3)
                 figures["ttft_added_ms_p50"][name] = round(added, 2)
-                figures["ttft_added_ms_se"][name] = round(error, 2)
+                figures["ttft_added_ms_se"][name] = round(_standard_error(means), 2)
+                figures["service_cpu_ms"][name] = round(statistics.mean(over.cpu_ms for over, _ in pairs), 1)
                 transit = statistics.median(over.transit_ms for over, _ in begun)
                 figures["ttft_transit_ms_p50"][name] = round(transit, 2)
                 for side, taken in zip(("bus", "direct"), zip(*pairs, strict=True), strict=True):
@@ -194,6 +225,17 @@ class _Comparison:
                         value = statistics.median(getattr(one, figure) for one in taken)
                         figures.setdefault(f"{side}_{figure}", {})[name] = round(value, 1)
         return figures
+
+    async def turns(self, pairs: int, prompts: int) -> dict[str, float]:
+        async with AsyncClient(self._stack.home.hub_address, name="bench") as bus:
+            await self._warm(bus)
+            made = [await self._pair(bus, prompts, _LEAST_TOKENS, turn % 2 == 0) for turn in range(pairs)]
+        firsts = [statistics.mean(one.firsts_ms) / statistics.mean(other.firsts_ms) for one, other in made]
+        lasts = [one.firsts_ms[-1] / other.firsts_ms[-1] for one, other in made]
+        return {
+            "turns_first_ratio": round(statistics.median(firsts), 3),
+            "turns_last_ratio": round(statistics.median(lasts), 3),
+        }
 
     async def _warm(self, bus: AsyncClient) -> None:
         """From here on every slot holds how a prompt begins."""
@@ -219,7 +261,13 @@ class _Comparison:
         time.sleep(_SEEN_FREE_S)  # its next pong says where the new engine is
 
     async def _over_bus(self, bus: AsyncClient, count: int, tokens: int) -> Round:
-        return await _together([_over_bus(bus, self._model, self._request(tokens)) for _ in range(count)])
+        before_s = self._cpu_s()
+        made = await _together([_over_bus(bus, self._model, self._request(tokens)) for _ in range(count)])
+        return replace(made, cpu_ms=(self._cpu_s() - before_s) * 1000 / count)
+
+    def _cpu_s(self) -> float:
+        times = self._service.cpu_times()
+        return times.user + times.system
 
     async def _around(self, count: int, tokens: int) -> Round:
         began_s = time.perf_counter()
@@ -234,7 +282,7 @@ class _Comparison:
             ) from err
 
     def _request(self, tokens: int) -> InferRequest:
-        return _request(next(self._numbers), tokens)
+        return self._make(next(self._numbers), tokens)
 
 
 def measure_cancel(stack: BareStack, model: str, count: int) -> dict[str, float]:
@@ -289,8 +337,21 @@ async def _free_slots(bus: AsyncClient, model: str) -> int:
     return next(peer.granted - peer.used for peer in status.peers if peer.service == f"inference-{model}")
 
 
+def _standard_error(values: list[float]) -> float:
+    """Of their mean; 0 where there is but one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
 def _request(number: int, max_tokens: int) -> InferRequest:
-    text = f"{string.ascii_letters[number % 52]} {number:06d}. Tell a long story."
+    return _asked(f"{string.ascii_letters[number % 52]} {number:06d}. Tell a long story.", max_tokens)
+
+
+def _long_request(number: int, max_tokens: int) -> InferRequest:
+    words = " ".join(f"w{(number * 7 + place) % 997}" for place in range(_LONG_WORDS))
+    return _asked(f"{string.ascii_letters[number % 52]} {number:06d} {words}", max_tokens)
+
+
+def _asked(text: str, max_tokens: int) -> InferRequest:
     sampling = Sampling(temperature=0, top_k=1, seed=1)
     messages = [ChatMessage(role="user", content=text)]
     return InferRequest(role="bench", messages=messages, max_tokens=max_tokens, sampling=sampling, stream=True)
