@@ -62,8 +62,8 @@ _SEEN_FREE_S: Final = 1.3
 _LEAST_TOKENS: Final = 4
 _REPEATS: Final = 3
 """Pairs that may be lost to a machine that is too busy."""
-_TURNS: Final = 4
-"""Long prompts at once."""
+_TURNS: Final = 2
+"""Long prompts at once: a direct round of more takes so long on two cores that the service replaces the engine."""
 _LONG_WORDS: Final = 80
 """Of a long prompt: some 250 tokens, longer than what is read together."""
 _FREE_POLL_S: Final = 0.005
