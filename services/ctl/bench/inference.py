@@ -25,6 +25,8 @@ STREAMS: Final = (1, 2, 4, 8)
 ENGINES: Final = warm_load.ENGINES
 _ANSWER_TOKENS: Final = 64
 _CANCELS_PER_RUN: Final = 8
+_QUICK_WORDS: Final = 10
+"""Of a "long" prompt in the short form, which a busy machine reads before the service takes its engine for stuck."""
 _MODEL: Final = "worker"
 _WORST: Final = {
     "prefix_speedup": min,
@@ -85,7 +87,7 @@ def _engine(engine: str, runs: int, threads: int, screen: Screen, *, quick: bool
         figures: dict[str, Any] = dict(
             streams.measure_streams(stack, _MODEL, STREAMS, runs, tokens, beginnings=beginnings)
         )
-        turns = streams.measure_turns(stack, _MODEL, 1, 2) if quick else streams.measure_turns(stack, _MODEL, runs)
+        turns = streams.measure_turns(stack, _MODEL, runs, words=_QUICK_WORDS if quick else streams.LONG_WORDS)
         cancels = streams.measure_cancel(stack, _MODEL, 2 if quick else _CANCELS_PER_RUN * runs)
     figures |= turns
     figures |= {f"cancel_ms_{name}": value for name, value in cancels.items()}

@@ -64,7 +64,7 @@ _REPEATS: Final = 3
 """Pairs that may be lost to a machine that is too busy."""
 _TURNS: Final = 2
 """Long prompts at once: a direct round of more takes so long on two cores that the service replaces the engine."""
-_LONG_WORDS: Final = 80
+LONG_WORDS: Final = 80
 """Of a long prompt: some 250 tokens, longer than what is read together."""
 _FREE_POLL_S: Final = 0.005
 """Asking for free slots without a pause would take the cores from the engine that has to free one."""
@@ -162,13 +162,18 @@ def measure_streams(
     return asyncio.run(_Comparison(stack, model).figures(streams, runs, answer_tokens, beginnings))
 
 
-def measure_turns(stack: BareStack, model: str, pairs: int, prompts: int = _TURNS) -> dict[str, float]:
-    """So many long prompts at once, through the bus over direct: `turns_first_ratio` of the times to the first text in
-    the mean over the prompts, `turns_last_ratio` of that of the last one to begin; medians over the pairs.
+def measure_turns(stack: BareStack, model: str, pairs: int, words: int = LONG_WORDS) -> dict[str, float | None]:
+    """Long prompts at once, through the bus over direct: `turns_first_ratio` of the times to the first text in the mean
+    over the prompts, `turns_last_ratio` of that of the last one to begin; medians over the pairs.
 
-    Raises BenchmarkFailedError.
+    None where the machine takes so long for the direct ones that the service replaces the engine.
     """
-    return asyncio.run(_Comparison(stack, model, _long_request).turns(pairs, prompts))
+    comparison = _Comparison(stack, model, lambda number, tokens: _long_request(number, tokens, words))
+    try:
+        return {**asyncio.run(comparison.turns(pairs))}
+    except EngineReplacedError:
+        comparison.until_back()
+        return {"turns_first_ratio": None, "turns_last_ratio": None}
 
 
 class _Comparison:
@@ -226,10 +231,10 @@ class _Comparison:
                         figures.setdefault(f"{side}_{figure}", {})[name] = round(value, 1)
         return figures
 
-    async def turns(self, pairs: int, prompts: int) -> dict[str, float]:
+    async def turns(self, pairs: int) -> dict[str, float]:
         async with AsyncClient(self._stack.home.hub_address, name="bench") as bus:
             await self._warm(bus)
-            made = [await self._pair(bus, prompts, _LEAST_TOKENS, turn % 2 == 0) for turn in range(pairs)]
+            made = [await self._pair(bus, _TURNS, _LEAST_TOKENS, turn % 2 == 0) for turn in range(pairs)]
         firsts = [statistics.mean(one.firsts_ms) / statistics.mean(other.firsts_ms) for one, other in made]
         lasts = [one.firsts_ms[-1] / other.firsts_ms[-1] for one, other in made]
         return {
@@ -252,10 +257,11 @@ class _Comparison:
                 if not self._repeats:
                     raise
                 self._repeats -= 1
-                await asyncio.to_thread(self._until_back)
+                await asyncio.to_thread(self.until_back)
                 await self._warm(bus)
 
-    def _until_back(self) -> None:
+    def until_back(self) -> None:
+        """Wait until the replaced engine serves, and its service has said where."""
         time.sleep(_SEEN_FREE_S)
         self._stack.wait_ready([f"inference-{self._model}"])
         time.sleep(_SEEN_FREE_S)  # its next pong says where the new engine is
@@ -346,9 +352,9 @@ def _request(number: int, max_tokens: int) -> InferRequest:
     return _asked(f"{string.ascii_letters[number % 52]} {number:06d}. Tell a long story.", max_tokens)
 
 
-def _long_request(number: int, max_tokens: int) -> InferRequest:
-    words = " ".join(f"w{(number * 7 + place) % 997}" for place in range(_LONG_WORDS))
-    return _asked(f"{string.ascii_letters[number % 52]} {number:06d} {words}", max_tokens)
+def _long_request(number: int, max_tokens: int, words: int) -> InferRequest:
+    text = " ".join(f"w{(number * 7 + place) % 997}" for place in range(words))
+    return _asked(f"{string.ascii_letters[number % 52]} {number:06d} {text}", max_tokens)
 
 
 def _asked(text: str, max_tokens: int) -> InferRequest:
