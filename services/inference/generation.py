@@ -28,6 +28,7 @@ from protocol.messages.infer import ChatMessage, InferFinal, InferPartial, Infer
 from services.inference.abort import Abort, DecodingMonitor, entropy_nats
 from services.inference.answer import BadSchema, check_schema, judge
 from services.inference.llama_http import (
+    GATHER_S,
     ChatServer,
     EngineFaulty,
     EngineGone,
@@ -38,10 +39,10 @@ from services.inference.llama_http import (
     Usage,
 )
 
-PARTIAL_S: Final = 0.045
-"""Shortest time between two partials of a service; pieces that come faster are joined. A little shorter than
-`llama_http.GATHER_S`, so that each look at an answer can be one. Each of n calls at the same time
-has its turn every n times as long: what partials cost is taken from the cores that decode, and must not grow with n."""
+PARTIAL_S: Final = 0.9 * GATHER_S
+"""Shortest time between two partials of a service; pieces that come faster are joined. A little shorter than the time
+between two looks at an answer, so that each look can be a partial. Each of n calls at the same time has its turn every
+n times as long: what partials cost is taken from the cores that decode, and must not grow with n."""
 
 LOGPROB_CANDIDATES: Final = 10
 """Candidates per token whose probabilities are asked for where entropy is watched."""
