@@ -15,7 +15,8 @@ BusError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from protocol.messages.failure import Failure
@@ -26,11 +27,12 @@ class BusError(Exception):
 
 
 class BadFrame(BusError):
-    """Bytes that are not a message. `code` is for programs, the text for people."""
+    """Bytes that are not a message. `code` and `evidence` are for programs, the text for people."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, evidence: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.evidence = evidence or {}
 
 
 class SendLater(BusError):

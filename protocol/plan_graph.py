@@ -34,6 +34,14 @@ class PlanProblem:
             return f"plan.steps[{self.step}].{self.field}: {self.message}"
         return f"plan.steps: {self.message}" if self.field == "steps" else f"{self.field}: {self.message}"
 
+    def place(self, plan: Plan | None) -> tuple[str | int, ...]:
+        """Keys and list positions from the top of a TaskIR with this plan to the field."""
+        steps = plan.steps if plan is not None else []
+        position = next((index for index, step in enumerate(steps) if step.id == self.step), None)
+        if position is not None:
+            return ("plan", "steps", position, *self.field.split("."))
+        return ("plan", "steps") if self.field in ("steps", "depends_on") else tuple(self.field.split("."))
+
 
 def reads(step: Step) -> list[str]:
     """Artefacts whose content goes into a step: its inputs, and the list it is mapped over."""

@@ -87,7 +87,7 @@ def _explain(args: Namespace, context: Context) -> ExitCode:
 
 def _explain_objective(args: Namespace, context: Context) -> ExitCode:
     others = {"file": None, "priority": None, "gates": None, "deadline": None, "max_tokens": None}
-    task = task_from(Namespace(**{**others, **vars(args)}))
+    task = task_from(Namespace(**{**others, **vars(args)})).task
     registry = checked_registry(context.home, check_files=False)
     final = asyncio.run(_planned(task, registry, context))
     plan = PlanView.model_validate(

@@ -23,6 +23,7 @@ from services.ctl.screen import Screen, mebibytes, one_line, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.task_inputs import add_task_arguments, task_from
 from services.ctl.trials import with_live_trials
+from services.kit.plan_check import problems_in
 from services.kit.plan_shape import as_written
 from services.kit.registry import Registry
 from services.planner.divide import Judge
@@ -45,8 +46,8 @@ def add(commands: Commands) -> None:
 
 def _plan(args: Namespace, context: Context) -> ExitCode:
     durations = known_durations(args, context.home)
-    task = task_from(args)
     registry = with_live_trials(context.home, checked_registry(context.home, check_files=False))
+    task = task_from(args, registry).task
     try:
         judge = judge_of(context.home.labelled_requests)
     except BadRow as err:
@@ -82,7 +83,7 @@ def dry_run(task: TaskIR, registry: Registry, judge: Judge | None = None) -> Pla
     command = planning.handle(Requested(0, task.model_copy(update={"task_id": None}), None))
     while not isinstance(command, Finish):
         if isinstance(command, Refuse):
-            problems = command.failure.evidence.get("problems", [])
+            problems = problems_in(command.failure.evidence)
             raise BadInput("the task cannot run as written", details=tuple(map(str, problems)))
         command = planning.handle(Unanswered(0, "dry run"))
     return command.final

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 
+from protocol.async_client import AsyncClient
+from protocol.errors import CallFailed
 from protocol.messages.result import TaskView
-from protocol.messages.task import Accepted, TaskIR
+from protocol.messages.task import Accepted
 from services.ctl.artefact_files import check_folder, write_artefacts
 from services.ctl.commands import Commands, Context
 from services.ctl.following import follow
@@ -15,7 +18,8 @@ from services.ctl.hub import connect
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.result_view import exit_code_of, print_task
 from services.ctl.stack_files import checked_registry
-from services.ctl.task_inputs import add_task_arguments, task_from
+from services.ctl.task_file import refused_task
+from services.ctl.task_inputs import GivenTask, add_task_arguments, task_from
 from services.planner.leading import led
 
 _EXAMPLES = """examples:
@@ -42,21 +46,21 @@ def _add_swarm(parser: ArgumentParser) -> None:
     )
 
 
-def _task(args: Namespace, context: Context) -> TaskIR:
+def _task(args: Namespace, context: Context) -> GivenTask:
     """The task that the arguments describe, led by one model if they say so. Raises BadInput."""
-    task = task_from(args)
+    given = task_from(args)
     if not args.swarm:
-        return task
-    if task.plan is not None:
+        return given
+    if given.task.plan is not None:
         raise BadInput("--swarm makes the plan: leave it out for a task that has one, or give its steps `spawns`")
-    return led(task, checked_registry(context.home, check_files=False).roles)
+    return replace(given, task=led(given.task, checked_registry(context.home, check_files=False).roles))
 
 
 def _run(args: Namespace, context: Context) -> ExitCode:
-    task = _task(args, context)
+    given = _task(args, context)
     if args.output is not None:
         check_folder(args.output)
-    view = asyncio.run(_run_task(task, context))
+    view = asyncio.run(_run_task(given, context))
     files = write_artefacts(args.output, view.artefacts) if args.output is not None else []
     if context.screen.json:
         context.screen.document({**view.model_dump(mode="json"), "files": [str(path) for path in files]})
@@ -65,17 +69,28 @@ def _run(args: Namespace, context: Context) -> ExitCode:
     return exit_code_of(view.state)
 
 
-async def _run_task(task: TaskIR, context: Context) -> TaskView:
+async def _run_task(given: GivenTask, context: Context) -> TaskView:
     async with connect(context.home) as client:
-        accepted = await client.submit(task)
+        accepted = await _accepted(client, given)
         if accepted.duplicate:
             context.screen.note(f"this idempotency key is known: {accepted.task_id} is the earlier task")
         return await follow(client, accepted.task_id, context, cancels=True)
 
 
-async def _submit_task(task: TaskIR, context: Context) -> Accepted:
+async def _accepted(client: AsyncClient, given: GivenTask) -> Accepted:
+    """Submit it. Raises BadInput with file and line where the hub finds something wrong with it."""
+    try:
+        return await client.submit(given.task)
+    except CallFailed as err:
+        refused = refused_task(given.document, given.task, err.failure)
+        if refused is None:
+            raise
+        raise refused from err
+
+
+async def _submit_task(given: GivenTask, context: Context) -> Accepted:
     async with connect(context.home) as client:
-        return await client.submit(task)
+        return await _accepted(client, given)
 
 
 def _submit(args: Namespace, context: Context) -> ExitCode:

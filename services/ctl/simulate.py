@@ -131,7 +131,7 @@ def _tasks(args: Namespace, registry: Registry) -> list[TaskIR]:
     if (args.tasks is None) == (not args.files):
         raise BadInput("give either task files or --tasks N, as in: tierline simulate --tasks 100 --shape diamond")
     if args.files:
-        return [dry_run(checked_task(read_task_fields(path)), registry).task for path in args.files]
+        return [dry_run(checked_task(read_task_fields(path), registry), registry).task for path in args.files]
     if not 1 <= args.steps <= _MAX_STEPS:
         raise BadInput(f"--steps {args.steps}: expected 1 to {_MAX_STEPS}")
     if not 1 <= args.tasks <= _MAX_ALL_STEPS // args.steps:

@@ -1,9 +1,11 @@
 """Reads a TaskIR that a person wrote, and says about every mistake in which field and line it is.
 
 The hub checks a submitted task again; checking here first costs no round trip, works without a hub (`tierline plan`),
-and can name the line, which the hub cannot since it never sees the file. That a `json_schema` is one is seen only here
+and can name the line, which the hub cannot since it never sees the file; for what only the hub knows, such as the names
+in its registry, its refusal names the field, and the line is found here. That a `json_schema` is one is seen only here
 and by the inference service, to which the hub leaves it. What the words mean is up to
-`protocol.messages.task`, whether the plan is a graph that can run to `protocol.plan_graph`.
+`protocol.messages.task`, whether the plan is a graph that can run to `protocol.plan_graph`, and whether a registry has
+what it names to `services.kit.plan_check`.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
+from protocol.messages.failure import Failure
 from protocol.messages.task import TaskIR
 from protocol.plan_graph import find_problems
 from services.ctl.outcomes import BadInput
 from services.inference.answer import BadSchema, check_schema
+from services.kit.plan_check import plan_problems, problems_in
+from services.kit.registry import Registry
 from services.kit.registry.yaml_lines import MAX_FILE_BYTES, Document, UnreadableFileError, read_document
 
 MAX_TASK_BYTES: Final = MAX_FILE_BYTES
@@ -55,8 +60,11 @@ def read_task_fields(path: Path) -> Document:
     return document
 
 
-def checked_task(document: Document) -> TaskIR:
-    """The task in these fields. Raises BadInput with every problem as `file:line: field: message`."""
+def checked_task(document: Document, registry: Registry | None = None) -> TaskIR:
+    """The task in these fields. Raises BadInput with every problem as `file:line: field: message`.
+
+    Without a registry roles, gates and personas may have any name: whoever has one checks them, see `refused_task`.
+    """
     try:
         task = TaskIR.model_validate(document.data)
     except ValidationError as err:
@@ -64,12 +72,8 @@ def checked_task(document: Document) -> TaskIR:
         raise BadInput(_headline(document, details), details=_bounded(details)) from err
     details = []
     steps = task.plan.steps if task.plan else []
-    for found in find_problems(task):
-        at: tuple[int | str, ...] = ("inputs",) if found.field == "inputs" and found.step is None else ("plan", "steps")
-        index = next((index for index, step in enumerate(steps) if step.id == found.step), None)
-        if index is not None:
-            at = ("plan", "steps", index, found.field)
-        details.append(_problem(document, at, found.message))
+    for found in find_problems(task) if registry is None else plan_problems(task, registry):
+        details.append(_problem(document, found.place(task.plan), found.message))
     for index, step in enumerate(steps):
         try:
             check_schema(step.json_schema or {})
@@ -78,6 +82,15 @@ def checked_task(document: Document) -> TaskIR:
     if details:
         raise BadInput(_headline(document, details), details=_bounded(details))
     return task
+
+
+def refused_task(document: Document, task: TaskIR, failure: Failure) -> BadInput | None:
+    """What the hub has found wrong with this task, with file and line; None where it failed for another reason."""
+    problems = problems_in(failure.evidence)
+    if not problems:
+        return None
+    details = [_problem(document, found.place(task.plan), found.message) for found in problems]
+    return BadInput(_headline(document, details), details=_bounded(details))
 
 
 def _parse_json(path: Path, text: str) -> Any:

@@ -9,6 +9,7 @@ import json
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from protocol.messages.artefact import SUFFIXES, Artefact, ArtefactKind
 from protocol.messages.task import Priority, TaskIR, TaskType
 from services.ctl.outcomes import BadInput
 from services.ctl.task_file import checked_task, read_task_fields
+from services.kit.registry import Registry
 from services.kit.registry.yaml_lines import Document
 
 CONTENT_TYPES: Final[Mapping[str, str]] = {suffix: content_type for content_type, suffix in SUFFIXES.items()}
@@ -47,8 +49,16 @@ def add_task_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens that all attempts together may generate")
 
 
-def task_from(args: Namespace) -> TaskIR:
-    """The checked task that the arguments describe. Raises BadInput."""
+@dataclass(frozen=True, slots=True)
+class GivenTask:
+    """A task, and where each part of it was written."""
+
+    task: TaskIR
+    document: Document
+
+
+def task_from(args: Namespace, registry: Registry | None = None) -> GivenTask:
+    """The task that the arguments describe, checked as `checked_task` says. Raises BadInput."""
     if (args.objective is None) == (args.file is None):
         raise BadInput('give either an objective in quotes, as in: tierline run "compare these files", or --file TASK')
     document = Document("the command line", {}, {}) if args.file is None else read_task_fields(args.file)
@@ -69,7 +79,8 @@ def task_from(args: Namespace) -> TaskIR:
         read = [artefact.model_dump(mode="json") for artefact in map(read_input, args.inputs)]
         fields["inputs"] = [*(written if isinstance(written, list) else []), *read]
         _refuse_equal_names(fields["inputs"])
-    return checked_task(Document(document.file, fields, document.lines))
+    document = Document(document.file, fields, document.lines)
+    return GivenTask(checked_task(document, registry), document)
 
 
 def read_input(given: str) -> Artefact:

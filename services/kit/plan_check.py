@@ -7,8 +7,11 @@ sends one. The graph itself is checked by `protocol.plan_graph`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from pydantic import TypeAdapter, ValidationError
 
 from protocol.messages.gate import MAX_CHECKED, MAX_CONTEXT
 from protocol.messages.persona import NO_PERSONA
@@ -18,6 +21,9 @@ from services.kit.registry import Registry
 
 MAX_CONTROL_EDGES: Final = 20_000
 """Edges of `depends_on` in one plan: each one that is dropped is reported, and a report must fit into a message."""
+
+_MAX_ROWS: Final = 20
+_ROW: Final = TypeAdapter(PlanProblem)
 
 
 def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
@@ -42,6 +48,19 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
     found += _without_command(task, registry)
     found += _beyond_gates(task)
     return found
+
+
+def rows(problems: Sequence[PlanProblem]) -> list[dict[str, str | None]]:
+    """Problems as evidence of a failure, each as `{step, field, message}`; 20 at most."""
+    return [{**asdict(problem), "message": problem.message[:400]} for problem in problems[:_MAX_ROWS]]
+
+
+def problems_in(evidence: Mapping[str, Any]) -> list[PlanProblem]:
+    """What `rows` has put into the evidence of a failure; empty where there is none, or it is of another form."""
+    try:
+        return [_ROW.validate_python(row) for row in evidence.get("problems", ())]
+    except (ValidationError, TypeError):
+        return []
 
 
 def _without_command(task: TaskIR, registry: Registry) -> Iterator[PlanProblem]:

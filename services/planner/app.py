@@ -15,6 +15,7 @@ from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanPartial, PlanRequest
 from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
+from services.kit.plan_check import problems_in
 from services.kit.registry import Registry, with_own, with_trials
 from services.kit.service import Call, Service
 from services.planner.divide import Judge
@@ -84,7 +85,7 @@ class PlannerApp:
                     return final
                 case Refuse(failure):
                     self._counters["refused"] += 1
-                    problems = failure.evidence["problems"]
+                    problems = [str(problem) for problem in problems_in(failure.evidence)]
                     self._service.log.write(PLAN_REFUSED, task=task.task_id, code=failure.code, problems=problems)
                     raise CallFailed(failure)
                 case AskMemory() | AskModel() | AskAdvice():

@@ -176,7 +176,7 @@ class ClientRequests:
             else:
                 self._answer_about(identity, header, body, task, at_ms)
         except BadFrame as err:
-            self.outbox.error(identity, header, err.code, Category.POLICY, str(err))
+            self.outbox.error(identity, header, err.code, Category.POLICY, str(err), err.evidence)
 
     def _answer_about(self, identity: bytes, header: Header, body: bytes, task: TaskRecord, at_ms: int) -> None:
         match header.kind:

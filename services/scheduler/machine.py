@@ -220,7 +220,7 @@ class Hub:
             peer = self.broker.peers.get(identity)
             name = peer.service if peer else identity.hex()
             self.outbox.note(FRAME_REFUSED, peer=name, code=err.code, reason=str(err)[:500])
-            self.outbox.error(identity, header, err.code, Category.POLICY, str(err))
+            self.outbox.error(identity, header, err.code, Category.POLICY, str(err), err.evidence)
 
     def _on_message(self, identity: bytes, header: Header, body: bytes, at_ms: int) -> None:
         if header.kind == "session.hello":

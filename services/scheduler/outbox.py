@@ -6,7 +6,7 @@ to tell what is the machine's and the watchers' business, when it leaves the pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -74,11 +74,21 @@ class Outbox:
         """Say that this cannot be had now, and when to come again."""
         self.push(identity, request, "refused", Refused(reason=reason, retry_after_ms=retry_after_ms))
 
-    def error(self, identity: bytes, request: Header | None, code: str, category: Category, message: str) -> None:
+    def error(
+        self,
+        identity: bytes,
+        request: Header | None,
+        code: str,
+        category: Category,
+        message: str,
+        evidence: Mapping[str, Any] | None = None,
+    ) -> None:
         """Say that a message was wrong; to one that does not read nothing is said, and nothing else is done."""
         if self.unread.is_deaf(identity):
             return
-        failure = Failure(code=code, category=category, origin="scheduler", message=message[:8_000])
+        failure = Failure(
+            code=code, category=category, origin="scheduler", message=message[:8_000], evidence=dict(evidence or {})
+        )
         corr = None if request is None else request.id
         header = Header(kind="error", id=self.next_id(), corr=corr, epoch=self.epoch)
         self._commands.append(self._sending(identity, header, pack_body(ErrorReply(failure=failure))))

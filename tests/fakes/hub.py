@@ -105,14 +105,16 @@ class ScriptedHub:
                 hello = unpack_body(Hello, frames[1])
                 self.peers[hello.service] = identity
                 self.hellos[hello.service] = hello
+                self.pongs.pop(hello.service, None)  # of the session before; this one has reported nothing yet
                 self.known.add(identity)
                 welcome = Welcome(protocol=1, hub_epoch=self.epoch, ping_ms=1_000)
                 self.send(identity, "session.welcome", welcome, corr=header.id)
             elif identity not in self.known:
                 self._reply(identity, header, "error", ErrorReply(failure=_UNKNOWN))
             elif header.kind == "session.pong":
-                self.pongs[header.src or ""] = unpack_body(Pong, frames[1])
-                self._ponged.add(header.corr)
+                if self.peers.get(header.src or "") == identity:  # else of a process that has ended meanwhile
+                    self.pongs[header.src or ""] = unpack_body(Pong, frames[1])
+                    self._ponged.add(header.corr)
             else:
                 self.received.append((identity, header, frames[1]))
                 if header.corr:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -231,6 +232,17 @@ def test_what_the_hub_refuses_is_bad_input_and_named(stack: Stack) -> None:
     done = stack.tierline("run", "say hello", "--gates", "no-such-gate")
     assert done.returncode != 0
     assert "no-such-gate" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("command", ["run --file", "submit --file", "plan --file", "simulate"])
+def test_a_role_that_is_not_there_is_named_with_file_and_line(stack: Stack, tmp_path: Path, command: str) -> None:
+    file = tmp_path / "task.yaml"
+    file.write_text(EXAMPLE.read_text().replace("actor: worker", "actor: workr", 1))
+    line = file.read_text().splitlines().index(next(row for row in file.read_text().splitlines() if "workr" in row))
+    done = stack.tierline(*command.split(), str(file))
+    assert done.returncode == 2
+    step = r"plan\.steps\[S\d\]\.actor: the registry has no 'workr'; did you mean 'worker'\?"
+    assert re.search(rf"task\.yaml:{line + 1}: {step}", " ".join(done.stderr.split())), done.stderr
 
 
 def test_show_writes_the_page_of_a_task(stack: Stack, tmp_path: Path) -> None:

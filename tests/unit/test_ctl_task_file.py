@@ -5,13 +5,20 @@ from pathlib import Path
 
 import pytest
 
+from protocol.codec import pack_body, unpack_body
+from protocol.errors import BadFrame
 from protocol.limits import MAX_ARTEFACT_CHARS
 from protocol.messages.artefact import Artefact, ArtefactKind
+from protocol.messages.failure import Failure
+from protocol.messages.task import Submit, TaskIR
 from services.ctl.artefact_files import check_folder, write_artefacts
 from services.ctl.outcomes import BadInput
-from services.ctl.task_file import MAX_TASK_BYTES, checked_task, read_task_fields
+from services.ctl.task_file import MAX_TASK_BYTES, checked_task, read_task_fields, refused_task
 from services.ctl.task_inputs import read_input
 from services.kit.config import CHECKOUT
+from services.kit.registry import load_registry
+from services.kit.registry.yaml_lines import Document
+from services.scheduler.requested import read_task
 
 TASK = """objective: compare
 plan:
@@ -75,6 +82,65 @@ def test_a_problem_names_file_line_and_field(tmp_path: Path, old: str, new: str,
     assert old in TASK
     details = problems_of(tmp_path, TASK.replace(old, new, 1))
     assert any(problem in detail for detail in details), details
+
+
+STRANGERS = """objective: x
+gates: [lintt]
+plan:
+  persona: nobody
+  steps:
+    - id: S1
+      actor: workr
+      action: do it
+      spawns:
+        roles: [coder, boss]
+      outputs: [{name: a}]
+    - id: S2
+      actor: worker
+      action: do it
+      inputs: [b]
+      outputs: [{name: c}]
+"""
+WHERE_STRANGERS_ARE = [
+    "task.yaml:2: gates: the registry has no 'lintt'",
+    "task.yaml:4: plan.persona: the registry has no 'nobody'",
+    "task.yaml:7: plan.steps[S1].actor: the registry has no 'workr'; did you mean 'worker'?",
+    "task.yaml:10: plan.steps[S1].spawns.roles: the registry has no 'boss'",
+    "task.yaml:15: plan.steps[S2].inputs: no step makes 'b'",
+]
+SHIPPED = load_registry(CHECKOUT / "registry", Path("models"), check_files=False)
+
+
+def test_names_that_a_registry_lacks_are_found_with_all_other_problems(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(STRANGERS)
+    with pytest.raises(BadInput) as caught:
+        checked_task(read_task_fields(tmp_path / "task.yaml"), SHIPPED)
+    assert_each_is_told_once(caught.value.details)
+
+
+def test_what_the_hub_finds_wrong_is_told_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(STRANGERS)
+    document = read_task_fields(tmp_path / "task.yaml")
+    task = TaskIR.model_validate(document.data)
+    with pytest.raises(BadFrame) as refused:
+        read_task(pack_body(Submit(task=document.data)), SHIPPED)
+    message = pack_body(Failure(code="c", category="POLICY", origin="o", message="m", evidence=refused.value.evidence))
+    told = refused_task(document, task, unpack_body(Failure, message))
+    assert told is not None
+    assert_each_is_told_once(told.details)
+
+
+def assert_each_is_told_once(details: tuple[str, ...]) -> None:
+    assert len(details) == len(WHERE_STRANGERS_ARE)
+    for expected in WHERE_STRANGERS_ARE:
+        assert any(detail.startswith(expected) for detail in details), (expected, details)
+
+
+@pytest.mark.parametrize("evidence", [{}, {"problems": 7}, {"problems": ["x"]}, {"problems": [{"step": 1}]}])
+def test_a_failure_for_another_reason_stays_what_it_is(evidence: dict[str, object]) -> None:
+    task = TaskIR(objective="x")
+    failure = Failure(code="c", category="POLICY", origin="o", message="m", evidence=evidence)
+    assert refused_task(Document("task.yaml", {"objective": "x"}, {}), task, failure) is None
 
 
 def test_an_unknown_field_is_met_with_the_nearest_known_one(tmp_path: Path) -> None:
