@@ -66,8 +66,8 @@ def audit_task(database: sqlite3.Connection, task: str) -> list[Contradiction]:
 
 
 def audit_file(database: sqlite3.Connection) -> list[Contradiction]:
-    """SQLite's own look at the file, and the counts per state against the index of tasks."""
-    said = [line for (line,) in database.execute("PRAGMA quick_check(20)") if line != "ok"]
+    """SQLite's own look at the file, its indexes included, and the counts per state against the index of tasks."""
+    said = [line for (line,) in database.execute("PRAGMA integrity_check(20)") if line != "ok"]
     told = dict(database.execute("SELECT state, tasks FROM tallies WHERE tasks <> 0").fetchall())
     counted = dict(database.execute("SELECT state, COUNT(*) FROM tasks GROUP BY state").fetchall())
     found = [Contradiction("-", None, line) for line in said]

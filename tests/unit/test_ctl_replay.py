@@ -158,6 +158,19 @@ def test_any_flipped_byte_of_a_fact_is_found_and_named(path: Path, capsys: Out, 
     assert checked(capsys, code=0)["contradictions"] == []
 
 
+def test_a_row_that_is_no_longer_where_its_index_says_is_found(path: Path, capsys: Out) -> None:
+    """Facts are found by their index, which still has the right name: reading alone would not notice."""
+    [task] = write_journal(path, 1)
+    with sqlite3.connect(path) as database:
+        [(data,)] = database.execute("SELECT data FROM facts WHERE seq = 4").fetchall()
+    damaged = bytearray(path.read_bytes())
+    named = damaged.rindex(task.encode(), 0, damaged.index(data))
+    damaged[named] ^= 1
+    path.write_bytes(damaged)
+    [one] = checked(capsys, code=1)["contradictions"]
+    assert "facts_in_order" in one["message"]
+
+
 def test_flipped_bytes_anywhere_in_the_file_end_in_a_message_never_in_a_traceback(path: Path, capsys: Out) -> None:
     write_journal(path, 2)
     sound = path.read_bytes()
