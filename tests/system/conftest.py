@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.demo_models import DEMO_MODEL
 from tests.conftest import temporary_home
-
-DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def demo_models(**engines: str) -> dict[str, dict[str, object]]:

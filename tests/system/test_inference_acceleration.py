@@ -14,13 +14,14 @@ import psutil
 import pytest
 
 from protocol.messages.infer import InferFinal, Sampling
+from services.ctl.bench.demo_models import DEMO_MODEL
 from services.inference.engines import NativeEngine
 from services.kit.config import load_home
 from services.kit.gguf_facts import read_facts
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.fakes.runnable_models import write_tiny_mamba, write_tiny_moe, write_tiny_windowed
 from tests.system.inference_stack import CHECKOUT, FAKE_BINARY, InferenceStack, ask_for
-from tests.system.test_inference_real import DEMO_MODEL, native_binary
+from tests.system.test_inference_real import native_binary
 from tests.unit.test_inference_command_line import DRAFT, EVERYTHING, MOE, launch
 from tests.waiting import until
 

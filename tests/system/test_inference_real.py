@@ -18,12 +18,11 @@ from protocol.kinds import Empty
 from protocol.messages.failure import Category
 from protocol.messages.infer import AbortLimits, InferFinal, InferPartial, Sampling
 from protocol.messages.reply import ErrorReply
+from services.ctl.bench.demo_models import DEMO_MODEL
 from services.inference.engines import find_native
 from services.kit.config import load_home
 from tests.system.inference_stack import InferenceStack, ask_for
 from tests.waiting import WITHIN_S, until
-
-DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def native_binary() -> str | None:

@@ -17,12 +17,12 @@ from protocol.messages.infer import InferFinal
 from protocol.messages.reply import ErrorReply
 from protocol.messages.result import TaskState, TaskView
 from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.demo_models import DEMO_MODEL
 from services.inference.engines import find_native
 from services.kit.config import load_home
 from tests.system.inference_stack import InferenceStack, ask_for
 from tests.waiting import until
 
-DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED = " ".join(f"Fact {n}: queue {n * 7 % 90} holds {n * 13 % 50} letters." for n in range(24))
 NOOP = {"engine": "noop", "slots": 2, "context_tokens": 4096}
 

@@ -18,10 +18,10 @@ import pytest
 from protocol.messages.result import TaskState
 from protocol.messages.session import PeerReport
 from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.demo_models import DEMO_MODEL
 from services.inference.engines import find_native
 from services.kit.config import CHECKOUT, load_home
 from tests.conftest import temporary_home
-from tests.system.conftest import DEMO_MODEL
 from tests.waiting import until
 
 KEY = "sk-other-host-4711"

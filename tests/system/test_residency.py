@@ -18,10 +18,10 @@ import pytest
 from protocol.messages.result import TaskState, TaskView
 from protocol.messages.session import ModelReport, PeerReport, StatusReport
 from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.demo_models import DEMO_MODEL
 from services.kit.config import CHECKOUT
 from services.scheduler.residency import MIN_RESIDENCE_MS
 from tests.conftest import temporary_home
-from tests.system.conftest import DEMO_MODEL
 from tests.waiting import until
 
 NEED = 500_000_000

@@ -15,11 +15,11 @@ import psutil
 import pytest
 
 from protocol.messages.infer import ChatMessage, InferFinal, InferRequest, Sampling
+from services.ctl.bench.demo_models import DEMO_MODEL
 from services.inference.engines import find_native
 from services.kit.config import load_home
 from tests.system.inference_stack import FAKE_BINARY, InferenceStack, ask_for
 
-DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LOOKUP = {"type": "ngram-simple", "ngram_n": 4, "ngram_m": 24}
 CODE = "".join(
     f"def step_{name}(values):\n    return [value * {n} for value in values]\n\n\n" for n, name in enumerate("abcdef")

@@ -18,6 +18,7 @@ from protocol.messages.infer import ChatMessage, InferRequest
 from services.ctl import tune
 from services.ctl.__main__ import main
 from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.demo_models import DEMO_MODEL
 from services.ctl.tune import Row
 from services.ctl.tuning.search import Point, Result
 from services.kit.config import CHECKOUT, load_home
@@ -27,7 +28,6 @@ from services.kit.registry import load_registry
 from services.kit.registry.memory import memory_needs
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY
-from tests.system.test_inference_real import DEMO_MODEL
 from tests.waiting import until
 
 MODELS = """# three entries for a test

@@ -14,6 +14,7 @@ import pytest
 from protocol.limits import MAX_ARTEFACT_CHARS
 from services.ctl import hardware as hardware_command
 from services.ctl.__main__ import GROUPS, build_parser, main
+from services.ctl.bench.demo_models import DEMO_MODEL
 from services.ctl.doctor import run_checks
 from services.kit.config import CHECKOUT, load_home
 from services.kit.registry import load_registry
@@ -384,7 +385,7 @@ def test_the_doctor_says_what_a_service_would_refuse_at_its_start(
     monkeypatch.setenv("PATH", "/nowhere")  # so that the embedded engine is the one
     models = home / "cache" / "models"
     models.mkdir(parents=True)
-    write_tiny_gguf(models / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    write_tiny_gguf(models / DEMO_MODEL)
     checks = {check.name: check for check in run_checks(load_home())}
     assert checks["command worker"].verdict == "ok"
     refused = checks["command front"]

@@ -18,12 +18,12 @@ from typing import Any, Final
 from protocol.messages.infer import ChatMessage, InferPartial, InferRequest
 from protocol.messages.session import ModelReport
 from services.ctl.bench.bare_stack import BareStack
+from services.ctl.bench.demo_models import DEMO_MODEL
 from services.ctl.bench.overhead import BenchmarkFailedError
 from services.ctl.commands import Commands, Context, count
 from services.ctl.outcomes import ExitCode
 
 ENGINES: Final = ("llama-server", "embedded")
-DEMO_MODEL: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TIMEOUT_S: Final = 120.0
 _POLL_S: Final = 0.02
 
