@@ -133,7 +133,8 @@ def test_one_made_by_a_client_is_tried_credited_adopted_and_then_chosen_by_what_
     until(lambda: outcomes(stack, "quay-clerk") >= 4, "its outcomes are counted")
     until(lambda: re.search(r"\d+ .*outcomes", personas(stack)["quay-clerk"]["why"]), "and it says how many")
     assert outcomes(stack, NO_PERSONA) >= 6
-    for number in range(2):
+    # Ten in all are enough even where one rival had every chance of the tasks above: 0.84 at least, beside its 0.80.
+    for number in range(6):
         run(stack, f"keep the ledger of week {number}", "quay-clerk", step=LEDGER)
     until(lambda: personas(stack)["quay-clerk"]["state"] == "adopted", "it has earned its place")
     assert personas(stack)["quay-clerk"]["why"].startswith("better: "), "why is not forgotten"
