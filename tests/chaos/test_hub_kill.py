@@ -129,9 +129,9 @@ def test_ended_tasks_that_memory_cannot_be_told_of_do_not_stay_in_the_hub(stack:
     stack.start("memory")
     unsettled = "SELECT COUNT(*) FROM tasks WHERE settled = 0"
     until(lambda: rows(stack, unsettled) == [(0,)], "memory was told of all of them", within_s=120)
-    reasons = Counter(
-        fact["stored"]
-        for (data,) in rows(stack, "SELECT data FROM facts WHERE kind = 'OutcomesSettled'")
-        for fact in [msgpack.unpackb(data)]
-    )
-    assert len(reasons) == 1, reasons
+    kinds = rows(stack, "SELECT task, kind FROM facts WHERE kind LIKE '%AttemptMoved%'")
+    # What a step says of its role is not learned where a busy machine had another model do it.
+    moved = Counter(task for task, kind in kinds for one in kind.split() if one == "AttemptMoved")
+    settled = rows(stack, "SELECT task, data FROM facts WHERE kind = 'OutcomesSettled'")
+    stored = Counter(msgpack.unpackb(data)["stored"] + 2 * moved[task] for task, data in settled)
+    assert list(stored.values()) == [21], (stored, moved)
