@@ -84,8 +84,9 @@ def _engine(engine: str, runs: int, threads: int, screen: Screen, *, quick: bool
     ):
         tokens = 4 if quick else _ANSWER_TOKENS
         beginnings = 0 if quick else streams.BEGINNINGS_PER_RUN
+        seconds = 0 if quick else streams.PAIRS_S
         figures: dict[str, Any] = dict(
-            streams.measure_streams(stack, _MODEL, STREAMS, runs, tokens, beginnings=beginnings)
+            streams.measure_streams(stack, _MODEL, STREAMS, runs, tokens, beginnings=beginnings, pairs_s=seconds)
         )
         turns = streams.measure_turns(stack, _MODEL, runs, words=_QUICK_WORDS if quick else streams.LONG_WORDS)
         cancels = streams.measure_cancel(stack, _MODEL, 2 if quick else _CANCELS_PER_RUN * runs)

@@ -5,8 +5,8 @@ no service, no partials: a loop over the events, with the HTTP library that the 
 as many prompts at once as there are streams, first one way and then the other, and every second pair the other way
 round, so that what else the machine does meets both. A ratio is made within a pair, and the median is over all pairs:
 on a shared virtual machine one pair says little (a standard deviation of 6 % where nothing else ran), hence so many.
-First tokens scatter more than that, by some 40 ms for four streams: twice as many pairs of answers that end soon after
-their beginning are made for them, and the standard error over all pairs is told. Of several streams the first to begin
+First tokens scatter more than that, by some 40 ms for four streams: further pairs, of answers that end soon after their
+beginning, are made for them, and the standard error over all pairs is told. Of several streams the first to begin
 is compared with the first, the second with the second, and so on: llama.cpp reads the prompts that have arrived
 together, so that the streams of a round begin in steps of a whole batch. Which of them share a step is chance, and
 moves their beginning further than all that the bus does. So what passes on the way from the client to the service
@@ -53,8 +53,10 @@ _CALL_S: Final = 300.0
 _CANCEL_S: Final = 10.0
 _CANCELLED_TOKENS: Final = 400
 _DIRECT_S: Final = 2.0
-_PAIRS_PER_RUN: Final = 4
-"""An even number, so that the last answer goes over the bus."""
+PAIRS_S: Final = 24.0
+"""Seconds of a run for pairs of whole answers with one number of streams: short ones are made more often."""
+_LEAST_PAIRS, _MOST_PAIRS = 4, 16
+"""Of a run; even numbers, so that the last answer goes over the bus."""
 BEGINNINGS_PER_RUN: Final = 8
 """Pairs for the time to the first token alone; an even number as well."""
 _SEEN_FREE_S: Final = 1.3
@@ -151,15 +153,17 @@ def measure_streams(
     runs: int,
     answer_tokens: int,
     beginnings: int = BEGINNINGS_PER_RUN,
+    pairs_s: float = PAIRS_S,
 ) -> dict[str, dict[str, float]]:
     """Figures by number of streams: `tokens_ratio` (bus over direct) and `ttft_added_ms_p50`, with the standard errors
     of their means over the pairs (`_se`), `ttft_transit_ms_p50`, which of the first token is the bus's own,
     `service_cpu_ms`, which an answer costs the process of its service, and of each side speed, tokens read and tokens
     written for an answer.
 
-    `beginnings` are the pairs of a run that are made for the first token alone. Raises BenchmarkFailedError.
+    `beginnings` are the pairs of a run that are made for the first token alone, those of whole answers take some
+    `pairs_s` seconds of it. Raises BenchmarkFailedError.
     """
-    return asyncio.run(_Comparison(stack, model).figures(streams, runs, answer_tokens, beginnings))
+    return asyncio.run(_Comparison(stack, model).figures(streams, runs, answer_tokens, beginnings, pairs_s))
 
 
 def measure_turns(stack: BareStack, model: str, pairs: int, words: int = LONG_WORDS) -> dict[str, float | None]:
@@ -188,7 +192,7 @@ class _Comparison:
         self._repeats = _REPEATS
 
     async def figures(
-        self, streams: tuple[int, ...], runs: int, answer_tokens: int, beginnings: int
+        self, streams: tuple[int, ...], runs: int, answer_tokens: int, beginnings: int, pairs_s: float
     ) -> dict[str, dict[str, float]]:
         figures: dict[str, dict[str, float]] = {
             name: {}
@@ -206,7 +210,10 @@ class _Comparison:
             for count in streams:
                 rehearsed = await self._over_bus(bus, count, 2 * _LEAST_TOKENS)
                 tokens = max(_LEAST_TOKENS, min(answer_tokens, int(rehearsed.tokens_per_s * _DIRECT_S / count)))
-                pairs = [await self._pair(bus, count, tokens, turn % 2 == 0) for turn in range(_PAIRS_PER_RUN * runs)]
+                began_s = time.perf_counter()
+                pairs = [await self._pair(bus, count, tokens, bus_first=True)]
+                wanted = runs * _pairs_in(pairs_s, time.perf_counter() - began_s)
+                pairs += [await self._pair(bus, count, tokens, turn % 2 == 0) for turn in range(1, wanted)]
                 begun = pairs + [
                     await self._pair(bus, count, _LEAST_TOKENS, turn % 2 == 0) for turn in range(beginnings * runs)
                 ]
@@ -289,6 +296,11 @@ class _Comparison:
 
     def _request(self, tokens: int) -> InferRequest:
         return self._make(next(self._numbers), tokens)
+
+
+def _pairs_in(seconds: float, pair_s: float) -> int:
+    fitting = int(seconds / pair_s) // 2 * 2
+    return max(_LEAST_PAIRS, min(_MOST_PAIRS, fitting))
 
 
 def measure_cancel(stack: BareStack, model: str, count: int) -> dict[str, float]:
