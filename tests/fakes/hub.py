@@ -104,8 +104,9 @@ class ScriptedHub:
             if header.kind == "session.hello":
                 hello = unpack_body(Hello, frames[1])
                 self.peers[hello.service] = identity
-                self.hellos[hello.service] = hello
-                self.pongs.pop(hello.service, None)  # of the session before; this one has reported nothing yet
+                before, self.hellos[hello.service] = self.hellos.get(hello.service), hello
+                if before is not None and before.pid != hello.pid:
+                    self.pongs.pop(hello.service, None)  # of a process before; this one has reported nothing yet
                 self.known.add(identity)
                 welcome = Welcome(protocol=1, hub_epoch=self.epoch, ping_ms=1_000)
                 self.send(identity, "session.welcome", welcome, corr=header.id)
