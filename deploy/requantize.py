@@ -1,7 +1,7 @@
 """Writes a GGUF file again with all its quantized weights as Q8_0; `deploy/fetch-model` calls it for the demo model.
 
 The demo model comes in Q4_1. With Q8_0 llama.cpp reads prompts and checks guesses about twice as fast, and writes
-single tokens 1.5 times as fast, for half as much memory again (measured on x86 with AVX2, see services/inference/README.md).
+single tokens 1.5 times as fast, for half as much memory again (as measured: services/inference/README.md).
 Nothing is gained in what the model knows, and as good as nothing lost: a step of Q8_0 is 1/127 of the largest weight
 of a block, one of Q4_1 1/15 of the range of its weights.
 """
