@@ -18,8 +18,8 @@ llama.cpp by itself goes on in the slot it used last, while the service takes th
 many tokens were read and written for an answer is reported for both sides: figures of unequal work would say nothing.
 
 The service replaces an engine whose slots work for nobody it knows, for five seconds on end, and the direct side is
-nobody it knows. So two direct answers are shorter than that, and before and after them the service sees its own calls.
-Where the machine was too busy for that, the pair is repeated on the new engine, a few times.
+nobody it knows. So a direct answer is shorter than that, and before and after it the service sees its own calls or
+free slots. Where the machine was too busy for that, the pair is repeated on the new engine, a few times.
 
 Long prompts are another matter: the service has the engine read them one after the other, where it would read all at
 once by itself (`services/inference/turns.py`). `measure_turns` says what that is worth to those who wait.
@@ -52,7 +52,7 @@ from services.inference.generation import payload_of
 _CALL_S: Final = 300.0
 _CANCEL_S: Final = 10.0
 _CANCELLED_TOKENS: Final = 400
-_DIRECT_S: Final = 2.5
+_DIRECT_S: Final = 2.0
 _REHEARSED_TOKENS: Final = 16
 """Of answers from which the length of the others is reckoned: enough to tell reading from writing."""
 PAIRS_S: Final = 24.0
@@ -264,6 +264,8 @@ class _Comparison:
     async def _pair(self, bus: AsyncClient, count: int, tokens: int, bus_first: bool) -> tuple[Round, Round]:
         """Answers over the bus and around it; again where the engine was replaced meanwhile."""
         while True:
+            if not bus_first and tokens > _LEAST_TOKENS:
+                await asyncio.sleep(_SEEN_FREE_S)  # the pair before may have ended with a direct answer
             try:
                 over = await self._over_bus(bus, count, tokens) if bus_first else None
                 direct = await self._around(count, tokens)
