@@ -24,7 +24,7 @@ from protocol.messages.result import TaskState, TaskView
 from services.ctl.bench import raw_zmq
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.commands import Commands, Context
-from services.ctl.outcomes import ExitCode
+from services.ctl.outcomes import CommandError, ExitCode
 from services.kit.children import resident_bytes
 
 FANOUT_STEPS: Final = 1_000
@@ -47,7 +47,7 @@ NOOP_MODELS: Final = {
 }
 
 
-class BenchmarkFailedError(Exception):
+class BenchmarkFailedError(CommandError):
     """A task of the benchmark did not succeed: its figures would mean nothing."""
 
 
