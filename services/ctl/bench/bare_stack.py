@@ -123,7 +123,10 @@ class BareStack:
         self.start(name)
 
     def wait_ready(self, names: Iterable[str] | None = None, within_s: float = _READY_S) -> None:
-        """Wait until these (default: all but the hub) are ready in the hub's eyes; raises StackNotReadyError."""
+        """Wait until these (default: all but the hub) are ready in the hub's eyes; raises StackNotReadyError.
+
+        What the hub says of an earlier process of the same name, whose end it has not seen yet, does not count.
+        """
         wanted = set(names if names is not None else self.argv) - {"scheduler"}
         end = time.monotonic() + within_s
         seen: dict[str, str] = {}
@@ -133,7 +136,9 @@ class BareStack:
                     raise StackNotReadyError(f"{name} ended with status {process.returncode}: {self.last_words(name)}")
             try:
                 peers = self.client.status(timeout_s=2).peers
-                seen = {peer.service: f"{peer.state} {peer.reason or ''}" for peer in peers}
+                running = {name: process.pid for name, process in self.processes.items()}
+                own = (peer for peer in peers if running.get(peer.service, peer.pid) == peer.pid)
+                seen = {peer.service: f"{peer.state} {peer.reason or ''}" for peer in own}
             except CallError:
                 continue
             if all(seen.get(name, "").startswith(_READY) for name in wanted):
