@@ -13,8 +13,8 @@ from io import TextIOWrapper
 from types import FrameType
 from typing import Final
 
-from services.ctl.commands import Commands, Context, home_of
-from services.ctl.outcomes import BadInput, CommandError, ExitCode
+from services.ctl.commands import Commands, Context, Parser, home_of
+from services.ctl.outcomes import BadInput, BadUsage, CommandError, ExitCode
 from services.ctl.screen import Screen
 from services.kit.config import Home, load_home
 
@@ -46,7 +46,7 @@ Every command takes --json. The stack lives in TIERLINE_HOME, its configuration 
 
 def build_parser(argv: Sequence[str] = ()) -> ArgumentParser:
     """The parser for these arguments: with the commands of one group where they name one, else with all."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="tierline",
         description="Runs one job on many language models.",
         epilog=_EPILOG,
@@ -62,17 +62,20 @@ def build_parser(argv: Sequence[str] = ()) -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(argv).parse_args(argv)
     signal.signal(signal.SIGTERM, _as_interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a locale that lacks a character must not end a command
             stream.reconfigure(errors="backslashreplace")
-    screen = Screen(sys.stdout, sys.stderr, as_json=args.json)
+    screen = Screen(sys.stdout, sys.stderr, as_json="--json" in argv)  # until the arguments are understood
     try:
+        args = build_parser(argv).parse_args(argv)
+        screen = Screen(sys.stdout, sys.stderr, as_json=args.json)
         code: ExitCode = args.run(args, Context(home_of(args, _home()), screen))
     except CommandError as err:
         if screen.json:
             screen.document({"error": {"exit": int(err.code), "message": str(err), "details": list(err.details)}})
+        elif isinstance(err, BadUsage):
+            screen.note(f"{err.usage}{err.command}: error: {err}")
         else:
             screen.note(f"tierline: {err}")
             for line in err.details:

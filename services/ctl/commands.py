@@ -16,9 +16,9 @@ from argparse import (
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
-from services.ctl.outcomes import ExitCode
+from services.ctl.outcomes import BadUsage, ExitCode
 from services.ctl.screen import Screen
 from services.kit.config import Home
 
@@ -47,6 +47,17 @@ def count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text[:10]) <= _MOST:
         raise ArgumentTypeError(f"expected a whole number from 1 to {_MOST}, got {text!r}")
     return int(text)
+
+
+class Parser(ArgumentParser):
+    """Raises BadUsage where argparse would print and exit, so that a program that asked for JSON is answered in it.
+
+    Those of its commands are of this class as well.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls with what it did not understand."""
+        raise BadUsage(message, command=self.prog, usage=self.format_usage())
 
 
 Run = Callable[[Namespace, Context], ExitCode]

@@ -40,6 +40,17 @@ class BadInput(CommandError):
     code = ExitCode.BAD_INPUT
 
 
+class BadUsage(BadInput):
+    """The arguments make no command."""
+
+    def __init__(self, message: str, *, command: str, usage: str) -> None:
+        super().__init__(message)
+        self.command = command
+        """Name of the command that was called, with those it belongs to."""
+        self.usage = usage
+        """How to call it: `usage: …`, with the newline at its end."""
+
+
 class Unreachable(CommandError):
     """No hub answers: start the stack, or look why it is not there."""
 

@@ -44,10 +44,14 @@ def bad_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def usage(out: Out, *argv: str) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    assert caught.value.code == 2
-    return out.readouterr().err
+    assert main(argv) == 2
+    assert main([*argv, "--json"]) == 2
+    told = out.readouterr()
+    error = json.loads(told.out)["error"]
+    assert error["exit"] == 2
+    assert f"error: {error['message']}\n" in told.err
+    assert told.err.startswith("usage: tierline")
+    return told.err
 
 
 def test_the_command_of_a_model_is_printed_with_the_line_behind_each_flag(capsys: Out) -> None:
@@ -75,6 +79,8 @@ def test_a_command_is_needed_and_the_wrong_one_is_met_with_the_list(capsys: Out)
         (["registry"], "COMMAND"),
         (["bench", "barrier", "--runs", "0"], "a whole number from 1"),
         (["bench", "prefix", "--runs", "-1"], "a whole number from 1"),
+        (["bench", "overhead", "--runs", "-1"], "a whole number from 1"),
+        (["bench", "overhead", "--history", "0"], "a whole number from 1"),
     ],
 )
 def test_bad_usage_says_what_is_possible(capsys: Out, argv: list[str], words: str) -> None:

@@ -23,7 +23,7 @@ from protocol.messages.memory import MemoryRequest, Stats
 from protocol.messages.result import TaskState, TaskView
 from services.ctl.bench import raw_zmq
 from services.ctl.bench.bare_stack import BareStack
-from services.ctl.commands import Commands, Context
+from services.ctl.commands import Commands, Context, count
 from services.ctl.outcomes import CommandError, ExitCode
 from services.kit.children import resident_bytes
 
@@ -54,10 +54,10 @@ class BenchmarkFailedError(CommandError):
 def add(commands: Commands) -> None:
     """Add `bench overhead`."""
     parser = commands.add("overhead", _run, "measure what a step costs beyond its inference, with a noop tier")
-    parser.add_argument("--runs", type=int, default=5, help="runs; every figure is the median (default 5)")
+    parser.add_argument("--runs", type=count, default=5, help="runs; every figure is the median (default 5)")
     parser.add_argument(
         "--history",
-        type=int,
+        type=count,
         default=HISTORY_STEPS,
         metavar="STEPS",
         help=f"steps behind the hub when growth and memory are measured (default {HISTORY_STEPS})",
@@ -67,7 +67,7 @@ def add(commands: Commands) -> None:
 def _run(arguments: Namespace, context: Context) -> ExitCode:
     history = max(FANOUT_STEPS, arguments.history)
     context.screen.note(f"tierline: first the overhead, then a history of {history} steps; 100,000 take some minutes")
-    figures = measure(max(1, arguments.runs)) | growth(history)
+    figures = measure(arguments.runs) | growth(history)
     if context.screen.json:
         context.screen.document(figures)
     else:
