@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--engines", default=",".join(ENGINES), help=f"comma-separated (default {','.join(ENGINES)})")
     parser.add_argument("--runs", type=count, default=5, help="rounds of each kind; figures are medians (default 5)")
-    parser.add_argument("--threads", type=int, help="cores to decode with (default: 2 where there are two)")
+    parser.add_argument("--threads", type=count, help="cores to decode with (default: 2 where there are two)")
     parser.add_argument(
         "--quick", action="store_true", help="short answers and prompts: shows that all of it works, no real figures"
     )
@@ -107,6 +107,7 @@ def _engine(engine: str, runs: int, threads: int, screen: Screen, *, quick: bool
         "prefix_speedup_over_engine_cache": shared["prefix_speedup_over_engine_cache"],
         "lookup_copy_speedup": guessed["lookup_copy_speedup"],
         "lookup_prose_ratio": guessed["lookup_prose_ratio"],
+        "lookup_prose_ratio_se": guessed["lookup_prose_ratio_se"],
         "lookup_prose_mode": guessed["prose_mode"],
         "lookup_copy_acceptance": guessed["copy_acceptance"],
         "warm_load_s": loaded["warm_load_s"],

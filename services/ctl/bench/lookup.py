@@ -18,12 +18,15 @@ from typing import Any, Final
 from protocol.messages.infer import ChatMessage, InferFinal, InferRequest, Sampling
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.demo_models import IDLE, decoding_threads, demo_entry
+from services.ctl.bench.streams import standard_error
 from services.ctl.commands import Commands, Context, count
 from services.ctl.outcomes import CommandError, ExitCode
 
 SPECULATION: Final = {"type": "ngram-map-k", "ngram_n": 8, "ngram_m": 48}
 _COPY_TOKENS: Final = 240
 _PROSE_TOKENS: Final = 96
+_PROSE_PAIRS: Final = 4
+"""For each of the copy task: a ratio that should be 1 says nothing before its scatter is small, and prose is short."""
 _CALL_S: Final = 300.0
 _DECIDED_S: Final = 120.0
 """The policy stays in a mode for ten launches at least, and a launch of the demo model takes about a second."""
@@ -123,12 +126,14 @@ def measure(pairs: int, engine: str = "auto", *, quick: bool = False) -> dict[st
             before.append(_pair(stack, len(before), _prose(len(before)), prose_tokens))
             time.sleep(1.5)  # a change of mode waits for an idle moment, and figures come with the next ping
         _ready(stack)
-        after = [_pair(stack, number, _prose(number), prose_tokens) for number in range(pairs)]
+        wanted = pairs * (1 if quick else _PROSE_PAIRS)
+        after = [_pair(stack, number, _prose(number), prose_tokens) for number in range(wanted)]
         last = _figures(stack)
     drafted, accepted = (sum(getattr(one[0], name) for one in copies) for name in ("draft_tokens", "accepted_tokens"))
     return {
         "lookup_copy_speedup": _ratio(copies),
         "lookup_prose_ratio": _ratio(after),
+        "lookup_prose_ratio_se": round(standard_error([_speed(one) / _speed(other) for one, other in after]), 3),
         "prose_ratio_before_the_policy_decided": _ratio(before) if before else None,
         "prose_answers_before_the_policy_decided": len(before),
         "copy_mode": copy_mode,

@@ -59,7 +59,7 @@ PAIRS_S: Final = 24.0
 """Seconds of a run for pairs of whole answers with one number of streams: short ones are made more often."""
 _LEAST_PAIRS, _MOST_PAIRS = 4, 16
 """Of a run; even numbers, so that the last answer goes over the bus."""
-BEGINNINGS_PER_RUN: Final = 8
+BEGINNINGS_PER_RUN: Final = 16
 """Pairs for the time to the first token alone; an even number as well."""
 _SEEN_FREE_S: Final = 1.3
 """The service looks at the slots once a second."""
@@ -234,9 +234,9 @@ class _Comparison:
                 )
                 means = [statistics.mean(one.firsts_ms) - statistics.mean(other.firsts_ms) for one, other in begun]
                 figures["tokens_ratio"][name] = round(statistics.median(ratios), 3)
-                figures["tokens_ratio_se"][name] = round(_standard_error(ratios), 3)
+                figures["tokens_ratio_se"][name] = round(standard_error(ratios), 3)
                 figures["ttft_added_ms_p50"][name] = round(added, 2)
-                figures["ttft_added_ms_se"][name] = round(_standard_error(means), 2)
+                figures["ttft_added_ms_se"][name] = round(standard_error(means), 2)
                 figures["service_cpu_ms"][name] = round(statistics.mean(over.cpu_ms for over, _ in pairs), 1)
                 transit = statistics.median(over.transit_ms for over, _ in begun)
                 figures["ttft_transit_ms_p50"][name] = round(transit, 2)
@@ -321,6 +321,11 @@ def measure_cancel(stack: BareStack, model: str, count: int) -> dict[str, float]
     return asyncio.run(_measure_cancel(stack, model, count))
 
 
+def standard_error(values: list[float]) -> float:
+    """Of their mean; 0 where there is but one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
 async def _measure_cancel(stack: BareStack, model: str, count: int) -> dict[str, float]:
     took_ms: list[float] = []
     async with (
@@ -363,11 +368,6 @@ async def _free_slots(bus: AsyncClient, model: str) -> int:
     """Slots that the hub may still give away."""
     status = await bus.status()
     return next(peer.granted - peer.used for peer in status.peers if peer.service == f"inference-{model}")
-
-
-def _standard_error(values: list[float]) -> float:
-    """Of their mean; 0 where there is but one."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _request(number: int, max_tokens: int) -> InferRequest:
