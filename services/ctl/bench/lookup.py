@@ -133,7 +133,7 @@ def measure(pairs: int, engine: str = "auto", *, quick: bool = False) -> dict[st
     return {
         "lookup_copy_speedup": _ratio(copies),
         "lookup_prose_ratio": _ratio(after),
-        "lookup_prose_ratio_se": round(standard_error([_speed(one) / _speed(other) for one, other in after]), 3),
+        "lookup_prose_ratio_se": round(standard_error(_ratios(after)), 3),
         "prose_ratio_before_the_policy_decided": _ratio(before) if before else None,
         "prose_answers_before_the_policy_decided": len(before),
         "copy_mode": copy_mode,
@@ -184,5 +184,9 @@ def _speed(final: InferFinal) -> float:
 
 
 def _ratio(pairs: list[tuple[InferFinal, InferFinal]]) -> float:
+    return round(statistics.median(_ratios(pairs)), 3)
+
+
+def _ratios(pairs: list[tuple[InferFinal, InferFinal]]) -> list[float]:
     """Made within a pair, which runs at one time: what else the machine does changes from pair to pair."""
-    return round(statistics.median(_speed(guessing) / _speed(plain) for guessing, plain in pairs), 3)
+    return [_speed(guessing) / _speed(plain) for guessing, plain in pairs]
