@@ -129,11 +129,6 @@ class PrefixCache:
         return sum(1 for slot in self._slots if slot.call is None)
 
     @property
-    def idle(self) -> bool:
-        """True where no slot has a call."""
-        return self.free == self.slot_count
-
-    @property
     def saved_bytes(self) -> Mapping[str, int | None]:
         """Saved beginnings with their size, least recently used first; None for one in the making."""
         return {name: saved.bytes for name, saved in sorted(self._saved.items(), key=lambda item: item[1].used)}

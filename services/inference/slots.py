@@ -4,9 +4,8 @@ A call that would have to read a long prompt waits `GATHER_S` to see who else be
 beginning alone (*priming*), the slot is saved to a file, and the others restore it. A copy that fails costs the reading
 of one prompt and nothing else; an engine on which copies fail or help nothing is left alone until the next launch.
 
-A call whose prompt is short, or known, never waits for others to share with. Where it comes to an idle engine it waits
-for as many as came together the last time, so that llama.cpp reads them in one pass (`company`). Long prompts whose
-answers somebody watches are read in turn (`turns`).
+A call whose prompt is short, or known, never waits for others. Long prompts whose answers somebody watches are read in
+turn (`turns`).
 
 Files live below the run folder, private to the user, at most `DISK_BYTES` for a model and never longer than the service
 or the model file they were read with. How an answer is made is `generation`'s business.
@@ -24,7 +23,6 @@ from typing import Final
 
 from protocol.messages.infer import ChatMessage, InferFinal
 from services.inference import prefix as p
-from services.inference.company import Company
 from services.inference.llama_http import EngineError, EngineGone, LlamaServer
 from services.inference.turns import ReadingTurns
 from services.kit.logs import Log, LogEvent
@@ -34,8 +32,8 @@ PREFIX_OFF = LogEvent("prefix.off", "reason", "warning")
 
 GATHER_S: Final = 0.005
 """Calls that are handed out together arrive within a millisecond; reading 200 tokens takes far longer than this."""
-FIGURES: Final = ("prefixes_read", "prefixes_copied", "cached_tokens_total", "calls_gathered")
-"""Totals of the service since it started. Gathered are calls that were given their slots together with others."""
+FIGURES: Final = ("prefixes_read", "prefixes_copied", "cached_tokens_total")
+"""Totals of the service since it started."""
 DISK_BYTES: Final = 1024**3
 """Saved beginnings of one model; a small model needs 23 KB for a token, a large one ten times that."""
 
@@ -76,7 +74,6 @@ class SlotDesk:
         self._makers: dict[str, str] = {}
         """Call -> the beginning that it makes."""
         self._turns = ReadingTurns()
-        self._company = Company()
         self._reading: Counter[str] = Counter()
         self._stamp: object = None
         self._totals = Counter(dict.fromkeys(FIGURES, 0))
@@ -156,13 +153,10 @@ class SlotDesk:
     async def _placed(self, waiting: p.Waiting) -> p.Placement | None:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[p.Placement | None] = loop.create_future()
-        wait_s = self._company.wait_s(loop.time(), idle=self._book.idle and not self._arrived)
-        if self._book.reads_much(waiting.blocks):
-            wait_s = max(wait_s, GATHER_S)
         self._arrived.append((waiting, future))
         more_may_come = self._book.free > len(self._arrived)
-        if more_may_come and wait_s:
-            self._timer = self._timer or loop.call_later(wait_s, self._place)
+        if more_may_come and self._book.reads_much(waiting.blocks):
+            self._timer = self._timer or loop.call_later(GATHER_S, self._place)
         else:
             self._place()
         return await future
@@ -173,7 +167,6 @@ class SlotDesk:
             self._timer.cancel()
             self._timer = None
         arrived, self._arrived = self._arrived, []
-        self._totals["calls_gathered"] += len(arrived) if len(arrived) > 1 else 0
         placements = {placed.key: placed for placed in self._book.place([waiting for waiting, _ in arrived])}
         for placed in placements.values():
             if placed.prime is not None:

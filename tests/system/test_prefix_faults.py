@@ -60,14 +60,6 @@ def test_one_reads_and_the_others_copy(stack: InferenceStack) -> None:
     assert_all_slots_work(stack)
 
 
-def test_short_calls_that_come_together_again_are_placed_together(stack: InferenceStack) -> None:
-    def gathered() -> int:
-        assert_all_slots_work(stack)  # three short calls at once, and the engine is idle again
-        return int(stack.figures("m")["calls_gathered"])
-
-    until(lambda: gathered() >= 2, "a burst waited for its size")
-
-
 def test_an_engine_that_refuses_copies_is_asked_once_and_answers_all_the_same(stack: InferenceStack) -> None:
     stack.script("m", {"copies": False})
     for _ in range(2):
