@@ -292,6 +292,15 @@ class Loading:
         offered = any(target in peer.capabilities for peer in self.broker.peers.values())
         return None if offered else self._unknown(model)
 
+    def strangers(self, at_ms: int) -> list[Command]:
+        """Ends of calls that waited when their model left the registry, or came to a hub that did not object yet."""
+        ends: list[Command] = []
+        for target in list(self.broker.unserved):
+            failure = self.objection(target, at_ms)
+            if failure is not None:
+                ends += self.broker.refuse_waiting(target, failure, at_ms)
+        return ends
+
     def _hear(self, target: str, model: str, at_ms: int) -> None:
         peers = self._peers(target)
         states = {peer.state for peer in peers}

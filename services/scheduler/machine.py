@@ -471,6 +471,7 @@ class Hub:
         self.batches.on_tick(at_ms)
         self.engine.personas.on_tick(at_ms)
         self._settle(self.broker.on_tick(at_ms), at_ms)
+        self._settle(self.loading.strangers(at_ms), at_ms)
         for call, reason in strandings(self.broker, self.registry, at_ms):
             if self.batches.owns(call.key):
                 self.batches.move(call, lambda model: self.broker.serves(f"infer.{model}", at_ms), at_ms)

@@ -6,6 +6,7 @@ hub's word it begins anew with that word, since until then the calls waited for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -19,6 +20,10 @@ class Unserved:
     def __contains__(self, target: str) -> bool:
         """True while such a stretch goes on."""
         return target in self._since
+
+    def __iter__(self) -> Iterator[str]:
+        """Capabilities for which one goes on."""
+        return iter(self._since)
 
     def since(self, target: str) -> int | None:
         """When the stretch that goes on began; None while a worker is READY or nobody waits."""

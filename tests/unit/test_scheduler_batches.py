@@ -24,7 +24,7 @@ from tests.unit.test_scheduler_recovery import world_with as lateral_world
 
 
 class Asker:
-    """One client that asks for batches."""
+    """One client that asks for batches, or a model itself."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -40,6 +40,9 @@ class Asker:
     def ask(self, prompts: list[str], key: str = "K", deadline_ms: int = 60_000, **fields: object) -> str:
         request = BatchRequest.model_validate({"role": "worker", "prompts": prompts} | fields)
         return self._send("batch.request", request, key=key, deadline=self.world.now + deadline_ms, prio="batch")
+
+    def infer(self, model: str, request: InferRequest, key: str) -> str:
+        return self._send("infer.request", request, key=key, dst=f"infer.{model}", deadline=self.world.now + 60_000)
 
     def cancel(self, key: str = "K") -> None:
         self._send("batch.cancel", Empty(), key=key)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from protocol.codec import pack_body, unpack_body
 from protocol.header import Header, pack_header, unpack_header
 from protocol.messages.failure import Category, Failure
-from protocol.messages.infer import InferRequest
+from protocol.messages.infer import ChatMessage, InferFinal, InferRequest
 from protocol.messages.registry import RegistryChanged as Told
 from protocol.messages.registry import Reload, Reloaded
 from protocol.messages.reply import ErrorReply
@@ -22,6 +22,7 @@ from services.kit.registry import Problem, Registry
 from services.kit.registry.entries import ClientEntry
 from services.scheduler.events import FrameIn, ReadRegistry, RegistryChanged, RegistryRefused, Send
 from services.scheduler.reloading import changes, used_by, with_kept
+from services.scheduler.residency import TRUST_MS
 from services.scheduler.simulation.world import CLIENT, RefusedError
 from tests.unit.simulation import Answer, World, final_of, say, shipped_registry, stack, task_of
 from tests.unit.test_scheduler_batches import Asker
@@ -119,6 +120,26 @@ def test_a_running_batch_keeps_its_removed_model_to_its_last_prompt_and_no_new_o
     assert [answer.text for answer in asker.finish(running).answers] == ["fine"] * 3
     world.run_for(2_000)
     assert "worker" not in world.hub.registry.models
+
+
+def test_a_call_of_a_program_that_waits_for_a_removed_model_is_told_when_its_service_has_gone() -> None:
+    world = stack(say("fine", took_ms=1_000), slots=1)
+    world.run_for(TRUST_MS + 1_000)
+    asker = Asker(world)
+    request = InferRequest(role="test", messages=[ChatMessage(role="user", content="Hi")], max_tokens=4)
+    first, second, third, last = (asker.infer("worker", request, key) for key in ("K1", "K2", "K3", "K4"))
+    world.run_for(100)
+    reload(world, without_worker())
+    world.run(lambda: bool(asker.said(second)), 10_000)
+    assert [type(asker.said(ident)[-1]) for ident in (first, second)] == [InferFinal] * 2, "it serves on"
+    world.peers["inference-worker"].kill()
+    world.run(lambda: bool(asker.said(last)), 30_000)
+    (lost,), (error,) = asker.said(third), asker.said(last)
+    assert isinstance(lost, ErrorReply)
+    assert lost.failure.code == "peer.lost", "it was running"
+    assert isinstance(error, ErrorReply)
+    assert (error.failure.code, error.failure.category) == ("model.unknown", Category.POLICY)
+    assert "models.yaml has no entry 'worker'" in error.failure.message
 
 
 def test_a_changed_role_is_taken_up_with_the_next_attempt() -> None:
