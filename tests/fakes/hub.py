@@ -94,7 +94,8 @@ class ScriptedHub:
             self._pinged = time.monotonic()
             for service, identity in self.peers.items():
                 if self.hellos[service].capabilities:
-                    self.send(identity, "session.ping", Ping(at_ms=int(time.time() * 1000)))
+                    with suppress(StrandPeer):  # its process has ended, or is about to begin a new session
+                        self.send(identity, "session.ping", Ping(at_ms=int(time.time() * 1000)))
         self.port.wait(timeout_ms)
         while (message := self.port.receive()) is not None:
             identity, frames = message

@@ -65,7 +65,10 @@ def test_a_model_that_nobody_has_is_named_at_once_with_those_that_there_are(stac
 
 
 def test_decisions_of_a_task_are_scored_in_memory_exactly_once(stack: BareStack) -> None:
-    view = stack.client.run({"objective": "Say good morning.", "task_type": "chat"}, timeout_s=300)
+    for _ in range(5):
+        view = stack.client.run({"objective": "Say good morning.", "task_type": "chat"}, timeout_s=300)
+        if view.failure is None or view.failure.category is not Category.EARLY_ABORT:
+            break  # else the small model repeated itself, as it does now and then
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert view.plan is not None
     ids = [ident for decision in view.plan.decisions for ident in decision.ids.values()]
