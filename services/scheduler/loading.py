@@ -22,7 +22,7 @@ from services.scheduler.events import Noted, Send
 from services.scheduler.foresight import needed_soon
 from services.scheduler.peers import Peer
 from services.scheduler.ranks import Ranking
-from services.scheduler.residency import Demand, Order, Residency, State
+from services.scheduler.residency import TRUST_MS, Demand, Order, Residency, State
 from services.scheduler.tasks import TaskRecord
 
 MODEL_LOAD = LogEvent("model.load", "model why bytes free_bytes")
@@ -293,9 +293,11 @@ class Loading:
         return None if offered else self._unknown(model)
 
     def strangers(self, at_ms: int) -> list[Command]:
-        """Ends of calls that waited when their model left the registry, or came to a hub that did not object yet."""
+        """Ends of calls that waited when their model left the registry, or came to a hub that did not object yet. A
+        worker that has just died may come back, so they wait for it as long as a hub that has just started does.
+        """
         ends: list[Command] = []
-        for target in list(self.broker.unserved):
+        for target in self.broker.unserved.longer_than(TRUST_MS, at_ms):
             failure = self.objection(target, at_ms)
             if failure is not None:
                 ends += self.broker.refuse_waiting(target, failure, at_ms)

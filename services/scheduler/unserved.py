@@ -6,7 +6,6 @@ hub's word it begins anew with that word, since until then the calls waited for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -21,9 +20,9 @@ class Unserved:
         """True while such a stretch goes on."""
         return target in self._since
 
-    def __iter__(self) -> Iterator[str]:
-        """Capabilities for which one goes on."""
-        return iter(self._since)
+    def longer_than(self, after_ms: int, at_ms: int) -> list[str]:
+        """Capabilities for which one has gone on for so long."""
+        return [target for target, since_ms in self._since.items() if at_ms - since_ms >= after_ms]
 
     def since(self, target: str) -> int | None:
         """When the stretch that goes on began; None while a worker is READY or nobody waits."""

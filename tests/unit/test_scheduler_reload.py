@@ -133,7 +133,10 @@ def test_a_call_of_a_program_that_waits_for_a_removed_model_is_told_when_its_ser
     world.run(lambda: bool(asker.said(second)), 10_000)
     assert [type(asker.said(ident)[-1]) for ident in (first, second)] == [InferFinal] * 2, "it serves on"
     world.peers["inference-worker"].kill()
-    world.run(lambda: bool(asker.said(last)), 30_000)
+    world.run(lambda: bool(asker.said(third)), 10_000)
+    world.run_for(TRUST_MS - 1_000)
+    assert not asker.said(last), "a worker that has died may come back"
+    world.run(lambda: bool(asker.said(last)), 5_000)
     (lost,), (error,) = asker.said(third), asker.said(last)
     assert isinstance(lost, ErrorReply)
     assert lost.failure.code == "peer.lost", "it was running"
