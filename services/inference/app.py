@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
 from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
@@ -162,7 +163,7 @@ class InferenceService:
             engine.calls -= 1
             try:
                 if not generation.complete:
-                    await engine.free_slot(server)
+                    await _to_its_end(engine.free_slot(server))
             finally:
                 engine.desk.leave(key, seat, final, complete=generation.complete)
                 engine.modes.ended(running, final)
@@ -195,3 +196,18 @@ class InferenceService:
 
     def _failed(self, code: str, category: Category, message: str) -> CallFailed:
         return CallFailed(Failure(code=code, category=category, origin=self._service.name, message=message))
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do this whoever cancels the call meanwhile: after a deadline that has passed here comes the cancel of the hub, for
+    which it has passed as well, and a slot that was given back too early would still be decoding for nobody."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as err:
+            cancelled = err
+    task.result()
+    if cancelled is not None:
+        raise cancelled

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.kinds import Empty
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import AbortLimits, InferFinal, InferPartial
 from protocol.messages.reply import ErrorReply
@@ -325,16 +326,22 @@ def test_a_long_output_of_earlier_engines_is_put_aside_at_the_next_launch(stack:
     assert output.with_suffix(".out.1").stat().st_size == 17 * 1024**2
 
 
-def test_a_slot_that_stays_busy_after_a_cancel_costs_the_engine_its_life(stack: InferenceStack) -> None:
+@pytest.mark.parametrize("cancelled_too", [False, True])
+def test_a_slot_that_stays_busy_costs_the_engine_its_life(stack: InferenceStack, cancelled_too: bool) -> None:
+    """A deadline passes for the hub as it does for the service: its cancel comes while the slot is being freed."""
     stack.script("m", {"rules": [{"match": "bad", "answers": [{"text": "a b c d", "fault": "stuck"}]}]})
     stack.start("m")
     stack.hub.await_peer("inference-m")
     pid = stack.figures("m")["child_pid"]
     deadline = int((time.time() + 2) * 1000)
-    request = stack.hub.request("inference-m", "infer.request", ask_for("bad"), deadline=deadline)
+    request = stack.hub.request("inference-m", "infer.request", ask_for("bad"), deadline=deadline, key="bad")
+    if cancelled_too:
+        stack.hub.pump_for(deadline / 1000 - time.time() + 0.3)
+        stack.hub.send(stack.hub.peers["inference-m"], "infer.cancel", Empty(), corr=request, key="bad")
     _, body, _ = stack.hub.collect(request)
-    assert failure_of(body).category is Category.TIMEOUT
+    assert failure_of(body).code == ("call.cancelled" if cancelled_too else "call.deadline")
     stack.hub.await_peer("inference-m", "degraded")
+    assert "left its slot busy" in (stack.hub.pongs["inference-m"].reason or "")  # seen before the slot was given back
     stack.hub.await_peer("inference-m", "ready")
     assert stack.figures("m")["child_pid"] != pid
     assert_both_slots_work(stack, ended=1)
