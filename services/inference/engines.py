@@ -29,6 +29,7 @@ from services.kit.registry.launch import Launch
 _PROBE_TIMEOUT_S: Final = 20.0
 _FLAG: Final = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 _REMOVED: Final = "argument has been removed"
+_SECRET: Final = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?$", re.IGNORECASE)
 _VERSION: Final = re.compile(r"version: (?:\S+ \(build )?(\d+)(?:, commit| \() ?(\w+)\)")
 """As in `version: 4567 (0a1b2c3)` and `version: 0.5.0-dev (build 4567, commit 0a1b2c3)`."""
 _WORD: Final = re.compile(r"[\w+-]+")
@@ -163,8 +164,9 @@ def find_native(home: Home) -> Path | None:
 
 
 def environment(own: Mapping[str, str], api_key: str) -> dict[str, str]:
-    """Environment of the child: ours without LLAMA_* (they would override the command line), and the key."""
-    kept = {name: value for name, value in own.items() if not name.startswith("LLAMA_")}
+    """Environment of the child: ours without LLAMA_* (they would override the command line) and without what is named
+    like a secret, such as the keys of remote models; and the key."""
+    kept = {name: text for name, text in own.items() if not name.startswith("LLAMA_") and not _SECRET.search(name)}
     return {**kept, API_KEY_VARIABLE: api_key}
 
 

@@ -92,6 +92,8 @@ class Piece:
     """Per token of the piece the log probabilities of its most probable candidates, where they were asked for."""
     more: bool = False
     """The next one has come together with it."""
+    thought: str = ""
+    """What the model says to itself, where the engine tells that from the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,7 @@ class LlamaServer:
                                 return
                             piece = _piece(data, more)
                             yield piece
-                            if piece.text and not more:
+                            if (piece.text or piece.thought) and not more:
                                 gathering.rest()
             finally:
                 self._answers.discard(response)
@@ -326,15 +328,16 @@ def _piece(data: bytes, more: bool) -> Piece:
         raise EngineFaulty("the engine sent an event that is not an object")
     if "error" in event or ("message" in event and "code" in event):
         raise _refusal(200, data if "error" in event else json.dumps({"error": event}).encode())
-    text, finish_reason = "", None
+    text, thought, finish_reason = "", "", None
     top_logprobs: tuple[tuple[float, ...], ...] = ()
     choices = event.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
         finish_reason = choices[0].get("finish_reason")
         delta = choices[0].get("delta")
-        text = delta.get("content") or "" if isinstance(delta, dict) else ""
+        delta = delta if isinstance(delta, dict) else {}
+        text, thought = delta.get("content") or "", delta.get("reasoning_content") or ""
         top_logprobs = candidate_logprobs(choices[0].get("logprobs"))
-    if not isinstance(text, str) or not isinstance(finish_reason, str | None):
+    if not isinstance(text, str) or not isinstance(thought, str) or not isinstance(finish_reason, str | None):
         raise EngineFaulty("the engine sent an answer whose text is no text")
     timings = event.get("timings")
     timings = timings if isinstance(timings, dict) else {}
@@ -344,6 +347,7 @@ def _piece(data: bytes, more: bool) -> Piece:
         usage=_usage(event["usage"], timings) if isinstance(event.get("usage"), dict) else None,
         top_logprobs=top_logprobs,
         more=more,
+        thought=whole_characters(thought),
     )
 
 

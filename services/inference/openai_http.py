@@ -57,6 +57,7 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
             "repeat_penalty",
             "grammar",
             "cache_prompt",
+            "t_max_predict_ms",
         )
     },
 }
@@ -133,7 +134,7 @@ class OpenAiServer:
         listed = models.get("data") if isinstance(models, dict) else None
         names = [str(one.get("id")) for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if names and self._model not in names:
-            have = self._clean(", ".join(names[:20])[:500])
+            have = self._clean(", ".join(names[:20]))[:500]
             raise Rejected(f"the server has no model {self._model!r}: repair remote_model; it has: {have}")
         if self._dialect != "openai":  # these say here whether the model is loaded
             await self._get(f"{_origin(self._base)}/health", parse=False)
@@ -162,7 +163,9 @@ class OpenAiServer:
                     raise self._refusal(response, body_of_error)
                 kind = response.headers.get("content-type", "")
                 if kind.startswith(("application/json", "text/html")):
-                    raise EngineFaulty(f"the server answered with {kind[:80]} where a stream was asked for")
+                    raise EngineFaulty(
+                        f"the server answered with {self._clean(kind)[:80]} where a stream was asked for"
+                    )
                 due_s, silence_s = began_s + limits.first_token_timeout_s, limits.first_token_timeout_s
                 while True:
                     # Comments keep a connection open, not our patience: what counts is data.
@@ -219,15 +222,17 @@ class OpenAiServer:
         if (finish := choice.get("finish_reason")) is not None:
             answer.finish = self._finish(finish)
         delta = choice.get("delta")
-        text = whole_characters(_text(delta.get("content"))) if isinstance(delta, dict) else ""
-        answer.pieces += bool(text)
-        return Piece(text, None, None, candidate_logprobs(choice.get("logprobs")))
+        delta = delta if isinstance(delta, dict) else {}
+        text = whole_characters(_text(delta.get("content")))
+        thought = whole_characters(_text(delta.get("reasoning_content", delta.get("reasoning"))))
+        answer.pieces += bool(text or thought)
+        return Piece(text, None, None, candidate_logprobs(choice.get("logprobs")), thought=thought)
 
     def _finish(self, reason: Any) -> str:
         if reason == "content_filter":
             raise RequestInvalid("the server's content filter ended the answer")
         if not isinstance(reason, str) or reason not in _FINISHED:
-            raise EngineFaulty(f"the server ended its answer with {str(reason)[:80]!r}")
+            raise EngineFaulty(f"the server ended its answer with {self._clean(str(reason))[:80]!r}")
         return _FINISHED[reason]
 
     def _headers(self) -> dict[str, str]:

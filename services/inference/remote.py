@@ -21,6 +21,7 @@ from protocol.messages.failure import Category
 from protocol.messages.session import PeerState
 from services.inference.llama_http import (
     EngineError,
+    EngineGone,
     EngineUnavailable,
     Piece,
     PromptTooLong,
@@ -42,6 +43,10 @@ REMOTE_RETRY = LogEvent("remote.retry", "tried pause_ms reason")
 REMOTE_BUG = LogEvent("remote.bug", "error", "error")
 
 _TICK_S: Final = 0.1
+_SILENT_S: Final = 10.0
+"""A caller who gives up after so long without a word has met a silence, though its deadline came before our patience
+ended; half of that patience is enough as well."""
+_CONNECT_AGAIN_S: Final = 5.0
 
 
 class RemoteEngine:
@@ -87,15 +92,24 @@ class RemoteEngine:
     async def start(self) -> None:
         """Begin; returns when the first probe is answered: READY, or DEGRADED with a reason."""
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the key and the prompts
-        try:
-            self._http = OpenAiServer(self._entry)
-        except (OSError, ValueError) as err:  # certificates that cannot be read, a host name that is none
-            self.reason = f"base_url, remote.ca_file or remote.proxy of model {self._entry.name} cannot be used: {err}"
-            self._report(PeerState.DEGRADED, self.reason)
-            return
+        self._spawn_task(self._connect())
+        await self._decided.wait()
+
+    async def _connect(self) -> None:
+        """Make the client as soon as it can be made: a file of certificates may be put right while the service runs."""
+        while self._http is None:
+            try:
+                self._http = OpenAiServer(self._entry)
+            except (OSError, ValueError) as err:  # certificates that cannot be read, a host name that is none
+                self.reason = (
+                    f"base_url, remote.ca_file or remote.proxy of model {self._entry.name} cannot be used: {err}; "
+                    f"repair it: tried again every {_CONNECT_AGAIN_S:g} s"
+                )
+                self._report(PeerState.DEGRADED, self.reason)
+                self._decided.set()
+                await asyncio.sleep(_CONNECT_AGAIN_S)
         self._spawn_task(self._tick())
         self._feed(b.Started(self._clock.now_ms()))
-        await self._decided.wait()
 
     async def stop(self) -> None:
         """End all that is under way."""
@@ -137,12 +151,19 @@ class RemoteEngine:
         while True:
             server = self._admitted()
             tried += 1
+            asked_ms, heard = self._clock.now_ms(), False
             try:
                 async with aclosing(server.chat(payload)) as pieces:
                     async for piece in pieces:
+                        heard = True
                         if piece.usage is not None:
                             self._succeeded(piece.usage)
                         yield piece
+            except asyncio.CancelledError:
+                waited_s = (self._clock.now_ms() - asked_ms) / 1000
+                if not heard and waited_s >= min(_SILENT_S, self._entry.remote.first_token_timeout_s / 2):
+                    self._failed(EngineGone(f"no word within {waited_s:.1f} s, which was all the time that a call had"))
+                raise
             except (NoRoom, Unreachable) as err:
                 await self._pause(err, tried)
             except (PromptTooLong, RequestInvalid):

@@ -231,6 +231,32 @@ def test_a_silent_server_is_given_up_and_the_deadline_holds(stack: InferenceStac
     assert failure_of(stack.hub.collect(request)[1]).category is Category.TIMEOUT
 
 
+def test_a_server_that_lets_every_deadline_pass_is_left_alone(stack: InferenceStack, elsewhere: Elsewhere) -> None:
+    """Its limit for the first token is no shorter than the time that its callers have, as in the registry shipped."""
+    elsewhere.script({"default": {"text": "a b c", "delay_s": 300}})
+    entry(stack, elsewhere, first_token_timeout_s=2, breaker_failures=2, probe_after_s=60, probe_max_s=60)
+    start(stack)
+    stack.hub.await_peer("inference-m")
+    deadline = int((time.time() + 1.5) * 1000)
+    asked = [stack.hub.request("inference-m", "infer.request", ask_for("go"), deadline=deadline) for _ in range(2)]
+    for request in asked:
+        assert failure_of(stack.hub.collect(request)[1]).category is Category.TIMEOUT
+    stack.hub.await_peer("inference-m", "degraded")
+    assert "no word within" in (stack.hub.pongs["inference-m"].reason or "")
+    assert failure_of(stack.ask("m", ask_for("go"))).code == "breaker.open"
+
+
+def test_a_caller_in_a_hurry_says_nothing_about_the_server(stack: InferenceStack, elsewhere: Elsewhere) -> None:
+    elsewhere.script({"rules": [{"match": "slow", "answers": [{"text": "a b c", "delay_s": 300}]}], "default": "ok"})
+    entry(stack, elsewhere, first_token_timeout_s=60, breaker_failures=1)
+    start(stack)
+    stack.hub.await_peer("inference-m")
+    deadline = int((time.time() + 0.3) * 1000)
+    request = stack.hub.request("inference-m", "infer.request", ask_for("slow"), deadline=deadline)
+    assert failure_of(stack.hub.collect(request)[1]).category is Category.TIMEOUT
+    assert isinstance(stack.ask("m", ask_for("go")), InferFinal)
+
+
 def test_silence_in_the_middle_of_an_answer_ends_it(stack: InferenceStack, elsewhere: Elsewhere) -> None:
     entry(stack, elsewhere, silence_timeout_s=0.5)
     start(stack)
@@ -375,7 +401,7 @@ def test_https_is_verified_and_a_ca_file_of_ones_own_is_trusted(stack: Inference
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
     ca_file = stack.root / "ca.pem"
-    authority.cert_pem.write_to_path(str(ca_file))
+    ca_file.write_text("no certificate yet")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Models)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -387,7 +413,10 @@ def test_https_is_verified_and_a_ca_file_of_ones_own_is_trusted(stack: Inference
         trusting = {"base_url": f"https://localhost:{server.server_port}/v1", "ca_file": str(ca_file)}
         entry(stack, Elsewhere(stack.root), **trusting)
         stack.start("m")
-        stack.hub.await_peer("inference-m", state="ready")
+        stack.hub.await_peer("inference-m", state="degraded")
+        assert "remote.ca_file" in (stack.hub.pongs["inference-m"].reason or "")
+        authority.cert_pem.write_to_path(str(ca_file))
+        stack.hub.await_peer("inference-m", state="ready")  # by itself
     finally:
         server.shutdown()
         server.server_close()

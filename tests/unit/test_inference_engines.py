@@ -91,7 +91,7 @@ async def test_a_binary_that_does_not_run_is_unusable(tmp_path: Path) -> None:
 
 
 def test_settings_of_the_users_own_llama_server_do_not_reach_the_child() -> None:
-    env = environment({"PATH": "/bin", "LLAMA_ARG_CTX_SIZE": "9", "LLAMA_API_KEY": "old"}, "new")
+    env = environment({"PATH": "/bin", "LLAMA_ARG_CTX_SIZE": "9", "LLAMA_API_KEY": "old", "FAR_API_KEY": "x"}, "new")
     assert env == {"PATH": "/bin", API_KEY_VARIABLE: "new"}
 
 
