@@ -24,7 +24,7 @@ from protocol.messages.failure import Failure
 from protocol.messages.task import TaskIR
 from protocol.plan_graph import find_problems
 from services.ctl.outcomes import BadInput
-from services.inference.answer import BadSchema, check_schema
+from services.inference.json_schema import BadSchema, check_schema
 from services.kit.plan_check import plan_problems, problems_in
 from services.kit.registry import Registry
 from services.kit.registry.yaml_lines import MAX_FILE_BYTES, Document, UnreadableFileError, read_document

@@ -1,8 +1,8 @@
 """Does an answer satisfy the JSON Schema it was asked for? Checked by us, since constrained decoding may fail open.
 
-The schema may come from a model: references are never fetched, and a schema with regular expressions is checked in a
-process of its own (`python -m services.inference.answer`), because a bad expression can compute for ever and would
-hold up the whole service. What becomes of a failing answer is decided by the failure table.
+What is checked, `json_schema` knows. Here is where: what is cheap in the service itself, and what may take long (a
+schema with regular expressions, one that is large, one whose references multiply) in a process of its own, so that the
+service goes on answering the hub meanwhile. What becomes of a failing answer is decided by the failure table.
 """
 
 from __future__ import annotations
@@ -10,38 +10,30 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError
-from jsonschema.validators import validator_for
-from referencing import Registry
-from referencing.exceptions import Unresolvable
-
-from protocol.codec import check_value
-from protocol.errors import BadFrame
 from protocol.messages.failure import Category, Failure, Finding
+from services.inference import json_schema
+from services.inference.json_schema import BadSchema, TooCostly
 from services.inference.probe import ProbeFailed, probe
 
-_MAX_FINDINGS: Final = 20
 _CHECK_TIMEOUT_S: Final = 10.0
+_SMALL_CHARS: Final = 8 * 1024
+"""A schema up to so large is looked at here, which holds up the service for some 70 ms at most."""
 _EVIDENCE_CHARS: Final = 500
 _FENCE: Final = re.compile(r"\s*```[^\n`]*\n(.*?)(?:```\s*|\Z)", re.DOTALL)
-_REGEX_KEYWORDS: Final = frozenset({"pattern", "patternProperties"})
 
 
-class BadSchema(Exception):
-    """The schema itself is wrong; the message says where."""
-
-
-def check_schema(schema: dict[str, Any]) -> None:
+async def check_schema(schema: dict[str, Any]) -> None:
     """Raise BadSchema unless it is a JSON Schema."""
+    if len(json.dumps(schema)) <= _SMALL_CHARS:
+        json_schema.check_schema(schema)
+        return
     try:
-        validator_for(schema, default=Draft202012Validator).check_schema(schema)
-    except SchemaError as err:
-        raise BadSchema(f"{err.json_path}: {err.message}"[:1_000]) from err
-    except RecursionError as err:
-        raise BadSchema("it nests too deep") from err
+        await _outside(None, schema)
+    except ProbeFailed as err:
+        raise BadSchema(f"it could not be checked: {err}") from err
 
 
 async def judge(
@@ -50,15 +42,12 @@ async def judge(
     """None if the text is JSON that the schema allows, else the SCHEMA failure with its findings.
 
     `cut_off` = the token limit ended the answer, which the next attempt should know; `fenced` = the JSON may stand in a
-    code block, as models write it when nothing constrains them.
+    code block, as models write it when nothing constrains them. Raises BadSchema where the schema turns out to be none.
     """
     answer = text
     if fenced and (block := _FENCE.fullmatch(text)):
         text = block.group(1)
-    if _uses_regex(schema):
-        problems = await _check_outside(text, schema)
-    else:
-        problems = problems_of(text, schema)
+    problems = await _problems(text, schema)
     if not problems:
         return None
     if cut_off:
@@ -73,64 +62,29 @@ async def judge(
     )
 
 
-def problems_of(text: str, schema: dict[str, Any]) -> list[str]:
-    """What the schema has against the text, at most 20 sentences; empty = valid."""
+async def _problems(text: str, schema: dict[str, Any]) -> list[str]:
+    if not json_schema.unbounded(schema):
+        try:
+            return json_schema.problems_of(text, schema)
+        except TooCostly:
+            pass
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as err:
-        return [f"the answer is not JSON: {err}"]
-    except RecursionError:
-        return ["the answer nests too deep"]
-    try:
-        check_value(value)
-    except BadFrame as err:
-        return [f"the answer is JSON that no message can carry: {err}"]
-    validator = validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
-    problems: list[str] = []
-    try:
-        for error in validator.iter_errors(value):
-            problems.append(f"{error.json_path}: {error.message[:500]}")
-            if len(problems) == _MAX_FINDINGS:
-                break
-    except Unresolvable as err:
-        problems.append(f"the schema refers to something outside of it: {err}")
-    except RecursionError:
-        problems.append("the schema refers to itself without end")
-    return problems
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _uses_regex(schema: Any) -> bool:
-    level = [schema]
-    while level:
-        item = level.pop()
-        if isinstance(item, dict):
-            if _REGEX_KEYWORDS & item.keys():
-                return True
-            level.extend(item.values())
-        elif isinstance(item, list):
-            level.extend(item)
-    return False
-
-
-async def _check_outside(text: str, schema: dict[str, Any]) -> list[str]:
-    try:
-        probed = await probe(
-            [sys.executable, "-m", __name__],
-            timeout_s=_CHECK_TIMEOUT_S,
-            data=json.dumps({"text": text, "schema": schema}).encode(),
-        )
+        return await _outside(text, schema)
     except ProbeFailed as err:
-        return [f"the answer could not be checked against the schema's regular expressions: {err}"]
+        return [f"the answer could not be checked against the schema: {err}"]
+
+
+async def _outside(text: str | None, schema: Mapping[str, Any]) -> list[str]:
+    """The problems of a text, or none for None. Raises BadSchema; ProbeFailed where the check does not end."""
+    probed = await probe(
+        [sys.executable, "-m", json_schema.__name__],
+        timeout_s=_CHECK_TIMEOUT_S,
+        data=json.dumps({"text": text, "schema": schema}).encode(),
+    )
     if probed.status != 0:
-        return [f"the answer could not be checked against the schema's regular expressions: {probed.last_line[:300]}"]
-    problems: list[str] = json.loads(probed.last_line)
+        raise ProbeFailed(probed.last_line[:300])
+    verdict = json.loads(probed.last_line)
+    if "bad_schema" in verdict:
+        raise BadSchema(verdict["bad_schema"])
+    problems: list[str] = verdict["problems"]
     return problems
-
-
-if __name__ == "__main__":
-    question = json.load(sys.stdin)
-    sys.stdout.write(json.dumps(problems_of(question["text"], question["schema"])))

@@ -132,7 +132,7 @@ class InferenceService:
             service=self._service.name,
             model=self._entry.name,
             engine=engine.engine_name,
-            left_s=left_s,
+            due_s=None if left_s is None else asyncio.get_running_loop().time() + left_s,
             figures=self._figures,
             calls=lambda: engine.calls,
         )
@@ -158,7 +158,7 @@ class InferenceService:
                 final = await generation.run(seat.server, call.partial, progressed)
             return seat.true_figures(final)
         except TimeoutError as err:
-            raise self._late() from err
+            raise self._late(generation.spent_tokens) from err
         finally:
             engine.calls -= 1
             try:
@@ -177,7 +177,7 @@ class InferenceService:
             async with asyncio.timeout(_LONGEST_CALL_S if left_s is None else left_s):
                 return await generation.run(engine, call.partial, engine.progressed)
         except TimeoutError as err:
-            raise self._late() from err
+            raise self._late(generation.spent_tokens) from err
         finally:
             engine.calls -= 1
 
@@ -190,17 +190,18 @@ class InferenceService:
         except TimeoutError as err:
             raise self._late() from err
 
-    def _late(self) -> CallFailed:
+    def _late(self, generated_tokens: int = 0) -> CallFailed:
         message = f"the deadline passed while {self._entry.name} was generating"
-        return self._failed("call.deadline", Category.TIMEOUT, message)
+        return self._failed("call.deadline", Category.TIMEOUT, message, generated_tokens=generated_tokens)
 
-    def _failed(self, code: str, category: Category, message: str) -> CallFailed:
-        return CallFailed(Failure(code=code, category=category, origin=self._service.name, message=message))
+    def _failed(self, code: str, category: Category, message: str, **evidence: Any) -> CallFailed:
+        failure = Failure(code=code, category=category, origin=self._service.name, message=message, evidence=evidence)
+        return CallFailed(failure)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Do this whoever cancels the call meanwhile: after a deadline that has passed here comes the cancel of the hub, for
-    which it has passed as well, and a slot that was given back too early would still be decoding for nobody."""
+    """Do this whoever cancels the call meanwhile: a deadline that has passed here has passed for the hub as well, whose
+    cancel comes then, and a slot that was given back too early would still be decoding for nobody."""
     task = asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():

@@ -26,7 +26,8 @@ from protocol.limits import MAX_ARTEFACT_CHARS
 from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.infer import ChatMessage, InferFinal, InferPartial, InferRequest
 from services.inference.abort import Abort, DecodingMonitor, entropy_nats
-from services.inference.answer import BadSchema, check_schema, judge
+from services.inference.answer import check_schema, judge
+from services.inference.json_schema import BadSchema
 from services.inference.llama_http import (
     GATHER_S,
     ChatServer,
@@ -85,10 +86,13 @@ class _Stream:
 
     monitor: DecodingMonitor | None
     began_s: float
+    thinking: DecodingMonitor | None = None
+    """Watches what the model thinks before it answers, where the engine tells the two apart."""
     text: list[str] = field(default_factory=list)
     chars: int = 0
+    thought_chars: int = 0
     tokens: int = 0
-    """Pieces with text: no fewer tokens than that so far."""
+    """Pieces of thoughts and of text: no fewer tokens than that so far."""
     finish: str | None = None
     usage: Usage | None = None
     first_s: float | None = None
@@ -109,8 +113,8 @@ class _Refused(CallFailed):
 class Generation:
     """One answer in the making. `service` and `model` name its origin in failures and in the final.
 
-    `left_s` are the seconds until the deadline, `figures` the service's counters (see FIGURES), `calls` says how many
-    answers the service makes at the moment.
+    `due_s` is the deadline on the clock of the event loop, `figures` the service's counters (see FIGURES), `calls` says
+    how many answers the service makes at the moment.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class Generation:
         service: str,
         model: str,
         engine: str,
-        left_s: float | None,
+        due_s: float | None,
         figures: Counter[str],
         calls: Callable[[], int],
     ) -> None:
@@ -128,11 +132,13 @@ class Generation:
         self._service = service
         self._model = model
         self._engine = engine
-        self._left_s = left_s
+        self._due_s = due_s
         self._figures = figures
         self._calls = calls
         self._began_s = 0.0
         self._stream: _Stream | None = None
+        self._before_tokens = 0
+        """Of streams that have ended."""
         self._opened: _Refused | None = None
         """Why the engine could not take the schema, where it could not."""
         self._unsent: list[str] = []
@@ -145,8 +151,13 @@ class Generation:
 
     @property
     def begun(self) -> bool:
-        """True once a piece of text has come from the engine."""
-        return self._stream is not None and self._stream.chars > 0
+        """True once a piece of an answer has come from the engine, be it of its thoughts."""
+        return self._stream is not None and self._stream.first_s is not None
+
+    @property
+    def spent_tokens(self) -> int:
+        """Tokens that were generated so far, whatever becomes of the answer."""
+        return self._before_tokens + (0 if self._stream is None else _generated(self._stream))
 
     async def run(
         self, server: ChatServer, partial: Callable[[InferPartial], bool], progressed: Callable[[], None]
@@ -158,10 +169,9 @@ class Generation:
         request = self._request
         if request.json_schema is not None:
             try:
-                check_schema(request.json_schema)
+                await check_schema(request.json_schema)
             except BadSchema as err:
-                message = f"json_schema is not a JSON Schema: {err}"
-                raise self._failed("schema.invalid", Category.POLICY, message) from err
+                raise self._bad_schema(err) from err
         self._began_s = asyncio.get_running_loop().time()
         try:
             first = await self._decode(server, request, progressed, partial if request.stream else None)
@@ -187,8 +197,7 @@ class Generation:
         except CallFailed as err:
             if err.failure.category is Category.POLICY:  # such as a prompt that is too long with the answer in it
                 raise self._unusable(failure, [first]) from err
-            spent = err.failure.evidence.get("generated_tokens", 0) + _generated(first)
-            evidence = err.failure.evidence | {"generated_tokens": spent}
+            evidence = err.failure.evidence | {"generated_tokens": self.spent_tokens}
             raise CallFailed(err.failure.model_copy(update={"evidence": evidence})) from err
         failure = await self._objection(second)
         if failure is not None:
@@ -206,7 +215,10 @@ class Generation:
         """One stream to its end; `partial` is None where nobody wants pieces."""
         loop = asyncio.get_running_loop()
         left_s = self._seconds_left()
-        stream = self._stream = _Stream(_monitor(request, left_s), loop.time())
+        self._before_tokens = self.spent_tokens
+        stream = self._stream = _Stream(
+            _monitor(request, left_s), loop.time(), _monitor(request, left_s, thoughts=True)
+        )
         payload = payload_of(request, None if left_s is None else int(left_s * 1000))
         try:
             async with aclosing(server.chat(payload)) as pieces:
@@ -230,32 +242,34 @@ class Generation:
         except EngineUnavailable as err:
             raise self._failed(err.code, err.category, str(err), **err.evidence) from err
         except EngineFaulty as err:
-            raise self._failed("engine.faulty", Category.PEER, str(err)) from err
+            raise self._failed("engine.faulty", Category.PEER, str(err), generated_tokens=stream.tokens) from err
         except EngineGone as err:
-            raise self._failed("engine.died", Category.PEER, str(err)) from err
+            raise self._failed("engine.died", Category.PEER, str(err), generated_tokens=stream.tokens) from err
         if not stream.complete:
-            raise self._failed("engine.died", Category.PEER, "the engine ended its answer before it was complete")
+            message = "the engine ended its answer before it was complete"
+            raise self._failed("engine.died", Category.PEER, message, generated_tokens=stream.tokens)
         return stream
 
     def _take(self, stream: _Stream, piece: Piece, now_s: float) -> None:
         stream.finish = piece.finish_reason or stream.finish
         stream.usage = piece.usage or stream.usage
-        if not piece.text:
+        if not piece.text and not piece.thought:
             return
         stream.first_s = now_s if stream.first_s is None else stream.first_s
-        stream.text.append(piece.text)
+        if piece.text:
+            stream.text.append(piece.text)
         stream.chars += len(piece.text)
+        stream.thought_chars += len(piece.thought)
         stream.tokens += 1
-        if stream.chars > MAX_ARTEFACT_CHARS:
+        if max(stream.chars, stream.thought_chars) > MAX_ARTEFACT_CHARS:
             message = f"the answer grew beyond {MAX_ARTEFACT_CHARS} characters and was cut off"
             evidence = {"answer": "".join(stream.text)[:500], "generated_tokens": stream.tokens}
             raise self._failed("answer.too_large", Category.FORMAT, message, **evidence)
-        if stream.monitor is None:
+        monitor, said = (stream.monitor, piece.text) if piece.text else (stream.thinking, piece.thought)
+        if monitor is None:
             return
         entropies = [entropy_nats(candidates) for candidates in piece.top_logprobs]
-        found = stream.monitor.take(piece.text, stream.tokens, entropies) or stream.monitor.beyond(
-            now_s - stream.began_s
-        )
+        found = monitor.take(said, stream.tokens, entropies) or monitor.beyond(now_s - stream.began_s)
         if found is not None:
             self._figures["early_aborts"] += 1
             raise self._aborted(found, stream)
@@ -280,9 +294,12 @@ class Generation:
             return None
         schema = _ANY_JSON if request.json_schema is None else request.json_schema
         text = "".join(stream.text)
-        return await judge(
-            text, schema, cut_off=stream.cut_off, origin=self._service, fenced=request.json_schema is None
-        )
+        try:
+            return await judge(
+                text, schema, cut_off=stream.cut_off, origin=self._service, fenced=request.json_schema is None
+            )
+        except BadSchema as err:
+            raise self._bad_schema(err) from err
 
     def _repair_request(self, request: InferRequest, first: _Stream, failure: Failure) -> InferRequest | None:
         """The request that shows the engine its answer and what is wrong with it; None where nothing is left for it."""
@@ -337,9 +354,12 @@ class Generation:
 
     def _seconds_left(self) -> float | None:
         """Until the deadline; None without one."""
-        if self._left_s is None:
-            return None
-        return max(0.0, self._left_s - (asyncio.get_running_loop().time() - self._began_s))
+        return None if self._due_s is None else max(0.0, self._due_s - asyncio.get_running_loop().time())
+
+    def _bad_schema(self, err: BadSchema) -> CallFailed:
+        """The next attempt would meet the same schema."""
+        message = f"json_schema is not a JSON Schema: {err}"
+        return self._failed("schema.invalid", Category.POLICY, message, generated_tokens=self.spent_tokens)
 
     def _aborted(self, found: Abort, stream: _Stream) -> CallFailed:
         category = Category.EARLY_ABORT
@@ -370,10 +390,10 @@ def _opened(request: InferRequest) -> InferRequest:
     return request.model_copy(update={"messages": messages, "json_schema": _ANY_JSON})
 
 
-def _monitor(request: InferRequest, left_s: float | None) -> DecodingMonitor | None:
+def _monitor(request: InferRequest, left_s: float | None, *, thoughts: bool = False) -> DecodingMonitor | None:
     if request.early_abort is None:
         return None
-    constrained = request.json_schema is not None or request.grammar is not None
+    constrained = not thoughts and (request.json_schema is not None or request.grammar is not None)
     return DecodingMonitor(request.early_abort, request.max_tokens, left_s, constrained)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from protocol.errors import CallFailed
 from protocol.messages.failure import Category
-from protocol.messages.infer import ChatMessage, InferFinal, InferRequest
+from protocol.messages.infer import AbortLimits, ChatMessage, InferFinal, InferRequest
 from services.inference.generation import Generation
 from services.inference.llama_http import Piece, RequestInvalid, Usage
 
@@ -41,11 +41,15 @@ class Refusing:
         yield Piece("", "stop", Usage(9, 0, 4, 1.0, 1.0))
 
 
-def generated(server: Refusing, request: InferRequest, figures: Counter[str]) -> InferFinal:
-    generation = Generation(
-        request, service="inference-m", model="m", engine="fake", left_s=None, figures=figures, calls=lambda: 1
+def made(request: InferRequest, figures: Counter[str] | None = None, due_s: float | None = None) -> Generation:
+    counts = Counter[str]() if figures is None else figures
+    return Generation(
+        request, service="inference-m", model="m", engine="fake", due_s=due_s, figures=counts, calls=lambda: 1
     )
-    return asyncio.run(generation.run(server, lambda partial: True, lambda: None))
+
+
+def generated(server: Refusing, request: InferRequest, figures: Counter[str]) -> InferFinal:
+    return asyncio.run(made(request, figures).run(server, lambda partial: True, lambda: None))
 
 
 def asking(schema: dict[str, Any] | None = None, grammar: str | None = None) -> InferRequest:
@@ -97,3 +101,55 @@ def test_an_answer_that_was_begun_is_not_asked_for_again() -> None:
     with pytest.raises(CallFailed, match="refusal 1"):
         generated(server, asking(SCHEMA), Counter[str]())
     assert len(server.asked) == 1
+
+
+class Thinking:
+    """Says its thoughts, then its answer, then ends."""
+
+    def __init__(self, *thoughts: str, answer: str = "42") -> None:
+        self._thoughts, self._answer = thoughts, answer
+        self.asked: list[Mapping[str, Any]] = []
+
+    async def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+        self.asked.append(payload)
+        for thought in self._thoughts:
+            yield Piece("", None, None, thought=thought)
+        yield Piece(self._answer, None, None)
+        yield Piece("", "stop", Usage(9, 0, 4, 1.0, 1.0))
+
+
+def test_thoughts_are_no_part_of_the_answer() -> None:
+    generation = made(asking())
+    final = asyncio.run(generation.run(Thinking("Let me ", "see"), lambda partial: True, lambda: None))
+    assert (final.text, final.generated_tokens, generation.begun) == ("42", 4, True)
+
+
+def test_thoughts_that_go_round_in_circles_are_stopped_like_an_answer_would_be() -> None:
+    request = asking().model_copy(update={"early_abort": AbortLimits(), "max_tokens": 4_000})
+    generation = made(request)
+    with pytest.raises(CallFailed) as failed:
+        asyncio.run(
+            generation.run(Thinking(*["wait, let me think again. "] * 2_000), lambda partial: True, lambda: None)
+        )
+    assert failed.value.failure.category is Category.EARLY_ABORT
+    assert 0 < generation.spent_tokens < 1_000
+
+
+def test_a_schema_that_turns_out_to_be_none_is_nothing_to_try_again_for() -> None:
+    server = Refusing("[7]")
+    with pytest.raises(CallFailed) as failed:
+        generated(server, asking({"$ref": "#/$defs/missing"}), Counter[str]())
+    failure = failed.value.failure
+    assert (failure.category, failure.code) == (Category.POLICY, "schema.invalid")
+    assert failure.evidence["generated_tokens"] == 4
+
+
+def test_time_that_passes_before_the_slot_is_free_is_no_time_for_decoding() -> None:
+    async def asked_late() -> Mapping[str, Any]:
+        server = Thinking()
+        generation = made(asking(), due_s=asyncio.get_running_loop().time() + 100.0)
+        await asyncio.sleep(0.05)
+        await generation.run(server, lambda partial: True, lambda: None)
+        return server.asked[0]
+
+    assert 0 < asyncio.run(asked_late())["t_max_predict_ms"] <= 99_950
