@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Coroutine
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from protocol.errors import CallFailed
 from protocol.messages.failure import Category, Failure
@@ -19,7 +19,6 @@ from protocol.messages.infer import InferFinal, InferRequest
 from services.inference.generation import FIGURES, Generation
 from services.inference.llama_http import LlamaServer
 from services.inference.noop import noop_handler
-from services.inference.remote import RemoteEngine
 from services.inference.supervisor import EngineSupervisor
 from services.kit import children
 from services.kit.config import Home
@@ -27,6 +26,9 @@ from services.kit.following import RegistryFollower
 from services.kit.registry import Registry
 from services.kit.registry.launch import Launch
 from services.kit.service import Call, Service
+
+if TYPE_CHECKING:
+    from services.inference.remote import RemoteEngine
 
 _LONGEST_CALL_S: Final = 3_600.0
 """Bound for a call without a deadline; the hub always sets one."""
@@ -59,6 +61,9 @@ class InferenceService:
             return await service.run()
         engine: EngineSupervisor | RemoteEngine
         if self._entry.engine == "openai":
+            # Here, for its HTTP library costs every start 50 ms and 10 MB, and no engine of our own needs it.
+            from services.inference.remote import RemoteEngine
+
             engine = RemoteEngine(self._entry, service.home, service.clock, service.log, service.set_state)
         else:
             engine = EngineSupervisor(self._launch, service.home, service.clock, service.log, service.set_state)
@@ -114,7 +119,7 @@ class InferenceService:
     async def _infer(self, call: Call) -> InferFinal:
         request = call.read(InferRequest)
         engine = self._engine
-        if isinstance(engine, RemoteEngine):
+        if engine is not None and not isinstance(engine, EngineSupervisor):
             return await self._infer_elsewhere(call, request, engine)
         server = await self._server(call, engine)
         if engine is None or server is None:
