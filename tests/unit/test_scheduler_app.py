@@ -10,7 +10,9 @@ import os
 import signal
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -21,10 +23,11 @@ from protocol.memory_transport import MemoryDealer, MemoryRouter
 from protocol.messages.base import Message
 from protocol.messages.plan import PlanFinal, PlanRequest
 from protocol.messages.result import TaskEvent, TaskQuery, TaskView, Watch
-from protocol.messages.session import Hello, PeerState, Pong
+from protocol.messages.session import Hello, PeerState, Pong, Reside
 from protocol.messages.task import Accepted, Submit
 from services.kit.clock import VirtualClock
 from services.kit.config import Home, load_home
+from services.kit.registry import Registry
 from services.scheduler.app import HubApp
 from services.scheduler.audit import audit_file, audit_task, task_ids
 from services.scheduler.housekeeping import Intervals
@@ -51,13 +54,28 @@ class Watched(MemoryRouter):
 class Bench:
     """A hub with a planner, a worker and a client, all in this thread; one `turn` is one of each."""
 
-    def __init__(self, home: Home, port: MemoryRouter, intervals: Intervals | None = None) -> None:
+    def __init__(
+        self,
+        home: Home,
+        port: MemoryRouter,
+        intervals: Intervals | None = None,
+        registry: Registry | None = None,
+        available_memory: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self.port = port
         self.clock = VirtualClock(10_000_000)
-        self.app = HubApp(home, shipped_registry(), port, clock=self.clock, intervals=intervals)
+        self.app = HubApp(
+            home,
+            registry or shipped_registry(),
+            port,
+            clock=self.clock,
+            intervals=intervals,
+            available_memory=available_memory,
+        )
         self.sent = 0
         self.granted = 64
         self.heard: list[tuple[Header, Message]] = []
+        self.resides: list[bool] = []
         self.client = self.join("client", [])
         self.planner = self.join("planner", ["planner"])
         self.worker = self.join("worker", ["infer.worker"])
@@ -90,6 +108,9 @@ class Bench:
                     answer = PlanFinal(task=task, source="client", reason="as given")
                 elif header.kind == "infer.request":
                     answer = final_of("fine")
+                elif header.kind == "session.reside":
+                    self.resides.append(unpack_body(Reside, frames[1]).loaded)
+                    continue
                 else:
                     continue
                 kind = header.kind.replace("request", "final").replace("ping", "pong")
@@ -119,6 +140,22 @@ def submit(key: str) -> Submit:
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return load_home({"TIERLINE_HOME": str(tmp_path)}).make()
+
+
+def test_a_machine_that_runs_short_of_memory_is_seen_and_an_idle_model_leaves(home: Home) -> None:
+    shipped = shipped_registry()
+    warm = shipped.models["worker"].model_copy(update={"residency": "warm", "memory_bytes": 1_000_000})
+    registry = replace(shipped, models=MappingProxyType({**shipped.models, "worker": warm}))
+    left = [64_000_000_000]
+    bench = Bench(home, MemoryRouter(), registry=registry, available_memory=lambda: left[0])
+    for passed_ms in range(0, 20_000, 250):
+        if passed_ms == 10_000:
+            assert bench.resides == []
+            left[0] = 1_000_000
+        bench.clock.advance_ms(250)
+        bench.turn()
+    assert bench.resides[:1] == [False]
+    bench.app.close()
 
 
 def facts_on_file(home: Home) -> list[tuple[str, str]]:
