@@ -251,11 +251,17 @@ class Batches:
         self._go_on(batch, at_ms)
 
     def on_tick(self, at_ms: int) -> None:
-        """End what is past its deadline (calls at the broker are ended there), and tell who waits that they do.
+        """End what is past its deadline, and tell who waits that they do. Comes after the broker's own tick.
 
-        A client that was killed is found by the message that cannot be sent to it.
+        The broker has ended its calls by then; what still is open ends here, so that a batch has its final whatever
+        has become of them. A client that was killed is found by the message that cannot be sent to it.
         """
         for batch in list(self._batches.values()):
+            if batch.deadline_ms <= at_ms:
+                for key in list(batch.open):
+                    message = "the deadline of the batch passed and nothing was heard of this prompt"
+                    self._effects.append(Drop(key))
+                    self._fail(batch, key, _failure("batch.deadline", Category.TIMEOUT, message), at_ms)
             if batch.deadline_ms <= at_ms or at_ms - batch.told_ms >= HEARTBEAT_MS:
                 self._go_on(batch, at_ms)
 
@@ -358,6 +364,7 @@ class Batches:
         action = self._react(batch, item, failure)
         again_ms = at_ms + action.delay_ms
         if action.repeats and again_ms < batch.deadline_ms:
+            self._close(batch, call.key)  # the key of its next call is another one if the batch has moved meanwhile
             self._ask_item(batch, item, at_ms, hold_until_ms=again_ms)
         else:
             self._fail(batch, call.key, failure, at_ms)

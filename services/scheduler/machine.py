@@ -468,9 +468,9 @@ class Hub:
     def _on_tick(self, at_ms: int) -> None:
         self.engine.on_tick(at_ms)
         self.loading.passed()
-        self.batches.on_tick(at_ms)
         self.engine.personas.on_tick(at_ms)
         self._settle(self.broker.on_tick(at_ms), at_ms)
+        self.batches.on_tick(at_ms)
         self._settle(self.loading.strangers(at_ms), at_ms)
         for call, reason in strandings(self.broker, self.registry, at_ms):
             if self.batches.owns(call.key):

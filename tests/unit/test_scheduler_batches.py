@@ -12,14 +12,15 @@ from protocol.kinds import Empty
 from protocol.messages.base import Message
 from protocol.messages.batch import BatchFinal, BatchPartial, BatchRequest
 from protocol.messages.failure import Category, Failure
-from protocol.messages.infer import InferRequest
+from protocol.messages.infer import InferFinal, InferRequest
 from protocol.messages.reply import ErrorReply, Refused
 from protocol.messages.session import Goodbye, Hello
 from protocol.messages.task import Priority
 from services.scheduler import batches
+from services.scheduler.effects import Ask, Drop
 from services.scheduler.simulation.world import CLIENT
 from tests.unit.simulation import Answer, World, final_of, say, stack, task_of
-from tests.unit.test_scheduler_recovery import lateral_registry
+from tests.unit.test_scheduler_recovery import REGISTRY, lateral_registry
 from tests.unit.test_scheduler_recovery import world_with as lateral_world
 
 
@@ -228,6 +229,55 @@ def test_what_waits_for_a_model_that_nobody_serves_goes_to_the_lateral_one_and_c
     final = asker.finish(ident, 300_000)
     assert [answer.text for answer in final.answers] == [f"P{index}" for index in range(12)]
     assert len(spare.started) == sideways, "two that take turns dying do not make it wander"
+
+
+def ailing_worker(slow: Answer) -> World:
+    """A model that fails all prompts for want of something, but for `slow`, which ends so; its circuit opens soon."""
+    failed = 0
+
+    def answer(header: Header, body: bytes) -> Answer:
+        nonlocal failed
+        if unpack_body(InferRequest, body).messages[-1].content == "slow":
+            return slow
+        failed += 1
+        return 300 * failed, Failure(code="t.x", category=Category.RESOURCE, origin="t", message="no memory")
+
+    models = {"worker": answer, "spare": echo()}
+    return lateral_world(registry=lateral_registry(), models=models)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("category", [Category.RESOURCE, Category.PEER])
+def test_a_prompt_that_fails_on_the_old_model_after_a_move_is_asked_again_of_the_new_one(category: Category) -> None:
+    failure = Failure(code="t.x", category=category, origin="t", message="no memory")
+    world = ailing_worker((10_000, failure))
+    asker = Asker(world)
+    ident = asker.ask(["slow", *(f"p{index}" for index in range(7))])
+    world.run_for(9_000)
+    assert world.peers["inference-spare"].started, "the circuit of the first model is open"
+    began = world.now
+    final = asker.finish(ident, 60_000)
+    assert [answer.text for answer in final.answers] == ["SLOW", *(f"P{index}" for index in range(7))]
+    assert final.model == "spare"
+    assert world.now - began < 5_000
+
+
+def test_a_batch_ends_at_its_deadline_whatever_has_become_of_its_calls() -> None:
+    machine = batches.Batches(lambda: REGISTRY, lambda target: 2)
+    header = Header(kind="batch.request", id="b1", key="K", deadline=1_000)
+    machine.ask(b"C", header, pack_body(BatchRequest(role="worker", prompts=["a", "b", "c"])), "c", 0)
+    asked = [effect.call for effect in machine.take() if isinstance(effect, Ask)]
+    final = InferFinal(text="A", finish_reason="stop", model="m", engine="e", prompt_tokens=1, generated_tokens=1)
+    machine.on_ended(asked[0], "infer.final", pack_body(final), "w", 500)
+    machine.take()
+    machine.on_tick(1_000)
+    effects = machine.take()
+    assert len([effect for effect in effects if isinstance(effect, Drop)]) == 2
+    (told,) = [effect.body for effect in effects if isinstance(effect, batches.Tell)]
+    assert isinstance(told, BatchFinal)
+    assert [answer.text for answer in told.answers] == ["A", None, None]
+    assert {answer.failure.category for answer in told.answers if answer.failure is not None} == {Category.TIMEOUT}
+    machine.check_invariants([])
+    assert not machine.requesters()
 
 
 def test_a_lack_of_resources_is_waited_out_as_often_as_the_table_says() -> None:
