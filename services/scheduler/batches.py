@@ -223,19 +223,24 @@ class Batches:
             self._go_on(batch, at_ms)
 
     def move(self, call: Call, is_served: Callable[[str], bool], at_ms: int) -> None:
-        """The model of a waiting item is not served: all that waits of its batch goes to the other one, if that is."""
+        """The model of a waiting item is not served: all that waits of its batch goes to the other one, if that is.
+
+        An item that was at work when the batch moved and has lost its worker since only follows it: that is no move.
+        """
         batch = self._batches[self._owners[call.key]]
+        if call.target != f"infer.{batch.model}":
+            if is_served(batch.model):
+                self._ask_anew(batch, call.key, at_ms)
+            return
         role = batch.registry.roles[batch.request.role]
         other = role.lateral if batch.model == role.model else role.model
-        if call.target != f"infer.{batch.model}" or other is None or batch.moves >= MAX_MOVES or not is_served(other):
+        if other is None or batch.moves >= MAX_MOVES or not is_served(other):
             return
         batch.moves += 1
         batch.model = other
         for key, item in list(batch.open.items()):
             if item.started_ms is None:
-                self._effects.append(Drop(key))
-                self._close(batch, key)
-                self._ask_item(batch, item, at_ms)
+                self._ask_anew(batch, key, at_ms)
 
     def on_ended(self, call: Call, kind: str, body: bytes, worker: str, at_ms: int) -> None:
         """An item's call has its ending."""
@@ -310,6 +315,11 @@ class Batches:
         elif at_ms - batch.told_ms >= PROGRESS_MS:
             batch.told_ms = at_ms
             self._tell(batch, "batch.partial", _progress(batch))
+
+    def _ask_anew(self, batch: _Batch, key: str, at_ms: int) -> None:
+        """Withdraw the call of an item, and ask for it where the batch is now."""
+        self._effects.append(Drop(key))
+        self._ask_item(batch, self._close(batch, key), at_ms)
 
     def _ask_item(self, batch: _Batch, item: _Item, at_ms: int, hold_until_ms: int = 0) -> None:
         request = batch.request

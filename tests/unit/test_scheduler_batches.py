@@ -261,6 +261,20 @@ def test_a_prompt_that_fails_on_the_old_model_after_a_move_is_asked_again_of_the
     assert world.now - began < 5_000
 
 
+def test_a_prompt_that_is_lost_on_the_old_model_after_a_move_goes_to_the_new_one() -> None:
+    world = ailing_worker((50_000, final_of("never")))
+    asker = Asker(world)
+    ident = asker.ask(["slow", *(f"p{index}" for index in range(7))])
+    world.run_for(9_000)
+    assert world.peers["inference-spare"].started, "the circuit of the first model is open"
+    world.peers["inference-worker"].kill()
+    began = world.now
+    final = asker.finish(ident, 60_000)
+    assert [answer.text for answer in final.answers] == ["SLOW", *(f"P{index}" for index in range(7))]
+    assert final.answers[0].losses == 1
+    assert world.now - began < 20_000, "no longer than it takes to see that nobody serves the first one"
+
+
 def test_a_batch_ends_at_its_deadline_whatever_has_become_of_its_calls() -> None:
     machine = batches.Batches(lambda: REGISTRY, lambda target: 2)
     header = Header(kind="batch.request", id="b1", key="K", deadline=1_000)
