@@ -252,9 +252,9 @@ class AsyncClient:
     ) -> InferFinal:
         """One generation by the model entry of that name, outside any task.
 
-        With the same `key` a repeated call is attached to the running one. `on_partial` gets the pieces of a
-        request with `stream`; it runs in the event loop and must not block. Raises CallFailed with `model.unknown` for
-        a name that the registry does not have, and what else `ask` raises.
+        With the same `key` a repeated call takes the place of the running one, which ends with `call.superseded`.
+        `on_partial` gets the pieces of a request with `stream`; it runs in the event loop and must not block. Raises
+        CallFailed with `model.unknown` for a name that the registry does not have, and what else `ask` raises.
         """
 
         def hand_on(piece: Message) -> None:
@@ -289,7 +289,9 @@ class AsyncClient:
 
         A prompt that fails has its `failure` in its place, and the others go on; so has one that is not answered within
         `timeout_s`. Waits behind interactive work unless `interactive`. `on_progress` runs in the event loop. Raises
-        ValueError for what no hub would take, CallRefused while the hub has too many batches.
+        ValueError for what no hub would take, CallRefused while the hub has too many batches. The same batch again
+        under the same `key`, while it runs, gets its answers, and whoever waited before gets CallFailed with
+        `call.superseded`; another one under that key gets CallFailed with `call.key_taken`.
         """
         if isinstance(prompts, str):  # a sequence of its characters: each would be answered as a prompt of its own
             raise ValueError("prompts is one text: put it into a list")

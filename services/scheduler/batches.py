@@ -35,6 +35,7 @@ from services.scheduler.admission import DrainRate
 from services.scheduler.calls import Call
 from services.scheduler.effects import Ask, Drop
 from services.scheduler.failures import Action, History, Work, kills, react
+from services.scheduler.keys import superseded, taken, withdraws
 from services.scheduler.requests import batch_item_request
 from services.scheduler.resources import inference_needs
 
@@ -164,11 +165,15 @@ class Batches:
         """Begin a batch, or join the one with this key. Raises BadFrame for what cannot be asked."""
         if header.key is None:
             raise BadFrame("call.incomplete", "batch.request needs the header field key")
+        request = unpack_body(BatchRequest, body)
         known = self._batches.get(header.key)
         if known is not None:
+            if known.request != request:
+                raise taken(header.key)
+            if (known.identity, known.header.id) != (identity, header.id):
+                self._tell(known, "error", superseded(header.key))
             known.identity, known.header = identity, header
             return
-        request = unpack_body(BatchRequest, body)
         registry = self.registry()
         role = registry.roles.get(request.role)
         if role is None:
@@ -270,10 +275,10 @@ class Batches:
             if batch.deadline_ms <= at_ms or at_ms - batch.told_ms >= HEARTBEAT_MS:
                 self._go_on(batch, at_ms)
 
-    def cancel(self, key: str | None, identity: bytes) -> None:
-        """End a batch without an answer, all its calls with it; only for whoever asked."""
+    def cancel(self, key: str | None, identity: bytes, corr: str | None = None) -> None:
+        """End a batch without an answer, all its calls with it; only for whoever asked, and by its newest request."""
         batch = self._batches.get(key or "")
-        if batch is not None and batch.identity == identity:
+        if batch is not None and batch.identity == identity and withdraws(corr, batch.header.id):
             self._effects.extend(Drop(call) for call in sorted(batch.open))
             self._remove(batch)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from msgspec.structs import replace
+
 from protocol.codec import pack_body
 from protocol.header import Header
 from protocol.kinds import family
@@ -22,7 +24,7 @@ from protocol.messages.reply import ErrorReply
 from protocol.messages.session import Hello, PeerState, Pong
 from services.kit.registry import FailureCaps
 from services.scheduler.admission import Admission
-from services.scheduler.calls import Attached, Call, CancelAt, Command, Ended, Lost, PeerGone, SendPing, Start
+from services.scheduler.calls import Attached, Call, CancelAt, Command, Ended, Lost, PeerGone, Replaced, SendPing, Start
 from services.scheduler.circuits import Circuits, fault_of, policy_of
 from services.scheduler.deadlines import Deadlines
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
@@ -226,14 +228,16 @@ class Broker:
 
     # Calls
 
-    def ask(self, call: Call) -> None:
-        """Queue a call. The same key again attaches the new requester to the call that is there."""
+    def ask(self, call: Call) -> list[Command]:
+        """Queue a call. The same key again attaches the new request to the call that is there, in place of the old."""
         known = self.calls.get(call.key)
         if known is not None:
+            before = replace(known)
             self._unbook(known)
             known.requester, known.corr = call.requester, call.corr
             self._book(known)
-            return
+            again = (before.requester, before.corr) == (known.requester, known.corr)
+            return [] if again or before.requester not in self.peers else [Replaced(before)]
         self.calls[call.key] = call
         self._book(call)
         if call.parent is not None:
@@ -241,6 +245,7 @@ class Broker:
         call.deadline_ms = call.outer_ms
         self._deadlines.watch(call)
         self._push(call)
+        return []
 
     def queued(self, target: str) -> int:
         """Calls that wait for this capability."""

@@ -88,6 +88,12 @@ class Ended(msgspec.Struct, frozen=True):
     worker: str
 
 
+class Replaced(msgspec.Struct, frozen=True):
+    """Another request waits for a call now: `call` is as it was, with the one that does not any more."""
+
+    call: Call
+
+
 class Lost(msgspec.Struct, frozen=True):
     """A call's worker is gone; the call is queued again."""
 
@@ -117,4 +123,4 @@ class PeerGone(msgspec.Struct, frozen=True):
     """It said nothing any more; its process may live, with all it has in memory."""
 
 
-Command = Start | CancelAt | Ended | Lost | Attached | SendPing | PeerGone
+Command = Start | CancelAt | Ended | Replaced | Lost | Attached | SendPing | PeerGone

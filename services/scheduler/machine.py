@@ -15,7 +15,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from protocol.codec import unpack_body
+from protocol.codec import pack_body, unpack_body
 from protocol.errors import BadFrame
 from protocol.header import Header, unpack_header
 from protocol.kinds import BODIES, CALL_REQUESTS, HUB_REQUESTS, UNKNOWN_PEER
@@ -56,6 +56,7 @@ from services.scheduler.events import (
     Tick,
     Undeliverable,
 )
+from services.scheduler.keys import check_joins, superseded, withdraws
 from services.scheduler.lateral import strandings
 from services.scheduler.loading import Loading
 from services.scheduler.outbox import Outbox
@@ -266,11 +267,11 @@ class Hub:
         elif kind in CALL_REQUESTS:
             self._on_call_request(peer, header, body, at_ms)
         elif kind == "batch.cancel":
-            self.batches.cancel(header.key, peer.identity)
+            self.batches.cancel(header.key, peer.identity, header.corr)
             self._settle([], at_ms)
         elif kind.endswith(".cancel"):
             call = self.broker.calls.get(header.key or "")
-            if call is not None and call.requester == peer.identity:
+            if call is not None and call.requester == peer.identity and withdraws(header.corr, call.corr):
                 self._settle(self.broker.cancel(call.key), at_ms)
         elif kind.endswith(".partial"):
             self._on_partial(peer, header, body, at_ms)
@@ -349,8 +350,8 @@ class Hub:
             trace=header.trace,
         )
         known = self.broker.calls.get(call.key)
-        if known is not None and known.requester is None:
-            raise BadFrame("call.key", "this key belongs to a call of the hub itself")
+        if known is not None:
+            check_joins(known, call)
         objection = self.outbox.unread.objection(peer.identity)
         if objection is not None:
             self.outbox.refuse(peer.identity, header, objection, RETRY_AFTER_MS)
@@ -364,8 +365,7 @@ class Hub:
             pause_ms = self.broker.admission.retry_after_ms(call.target, at_ms)
             self.outbox.refuse(peer.identity, header, objection, pause_ms)
             return
-        self.broker.ask(call)
-        self._settle([], at_ms)
+        self._settle(self.broker.ask(call), at_ms)
 
     def _needs_of(self, target: str, useful: int | None) -> Needs:
         """Tokens of another peer's call. Its body is not read here, so a gate run counts as one that needs a core."""
@@ -507,7 +507,7 @@ class Hub:
                     case Record():
                         self._record(effect)
                     case Ask(call):
-                        self.broker.ask(call)
+                        todo.extend(self.broker.ask(call))
                     case Drop(key):
                         todo.extend(self.broker.cancel(key))
                     case Tell(identity, request, kind, body):
@@ -541,6 +541,8 @@ class Hub:
                     self._owner(call).on_ended(call, kind, body, worker, at_ms)
                 else:
                     self.outbox.forward(call, kind, body)
+            case c.Replaced(call):
+                self.outbox.forward(call, "error", pack_body(superseded(call.key)))
             case c.Lost(call, worker):
                 if call.requester is None:
                     self._owner(call).on_lost(call, worker, at_ms)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from protocol.client import AsyncClient
-from protocol.messages.batch import BatchPartial
+from protocol.errors import CallFailed
+from protocol.messages.batch import BatchFinal, BatchPartial
 from protocol.messages.failure import Category
 from protocol.messages.result import TaskState
 from services.kit.config import CHECKOUT
@@ -178,6 +179,25 @@ def test_a_cancelled_batch_frees_every_slot(scripted: ScriptedStack) -> None:
     asyncio.run(ask_and_leave())
     await_idle(scripted)
     assert len(scripted.prompts_with("medlar")) == SLOTS, "no further prompt was begun"
+
+
+def test_of_two_that_ask_for_one_batch_under_one_key_the_newer_has_it_and_the_older_is_told(
+    scripted: ScriptedStack,
+) -> None:
+    scripted.say({"match": "damson", "answers": [{"text": "w " * 20, "token_s": 0.05}]})
+
+    async def ask_twice() -> tuple[BatchFinal | BaseException, ...]:
+        async with AsyncClient(scripted.stack.home.hub_address) as client:
+            batches = (client.llm_batch("worker", ["damson"] * 6, timeout_s=150, key="nightly") for _ in range(2))
+            return tuple(await asyncio.gather(*batches, return_exceptions=True))
+
+    older, newer = asyncio.run(ask_twice())
+    assert isinstance(older, CallFailed)
+    assert older.failure.code == "call.superseded"
+    assert isinstance(newer, BatchFinal), newer
+    assert [answer.failure for answer in newer.answers] == [None] * 6
+    assert len(scripted.prompts_with("damson")) == 6
+    await_idle(scripted)
 
 
 VANISHING = """

@@ -176,6 +176,17 @@ def test_a_dropped_call_of_a_worker_is_cancelled_and_a_dropped_question_to_the_h
     assert talk.get("task.listing", Listing(tasks=[]), "r1") == []
 
 
+def test_a_request_whose_place_another_one_took_ends_with_an_error_and_cancels_nothing() -> None:
+    talk = joined()
+    talk.ask("b1", "batch.request")
+    talk.ask("b2", "batch.request")
+    failure = Failure(code="call.superseded", category=Category.POLICY, origin="scheduler", message="a newer request")
+    told = ErrorReply(failure=failure)
+    assert talk.get("error", told, "b1") == [Deliver("b1", told, ends=True)]
+    assert talk.session.handle(Dropped("b1")) == []
+    assert list(talk.session.outstanding) == ["b2"]
+
+
 def test_an_answer_of_the_wrong_kind_or_shape_ends_the_request_with_a_failure() -> None:
     talk = joined()
     for ident, kind in (("r1", "task.detail"), ("r2", "task.listing"), ("r3", "error")):

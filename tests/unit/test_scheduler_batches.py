@@ -35,8 +35,13 @@ class Asker:
     def _send(self, kind: str, body: Message, **fields: object) -> str:
         self._sent += 1
         header = Header(kind=kind, id=f"b{self._sent}", **fields)  # type: ignore[arg-type]
-        self.world.to_hub(CLIENT, [pack_header(header), pack_body(body)])
+        self._last = [pack_header(header), pack_body(body)]
+        self.repeat()
         return header.id
+
+    def repeat(self) -> None:
+        """The last message once more, as a client sends what is outstanding when its connection comes back."""
+        self.world.to_hub(CLIENT, self._last)
 
     def ask(self, prompts: list[str], key: str = "K", deadline_ms: int = 60_000, **fields: object) -> str:
         request = BatchRequest.model_validate({"role": "worker", "prompts": prompts} | fields)
@@ -45,8 +50,14 @@ class Asker:
     def infer(self, model: str, request: InferRequest, key: str) -> str:
         return self._send("infer.request", request, key=key, dst=f"infer.{model}", deadline=self.world.now + 60_000)
 
-    def cancel(self, key: str = "K") -> None:
-        self._send("batch.cancel", Empty(), key=key)
+    def cancel(self, kind: str = "batch.cancel", key: str = "K", corr: str | None = None) -> None:
+        self._send(kind, Empty(), key=key, corr=corr)
+
+    def failure(self, ident: str) -> Failure:
+        """That with which this request has ended, and with nothing else."""
+        (body,) = self.said(ident)
+        assert isinstance(body, ErrorReply), body
+        return body.failure
 
     def said(self, ident: str) -> list[Message]:
         return [body for header, body in self.world.client_inbox if header.corr == ident]
@@ -302,16 +313,6 @@ def test_a_lack_of_resources_is_waited_out_as_often_as_the_table_says() -> None:
     assert failure.category is Category.RESOURCE
     rule = asker.world.registry.failures.rules[Category.RESOURCE]
     assert len(asker.world.peers["inference-worker"].started) == rule.same_role + 1
-
-
-def test_the_same_key_again_joins_the_batch_that_is_there() -> None:
-    world = world_with(echo(1_000))
-    asker = Asker(world)
-    asker.ask(["a", "b"])
-    world.run_for(100)
-    again = asker.ask(["a", "b"])
-    assert [answer.text for answer in asker.finish(again).answers] == ["A", "B"]
-    assert len(world.peers["inference-worker"].started) == 2
 
 
 def test_a_hub_that_was_restarted_does_not_compute_again_what_workers_have() -> None:
