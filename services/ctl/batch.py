@@ -20,7 +20,7 @@ from services.ctl.commands import Commands, Context
 from services.ctl.hub import connect
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import seconds
-from services.inference.json_schema import BadSchema, check_schema
+from services.kit.json_schema import BadSchema, check_schema
 
 _EXAMPLES: Final = """FILE holds one prompt a line: a JSON string, or an object with the member "prompt"; - is stdin.
 The output has one JSON object a line and prompt, with "text" or "failure". Exit 1 if any prompt failed.

@@ -24,8 +24,7 @@ from protocol.messages.failure import Failure
 from protocol.messages.task import TaskIR
 from protocol.plan_graph import find_problems
 from services.ctl.outcomes import BadInput
-from services.inference.json_schema import BadSchema, check_schema
-from services.kit.plan_check import plan_problems, problems_in
+from services.kit.plan_check import plan_problems, problems_in, schema_problems
 from services.kit.registry import Registry
 from services.kit.registry.yaml_lines import MAX_FILE_BYTES, Document, UnreadableFileError, read_document
 
@@ -70,15 +69,8 @@ def checked_task(document: Document, registry: Registry | None = None) -> TaskIR
     except ValidationError as err:
         details = [_problem(document, tuple(item["loc"]), _message(item)) for item in err.errors(include_url=False)]
         raise BadInput(_headline(document, details), details=_bounded(details)) from err
-    details = []
-    steps = task.plan.steps if task.plan else []
-    for found in find_problems(task) if registry is None else plan_problems(task, registry):
-        details.append(_problem(document, found.place(task.plan), found.message))
-    for index, step in enumerate(steps):
-        try:
-            check_schema(step.json_schema or {})
-        except BadSchema as err:
-            details.append(_problem(document, ("plan", "steps", index, "json_schema"), f"not a JSON Schema: {err}"))
+    found = find_problems(task) if registry is None else plan_problems(task, registry)
+    details = [_problem(document, one.place(task.plan), one.message) for one in [*found, *schema_problems(task)]]
     if details:
         raise BadInput(_headline(document, details), details=_bounded(details))
     return task

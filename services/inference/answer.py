@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from protocol.messages.failure import Category, Failure, Finding
-from services.inference import json_schema
-from services.inference.json_schema import BadSchema, TooCostly
 from services.inference.probe import ProbeFailed, probe
+from services.kit import json_schema
+from services.kit.json_schema import BadSchema, TooCostly
 
 _CHECK_TIMEOUT_S: Final = 10.0
 _SMALL_CHARS: Final = 8 * 1024

@@ -27,7 +27,6 @@ from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.infer import ChatMessage, InferFinal, InferPartial, InferRequest
 from services.inference.abort import Abort, DecodingMonitor, entropy_nats
 from services.inference.answer import check_schema, judge
-from services.inference.json_schema import BadSchema
 from services.inference.llama_http import (
     GATHER_S,
     ChatServer,
@@ -39,6 +38,7 @@ from services.inference.llama_http import (
     RequestInvalid,
     Usage,
 )
+from services.kit.json_schema import BadSchema
 
 PARTIAL_S: Final = 0.9 * GATHER_S
 """Shortest time between two partials of a service; pieces that come faster are joined. A little shorter than the time

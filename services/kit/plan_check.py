@@ -1,12 +1,14 @@
 """Every reason why a plan cannot run here: those of the graph, and those of this registry.
 
 The hub asks on submit and before it adopts a plan, the planner before it hands one out, the command-line tool before it
-sends one. The graph itself is checked by `protocol.plan_graph`.
+sends one. The graph itself is checked by `protocol.plan_graph`. Schemas of answers are looked at by `schema_problems`,
+for which the hub has no time.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
@@ -17,6 +19,7 @@ from protocol.messages.gate import MAX_CHECKED, MAX_CONTEXT
 from protocol.messages.persona import NO_PERSONA
 from protocol.messages.task import TaskIR
 from protocol.plan_graph import PlanProblem, final_artefacts, find_problems, reads
+from services.kit.json_schema import BadSchema, check_schema
 from services.kit.registry import Registry
 
 MAX_CONTROL_EDGES: Final = 20_000
@@ -48,6 +51,37 @@ def plan_problems(task: TaskIR, registry: Registry) -> list[PlanProblem]:
     found += _without_command(task, registry)
     found += _beyond_gates(task)
     return found
+
+
+def schema_problems(task: TaskIR, most_chars: int | None = None) -> list[PlanProblem]:
+    """Steps whose `json_schema` is none. Takes time in proportion to their size, so the hub does not ask.
+
+    `most_chars` bounds that: of schemas that are different from each other, what is beyond is left to whoever uses it.
+    """
+    left = most_chars
+    said: dict[str, str | None] = {}
+    found = []
+    for step in task.plan.steps if task.plan is not None else ():
+        if step.json_schema is None:
+            continue
+        text = json.dumps(step.json_schema)
+        if text not in said:
+            if left is not None:
+                left -= len(text)
+                if left < 0:
+                    break
+            said[text] = _why_no_schema(step.json_schema)
+        if (why := said[text]) is not None:
+            found.append(PlanProblem(step.id, "json_schema", f"not a JSON Schema: {why}"))
+    return found
+
+
+def _why_no_schema(schema: dict[str, Any]) -> str | None:
+    try:
+        check_schema(schema)
+    except BadSchema as err:
+        return str(err)
+    return None
 
 
 def rows(problems: Sequence[PlanProblem]) -> list[dict[str, str | None]]:

@@ -36,7 +36,7 @@ from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanSource, Revision, RoutingDecision
 from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import PlanProblem, find_problems
-from services.kit.plan_check import plan_problems, rows
+from services.kit.plan_check import plan_problems, rows, schema_problems
 from services.kit.registry import Registry, RoleEntry, with_own
 from services.planner.advice import WIDTH_KEY, answers, request, shape_of, split_cluster
 from services.planner.cast import ROLES_FOR, Work
@@ -55,6 +55,8 @@ MEMORY_S: Final = 1.0
 """Longest wait for memory, for each of its questions, in seconds."""
 CLIENT_MEMORY_S: Final = 0.5
 """The same for the one question about a client's plan, which can begin without what earlier tasks taught."""
+SCHEMA_CHARS: Final = 64 * 1024
+"""JSON Schemas of a task's own plan that are looked at before it begins: half a second at most."""
 MODEL_S: Final = 15.0
 """Longest wait for the front door, in seconds: longer than this is better spent on working than on planning."""
 MIN_MODEL_S: Final = 1.0
@@ -248,7 +250,7 @@ class Planning:
         if event.revision is not None:
             return self._on_revision(event.at_ms, task, event.revision)
         if task.plan is not None:
-            problems = plan_problems(task, self._registry)
+            problems = plan_problems(task, self._registry) or schema_problems(task, SCHEMA_CHARS)
             if problems:
                 return self._refuse(problems)
             self._reasons.append("the task brought its plan")

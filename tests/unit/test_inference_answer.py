@@ -10,7 +10,7 @@ import pytest
 from protocol.messages.failure import Category
 from services.inference import answer
 from services.inference.answer import judge
-from services.inference.json_schema import BadSchema, TooCostly, check_schema, problems_of
+from services.kit.json_schema import BadSchema, TooCostly, check_schema, problems_of
 
 LIST = {"type": "array", "items": {"type": "integer"}}
 

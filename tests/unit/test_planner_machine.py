@@ -195,6 +195,10 @@ def test_a_client_plan_loses_its_useless_edges_and_only_its_personas_are_asked_a
         ({"gates": ["lintt"]}, "plan.steps[S2].gates: the registry has no 'lintt'; did you mean 'lint'?"),
         ({"persona": "nobody"}, "plan.steps[S2].persona: the registry has no 'nobody'"),
         ({"inputs": ["ghost"]}, "plan.steps[S2].inputs: no step makes 'ghost'"),
+        (
+            {"outputs": [{"name": "o", "kind": "json"}], "json_schema": {"properties": {"n": {"type": "nothing"}}}},
+            "plan.steps[S2].json_schema: not a JSON Schema: $.properties.n.type",
+        ),
     ],
 )
 def test_a_client_plan_that_cannot_run_is_refused_by_step_and_field(change: dict[str, object], says_: str) -> None:
