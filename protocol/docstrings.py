@@ -10,6 +10,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -34,13 +35,18 @@ def attribute_docstrings(cls: type) -> dict[str, str]:
     """Field -> the string below it, of a class and of those of its bases whose source can be read."""
     notes: dict[str, str] = {}
     for one in reversed(cls.__mro__):
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
-        except (OSError, TypeError):  # built in, or made without a source
-            continue
-        if isinstance(tree, ast.ClassDef):
-            notes |= docstrings_in(tree.body)
+        notes |= _own(one)
     return notes
+
+
+@cache
+def _own(cls: type) -> Mapping[str, str]:
+    """Kept, for the base of all messages is the base of each, and to find a class its whole file is parsed."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    except (OSError, TypeError):  # built in, or made without a source
+        return {}
+    return docstrings_in(tree.body) if isinstance(tree, ast.ClassDef) else {}
 
 
 def docstrings_in(body: list[ast.stmt]) -> dict[str, str]:
