@@ -23,7 +23,7 @@ from services.ctl.screen import Screen, mebibytes, one_line, seconds
 from services.ctl.stack_files import checked_registry
 from services.ctl.task_inputs import add_task_arguments, task_from
 from services.ctl.trials import with_live_trials
-from services.kit.plan_check import problems_in
+from services.kit.plan_check import more_than, problems_in
 from services.kit.plan_shape import as_written
 from services.kit.registry import Registry
 from services.planner.divide import Judge
@@ -84,7 +84,9 @@ def dry_run(task: TaskIR, registry: Registry, judge: Judge | None = None) -> Pla
     while not isinstance(command, Finish):
         if isinstance(command, Refuse):
             problems = problems_in(command.failure.evidence)
-            raise BadInput("the task cannot run as written", details=tuple(map(str, problems)))
+            more = more_than(problems, command.failure.evidence)
+            details = (*map(str, problems), *([f"and {more} more"] if more else ()))
+            raise BadInput("the task cannot run as written", details=details)
         command = planning.handle(Unanswered(0, "dry run"))
     return command.final
 

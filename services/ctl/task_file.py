@@ -24,7 +24,7 @@ from protocol.messages.failure import Failure
 from protocol.messages.task import TaskIR
 from protocol.plan_graph import find_problems
 from services.ctl.outcomes import BadInput
-from services.kit.plan_check import plan_problems, problems_in, schema_problems
+from services.kit.plan_check import more_than, plan_problems, problems_in, schema_problems
 from services.kit.registry import Registry
 from services.kit.registry.yaml_lines import MAX_FILE_BYTES, Document, UnreadableFileError, read_document
 
@@ -82,7 +82,8 @@ def refused_task(document: Document, task: TaskIR, failure: Failure) -> BadInput
     if not problems:
         return None
     details = [_problem(document, found.place(task.plan), found.message) for found in problems]
-    return BadInput(_headline(document, details), details=_bounded(details))
+    more = more_than(details, failure.evidence)
+    return BadInput(_headline(document, details, more), details=_bounded(details, more))
 
 
 def _parse_json(path: Path, text: str) -> Any:
@@ -92,12 +93,13 @@ def _parse_json(path: Path, text: str) -> Any:
         raise BadInput(f"the task file {path} is not valid JSON: {err}") from err
 
 
-def _headline(document: Document, details: Sequence[str]) -> str:
-    return f"{document.file} is not a task that can run: {len(details)} problem{'s' if len(details) > 1 else ''}"
+def _headline(document: Document, details: Sequence[str], more: int = 0) -> str:
+    count = len(details) + more
+    return f"{document.file} is not a task that can run: {count} problem{'s' if count > 1 else ''}"
 
 
-def _bounded(details: Sequence[str]) -> tuple[str, ...]:
-    more = len(details) - _MAX_PROBLEMS
+def _bounded(details: Sequence[str], more: int = 0) -> tuple[str, ...]:
+    more += max(0, len(details) - _MAX_PROBLEMS)
     return (*details[:_MAX_PROBLEMS], *([f"and {more} more"] if more > 0 else ()))
 
 

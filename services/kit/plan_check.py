@@ -84,13 +84,20 @@ def _why_no_schema(schema: dict[str, Any]) -> str | None:
     return None
 
 
-def rows(problems: Sequence[PlanProblem]) -> list[dict[str, str | None]]:
-    """Problems as evidence of a failure, each as `{step, field, message}`; 20 at most."""
-    return [{**asdict(problem), "message": problem.message[:400]} for problem in problems[:_MAX_ROWS]]
+def as_evidence(problems: Sequence[PlanProblem]) -> dict[str, Any]:
+    """Problems as evidence of a failure: the first 20, each as `{step, field, message}`, and how many there are."""
+    rows = [{**asdict(problem), "message": problem.message[:400]} for problem in problems[:_MAX_ROWS]]
+    return {"problems": rows, "problem_count": len(problems)}
+
+
+def more_than(told: Sequence[object], evidence: Mapping[str, Any]) -> int:
+    """How many problems there are beyond these, by the evidence of a failure."""
+    count = evidence.get("problem_count")
+    return max(0, count - len(told)) if isinstance(count, int) else 0
 
 
 def problems_in(evidence: Mapping[str, Any]) -> list[PlanProblem]:
-    """What `rows` has put into the evidence of a failure; empty where there is none, or it is of another form."""
+    """What `as_evidence` has put into a failure; empty where there is none, or it is of another form."""
     try:
         return [_ROW.validate_python(row) for row in evidence.get("problems", ())]
     except (ValidationError, TypeError):

@@ -36,7 +36,7 @@ from protocol.messages.persona import Persona
 from protocol.messages.plan import PlanFinal, PlanSource, Revision, RoutingDecision
 from protocol.messages.task import Plan, Step, TaskIR
 from protocol.plan_graph import PlanProblem, find_problems
-from services.kit.plan_check import plan_problems, rows, schema_problems
+from services.kit.plan_check import as_evidence, plan_problems, schema_problems
 from services.kit.registry import Registry, RoleEntry, with_own
 from services.planner.advice import WIDTH_KEY, answers, request, shape_of, split_cluster
 from services.planner.cast import ROLES_FOR, Work
@@ -518,7 +518,7 @@ class Planning:
                 category=Category.POLICY,
                 origin="planner",
                 message=message,
-                evidence={"problems": rows(problems)},
+                evidence=as_evidence(problems),
             )
         )
 

@@ -8,13 +8,13 @@ from protocol.codec import describe, unpack_body
 from protocol.errors import BadFrame
 from protocol.messages.result import ArtefactQuery, CancelQuery, TaskQuery, Watch
 from protocol.messages.task import Extend, Submit, TaskIR
-from services.kit.plan_check import plan_problems, rows
+from services.kit.plan_check import as_evidence, plan_problems
 from services.kit.registry import Registry
 
 
 def read_task(body: bytes, registry: Registry) -> TaskIR:
     """The task of a `task.submit`. Raises BadFrame naming the fields and steps that are wrong: ten to people, and to
-    programs up to 20 as its evidence, see `plan_check.rows`.
+    programs up to 20 as its evidence, see `plan_check.as_evidence`.
     """
     submit = unpack_body(Submit, body)
     try:
@@ -25,7 +25,7 @@ def read_task(body: bytes, registry: Registry) -> TaskIR:
     if problems:
         shown = "; ".join(str(problem) for problem in problems[:10])
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise BadFrame("task.invalid", f"the plan cannot run: {shown}{more}", {"problems": rows(problems)})
+        raise BadFrame("task.invalid", f"the plan cannot run: {shown}{more}", as_evidence(problems))
     return ir
 
 

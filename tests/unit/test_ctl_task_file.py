@@ -130,6 +130,22 @@ def test_what_the_hub_finds_wrong_is_told_with_its_line(tmp_path: Path) -> None:
     assert_each_is_told_once(told.details)
 
 
+def test_the_hub_tells_the_first_of_many_problems_and_their_number(tmp_path: Path) -> None:
+    steps = [
+        {"id": f"S{n}", "actor": "worker", "action": "a", "inputs": ["x"], "outputs": [{"name": f"o{n}"}]}
+        for n in range(50)
+    ]
+    (tmp_path / "task.json").write_text(json.dumps({"objective": "o", "plan": {"steps": steps}}))
+    document = read_task_fields(tmp_path / "task.json")
+    with pytest.raises(BadFrame) as refused:
+        read_task(pack_body(Submit(task=document.data)), SHIPPED)
+    failure = Failure(code="c", category="POLICY", origin="o", message="m", evidence=refused.value.evidence)
+    told = refused_task(document, TaskIR.model_validate(document.data), failure)
+    assert told is not None
+    assert "50 problems" in str(told)
+    assert (len(told.details), told.details[-1]) == (21, "and 30 more")
+
+
 def assert_each_is_told_once(details: tuple[str, ...]) -> None:
     assert len(details) == len(WHERE_STRANGERS_ARE)
     for expected in WHERE_STRANGERS_ARE:
