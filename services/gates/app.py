@@ -21,6 +21,7 @@ from protocol.messages.gate import GateFinal, GateRequest, GateResult, Verdict
 from protocol.messages.infer import InferFinal, InferRequest
 from protocol.messages.session import PeerState
 from services.gates import machine as m
+from services.gates.earlier import with_earlier
 from services.gates.judge import Judge
 from services.gates.sandbox import Sandbox
 from services.gates.verdict_cache import VerdictCache
@@ -28,7 +29,7 @@ from services.gates.workspace import Workspace, make_workspace, private_folder
 from services.kit.config import CHECKOUT, Home
 from services.kit.following import RegistryFollower
 from services.kit.logs import LogEvent
-from services.kit.registry import GateEntry, Registry
+from services.kit.registry import GateEntry, Registry, past_registries
 from services.kit.service import Call, Service
 
 SANDBOX_PROBED = LogEvent("sandbox.probed", "available reason control_groups")
@@ -57,7 +58,9 @@ class GateService:
         self.service.answer("gate.request", self._on_request)
         self.service.metrics = self._metrics
         self.service.follower = RegistryFollower(home, self.service.log, registry, self._take_up)
-        self._gates: Mapping[str, GateEntry] = registry.gates
+        self._registry = registry
+        self._recalled: str | None = None
+        """Digest of the registry under which the copies of earlier ones were last read."""
         self._cores = registry.hardware.cores
         self._leaving: asyncio.Task[None] | None = None
         policy = registry.gate_policy
@@ -89,7 +92,8 @@ class GateService:
             shutil.rmtree(self._folder)
 
     def _take_up(self, registry: Registry, _needed: bool) -> bool:
-        """Judge by these gates from now on. Removed ones stay: only tasks from before the change still ask for them.
+        """Judge by these gates from now on. Removed ones stay, with the roles that judge: only tasks from before the
+        change still ask for them.
 
         Slots follow from the cores of the machine, so a change of those is taken up by beginning anew.
         """
@@ -97,11 +101,29 @@ class GateService:
             if self._leaving is None:
                 self._leaving = asyncio.get_running_loop().create_task(self._begin_anew())
             return False
-        self._gates = {**self._gates, **registry.gates}
-        self._judge = replace(self._judge, registry=registry)
+        self._registry = registry
+        self._judge = replace(self._judge, registry=with_earlier(registry, [self._judge.registry]))
         self._machine.stop_after_failure = registry.gate_policy.stop_after_failure
         self._cache.limit_bytes = registry.gate_policy.cache_bytes
         return True
+
+    @property
+    def _gates(self) -> Mapping[str, GateEntry]:
+        """Those of the registry, and what is known of earlier ones."""
+        return self._judge.registry.gates
+
+    async def _recall(self) -> None:
+        """Learn of the gates of earlier registries: the task that asks is from before a reload that came before us.
+
+        Once for each registry: what the copies lack now they will lack later, and any client may ask for any name.
+        """
+        digest = self._registry.digest
+        if self._recalled == digest:
+            return
+        copies, models = self._home.registry_copies, self._home.models
+        earlier = await asyncio.to_thread(lambda: list(past_registries(copies, models)))
+        self._recalled = digest
+        self._judge = replace(self._judge, registry=with_earlier(self._judge.registry, earlier))
 
     async def _begin_anew(self) -> None:
         changed = "the cores in hardware.yaml have changed"
@@ -117,6 +139,8 @@ class GateService:
             raise CallFailed(
                 Failure(code="gates.loading", category=Category.RESOURCE, origin="gates", message="not ready yet: wait")
             )
+        if not self._gates.keys() >= set(request.gates):
+            await self._recall()
         left_s = call.seconds_left(self.service.clock.now_ms())
         workspace = make_workspace(self._folder, request.artefacts, request.context)
         self._asked += 1
@@ -146,7 +170,7 @@ class GateService:
     def _planned(self, name: str, request: GateRequest, workspace: Workspace) -> m.PlannedGate:
         gate = self._gates.get(name)
         if gate is None:
-            message = f"gate.unknown: registry/gates.yaml has no {name!r}; it has: {', '.join(self._gates)}"
+            message = f"gate.unknown: registry/gates.yaml has no {name!r}; it has: {', '.join(self._registry.gates)}"
             return self._settled(name, Verdict.ERROR, Category.POLICY, message)
         why = None
         if not workspace.judged_by(gate):

@@ -52,7 +52,10 @@ class Verdicts:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Runs gates. `sandbox` is the reason why there is none, where there is none."""
+    """Runs gates. `sandbox` is the reason why there is none, where there is none.
+
+    `registry` has the role of every gate that is run, and its model: of a removed one those it had, see `earlier`.
+    """
 
     sandbox: Sandbox | str
     clock: Clock
@@ -154,9 +157,7 @@ class Judge:
         self, gate: GateEntry, role_name: str, request: GateRequest, workspace: Workspace, ask: Ask
     ) -> Verdicts:
         """The verdict of a model on every criterion, with its reasons."""
-        role = self.registry.roles.get(role_name)
-        if role is None:  # a reload took it away, and a task from before still asks for the gate
-            raise CannotJudge("judge.unknown_role", Category.POLICY, f"roles.yaml has no {role_name!r} any more")
+        role = self.registry.roles[role_name]
         judged = {subject.file: subject.path.read_text(encoding="utf-8") for subject in workspace.judged_by(gate)}
         try:
             asked = criteria.question(

@@ -76,9 +76,12 @@ def used_by(tasks: Iterable[TaskRecord]) -> Used:
 def with_kept(declared: Registry, past: Registry, used: Used) -> Registry:
     """The declared registry, and of the past one whatever is used and not declared any more.
 
-    A kept role keeps the roles it escalates to and the models of all of them, a kept model its draft.
+    A kept gate keeps the role that judges for it, a kept role the roles it escalates to and the models of all of them,
+    a kept model its draft.
     """
-    roles = dict(_taken(past.roles, used.roles - declared.roles.keys()))
+    gates = dict(_taken(past.gates, used.gates - declared.gates.keys()))
+    judges = {gate.role for gate in gates.values() if gate.role is not None}
+    roles = dict(_taken(past.roles, (used.roles | judges) - declared.roles.keys()))
     for name in list(roles):
         roles |= {one.name: one for one in past.escalation_chain(name) if one.name not in declared.roles}
     wanted = {name for role in roles.values() for name in (role.model, role.lateral) if name} | used.models
@@ -87,7 +90,7 @@ def with_kept(declared: Registry, past: Registry, used: Used) -> Registry:
         "roles": roles,
         "models": dict(_taken(past.models, wanted - declared.models.keys())),
         "personas": dict(_taken(past.personas, used.personas - declared.personas.keys())),
-        "gates": dict(_taken(past.gates, used.gates - declared.gates.keys())),
+        "gates": gates,
     }
     if not any(kept.values()):
         return declared

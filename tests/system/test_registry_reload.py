@@ -51,7 +51,9 @@ class Stack(Installation):
         path = write_tiny_gguf(root / f"{name}.gguf")
         slow = {"match": "SLOW", "answers": [{"text": "tick " * 40, "hold": str(root / "go on")}]}
         as_json = {"match": "AS JSON", "answers": ['{"n": 1}']}
-        Path(f"{path}.script.json").write_text(json.dumps({"default": f"said by {name}", "rules": [slow, as_json]}))
+        judged = {"match": "Judge the result", "answers": ['{"1": {"reason": "It ticks.", "met": true}}']}
+        script = {"default": f"said by {name}", "rules": [slow, as_json, judged]}
+        Path(f"{path}.script.json").write_text(json.dumps(script))
         return {
             "tier": "C", "engine": "llama-server", "binary": str(FAKE_BINARY), "path": str(path), "slots": slots,
             "context_tokens": 2048,
@@ -72,6 +74,16 @@ class Stack(Installation):
         else:
             del roles["roles"][name]
         path.write_text(yaml.safe_dump(roles, sort_keys=False))
+
+    def gate(self, name: str, **fields: Any) -> None:
+        """Set a gate; without fields, remove it."""
+        path = self.root / "registry" / "gates.yaml"
+        gates = yaml.safe_load(path.read_text())
+        if fields:
+            gates["gates"][name] = {"description": "As agreed.", **fields}
+        else:
+            del gates["gates"][name]
+        path.write_text(yaml.safe_dump(gates, sort_keys=False))
 
     def reload(self, *argv: str, status: int = 0) -> dict[str, Any]:
         done = self.tierline("registry", "reload", "--json", *argv)
@@ -146,14 +158,7 @@ def test_a_new_model_and_role_serve_without_any_restart(stack: Stack) -> None:
 def test_a_new_gate_and_persona_are_known_to_planner_and_gates_service(stack: Stack) -> None:
     before = stack.pids()
     registry = stack.root / "registry"
-    gates = yaml.safe_load((registry / "gates.yaml").read_text())
-    gates["gates"]["shape"] = {
-        "description": "As agreed.",
-        "kinds": ["json"],
-        "category": "SCHEMA",
-        "builtin": "schema",
-    }
-    (registry / "gates.yaml").write_text(yaml.safe_dump(gates, sort_keys=False))
+    stack.gate("shape", kinds=["json"], category="SCHEMA", builtin="schema")
     personas = yaml.safe_load((registry / "personas.yaml").read_text())
     personas["personas"]["pirate"] = {"description": "At sea.", "prompt": "Speak like a pirate."}
     (registry / "personas.yaml").write_text(yaml.safe_dump(personas, sort_keys=False))
@@ -277,6 +282,35 @@ def test_a_removed_model_and_role_stay_for_the_running_task_and_leave_afterwards
     assert "inference-extra" not in stack.pids()
     assert not (stack.home.conf_d / "inference-extra.conf").exists()
     assert set(stack.pids()) == {*CORE, "inference-front", "inference-worker"}
+
+
+def test_a_removed_gate_judges_a_running_step_with_its_role_and_model_even_after_a_restart(stack: Stack) -> None:
+    stack.models["extra"] = stack.scripted(stack.root, "extra")
+    stack.write()
+    stack.role("judge", model="extra")
+    stack.gate("judged", kinds=["text"], category="LOGIC", role="judge")
+    stack.reload()
+    (stack.root / "go on").unlink(missing_ok=True)
+    step = {"id": "S1", "actor": "worker", "action": "SLOW please", "outputs": [{"name": "one"}], "gates": ["judged"]}
+    task = {"objective": "test", "definition_of_done": ["It ticks."], "plan": {"steps": [step]}}
+    task_id = stack.client.submit(task).task_id
+    until(lambda: any(step.state == "inferring" for step in stack.client.show(task_id).steps), "it is at work")
+    del stack.models["extra"]
+    stack.write()
+    stack.role("judge")
+    stack.gate("judged")
+    told = stack.reload("--no-wait")
+    assert set(told["kept"]) == {"gates.judged", "roles.judge", "models.extra"}
+    until(lambda: stack.digests()["gates"] == told["digest"], "the gates service has followed")
+    before = stack.pids()["gates"]
+    psutil.Process(before).kill()
+    until(lambda: stack.pids().get("gates") not in (0, None, before), "the gates service is back")
+    stack.go_on()
+    view = stack.client.result(task_id, timeout_s=100)
+    assert view.state is TaskState.SUCCEEDED, view.failure
+    assert [(gate.gate, gate.verdict.value) for gate in view.steps[0].attempts[-1].gates] == [("judged", "pass")]
+    assert stack.reload()["waiting"] == []
+    assert "inference-extra" not in stack.pids()
 
 
 def test_a_removed_model_serves_a_running_batch_to_its_last_prompt(stack: Stack) -> None:

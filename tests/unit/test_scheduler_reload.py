@@ -171,6 +171,23 @@ def test_an_escalation_to_a_removed_role_still_works_for_the_task_that_began_bef
     assert [attempt.role for attempt in world.finish(task_id).steps[0].attempts] == ["worker", "coder", "architect"]
 
 
+def test_a_gate_that_judges_stays_with_its_role_and_the_models_of_that() -> None:
+    world = stack(say("fine", took_ms=1_000))
+    assert world.hub is not None
+    judge = SHIPPED.roles["worker"].model_copy(update={"name": "judge", "lateral": "front", "escalates_to": None})
+    judged = SHIPPED.gates["definition_of_done"].model_copy(update={"name": "judged", "role": "judge"})
+    front = {name: role.model_copy(update={"model": "front"}) for name, role in SHIPPED.roles.items()}
+    reload(world, edited(roles={**front, "judge": judge}, gates={"judged": judged}))
+    task_id = world.submit(task_of([{"id": "S1", "gates": ["judged"]}]))
+    world.run_for(100)
+    told = reload(world, edited(models={"worker": None}, roles=front))
+    assert set(told.kept) == {"gates.judged", "roles.judge", "models.worker"}
+    assert world.finish(task_id).state is TaskState.SUCCEEDED
+    world.run_for(2_000)
+    assert "judge" not in world.hub.registry.roles
+    assert "worker" not in world.hub.registry.models
+
+
 def test_a_restarted_hub_finds_what_its_tasks_use_in_an_earlier_registry_or_says_what_is_missing() -> None:
     prompts: list[InferRequest] = []
     for past in (SHIPPED, None):
