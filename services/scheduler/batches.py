@@ -4,8 +4,8 @@ Each prompt is one call at the broker, for the client that asked, so that credit
 lost workers are dealt with where they always are. At most a window of them is there at once: a batch of a thousand
 never stands in the queue before what others ask later, and holds no composed prompts in memory. What follows a failed
 call the failure table says, but only a rerun or a pause is done here: a prompt that has failed for good is an answer
-of its own, and no business of a stronger role or of the other prompts. A batch whose model nobody serves goes to the
-lateral model of its role with all that waits, as steps do.
+of its own, and no business of a stronger role or of the other prompts, unless it failed for the schema that all of
+them have. A batch whose model nobody serves goes to the lateral model of its role with all that waits, as steps do.
 
 A batch is not journalled. Its items' keys follow from its own key and their prompts, so whoever asks again after a
 restart of the hub gets from the workers what they have finished.
@@ -51,6 +51,8 @@ HEARTBEAT_MS: Final = 1_000
 MAX_MOVES: Final = 2
 """How often a batch changes its model: two that take turns dying must not make it wander until its deadline."""
 _DEFAULT_DEADLINE_MS: Final = 3_600_000
+_BAD_SCHEMA: Final = "schema.invalid"
+"""Code with which a worker says that the schema is no JSON Schema: all prompts of a batch have the same one."""
 
 
 class Tell(msgspec.Struct, frozen=True):
@@ -383,6 +385,18 @@ class Batches:
             self._ask_item(batch, item, at_ms, hold_until_ms=again_ms)
         else:
             self._fail(batch, call.key, failure, at_ms)
+            if (failure.category, failure.code) == (Category.POLICY, _BAD_SCHEMA):
+                self._fail_rest(batch, failure, at_ms)
+
+    def _fail_rest(self, batch: _Batch, failure: Failure, at_ms: int) -> None:
+        """No prompt can end otherwise: those that no worker has end with the same failure, the others by themselves."""
+        for key, item in list(batch.open.items()):
+            if item.started_ms is None:
+                self._effects.append(Drop(key))
+                self._fail(batch, key, failure, at_ms)
+        for index in range(batch.next, len(batch.answers)):
+            batch.answers[index] = BatchAnswer(failure=failure, ended_ms=at_ms)
+        batch.next = len(batch.answers)
 
     def _react(self, batch: _Batch, item: _Item, failure: Failure) -> Action:
         """What the failure table says; the item takes note of it."""

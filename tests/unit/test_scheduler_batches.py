@@ -111,6 +111,24 @@ def test_a_prompt_that_fails_has_its_failure_and_the_others_go_on() -> None:
     assert abort.failure.category is Category.EARLY_ABORT
 
 
+@pytest.mark.parametrize("concurrency", [None, 50])
+def test_a_schema_that_cannot_be_used_ends_all_prompts_that_no_worker_has(concurrency: int | None) -> None:
+    failure = Failure(code="schema.invalid", category=Category.POLICY, origin="t", message="no JSON Schema")
+    world = world_with(lambda header, body: (100, failure))
+    asker = Asker(world)
+    asked = asker.ask([f"p{index}" for index in range(200)], json_schema={"type": "x"}, concurrency=concurrency)
+    final = asker.finish(asked)
+    assert [answer.failure for answer in final.answers] == [failure] * 200
+    assert len(world.peers["inference-worker"].started) == 4
+    assert world.hub is not None
+    assert not world.hub.broker.calls
+
+
+def test_what_is_not_allowed_in_one_prompt_is_no_matter_of_the_others() -> None:
+    final = (asker := Asker(world_with(slots=1))).finish(asker.ask(["fail POLICY", "a"]))
+    assert final.answers[1].text == "A"
+
+
 def test_no_more_calls_at_once_than_asked_for() -> None:
     asker = Asker(world_with())
     final = asker.finish(asker.ask([f"p{index}" for index in range(9)], concurrency=2))
