@@ -12,7 +12,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -32,7 +32,16 @@ _ARCHITECTURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _WINDOW_PERIODS: Final[Mapping[str, int]] = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4}
 
 #: Every how many layers one has attention, in hybrids whose files do not say so.
-_ATTENTION_PERIODS: Final[Mapping[str, int]] = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}
+_ATTENTION_PERIODS: Final[Mapping[str, int]] = {
+    "qwen3next": 4,
+    "qwen35": 4,
+    "qwen35moe": 4,
+    "qwen4exp": 4,
+    "minimax-01": 8,
+}
+
+#: Hybrids with attention and a state in every layer; the others have one of both.
+_BOTH_IN_EVERY_LAYER: Final = frozenset({"falcon-h1"})
 
 Stamp: TypeAlias = tuple[tuple[int, int, int, int], ...]
 
@@ -141,21 +150,40 @@ def _kv_shape(architecture: str, values: Mapping[str, Value], *, hybrid: bool) -
     key, value = number("attention.key_length") or size, number("attention.value_length") or size
     window = number("attention.sliding_window")
     windowed = list(_windowed(architecture, values, layers)) if window else [False] * layers
-    attention = [count if _has_attention(architecture, values, layer) else 0 for layer, count in enumerate(kv_heads)]
+    attends = _attends(architecture, values, layers)
+    attention = [count if own else 0 for count, own in zip(kv_heads, attends, strict=True)]
     full = sum(count for count, short in zip(attention, windowed, strict=True) if not short)
     short = sum(attention) - full
     state = 0
     if hybrid:
-        inner, states = number("ssm.inner_size"), number("ssm.state_size")
-        convolution = max(number("ssm.conv_kernel") - 1, 0) * (inner + 2 * number("ssm.group_count") * states)
-        # llama.cpp keeps both in f32, for each layer without attention.
-        state = 4 * (convolution + inner * states) * sum(count == 0 for count in attention)
+        with_state = layers if architecture in _BOTH_IN_EVERY_LAYER else attention.count(0)
+        state = 4 * with_state * _state_elements(architecture, number, heads, key)  # in f32, whatever kv_type says
     return KvShape(full * key, full * value, short * key, short * value, window if short else 0, state)
 
 
-def _has_attention(architecture: str, values: Mapping[str, Value], layer: int) -> bool:
+def _state_elements(architecture: str, number: Callable[[str], int], heads: int, key: int) -> int:
+    """Elements of the state of one slot in one layer: what moves along (a convolution or shifted tokens), and the
+    state proper. The source is llama.cpp's llama_hparams::n_embd_r and n_embd_s.
+    """
+    width, kernel = number("embedding_length"), number("ssm.conv_kernel")
+    if head := number("wkv.head_size"):
+        return width * ((number("token_shift_count") or 2) + head)
+    if cached := number("shortconv.l_cache"):
+        return width * (cached - 1)
+    if head := number("kda.head_dim"):
+        return heads * head * (3 * (kernel - 1 if kernel else 3) + head)
+    if architecture == "minimax-01":
+        return heads * key * key
+    inner, states = number("ssm.inner_size"), number("ssm.state_size")
+    return max(kernel - 1, 0) * (inner + 2 * number("ssm.group_count") * states) + inner * states
+
+
+def _attends(architecture: str, values: Mapping[str, Value], layers: int) -> list[bool]:
+    """Which layers may have attention; `head_count_kv` says further ones that have not."""
+    if (key := f"{architecture}.attention.recurrent_layers") in values:
+        return [not recurrent for recurrent in _per_layer(values, key, layers, 0)]
     period = _number(values, f"{architecture}.full_attention_interval") or _ATTENTION_PERIODS.get(architecture, 1)
-    return (layer + 1) % max(period, 1) == 0
+    return [(layer + 1) % period == 0 for layer in range(layers)]
 
 
 def _windowed(architecture: str, values: Mapping[str, Value], layers: int) -> Iterator[bool]:

@@ -99,8 +99,8 @@ def opened(path: Path) -> BinaryIO:
 def read_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> Header:
     """Read one file. `block_sizes` gives elements and bytes of a block for each type of tensor, by its number.
 
-    Raises BadHeader for a header that is damaged or beyond the bounds, and for tensors that reach past the file's end;
-    OSError where the file cannot be read.
+    Raises BadHeader for a header that is damaged or beyond the bounds, and for tensors that reach past the file's end,
+    as far as the size of their type is known; OSError where the file cannot be read.
     """
     with opened(path) as stream:
         return _Reader(stream, path.stat().st_size).read(block_sizes)
@@ -183,9 +183,8 @@ class _Reader:
             for _ in range(dimensions):
                 elements *= self._number("<Q")
             kind, offset = self._number("<I"), self._number("<Q")
-            if kind not in block_sizes:
-                raise BadHeader(f"tensor {name} has the unknown type {kind}")
-            block_elements, block_bytes = block_sizes[kind]
+            # A type that is newer than the table has no size here; llama.cpp may know it.
+            block_elements, block_bytes = block_sizes.get(kind, (1, 0))
             ends.append((offset + elements // block_elements * block_bytes, name))
             self._header.parameters += elements
         alignment = self._header.values.get("general.alignment", 32)
@@ -194,7 +193,7 @@ class _Reader:
         begin = -(-self._at // alignment) * alignment
         end, name = max(ends, default=(0, ""))
         if begin + end > self._file_bytes:
-            raise BadHeader(f"tensor {name} ends at byte {begin + end}, the file has {self._file_bytes}")
+            raise BadHeader(f"tensor {name} reaches byte {begin + end}, the file has {self._file_bytes}")
         self._header.tensors = count
 
     def _scalar(self, key: str, kind: int) -> int | float | bool:

@@ -16,7 +16,8 @@ RECURRENT_ARCHITECTURES: Final = frozenset(
     {
         *("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"),
         *("jamba", "falcon-h1", "plamo2", "granitehybrid", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe"),
-        *("qwen3next", "qwen35", "qwen35moe", "kimi-linear", "minimax-01"),
+        *("qwen3next", "qwen35", "qwen35moe", "qwen4exp", "kimi-linear", "kimi-k3", "glm5-next", "bailingmoe3"),
+        *("minimax-01", "deepseek4"),
     }
 )
 

@@ -49,6 +49,10 @@ def test_the_facts_of_a_mixture_of_experts(tmp_path: Path) -> None:
     [
         ("mamba", {}, "architecture mamba"),
         ("qwen3next", {}, "architecture qwen3next"),
+        *(
+            (name, {}, f"architecture {name}")
+            for name in ("deepseek4", "bailingmoe3", "kimi-k3", "glm5-next", "qwen4exp")
+        ),
         ("newfangled", {"ssm.state_size": 16}, "newfangled.ssm.state_size"),
         ("newfangled", {"wkv.head_size": 16}, "newfangled.wkv.head_size"),
         ("llama", {}, None),
@@ -110,6 +114,51 @@ def test_the_cache_has_a_size_for_full_windowed_and_recurrent_layers(tmp_path: P
     assert hybrid.kv.state_bytes == 6 * 4 * (3 * (32 + 2 * 2 * 16) + 32 * 16)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "extra", "full", "state"),
+    [
+        # as the 7B one: attention and a state in each of 44 layers
+        (
+            "falcon-h1",
+            {"attention.head_count": 12, "attention.head_count_kv": 2, "attention.key_length": 128,
+             "ssm.conv_kernel": 4, "ssm.inner_size": 3072, "ssm.state_size": 256, "ssm.group_count": 1},
+            44 * 2 * 128,
+            44 * 4 * (3 * (3072 + 2 * 256) + 3072 * 256),
+        ),
+        # attention where heads are named; elsewhere three convolutions and one square a head
+        (
+            "kimi-linear",
+            {"attention.head_count": 4, "attention.head_count_kv": [0, 0, 0, 1] * 11, "attention.key_length": 16,
+             "kda.head_dim": 8, "ssm.conv_kernel": 4},
+            11 * 16,
+            33 * 4 * 4 * (3 * 3 * 8 + 8 * 8),
+        ),
+        # two shifted tokens where nothing is said, and one square a head; embedding_length is 8
+        ("rwkv7", {"wkv.head_size": 4}, 0, 44 * 4 * 8 * (2 + 4)),
+        ("rwkv6qwen2", {"wkv.head_size": 4, "token_shift_count": 1}, 0, 44 * 4 * 8 * (1 + 4)),
+        (
+            "lfm2",
+            {"attention.head_count": 1, "attention.head_count_kv": [0, 1] * 22, "shortconv.l_cache": 3},
+            22 * 8,
+            22 * 4 * 8 * 2,
+        ),
+        ("minimax-01", {"attention.head_count": 2, "attention.key_length": 4}, 5 * 2 * 4, 39 * 4 * 2 * 4 * 4),
+        (
+            "qwen3next",
+            {"attention.head_count": 1, "attention.recurrent_layers": [True, False] * 22, "ssm.inner_size": 4,
+             "ssm.state_size": 2},
+            22 * 8,
+            22 * 4 * 4 * 2,
+        ),
+    ],
+)  # fmt: skip
+def test_the_state_of_a_slot_is_counted_as_llama_cpp_lays_it_out(
+    tmp_path: Path, architecture: str, extra: dict[str, int], full: int, state: int
+) -> None:
+    found = facts(with_layers(tmp_path / "m.gguf", architecture, 44, extra)).kv
+    assert (found.full_k, found.state_bytes) == (full, state)
+
+
 def with_layers(path: Path, architecture: str, layers: int, extra: dict[str, int]) -> Path:
     """A tiny file whose block_count is patched: the writer knows one layer only."""
     write_tiny_gguf(path, architecture=architecture, extra=extra)
@@ -162,6 +211,19 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     for size in range(path.stat().st_size):
         with pytest.raises(BadHeader):
             read_header(cut(path, size), SIZES)
+
+
+def test_a_type_of_tensor_that_only_llama_cpp_knows_is_no_damage(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    kind = data.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8
+    path.write_bytes(data[:kind] + struct.pack("<I", 42) + data[kind + 4 :])
+    assert 42 not in SIZES
+    assert read_facts(path).parameters == 24
+    begins_beyond = data[:kind] + struct.pack("<IQ", 42, 1 << 40) + data[kind + 12 :]
+    path.write_bytes(begins_beyond)
+    with pytest.raises(BadHeader, match="reaches byte"):
+        read_header(path, SIZES)
 
 
 def text(value: bytes) -> bytes:
