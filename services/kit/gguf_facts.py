@@ -13,11 +13,11 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from services.kit.gguf_header import BadHeader, Header, Value, parts_of, read_header
+from services.kit.gguf_header import BadHeader, Header, Tokens, Value, parts_of, read_header
 from services.kit.model_facts import RECURRENT_ARCHITECTURES, RECURRENT_KEYS, KvShape, ModelFacts, Vocabulary
 
 READ_TIMEOUT_S: Final = 60.0
@@ -42,6 +42,38 @@ _ATTENTION_PERIODS: Final[Mapping[str, int]] = {
 
 #: Hybrids with attention and a state in every layer; the others have one of both.
 _BOTH_IN_EVERY_LAYER: Final = frozenset({"falcon-h1"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsaid:
+    """What llama.cpp takes where a file is silent about the tokens that begin and end a text."""
+
+    bos: int | None = None
+    eos: int | None = None
+    adds_bos: bool = False
+    adds_eos: bool = False
+
+
+#: By tokenizer.ggml.model. The source is llama.cpp's llama_vocab::impl::load, as is that of the two sets below.
+_UNSAID: Final[Mapping[str, _Unsaid]] = {
+    "llama": _Unsaid(bos=1, eos=2, adds_bos=True),
+    "bert": _Unsaid(bos=101, adds_bos=True),
+    "gpt2": _Unsaid(bos=11, eos=11),
+    "hybriddna": _Unsaid(bos=11, eos=11),
+    "whitespace": _Unsaid(bos=11, eos=11),
+    "t5": _Unsaid(eos=1, adds_eos=True),
+    "plamo2": _Unsaid(bos=1, eos=2),
+}
+_SPLIT_BEFORE: Final = frozenset({"gpt2", "hybriddna", "whitespace", "gemma4"})
+"""Tokenizers for which tokenizer.ggml.pre counts."""
+_PRE_ADDS_BOS: Final = frozenset(
+    {
+        *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+        *("tekken", "chameleon"),
+    }
+)
+_PRE_ALWAYS_ADDS_BOS: Final = frozenset({"gemma4", "granite-embed-multi-311m"})
+"""Whatever the file says."""
 
 Stamp: TypeAlias = tuple[tuple[int, int, int, int], ...]
 
@@ -118,18 +150,33 @@ def facts_of(headers: list[Header]) -> ModelFacts:
         experts_trained=_number(values, f"{architecture}.expert_used_count") or None,
         experts_total=_number(values, f"{architecture}.expert_count") or None,
         recurrent=recurrent,
-        vocabulary=None
-        if words is None
-        else Vocabulary(
-            tokens=words.count,
-            tokenizer=str(values.get("tokenizer.ggml.model", "none")),
-            digests=words.digests,
-            bos=_number(values, "tokenizer.ggml.bos_token_id"),
-            eos=_number(values, "tokenizer.ggml.eos_token_id"),
-            adds_bos=_flag(values, "tokenizer.ggml.add_bos_token"),
-            adds_eos=_flag(values, "tokenizer.ggml.add_eos_token"),
-        ),
+        vocabulary=None if words is None else _vocabulary(words, values),
     )
+
+
+def _vocabulary(words: Tokens, values: Mapping[str, Value]) -> Vocabulary:
+    tokenizer = str(values.get("tokenizer.ggml.model", "none"))
+    pre = values.get("tokenizer.ggml.pre") if tokenizer in _SPLIT_BEFORE else None
+    if tokenizer == "gemma4":
+        pre = "gemma4"
+    unsaid = _UNSAID.get(tokenizer, _Unsaid())
+    adds_bos, adds_eos = _flag(values, "tokenizer.ggml.add_bos_token"), _flag(values, "tokenizer.ggml.add_eos_token")
+    if adds_bos is None:
+        adds_bos = unsaid.adds_bos or pre in _PRE_ADDS_BOS
+    return Vocabulary(
+        tokens=words.count,
+        tokenizer=tokenizer,
+        digests=words.digests,
+        bos=_token(words, _number(values, "tokenizer.ggml.bos_token_id"), unsaid.bos),
+        eos=_token(words, _number(values, "tokenizer.ggml.eos_token_id"), unsaid.eos),
+        adds_bos=adds_bos or pre in _PRE_ALWAYS_ADDS_BOS,
+        adds_eos=unsaid.adds_eos if adds_eos is None else adds_eos,
+    )
+
+
+def _token(words: Tokens, said: int | None, unsaid: int | None) -> int | None:
+    """The first of both that the vocabulary has."""
+    return next((token for token in (said, unsaid) if token is not None and token < words.count), None)
 
 
 def _recurrent(architecture: str, values: Mapping[str, Value]) -> str | None:

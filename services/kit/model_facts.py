@@ -55,10 +55,11 @@ class Vocabulary:
     """sha256 (shortened) over the tokens from number 5 on, up to the whole vocabulary (first) and up to 1, 2, …, 128
     tokens less. llama.cpp compares no more: vocabularies of one family differ in padding and in the first tokens."""
     bos: int | None
+    """Tokens that begin and end a text, and whether a prompt gets them: as llama.cpp takes it, also where the file is
+    silent."""
     eos: int | None
-    adds_bos: bool | None
-    """Whether a prompt gets a BOS token; None = the tokenizer's default."""
-    adds_eos: bool | None
+    adds_bos: bool
+    adds_eos: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +141,10 @@ def same_vocabulary(target: Vocabulary, draft: Vocabulary) -> str | None:
         if adds[0] != adds[1]:
             return f"it adds {name}: {_told(adds[1])}, the target: {_told(adds[0])}"
         # A token that nobody adds to a prompt may differ, as the end of a base model and of its chat model do.
-        if ids[0] != ids[1] and (adds[0] or (name == "BOS" and adds[0] is None)):
+        if adds[0] and ids[0] != ids[1]:
             return f"its {name} token is {ids[1]}, the target's {ids[0]}"
     return None
 
 
-def _told(adds: bool | None) -> str:
-    return "as its tokenizer does" if adds is None else "yes" if adds else "no"
+def _told(adds: bool) -> str:
+    return "yes" if adds else "no"

@@ -20,8 +20,11 @@ def write_tiny_gguf(
     tokens: Sequence[str] = TOKENS,
     parameters: int = 24,
     tokenizer: str = "llama",
+    pre: str | None = None,
     bos: int | None = None,
     adds_bos: bool | None = None,
+    eos: int | None = None,
+    adds_eos: bool | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Path:
     """Write a valid GGUF file with one tensor of so many parameters; returns its path. llama.cpp itself cannot load it.
@@ -38,6 +41,12 @@ def write_tiny_gguf(
         writer.add_bos_token_id(bos)
     if adds_bos is not None:
         writer.add_add_bos_token(adds_bos)
+    if eos is not None:
+        writer.add_eos_token_id(eos)
+    if adds_eos is not None:
+        writer.add_add_eos_token(adds_eos)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     for key, value in (extra or {}).items():
         if isinstance(value, list):
             writer.add_array(f"{architecture}.{key}", value)

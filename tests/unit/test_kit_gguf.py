@@ -200,6 +200,45 @@ def test_a_draft_needs_the_vocabulary_of_its_target(tmp_path: Path, draft: dict[
     assert why is None or (found is not None and why in found)
 
 
+SPM, BPE, LLAMA3 = {"tokenizer": "llama"}, {"tokenizer": "gpt2"}, {"tokenizer": "gpt2", "pre": "llama-bpe"}
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "why"),
+    [
+        # what a file does not say is as llama.cpp takes it to be
+        ({**SPM, "adds_bos": True}, SPM, None),
+        ({**SPM, "bos": 1, "eos": 2, "adds_eos": True}, {**SPM, "adds_eos": True}, None),
+        ({**SPM, "adds_bos": False}, SPM, "adds BOS: yes, the target: no"),
+        ({**SPM, "bos": 5}, SPM, "BOS token is 1, the target's 5"),
+        ({**SPM, "bos": 999}, SPM, None),  # beyond the vocabulary, so it is not taken
+        ({**BPE, "adds_bos": False}, BPE, None),
+        ({**BPE, "adds_bos": True}, BPE, "adds BOS: no"),
+        ({**BPE, "pre": "qwen2"}, {**BPE, "adds_bos": False}, None),
+        ({**LLAMA3, "adds_bos": True}, LLAMA3, None),
+        ({**LLAMA3, "adds_bos": False}, LLAMA3, "adds BOS: yes"),
+        ({**LLAMA3, "bos": 7}, {**LLAMA3, "bos": 8}, "BOS token is 8"),
+        ({**BPE, "pre": "gemma4", "adds_bos": False, "bos": 2}, {**BPE, "pre": "gemma4", "bos": 2}, None),
+        ({"tokenizer": "t5"}, {"tokenizer": "t5", "adds_eos": False}, "adds EOS: no, the target: yes"),
+        ({"tokenizer": "newfangled"}, {"tokenizer": "newfangled", "adds_bos": False, "adds_eos": False}, None),
+        # ids count where the token is added
+        ({**BPE, "bos": 7}, {**BPE, "bos": 8}, None),
+        ({**BPE, "eos": 7}, {**BPE, "eos": 8}, None),
+        ({**BPE, "eos": 7, "adds_eos": True}, {**BPE, "eos": 8, "adds_eos": True}, "EOS token is 8, the target's 7"),
+        ({**BPE, "adds_eos": True}, BPE, "adds EOS: no, the target: yes"),
+    ],
+)
+def test_what_begins_and_ends_a_prompt_is_compared_as_llama_cpp_takes_it(
+    tmp_path: Path, target: dict[str, object], draft: dict[str, object], why: str | None
+) -> None:
+    found = same_vocabulary(
+        vocabulary(tmp_path, "target", **{"tokens": WORDS, **target}),
+        vocabulary(tmp_path, "draft", **{"tokens": WORDS, **draft}),
+    )
+    assert (found is None) == (why is None), found
+    assert why is None or (found is not None and why in found)
+
+
 def cut(path: Path, size: int) -> Path:
     shorter = path.with_suffix(".cut")
     shorter.write_bytes(path.read_bytes()[:size])
