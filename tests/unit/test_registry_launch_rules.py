@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from services.kit.gguf_facts import read_facts
 from services.kit.model_facts import KvShape, ModelFacts
 from services.kit.registry import Problem, Registry, RegistryError, load_registry
+from services.kit.registry.acceleration import Speculation
 from services.kit.registry.constraints import DRAFT_TOKENS, EXPERT_FLOORS, expert_floor, good_draft_tokens, violations
+from services.kit.registry.memory import memory_needs
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.unit.test_registry_rules import GOOD
 
@@ -202,6 +205,20 @@ def test_speculation_that_is_off_is_no_offence_on_a_recurrent_model(folder: Path
     spec = "speculation: {type: ngram-mod, policy: off}"
     edit(folder, "models.yaml", "path: hybrid.gguf", f"path: hybrid.gguf\n    {spec}")
     assert load(folder).models["hybrid"].speculation.policy == "off"  # which YAML takes for false
+
+
+@pytest.mark.parametrize("path", ["foreign.gguf", "large.gguf", "cut.gguf", "gone.gguf"])
+def test_the_draft_of_a_policy_that_is_off_is_loaded_by_nobody(folder: Path, path: str) -> None:
+    edit(folder, "models.yaml", "path: small.gguf", f"path: {path}")
+    refused(folder)
+    edit(folder, "models.yaml", "n_max: 8", "n_max: 8\n      policy: off")
+    registry = load(folder)
+    launch = registry.launch("dense")
+    assert launch.draft is None
+    assert launch.paths() == [folder / "models" / "dense.gguf"]
+    assert launch.with_facts(read_facts(folder / "models" / "dense.gguf"), None).takes_copies
+    without = registry.models["dense"].model_copy(update={"speculation": Speculation()})
+    assert memory_needs(registry.models)["dense"] == memory_needs({**registry.models, "dense": without})["dense"]
 
 
 def test_a_recurrent_model_may_speculate_on_the_builds_that_are_named_and_on_no_other(folder: Path) -> None:

@@ -69,6 +69,11 @@ class Speculation(Entry):
         return (self.type,) if self.lookup is None else (self.type, self.lookup)
 
     @property
+    def loaded_draft(self) -> str | None:
+        """The entry that the process loads to guess with; none while the policy is off."""
+        return None if self.policy == "off" else self.draft
+
+    @property
     def lookup_type(self) -> str | None:
         """The lookup in use, by itself or beside a draft model."""
         return self.lookup or (self.type if self.type in LOOKUPS else None)

@@ -26,7 +26,7 @@ class Launch:
 
     entry: ModelEntry
     draft: ModelEntry | None = None
-    """The entry that `speculation.draft` names."""
+    """The entry that `speculation.draft` names; None where the policy is off."""
     hardware: Hardware | None = None
     """The machine; None = not looked at, as in tests and measurements."""
     document: Document = FIRST_LINE

@@ -18,7 +18,7 @@ from services.kit.registry.constraints import good_draft_tokens, violations
 from services.kit.registry.entries import ModelEntry
 from services.kit.registry.launch import Launch, bound_cores, declared_facts
 from services.kit.registry.problems import Problem
-from services.kit.registry.rules import Rule, Scene, resolved_path
+from services.kit.registry.rules import Rule, Scene, loaded_models, resolved_path
 from services.kit.registry.sections import Draft
 
 
@@ -31,9 +31,9 @@ def known_facts(
     """
     facts: dict[str, ModelFacts] = {}
     problems: list[Problem] = []
-    for name, model in models.items():
+    for name, model in loaded_models(models).items():
         path = resolved_path(model, models_folder)
-        if not model.is_local or path is None:
+        if path is None:
             continue
         if not check_files:
             if model.declared is not None:
@@ -57,7 +57,7 @@ def _launches(scene: Scene) -> Iterator[Launch]:
     for name, model in scene.models.items():
         if not model.is_local:
             continue
-        named = model.speculation.draft
+        named = model.speculation.loaded_draft
         draft = scene.models.get(named) if named is not None else None
         if draft is not None and draft.tier != "D":  # has its own problem
             draft = None

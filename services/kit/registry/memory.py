@@ -38,7 +38,7 @@ def memory_needs(
 
 def _process_bytes(entry: ModelEntry, models: Mapping[str, ModelEntry], facts: Mapping[str, ModelFacts]) -> int:
     need = memory_need_bytes(entry, facts.get(entry.name))
-    draft = models.get(entry.speculation.draft or "")
+    draft = models.get(entry.speculation.loaded_draft or "")
     if draft is None or entry.memory_bytes is not None:
         return need
     inside = draft.model_copy(update={"tier": entry.tier, "slots": entry.slots, "context_tokens": entry.context_tokens})

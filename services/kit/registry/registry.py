@@ -81,7 +81,7 @@ class Registry:
         if model not in self.models:
             raise UnknownNameError("model", model, self.models)
         entry = self.models[model]
-        draft = entry.speculation.draft
+        draft = entry.speculation.loaded_draft
         return Launch(entry, None if draft is None else self.models[draft], self.hardware, self.document)
 
     @property

@@ -74,6 +74,12 @@ def resolved_path(model: ModelEntry, models_folder: Path) -> Path | None:
     return None if model.path is None else (models_folder / model.path.expanduser()).absolute()
 
 
+def loaded_models(models: Mapping[str, ModelEntry]) -> dict[str, ModelEntry]:
+    """The entries whose files a process here loads; a draft only where somebody guesses with it."""
+    drafts = {model.speculation.loaded_draft for model in models.values()}
+    return {name: model for name, model in models.items() if model.is_local and (model.tier != "D" or name in drafts)}
+
+
 def _engine_fields(scene: Scene) -> Iterator[Problem]:
     problem = scene.draft.problem
     for name, model in scene.models.items():
@@ -138,6 +144,7 @@ def _first_parts(scene: Scene) -> Iterator[Problem]:
 def _model_files(scene: Scene) -> Iterator[Problem]:
     if not scene.check_files:
         return
+    loaded = loaded_models(scene.models)
     for name, model in scene.models.items():
         at = ("models", name)
         binary = model.binary.expanduser() if model.binary is not None else None
@@ -145,7 +152,7 @@ def _model_files(scene: Scene) -> Iterator[Problem]:
             message = f"{model.binary} is no executable file; repair the path, or remove it to use the one on PATH"
             yield scene.draft.problem((*at, "binary"), "binary-missing", message)
         path = resolved_path(model, scene.models_folder)
-        if path is None or not model.is_local:
+        if path is None or name not in loaded:
             continue
         for part in parts_of(path):
             try:
