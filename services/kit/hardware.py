@@ -42,6 +42,13 @@ class Machine:
     """What bounds the cores: `affinity` or `quota of a control group`."""
     memory_bound: str
     """What bounds the memory: `installed` or `limit of a control group`."""
+    siblings: tuple[tuple[int, ...], ...] = ()
+    """Numbers that are threads of one physical core, ascending, for each that has several; where the kernel tells."""
+
+    @property
+    def threads_per_core(self) -> int:
+        """Most threads that one physical core has."""
+        return max(map(len, self.siblings), default=1)
 
 
 def parse_cores(text: str) -> tuple[int, ...]:
@@ -87,7 +94,19 @@ def detect(root: Path = Path("/"), usable: Set[int] | None = None) -> Machine:
         nodes=tuple(_nodes(root, cores, installed)),
         cores_bound="affinity" if count == len(cores) else "quota of a control group",
         memory_bound="installed" if memory == installed else "limit of a control group",
+        siblings=_siblings(root, cores),
     )
+
+
+def numbered_siblings(nodes: Iterable[Node], threads_per_core: int) -> tuple[tuple[int, ...], ...]:
+    """The threads of each physical core as Linux numbers them on most machines: those of a node's first threads come
+    first, in the order of the cores, then those of the second ones. For a machine that cannot be asked.
+    """
+    found: list[tuple[int, ...]] = []
+    for node in nodes:
+        physical = -(-len(node.cores) // threads_per_core)
+        found += [node.cores[core::physical] for core in range(physical)]
+    return tuple(sorted(group for group in found if len(group) > 1))
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
@@ -130,6 +149,12 @@ def _nodes(root: Path, usable: frozenset[int], installed: int) -> Iterator[Node]
             yield Node(tuple(sorted(near)), own or installed)
     if not found:
         yield Node(tuple(sorted(usable)), installed)
+
+
+def _siblings(root: Path, usable: frozenset[int]) -> tuple[tuple[int, ...], ...]:
+    texts = {_read(root / f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list") for core in usable}
+    groups = (usable.intersection(parse_cores(text)) for text in texts if text)
+    return tuple(sorted(tuple(sorted(group)) for group in groups if len(group) > 1))
 
 
 def _mem_total(path: Path) -> int | None:

@@ -9,11 +9,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.kit.hardware import Machine, Node, available_memory, detect, format_cores, parse_cores
+from services.kit.hardware import Machine, Node, available_memory, detect, format_cores, numbered_siblings, parse_cores
 from services.kit.registry.hardware_file import with_machine
 
 GIB = 2**30
-MACHINE = Machine(4, 8 * GIB, (Node((0, 1), 4 * GIB), (Node((2, 3), 4 * GIB))), "affinity", "installed")
+NODES = (Node((0, 1), 4 * GIB), Node((2, 3), 4 * GIB))
+MACHINE = Machine(4, 8 * GIB, NODES, "affinity", "installed", siblings=((0, 1), (2, 3)))
 
 
 def machine_of(root: Path, files: dict[str, str]) -> Path:
@@ -44,6 +45,26 @@ def test_nodes_are_cut_to_the_usable_cores_and_those_without_any_are_left_out(tm
     found = detect(machine_of(tmp_path, files), {2, 3, 8, 16})
     assert found.nodes == (Node((2, 3, 16), 8 * GIB), Node((8,), 1 * GIB))
     assert found.cores == 4
+
+
+def test_the_threads_of_one_core_are_known_as_far_as_they_are_usable(tmp_path: Path) -> None:
+    folder = "sys/devices/system/cpu"
+    files = {
+        f"{folder}/cpu{number}/topology/thread_siblings_list": text
+        for number, text in enumerate(["0,4\n", "1,5\n", "2,6\n", "3,7\n", "0,4\n", "1,5\n", "2,6\n", "3,7\n"])
+    }
+    found = detect(machine_of(tmp_path, files), {0, 1, 2, 4, 5})
+    assert found.siblings == ((0, 4), (1, 5))
+    assert found.threads_per_core == 2
+    assert detect(tmp_path, {0, 1, 2}).threads_per_core == 1
+    assert detect(tmp_path, {0, 9}).siblings == (), "the kernel need not tell"
+
+
+def test_where_nobody_was_asked_a_node_has_one_thread_of_every_core_first() -> None:
+    nodes = (Node((0, 1, 4, 5), 1), Node((2, 3, 6, 7), 1))
+    assert numbered_siblings(nodes, 2) == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert numbered_siblings(nodes, 1) == ()
+    assert numbered_siblings((Node((0, 1, 2, 3, 4), 1),), 2) == ((0, 3), (1, 4))
 
 
 def test_the_only_node_has_all_memory_however_little_the_host_lends_at_the_moment(tmp_path: Path) -> None:
@@ -138,6 +159,7 @@ def hardware_in(text: str) -> dict[str, object]:
 
 EXPECTED = {
     "cores": 4,
+    "threads_per_core": 2,
     "memory_bytes": 8 * GIB,
     "nodes": [{"cores": "0-1", "memory_bytes": 4 * GIB}, {"cores": "2-3", "memory_bytes": 4 * GIB}],
 }

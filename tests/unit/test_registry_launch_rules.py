@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.kit.gguf_facts import read_facts
+from services.kit.hardware import Machine, Node
 from services.kit.model_facts import KvShape, ModelFacts
 from services.kit.registry import Problem, Registry, RegistryError, load_registry
 from services.kit.registry.acceleration import Speculation
@@ -60,6 +61,7 @@ ROLES = "".join(
 HARDWARE = """\
 hardware:
   cores: 8
+  threads_per_core: 2
   memory_bytes: 10000000000
   nodes: [{cores: 0-3, memory_bytes: 3000}, {cores: 4-7, memory_bytes: 90000000}]
 """
@@ -164,8 +166,10 @@ BAD_EDITS = [
     ("nodes: [1]", 'nodes: [1], cores: "4"', 20, "moe.numa.cores", "numa-fields", "remove one"),
     ("threads: 2", "threads: 3", 6, "dense.threads", "threads-over-bound", "the 2 cores it is bound to (0-1)"),
     ("threads: 2", "threads_batch: 3", 6, "dense.threads_batch", "threads-over-bound", "3 threads"),
-    ("path: hybrid.gguf", "threads_batch: 8\n    path: hybrid.gguf", 32, "hybrid.threads_batch",
+    ("path: hybrid.gguf", "threads_batch: 5\n    path: hybrid.gguf", 32, "hybrid.threads_batch",
      "threads-over-all-nodes", "at most 4"),
+    ("path: small.gguf", "path: small.gguf\n    threads: 3", 37, "small.threads", "threads-over-bound",
+     "'dense', which it guesses for, is bound to 2 cores (0-1) in line 7"),
 ]  # fmt: skip
 
 
@@ -192,6 +196,71 @@ def test_what_is_declared_is_checked_where_the_file_is_absent(folder: Path) -> N
     edit(folder, "models.yaml", "experts: 4", "experts: 9")
     edit(folder, "models.yaml", "path: moe.gguf", "path: gone.gguf")
     assert [problem.rule for problem in refused(folder, check_files=False)] == ["experts-above-range"]
+
+
+def hybrid_with(folder: Path, hardware: str, **fields: object) -> tuple[str, ...]:
+    """Rules that refuse or note these fields of the entry that is bound nowhere, on another machine."""
+    (folder / "hardware.yaml").write_text(f"hardware: {{memory_bytes: 10000000000, {hardware}}}\n")
+    edit(folder, "models.yaml", "    numa: {nodes: [1]}\n", "")
+    edit(folder, "models.yaml", '    numa: {cores: "0-1"}\n', "")
+    added = "".join(f"    {name}: {value}\n" for name, value in fields.items())
+    edit(folder, "models.yaml", "    path: hybrid.gguf\n", f"    path: hybrid.gguf\n{added}")
+    try:
+        problems = load(folder).notes
+    except RegistryError as err:
+        problems = err.problems
+    return tuple(sorted(problem.rule for problem in problems if problem.field.startswith("models.hybrid")))
+
+
+NEAR = "memory_bytes: 5000000000"
+EPYC = f'cores: 192, nodes: [{{cores: "0-47,96-143", {NEAR}}}, {{cores: "48-95,144-191", {NEAR}}}]'
+TWO_SOCKETS = f"cores: 64, nodes: [{{cores: 0-31, {NEAR}}}, {{cores: 32-63, {NEAR}}}]"
+SMALL_VM = f"cores: 4, nodes: [{{cores: 0-1, {NEAR}}}, {{cores: 2-3, {NEAR}}}]"
+
+
+@pytest.mark.parametrize(
+    ("hardware", "fields", "rules"),
+    [
+        (f"threads_per_core: 2, {EPYC}", {"threads": 191}, ("threads-over-all-nodes",)),
+        (f"threads_per_core: 2, {EPYC}", {"threads": 97}, ("threads-over-all-nodes",)),
+        (f"threads_per_core: 2, {EPYC}", {"threads": 96}, ()),
+        (f"threads_per_core: 2, {EPYC}", {"threads_batch": 97}, ("threads-over-all-nodes",)),
+        (f"threads_per_core: 2, {EPYC}", {"threads": 97, "numa": "{nodes: [0, 1]}"}, ("threads-over-all-nodes",)),
+        # the two threads of a core may both work where the memory is near
+        (f"threads_per_core: 2, {EPYC}", {"threads": 96, "numa": "{nodes: [0]}"}, ()),
+        (TWO_SOCKETS, {"threads": 64}, ("threads-over-node",)),
+        (SMALL_VM, {"threads": 4}, ("threads-over-node",)),
+        (SMALL_VM, {"threads": 5}, ("threads-over-all-nodes", "threads-over-cores")),
+        (SMALL_VM, {"threads_batch": 5}, ("threads-over-all-nodes", "threads-over-cores")),
+        ("cores: 4, nodes: [{cores: 0-7, memory_bytes: 1}]", {"threads_batch": 5}, ("threads-over-cores",)),
+    ],
+)
+def test_threads_are_held_against_the_physical_cores_of_the_machine_at_hand(
+    folder: Path, hardware: str, fields: dict[str, object], rules: tuple[str, ...]
+) -> None:
+    assert hybrid_with(folder, hardware, **fields) == rules
+
+
+def test_the_threads_of_a_core_are_detected_where_the_nodes_are_those_of_this_machine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = (Node((0, 1), 1), Node((2, 3), 1))
+    here = Machine(4, 10**10, nodes, "affinity", "installed", siblings=((0, 1), (2, 3)))
+    monkeypatch.setattr("services.kit.registry.registry.detect", lambda: here)
+    written = "nodes: [{cores: 0-1, memory_bytes: 5}, {cores: 2-3, memory_bytes: 5}]"
+    elsewhere = "nodes: [{cores: 0-3, memory_bytes: 5}]"
+    for text, siblings in (
+        ("", here.siblings),
+        (written, here.siblings),
+        (f"threads_per_core: 2, {written}", here.siblings),
+        (f"threads_per_core: 1, {written}", ()),
+        (elsewhere, ()),
+        (f"threads_per_core: 2, {elsewhere}", ((0, 2), (1, 3))),
+    ):
+        (folder / "hardware.yaml").write_text(f"hardware: {{cores: 2, memory_bytes: 9000000000, {text}}}\n")
+        (folder / "models.yaml").write_text("models: {m: {tier: A, path: dense.gguf}}\n")
+        (folder / "roles.yaml").write_text("roles: {r: {description: A., model: m, prompt: W.}}\n")
+        assert load(folder).hardware.siblings == siblings
 
 
 def test_two_that_compute_one_at_a_time_may_share_their_cores(folder: Path) -> None:

@@ -159,6 +159,11 @@ class ModelEntry(Entry):
         """True if a process on this machine computes it: it takes cores and memory here."""
         return self.engine not in ("noop", "openai")
 
+    def thread_fields(self) -> tuple[tuple[str, int], ...]:
+        """The fields that say how many threads compute, with their values."""
+        batch = () if self.threads_batch is None else (("threads_batch", self.threads_batch),)
+        return (("threads", self.threads), *batch)
+
 
 class Sampling(Entry):
     """How tokens are drawn for a role. The defaults are llama.cpp's own."""
@@ -395,6 +400,8 @@ class HardwareEntry(Entry):
 
     cores: int | None = Field(default=None, ge=1, le=65_536)
     """Cores for models and gates; absent = those this process may run on."""
+    threads_per_core: int | None = Field(default=None, ge=1, le=16)
+    """Numbers that Linux gives to each physical core; absent = detected, 1 where `nodes` are of another machine."""
     memory_bytes: int | None = Field(default=None, ge=1)
     """Memory for models, in bytes; absent = all that the machine has, or its control group allows."""
     nodes: tuple[NodeEntry, ...] = ()
@@ -444,6 +451,13 @@ class Hardware:
     cores: int
     memory_bytes: int
     nodes: tuple[Node, ...]
+    siblings: tuple[tuple[int, ...], ...] = ()
+    """Numbers that are threads of one physical core, for each that has several."""
+
+    def physical_cores(self) -> dict[int, int]:
+        """The physical core of every number of the nodes, told by its first number."""
+        first = {number: group[0] for group in self.siblings for number in group}
+        return {number: first.get(number, number) for node in self.nodes for number in node.cores}
 
 
 @dataclass(frozen=True, slots=True)

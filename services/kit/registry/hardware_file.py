@@ -15,12 +15,13 @@ _EMPTY_FILE: Final = f"{_SECTION}\n"
 
 
 def with_machine(text: str, machine: Machine) -> str:
-    """The text of hardware.yaml with the cores, memory and nodes of a machine in it."""
+    """The text of hardware.yaml with the cores, their threads, memory and nodes of a machine in it."""
     nodes = [
         f'    - {{cores: "{format_cores(node.cores)}", memory_bytes: {node.memory_bytes}}}' for node in machine.nodes
     ]
     fields: Mapping[str, Sequence[str]] = {
         "cores": [f"  cores: {machine.cores}"],
+        "threads_per_core": [f"  threads_per_core: {machine.threads_per_core}"],
         "memory_bytes": [f"  memory_bytes: {machine.memory_bytes}"],
         "nodes": ["  nodes:", *nodes],
     }

@@ -149,7 +149,8 @@ def _experts_need_native(scene: Scene) -> Iterator[Problem]:
 def _placement(scene: Scene) -> Iterator[Problem]:
     """The cores that an entry names exist, and carry its threads."""
     nodes = scene.hardware.nodes
-    existing = {core for node in nodes for core in node.cores}
+    physical = scene.hardware.physical_cores()
+    existing = physical.keys()
     for name, model in scene.models.items():
         if not model.is_local:
             continue
@@ -165,17 +166,33 @@ def _placement(scene: Scene) -> Iterator[Problem]:
             message = f"the machine has no cores {format_cores(missing)}; it has {format_cores(existing)}"
             yield scene.draft.problem((*at, "cores"), "unknown-core", message)
         bound = bound_cores(model, nodes)
-        for field, threads in (("threads", model.threads), ("threads_batch", model.threads_batch or 0)):
+        on = {physical[core] for core in bound or existing if core in physical}
+        nodes_used = sum(not on.isdisjoint(node.cores) for node in nodes)
+        for field, threads in model.thread_fields():
             at_field = ("models", name, field)
             if bound and threads > len(bound):
                 message = f"{threads} threads on the {len(bound)} cores it is bound to ({format_cores(bound)})"
                 yield scene.draft.problem(at_field, "threads-over-bound", message)
-            elif len(nodes) > 1 and threads >= len(existing):
+            elif nodes_used > 1 and threads > len(on):
                 message = (
-                    f"{threads} threads are all that {len(nodes)} NUMA nodes have: that cost 46 to 60 % of the speed "
-                    f"where it was measured; at most {len(existing) // 2}, one for each physical core"
+                    f"{threads} threads on {len(on)} physical cores of {nodes_used} NUMA nodes: all threads of all "
+                    f"nodes cost 46 to 60 % of the speed where it was measured; at most {len(on)}, one for each "
+                    "physical core"
                 )
                 yield scene.draft.problem(at_field, "threads-over-all-nodes", message)
+
+
+def _draft_threads(scene: Scene) -> Iterator[Problem]:
+    """A draft computes on the cores that its target is bound to."""
+    for launch in _launches(scene):
+        if launch.draft is None or not launch.cores or launch.draft.threads <= len(launch.cores):
+            continue
+        line = scene.draft.line_of("models", launch.entry.name, "numa")
+        message = (
+            f"{launch.draft.threads} threads, and {launch.entry.name!r}, which it guesses for, is bound to "
+            f"{len(launch.cores)} cores ({launch.core_text}) in line {line}; at most as many"
+        )
+        yield scene.draft.problem(("models", launch.draft.name, "threads"), "threads-over-bound", message)
 
 
 def _bound_apart(scene: Scene) -> Iterator[Problem]:
@@ -243,6 +260,7 @@ LAUNCH_ERRORS: Final[tuple[Rule, ...]] = (
     _caches,
     _experts_need_native,
     _placement,
+    _draft_threads,
     _bound_apart,
     _metadata,
 )

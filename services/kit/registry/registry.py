@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from protocol.messages.failure import Category
-from services.kit.hardware import Node, detect, parse_cores
+from services.kit.hardware import Node, detect, numbered_siblings, parse_cores
 from services.kit.registry.entries import (
     ClientEntry,
     FailureCaps,
@@ -171,10 +171,15 @@ def load_registry(
 
 def _detected(entry: HardwareEntry) -> Hardware:
     machine = detect()
+    nodes = tuple(Node(parse_cores(node.cores), node.memory_bytes) for node in entry.nodes) or machine.nodes
+    here = [node.cores for node in nodes] == [node.cores for node in machine.nodes]
+    threads = entry.threads_per_core or (machine.threads_per_core if here else 1)
+    told = here and threads == machine.threads_per_core
     return Hardware(
         cores=entry.cores or machine.cores,
         memory_bytes=entry.memory_bytes or machine.memory_bytes,
-        nodes=tuple(Node(parse_cores(node.cores), node.memory_bytes) for node in entry.nodes) or machine.nodes,
+        nodes=nodes,
+        siblings=machine.siblings if told else numbered_siblings(nodes, threads),
     )
 
 

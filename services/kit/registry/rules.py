@@ -111,9 +111,10 @@ def _ports_differ(scene: Scene) -> Iterator[Problem]:
 def _threads_fit(scene: Scene) -> Iterator[Problem]:
     cores = scene.hardware.cores
     for name, model in scene.models.items():
-        if model.is_local and model.threads > cores:
-            message = f"{model.threads} threads on {cores} cores would slow each other down; at most {cores}"
-            yield scene.draft.problem(("models", name, "threads"), "threads-over-cores", message)
+        for name_of_field, threads in model.thread_fields():
+            if model.is_local and threads > cores:
+                message = f"{threads} threads on {cores} cores would slow each other down; at most {cores}"
+                yield scene.draft.problem(("models", name, name_of_field), "threads-over-cores", message)
 
 
 def _nodes_agree(scene: Scene) -> Iterator[Problem]:
