@@ -126,7 +126,7 @@ def _flags(launch: Launch, modes: tuple[Mode, ...], engine: Engine) -> list[Flag
     if launch.core_text is not None:
         field = "numa.cores" if launch.entry.numa.cores is not None else "numa.nodes"
         where, words = launch.where(field), tuple(mode.value for mode in modes)
-        rule = "bound to these cores: memory near to them, and no other model beside it there"
+        rule = "bound to these cores: memory near to them, and none that may compute meanwhile is bound there too"
         flags.insert(0, Flag("taskset --cpu-list", launch.core_text, words, field, where, False, rule))
     return flags
 

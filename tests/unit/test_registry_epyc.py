@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from services.ctl.__main__ import main
 from services.inference.command_line import Mode
 from services.inference.engines import NativeEngine
 from services.kit.config import CHECKOUT
-from services.kit.registry import Registry, load_registry
+from services.kit.registry import Registry, RegistryError, load_registry
 from services.kit.registry.launch_rules import known_facts
 from services.kit.registry.sections import read_files
 
@@ -135,6 +136,27 @@ def test_it_is_checked_planned_with_and_simulated_on_a_machine_that_has_none_of_
     assert plan["forecast"]["failure"] is None  # type: ignore[index]  # JSON
     simulated = run(capsys, "simulate", "--tasks", "6", "--shape", "diamond", "--tokens-per-s", "30")
     assert simulated["base"]["failed"] == 0  # type: ignore[index]  # JSON
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rule"),
+    [
+        ('numa: {cores: "72-95"}', 'numa: {cores: "0-23"}', "bound-twice"),
+        ('numa: {cores: "72-95"}', 'numa: {cores: "96-119"}', "bound-twice"),
+        ('numa: {cores: "24-47"}', "port: 0", "unbound-beside-bound"),
+    ],
+)
+def test_who_would_compute_on_the_cores_of_another_one_is_told(tmp_path: Path, old: str, new: str, rule: str) -> None:
+    shutil.copytree(FOLDER, tmp_path / "registry")
+    path = tmp_path / "registry" / "models.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    try:
+        told = load_registry(path.parent, MODELS, check_files=False).notes
+    except RegistryError as err:
+        told = err.problems
+    assert [problem.rule for problem in told] == [rule]
 
 
 def test_another_machine_is_another_verdict(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

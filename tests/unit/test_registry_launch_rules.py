@@ -161,7 +161,11 @@ BAD_EDITS = [
     # cores
     ('cores: "0-1"', 'cores: "3,8-9"', 7, "dense.numa.cores", "unknown-core", "no cores 8-9"),
     ('cores: "0-1"', 'cores: "1-0"', 7, "dense.numa.cores", "value_error", "must rise"),
-    ('cores: "0-1"', 'cores: "4-5"', 20, "moe.numa", "bound-twice", "'dense' in line 7"),
+    ('cores: "0-1"', 'cores: "4-5"', 20, "moe.numa", "bound-twice", "core 4 is bound by 'dense' in line 7 too"),
+    ("path: hybrid.gguf", 'path: hybrid.gguf\n    residency: warm\n    numa: {cores: "1"}', 34, "hybrid.numa",
+     "bound-twice", "core 1 is bound by 'dense'"),
+    ("path: hybrid.gguf", 'path: hybrid.gguf\n    residency: cold\n    numa: {cores: "2"}', 34, "hybrid.numa",
+     "bound-twice", "core 2 is a thread of the same physical core as 0, which is bound by 'dense'"),
     ("nodes: [1]", "nodes: [2]", 20, "moe.numa.nodes.0", "unknown-node", "0 to 1"),
     ("nodes: [1]", 'nodes: [1], cores: "4"', 20, "moe.numa.cores", "numa-fields", "remove one"),
     ("threads: 2", "threads: 3", 6, "dense.threads", "threads-over-bound", "the 2 cores it is bound to (0-1)"),
@@ -270,6 +274,32 @@ def test_two_that_compute_one_at_a_time_may_share_their_cores(folder: Path) -> N
     load(folder)
 
 
+@pytest.mark.parametrize("fields", ["", "    exclusive: heavy\n"])
+def test_two_warm_ones_may_share_their_cores_if_they_compute_one_at_a_time_only(folder: Path, fields: str) -> None:
+    """Both may be in memory, and the scheduler counts cores without asking which: only the group keeps them apart."""
+    for name in ("moe", "hybrid"):
+        edit(folder, "models.yaml", f"path: {name}.gguf\n", f"path: {name}.gguf\n    residency: warm\n{fields}")
+    edit(folder, "models.yaml", "path: hybrid.gguf", "path: hybrid.gguf\n    numa: {nodes: [1]}")
+    if fields:
+        load(folder)
+    else:
+        assert [(problem.field, problem.rule) for problem in refused(folder)] == [("models.hybrid.numa", "bound-twice")]
+
+
+def test_a_hot_model_that_is_bound_nowhere_is_a_note_where_others_are(folder: Path) -> None:
+    (note,) = (note for note in load(folder).notes if note.rule == "unbound-beside-bound")
+    assert (note.line, note.field) == (30, "models.hybrid")
+    assert "the cores of dense, moe" in note.message
+    edit(folder, "models.yaml", "path: hybrid.gguf", "path: hybrid.gguf\n    residency: warm")
+    assert load(folder).notes == ()
+
+
+def test_no_note_says_what_the_group_of_all_prevents(folder: Path) -> None:
+    for name in ("dense", "moe", "hybrid"):
+        edit(folder, "models.yaml", f"path: {name}.gguf", f"path: {name}.gguf\n    exclusive: heavy")
+    assert load(folder).notes == ()
+
+
 def test_speculation_that_is_off_is_no_offence_on_a_recurrent_model(folder: Path) -> None:
     spec = "speculation: {type: ngram-mod, policy: off}"
     edit(folder, "models.yaml", "path: hybrid.gguf", f"path: hybrid.gguf\n    {spec}")
@@ -325,7 +355,8 @@ def test_a_draft_that_nobody_guesses_with_is_a_note(folder: Path) -> None:
         "type: draft\n      draft: small\n      lookup: ngram-simple\n      n_max: 8",
         "type: ngram-mod",
     )
-    assert [(note.line, note.rule) for note in load(folder).notes] == [(31, "draft-unused")]
+    edit(folder, "models.yaml", "path: hybrid.gguf", "path: hybrid.gguf\n    residency: warm")
+    assert [(note.line, note.rule) for note in load(folder).notes] == [(32, "draft-unused")]
 
 
 def model(billions: float, trained: int | None = 8) -> ModelFacts:

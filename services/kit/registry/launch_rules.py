@@ -196,19 +196,47 @@ def _draft_threads(scene: Scene) -> Iterator[Problem]:
 
 
 def _bound_apart(scene: Scene) -> Iterator[Problem]:
-    """Models that are always in memory and bound to cores do not share them, unless they compute one at a time."""
-    owner: dict[int, ModelEntry] = {}
-    for name, model in scene.models.items():
-        if model.residency != "hot" or not model.is_local or model.tier == "D":
-            continue
+    """Models that are bound to cores do not share one, not even as two threads of it, unless one computes at a time.
+
+    That goes for warm and cold ones too: they may be in memory beside any other, and who waits for cores waits for so
+    many, not for these.
+    """
+    physical = scene.hardware.physical_cores()
+    owner: dict[int, tuple[int, ModelEntry]] = {}
+    for name, model in _processes(scene):
         for core in bound_cores(model, scene.hardware.nodes):
-            other = owner.setdefault(core, model)
-            if other is model or (model.exclusive is not None and model.exclusive == other.exclusive):
+            taken, other = owner.setdefault(physical.get(core, core), (core, model))
+            if other is model or _take_turns(model, other):
                 continue
             line = scene.draft.line_of("models", other.name, "numa")
-            message = f"core {core} is bound by {other.name!r} in line {line} too; give each its own cores"
+            same = "" if core == taken else f" a thread of the same physical core as {taken}, which is"
+            message = (
+                f"core {core} is{same} bound by {other.name!r} in line {line} too; give each its own cores, or put "
+                "both into one exclusive group"
+            )
             yield scene.draft.problem(("models", name, "numa"), "bound-twice", message)
             break
+
+
+def _unbound_beside_bound(scene: Scene) -> Iterator[Problem]:
+    bound = [model for _, model in _processes(scene) if bound_cores(model, scene.hardware.nodes)]
+    for name, model in _processes(scene):
+        others = ", ".join(other.name for other in bound if not _take_turns(model, other))
+        if model.residency == "hot" and model not in bound and others:
+            message = (
+                f"it is always in memory and bound to no cores, so it will compute on the cores of {others} as well, "
+                "which slows down both; bind it with numa"
+            )
+            yield scene.draft.problem(("models", name), "unbound-beside-bound", message)
+
+
+def _processes(scene: Scene) -> list[tuple[str, ModelEntry]]:
+    """The entries that have a process here."""
+    return [(name, model) for name, model in scene.models.items() if model.is_local and model.tier != "D"]
+
+
+def _take_turns(one: ModelEntry, other: ModelEntry) -> bool:
+    return one.exclusive is not None and one.exclusive == other.exclusive
 
 
 def _draft_lengths(scene: Scene) -> Iterator[Problem]:
@@ -264,4 +292,10 @@ LAUNCH_ERRORS: Final[tuple[Rule, ...]] = (
     _bound_apart,
     _metadata,
 )
-LAUNCH_NOTES: Final[tuple[Rule, ...]] = (_draft_lengths, _draft_fields, _every_draft_is_used, _near_memory)
+LAUNCH_NOTES: Final[tuple[Rule, ...]] = (
+    _draft_lengths,
+    _draft_fields,
+    _every_draft_is_used,
+    _near_memory,
+    _unbound_beside_bound,
+)
