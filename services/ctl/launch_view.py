@@ -122,7 +122,8 @@ def _flags(launch: Launch, modes: tuple[Mode, ...], engine: Engine) -> list[Flag
     for mode in modes:
         for argument in arguments(launch, launch.entry.port, mode):
             wanted.setdefault(argument, []).append(mode.value)
-    flags = [_flag(launch, argument, tuple(found), engine) for argument, found in wanted.items()]
+    told = {argument: found for argument, found in wanted.items() if engine.spelling(argument)}
+    flags = [_flag(launch, argument, tuple(found), engine) for argument, found in told.items()]
     if launch.core_text is not None:
         field = "numa.cores" if launch.entry.numa.cores is not None else "numa.nodes"
         where, words = launch.where(field), tuple(mode.value for mode in modes)

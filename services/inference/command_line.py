@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeAlias
 
 from services.kit.registry.constraints import good_draft_tokens
 from services.kit.registry.launch import Launch
@@ -46,13 +46,17 @@ class Argument:
     """One flag of one command line."""
 
     ways: tuple[tuple[str, ...], ...]
-    """Spellings, each a flag and perhaps its value; the first is that of current builds."""
+    """Spellings, each a flag and perhaps its value; the first is that of current builds. An empty one: a build that
+    does not know the others does so unasked."""
     field: str
     """Field of models.yaml that it comes from, `speculation.n_max`; empty = it is the same for every model."""
     rule: str
     """Why it is there."""
     of_draft: bool = False
     """Whether the field is one of the draft's entry."""
+
+
+_Older: TypeAlias = Callable[[Launch, str], tuple[tuple[str, ...], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class _Rule:
     why: str
     speculating: bool = False
     """Only where the process guesses ahead."""
-    older: Callable[[str], tuple[tuple[str, ...], ...]] = lambda _value: ()
+    older: _Older = lambda _launch, _value: ()
     """Spellings of older builds for a value."""
     of_draft: bool = False
 
@@ -74,7 +78,7 @@ class _Rule:
         if value is None:
             return None
         now = (self.flag, value) if value else (self.flag,)
-        return Argument((now, *self.older(value)), self.field, self.why, self.of_draft)
+        return Argument((now, *self.older(launch, value)), self.field, self.why, self.of_draft)
 
 
 def _fixed(value: str) -> Callable[[Launch], str | None]:
@@ -97,6 +101,14 @@ def _experts(launch: Launch) -> str | None:
 
 def _types(launch: Launch) -> str | None:
     return ",".join("draft-simple" if kind == "draft" else kind for kind in launch.entry.speculation.types)
+
+
+def _types_before(launch: Launch, _value: str) -> tuple[tuple[str, ...], ...]:
+    """Builds in which a draft has no type take --model-draft for it, and beside that one lookup."""
+    if launch.draft is None:
+        return ()
+    lookup = launch.entry.speculation.lookup_type
+    return ((),) if lookup is None else (("--spec-type", lookup),)
 
 
 def _drafts(value: Callable[[Launch], str | None]) -> Callable[[Launch], str | None]:
@@ -127,7 +139,7 @@ def _lookup_size(kind: str, field: str) -> Callable[[Launch], str | None]:
     return value
 
 
-def _load_mode_before(mode: str) -> tuple[tuple[str, ...], ...]:
+def _load_mode_before(_launch: Launch, mode: str) -> tuple[tuple[str, ...], ...]:
     """Flags by which builds before --load-mode were told the same."""
     older: Mapping[str, tuple[tuple[str, ...], ...]] = {
         "none": (("--no-mmap",),),
@@ -137,8 +149,18 @@ def _load_mode_before(mode: str) -> tuple[tuple[str, ...], ...]:
     return older.get(mode, ())
 
 
-def _renamed(*flags: str) -> Callable[[str], tuple[tuple[str, ...], ...]]:
-    return lambda value: tuple((flag, value) for flag in flags)
+def _flash_attention_before(_launch: Launch, mode: str) -> tuple[tuple[str, ...], ...]:
+    """It was off, and the flag without a value turned it on."""
+    return (("--flash-attn",),) if mode == "on" else ((),)
+
+
+def _renamed(flag: str) -> _Older:
+    return lambda _launch, value: ((flag, value),)
+
+
+def _renamed_without_draft(flag: str) -> _Older:
+    """For a name that the draft model's own length had too."""
+    return lambda launch, value: ((flag, value),) if launch.draft is None else ()
 
 
 _LOOKUP_WHY: Final = "tokens that must be equal, and tokens that are then guessed: longer ones suit copying"
@@ -179,7 +201,11 @@ RULES: Final[tuple[_Rule, ...]] = (
     ),
     _Rule("--numa", "numa.strategy", lambda at: at.entry.numa.strategy, "how threads are spread over NUMA nodes"),
     _Rule(
-        "--flash-attn", "flash_attention", lambda at: _unless(at.entry.flash_attention, "auto"), "attention in blocks"
+        "--flash-attn",
+        "flash_attention",
+        lambda at: _unless(at.entry.flash_attention, "auto"),
+        "attention in blocks",
+        older=_flash_attention_before,
     ),
     _Rule("--cache-type-k", "kv_type_k", lambda at: _unless(at.entry.kv_type_k, "f16"), "type of the cached keys"),
     _Rule("--cache-type-v", "kv_type_v", lambda at: _unless(at.entry.kv_type_v, "f16"), "type of the cached values"),
@@ -195,6 +221,7 @@ RULES: Final[tuple[_Rule, ...]] = (
         _types,
         "what guesses ahead; helps single streams and hurts full batches",
         speculating=True,
+        older=_types_before,
     ),
     _Rule(
         "--spec-draft-model",
@@ -264,13 +291,31 @@ RULES: Final[tuple[_Rule, ...]] = (
         of_draft=True,
     ),
     *(
-        _Rule(f"--spec-{kind}-size-{letter}", f"speculation.{field}", _lookup_size(kind, field), _LOOKUP_WHY, True)
+        _Rule(
+            f"--spec-{kind}-size-{letter}",
+            f"speculation.{field}",
+            _lookup_size(kind, field),
+            _LOOKUP_WHY,
+            speculating=True,
+            older=_renamed(f"--spec-ngram-size-{letter}"),
+        )
         for kind in ("ngram-simple", "ngram-map-k", "ngram-map-k4v")
         for letter, field in (("n", "ngram_n"), ("m", "ngram_m"))
     ),
     *(
-        _Rule(f"--spec-ngram-mod-{name}", f"speculation.{field}", _lookup_size("ngram-mod", field), _LOOKUP_WHY, True)
-        for name, field in (("n-match", "ngram_n"), ("n-max", "ngram_m"), ("n-min", "n_min"))
+        _Rule(
+            f"--spec-ngram-mod-{name}",
+            f"speculation.{field}",
+            _lookup_size("ngram-mod", field),
+            _LOOKUP_WHY,
+            speculating=True,
+            older=older,
+        )
+        for name, field, older in (
+            ("n-match", "ngram_n", _renamed("--spec-ngram-size-n")),
+            ("n-max", "ngram_m", _renamed_without_draft("--draft-max")),
+            ("n-min", "n_min", _renamed("--draft-min")),
+        )
     ),
     _Rule("--cache-ram", "", _fixed(str(CACHE_RAM_MIB)), "MiB for prompts of idle slots; llama.cpp would take 8 GiB"),
     _Rule(

@@ -33,7 +33,7 @@ _SECRET: Final = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?$", re.IGN
 _VERSION: Final = re.compile(r"version: (?:\S+ \(build )?(\d+)(?:, commit| \() ?(\w+)\)")
 """As in `version: 4567 (0a1b2c3)` and `version: 0.5.0-dev (build 4567, commit 0a1b2c3)`."""
 _WORD: Final = re.compile(r"[\w+-]+")
-_LISTED: Final = frozenset({"--spec-type", "--load-mode", "--numa", "--cache-type-k", "--cache-type-v"})
+_LISTED: Final = frozenset({"--spec-type", "--load-mode", "--numa", "--flash-attn", "--cache-type-k", "--cache-type-v"})
 """Flags whose help lists the values that a build takes."""
 
 
@@ -99,15 +99,24 @@ class NativeEngine:
         return tuple(spelled([argument], self._knows))
 
     def _knows(self, way: tuple[str, ...]) -> bool:
+        if not way:  # left out: only a build whose help was read can be known to need nothing
+            return bool(self._help)
         for part, value in zip(way, (*way[1:], ""), strict=True):
             if not part.startswith("--"):
                 continue
             text = self._help.get(part)
-            if text is None:
-                return False
-            if part in _LISTED and not all(choice in _WORD.findall(text) for choice in value.split(",")):
+            if text is None or (part in _LISTED and not _lists(text, part, value)):
                 return False
         return True
+
+
+def _lists(text: str, flag: str, value: str) -> bool:
+    """Whether a flag's part of the help names all these values; for none, whether it takes none."""
+    # A value stands one blank behind the flag or its last other name, the description at least two.
+    takes_value = re.search(rf"{flag}(?:, *--?[\w-]+)* (?! )", text.partition("\n")[0]) is not None
+    if not value or not takes_value:
+        return not value and not takes_value
+    return all(choice in _WORD.findall(text) for choice in value.split(","))
 
 
 class EmbeddedEngine:

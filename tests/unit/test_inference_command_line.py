@@ -17,6 +17,8 @@ from services.kit.registry.acceleration import Numa, Speculation
 from services.kit.registry.launch import Launch
 
 FAKE = Path(__file__).resolve().parents[1] / "fakes" / "llama_server.py"
+OLDER_HELP = FAKE.parent / "older_llama_help.txt"
+"""What builds say that were made before a draft model had a name in --spec-type; in words of our own."""
 DRAFT = ModelEntry(name="small", tier="D", path=Path("/d.gguf"), threads=3, kv_type_k="q8_0", kv_type_v="q8_0")
 DENSE = ModelFacts("llama", 7_000_000_000, 1, 8192, 100, KvShape(1, 1))
 MOE = ModelFacts("qwen3moe", 30_000_000_000, 1, 8192, 100, KvShape(1, 1), experts_trained=8, experts_total=128)
@@ -160,23 +162,96 @@ def old_build(folder: Path, *lines: str) -> NativeEngine:
     """A binary whose help has these lines beside what every build knows."""
     common = "--model --alias --host --port --ctx-size --parallel --no-kv-unified --threads --cache-ram"
     page = [*f"{common} --log-verbosity --metrics --slots --offline".split(), *lines]
+    return build_with(folder, "\n".join(f"{line}  text" for line in page) + "\n")
+
+
+def build_with(folder: Path, page: str) -> NativeEngine:
+    """A binary with this help."""
+    (folder / "page").write_text(page)
     binary = folder / "llama-server"
-    binary.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(f"{line}  text" for line in page) + "\nEND\n")
+    binary.write_text(f"#!/bin/sh\ncat {folder / 'page'}\n")
     binary.chmod(0o755)
     return NativeEngine(binary)
 
 
-async def test_an_older_build_gets_the_names_that_it_knows(tmp_path: Path) -> None:
-    engine = old_build(tmp_path, "--mlock", "--no-mmap", "--model-draft F", "--draft-max N", "--threads-draft N",
-                       "--spec-type none,draft-simple")  # fmt: skip
-    wanted = launch(draft=DRAFT.model_copy(update={"kv_type_k": "f16", "kv_type_v": "f16"}), load_mode="mlock",
-                    speculation=Speculation(type="draft", draft="small"))  # fmt: skip
+async def older_arguments(folder: Path, wanted: Launch) -> dict[str, str]:
+    """Flag -> value in the build before a draft had a type; without what stands before the model's own settings."""
+    engine = build_with(folder, OLDER_HELP.read_text())
     await engine.check(wanted)
-    command = engine.command(wanted, 1, Mode.SPECULATING)
-    assert command[command.index("--draft-max") + 1] == "8"
-    assert command[command.index("--model-draft") + 1] == "/d.gguf"
-    assert command[command.index("--mlock") + 1] == "--no-mmap"
-    assert "--load-mode" not in command
+    words = engine.command(wanted, 1, modes_of(wanted)[0])
+    words = words[words.index("--threads") + 2 : words.index("--cache-ram")]
+    pairs = zip(words, [*words[1:], "--"], strict=True)
+    return {word: "" if after.startswith("--") else after for word, after in pairs if word.startswith("--")}
+
+
+OLDER_DRAFT = DRAFT.model_copy(update={"kv_type_k": "f16"})
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({"type": "draft", "draft": "small"}, {"--model-draft": "/d.gguf", "--draft-max": "8"}),
+        (
+            {"type": "draft", "draft": "small", "n_max": 5, "n_min": 1, "p_min": 0.5, "p_split": 0.2},
+            {"--model-draft": "/d.gguf", "--draft-max": "5", "--draft-min": "1", "--draft-p-min": "0.5",
+             "--draft-p-split": "0.2"},
+        ),
+        (
+            {"type": "draft", "draft": "small", "lookup": "ngram-simple", "ngram_n": 4, "ngram_m": 24},
+            {"--model-draft": "/d.gguf", "--draft-max": "8", "--spec-type": "ngram-simple",
+             "--spec-ngram-size-n": "4", "--spec-ngram-size-m": "24"},
+        ),
+        ({"type": "ngram-map-k", "ngram_n": 4}, {"--spec-type": "ngram-map-k", "--spec-ngram-size-n": "4"}),
+        ({"type": "ngram-map-k4v", "ngram_m": 4}, {"--spec-type": "ngram-map-k4v", "--spec-ngram-size-m": "4"}),
+        (
+            {"type": "ngram-mod", "ngram_n": 24, "ngram_m": 64, "n_min": 48},
+            {"--spec-type": "ngram-mod", "--spec-ngram-size-n": "24", "--draft-max": "64", "--draft-min": "48"},
+        ),
+    ],
+)  # fmt: skip
+async def test_a_build_in_which_a_draft_has_no_type_is_told_of_it_by_its_file(
+    tmp_path: Path, spec: dict[str, object], told: dict[str, str]
+) -> None:
+    drafts = {"--threads-draft": "3", "--cache-type-v-draft": "q8_0"} if "draft" in spec else {}
+    draft = OLDER_DRAFT if "draft" in spec else None
+    found = await older_arguments(tmp_path, launch(draft=draft, speculation=Speculation.model_validate(spec)))
+    assert found == {**told, **drafts}
+
+
+async def test_in_such_a_build_one_length_cannot_be_two(tmp_path: Path) -> None:
+    spec = Speculation(type="draft", draft="small", lookup="ngram-mod", n_max=4, ngram_m=64)
+    with pytest.raises(EngineUnusable, match=r"does not know --spec-ngram-mod-n-max \(field speculation.ngram_m"):
+        await build_with(tmp_path, OLDER_HELP.read_text()).check(launch(draft=DRAFT, speculation=spec))
+
+
+async def test_an_older_build_gets_the_names_that_it_knows(tmp_path: Path) -> None:
+    assert await older_arguments(tmp_path, launch(load_mode="mlock")) == {"--mlock": "", "--no-mmap": ""}
+    assert await older_arguments(tmp_path, launch(flash_attention="off")) == {"--flash-attn": "off"}
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted", "told"),
+    [
+        ("-fa,   --flash-attn", "on", ["--flash-attn"]),
+        ("-fa,   --flash-attn", "off", []),
+        ("-fa,   --flash-attn [on|off|auto]", "on", ["--flash-attn", "on"]),
+        ("-fa,   --flash-attn [on|off|auto]", "off", ["--flash-attn", "off"]),
+        ("--flash-attn, -fa [on|off|auto]", "on", ["--flash-attn", "on"]),
+    ],
+)
+async def test_flash_attention_has_a_value_where_the_build_takes_one(
+    tmp_path: Path, line: str, wanted: str, told: list[str]
+) -> None:
+    engine = old_build(tmp_path, line)
+    asked = launch(flash_attention=wanted)
+    await engine.check(asked)
+    words = engine.command(asked, 1, Mode.PLAIN)
+    assert words[words.index("--threads") + 2 : words.index("--cache-ram")] == told
+
+
+async def test_flash_attention_that_a_build_does_not_list_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineUnusable, match=r"--flash-attn on \(field flash_attention"):
+        await old_build(tmp_path, "--flash-attn [yes|no]").check(launch(flash_attention="on"))
 
 
 async def test_a_value_that_a_build_does_not_list_is_refused_with_the_line_of_its_field(tmp_path: Path) -> None:
