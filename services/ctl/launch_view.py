@@ -1,7 +1,7 @@
 """`models --explain NAME`: the command that serves a model, where each flag comes from, and what would forbid it.
 
 The command, the rules and the check of the binary are those of the inference service itself; nothing is started but
-`--help` of the binary.
+`--help` of the binary. Neither the files nor a binary need be there: what is declared counts then, and a note says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from services.ctl.commands import Context
 from services.ctl.outcomes import BadInput, ExitCode
 from services.ctl.screen import Screen, mebibytes
 from services.inference.command_line import Argument, Mode, arguments, modes_of
-from services.inference.engines import Engine, EngineUnusable, NativeEngine, choose_engine
+from services.inference.engines import Engine, EngineUnusable, NativeEngine, NoLlamaServer, choose_engine
 from services.kit.config import Home
 from services.kit.gguf_facts import read_facts
 from services.kit.gguf_header import BadHeader
@@ -52,7 +52,8 @@ def explain_launch(name: str, registry: Registry, context: Context) -> ExitCode:
     if entry.path is None:
         raise BadInput(f"{name} has engine {entry.engine}, which starts no llama.cpp")
     served = replace(registry.launch(name), prefix_folder=context.home.prefixes(name))
-    launch, engine, refusals = looked_at(served, context.home)
+    launch, engine, refusals, absent = _looked_at(served, context.home)
+    notes = [] if absent is None else [f"the flags were not checked against a binary: {absent}"]
     modes = modes_of(launch)
     commands = {mode.value: engine.command(launch, launch.entry.port, mode) for mode in modes}
     flags = _flags(launch, modes, engine)
@@ -65,21 +66,34 @@ def explain_launch(name: str, registry: Registry, context: Context) -> ExitCode:
                 "commands": commands,
                 "flags": [asdict(flag) for flag in flags],
                 "facts": _facts(launch),
+                "notes": notes,
                 "refusals": refusals,
             }
         )
     else:
-        _print(context.screen, launch, engine, commands, flags, refusals)
+        _print(context.screen, launch, engine, commands, flags, notes, refusals)
     return ExitCode.FAILED if refusals else ExitCode.OK
 
 
 def looked_at(launch: Launch, home: Home) -> tuple[Launch, Engine, list[str]]:
     """The launch with the facts of its files, the engine that would serve it, and every reason why it would not."""
+    launch, engine, refusals, absent = _looked_at(launch, home)
+    return launch, engine, refusals if absent is None else [absent, *refusals]
+
+
+def _looked_at(launch: Launch, home: Home) -> tuple[Launch, Engine, list[str], str | None]:
+    """As `looked_at`, with what is to be done where no llama-server is installed as a part of its own."""
     launch, refusals = _with_facts(launch)
-    engine, why = _engine(launch, home)
-    refusals += [why] if why is not None else []
+    absent = None
+    try:
+        engine = choose_engine(launch.entry, home)
+        asyncio.run(engine.check(launch))
+    except NoLlamaServer as err:
+        engine, absent = NativeEngine(_NOT_HERE), str(err)  # which takes every flag
+    except EngineUnusable as err:
+        refusals.append(str(err))
     refusals += [str(problem) for problem in violations(launch, engine.build or None)]
-    return launch, engine, refusals
+    return launch, engine, refusals, absent
 
 
 def _with_facts(launch: Launch) -> tuple[Launch, list[str]]:
@@ -102,19 +116,6 @@ def _entry_facts(entry: ModelEntry, refusals: list[str]) -> ModelFacts | None:
             return declared_facts(entry.declared)
         refusals.append(f"cannot open the model file {entry.path}: {err.strerror}")
         return None
-
-
-def _engine(launch: Launch, home: Home) -> tuple[Engine, str | None]:
-    """The engine, and why it cannot serve the entry. Where none is found: a llama-server that takes every flag."""
-    try:
-        engine = choose_engine(launch.entry, home)
-    except EngineUnusable as err:
-        return NativeEngine(_NOT_HERE), str(err)
-    try:
-        asyncio.run(engine.check(launch))
-    except EngineUnusable as err:
-        return engine, str(err)
-    return engine, None
 
 
 def _flags(launch: Launch, modes: tuple[Mode, ...], engine: Engine) -> list[Flag]:
@@ -169,6 +170,7 @@ def _print(
     engine: Engine,
     commands: dict[str, list[str]],
     flags: list[Flag],
+    notes: list[str],
     refusals: list[str],
 ) -> None:
     build = f", build {' = '.join(sorted(engine.build))}" if engine.build else ""
@@ -198,5 +200,7 @@ def _print(
             for flag in flags
         ],
     )
+    for note in notes:
+        screen.line(f"note: {note}", style="yellow")
     for refusal in refusals:
         screen.line(f"refused: {refusal}", style="red")

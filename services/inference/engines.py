@@ -41,6 +41,10 @@ class EngineUnusable(Exception):
     """No engine can be started for this entry; the message says what to do."""
 
 
+class NoLlamaServer(EngineUnusable):
+    """None is installed here, and the entry asks for one."""
+
+
 class Engine(Protocol):
     """What the life cycle needs to know about an engine."""
 
@@ -151,7 +155,7 @@ class EmbeddedEngine:
 def choose_engine(entry: ModelEntry, home: Home) -> Engine:
     """The engine that serves an entry: the registry's binary, then the one built into the cache, then PATH.
 
-    Raises EngineUnusable where llama-server is asked for and none is found; `auto` is embedded then.
+    Raises NoLlamaServer where llama-server is asked for and none is found; `auto` is embedded then.
     """
     if entry.engine == "embedded":
         return EmbeddedEngine()
@@ -159,7 +163,7 @@ def choose_engine(entry: ModelEntry, home: Home) -> Engine:
     if binary is not None:
         return NativeEngine(binary)
     if entry.engine == "llama-server":
-        raise EngineUnusable("no llama-server found: run deploy/build-native, or set binary in models.yaml")
+        raise NoLlamaServer("no llama-server found: run deploy/build-native, or set binary in models.yaml")
     return EmbeddedEngine()
 
 

@@ -20,6 +20,7 @@ FOLDER = CHECKOUT / "registry" / "examples" / "epyc"
 GOLDEN = Path(__file__).parent / "golden" / "epyc_commands.txt"
 MODELS = Path("/models")
 BINARY = Path("/opt/llama-server")
+OLDER_HELP = Path(__file__).resolve().parents[1] / "fakes" / "older_llama_help.txt"
 CORES = 96
 """Physical ones; each has two threads."""
 
@@ -169,8 +170,38 @@ def test_another_machine_is_another_verdict(capsys: pytest.CaptureFixture[str], 
         assert f"(rule: {rule})" in details
 
 
-def test_the_reason_of_every_flag_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["models", "--explain", "coder", "--registry", str(FOLDER), "--json"])
+def test_a_command_is_told_for_a_machine_that_has_no_llama_server(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["models", "--explain", "coder", "--registry", str(FOLDER)]) == 0
+    assert "note: the flags were not checked against a binary: no llama-server found" in capsys.readouterr().out
+    assert main(["models", "--explain", "coder", "--registry", str(FOLDER), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["refusals"] == []
+    assert len(told["notes"]) == 1
+
+
+def test_what_a_build_does_unasked_is_no_flag(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary = tmp_path / "llama-server"
+    binary.write_text(f"#!/bin/sh\n/bin/cat {OLDER_HELP}\n")
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["models", "--explain", "worker", "--registry", str(FOLDER), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["notes"] == []
+    flags = {flag["flag"] for flag in told["flags"]}
+    assert "--model-draft" in flags
+    assert "--spec-type" not in flags
+
+
+def test_the_reason_of_every_flag_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["models", "--explain", "coder", "--registry", str(FOLDER), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     flags = {flag["flag"]: flag for flag in told["flags"]}
     lines = (FOLDER / "models.yaml").read_text().splitlines()

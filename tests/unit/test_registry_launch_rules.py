@@ -149,6 +149,8 @@ BAD_EDITS = [
     ("experts: 4", "experts: 9", 19, "moe.experts", "experts-above-range", "trained with 8"),
     ("threads: 2", "experts: 4", 6, "dense.experts", "experts-dense", "llama is a dense model"),
     ("llama-server", "embedded", 19, "moe.experts", "experts-engine", "no kv overrides"),
+    ("experts: 4", "speculation: {type: draft, draft: small, p_split: 0.5}", 19, "moe.speculation.p_split",
+     "split-with-experts", "this one has 16 experts a layer"),
     # what is declared and what the file has
     ("experts_trained: 8", "experts_trained: 6", 28, "moe.declared.experts_trained", "declared-differs", "has 8"),
     ("file_bytes: 7104", "file_bytes: 9", 24, "moe.declared.file_bytes", "declared-differs", "the file has"),
@@ -318,6 +320,13 @@ def test_the_draft_of_a_policy_that_is_off_is_loaded_by_nobody(folder: Path, pat
     assert launch.with_facts(read_facts(folder / "models" / "dense.gguf"), None).takes_copies
     without = registry.models["dense"].model_copy(update={"speculation": Speculation()})
     assert memory_needs(registry.models)["dense"] == memory_needs({**registry.models, "dense": without})["dense"]
+
+
+def test_branching_is_no_offence_where_nothing_branches(folder: Path) -> None:
+    for setting in ("p_split: 0", "p_split: 0.5, policy: off"):
+        edit(folder, "models.yaml", "experts: 4", f"speculation: {{type: draft, draft: small, {setting}}}")
+        load(folder)
+        edit(folder, "models.yaml", f"speculation: {{type: draft, draft: small, {setting}}}", "experts: 4")
 
 
 def test_a_recurrent_model_may_speculate_on_the_builds_that_are_named_and_on_no_other(folder: Path) -> None:

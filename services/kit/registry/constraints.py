@@ -142,7 +142,7 @@ def _draft_is_smaller(launch: Launch, facts: ModelFacts) -> Iterator[Problem]:
 
 
 def _branching(launch: Launch, facts: ModelFacts) -> Iterator[Problem]:
-    if facts.experts_total and (launch.entry.speculation.p_split or 0) > 0:
+    if launch.draft is not None and facts.experts_total and (launch.entry.speculation.p_split or 0) > 0:
         message = (
             f"branching guesses help dense models only, and this one has {facts.experts_total} experts a layer; "
             "set 0, or remove the field"
