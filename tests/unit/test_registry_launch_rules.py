@@ -12,7 +12,9 @@ from services.kit.model_facts import KvShape, ModelFacts
 from services.kit.registry import Problem, Registry, RegistryError, load_registry
 from services.kit.registry.acceleration import Speculation
 from services.kit.registry.constraints import DRAFT_TOKENS, EXPERT_FLOORS, expert_floor, good_draft_tokens, violations
+from services.kit.registry.entries import HardwareEntry
 from services.kit.registry.memory import memory_needs
+from services.kit.registry.registry import hardware_of
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.unit.test_registry_rules import GOOD
 
@@ -247,26 +249,20 @@ def test_threads_are_held_against_the_physical_cores_of_the_machine_at_hand(
     assert hybrid_with(folder, hardware, **fields) == rules
 
 
-def test_the_threads_of_a_core_are_detected_where_the_nodes_are_those_of_this_machine(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_threads_of_a_core_are_detected_where_the_nodes_are_those_of_this_machine() -> None:
     nodes = (Node((0, 1), 1), Node((2, 3), 1))
     here = Machine(4, 10**10, nodes, "affinity", "installed", siblings=((0, 1), (2, 3)))
-    monkeypatch.setattr("services.kit.registry.registry.detect", lambda: here)
-    written = "nodes: [{cores: 0-1, memory_bytes: 5}, {cores: 2-3, memory_bytes: 5}]"
-    elsewhere = "nodes: [{cores: 0-3, memory_bytes: 5}]"
-    for text, siblings in (
-        ("", here.siblings),
-        (written, here.siblings),
-        (f"threads_per_core: 2, {written}", here.siblings),
-        (f"threads_per_core: 1, {written}", ()),
-        (elsewhere, ()),
-        (f"threads_per_core: 2, {elsewhere}", ((0, 2), (1, 3))),
+    written = [{"cores": "0-1", "memory_bytes": 5}, {"cores": "2-3", "memory_bytes": 5}]
+    elsewhere = [{"cores": "0-3", "memory_bytes": 5}]
+    for fields, siblings in (
+        ({}, here.siblings),
+        ({"nodes": written}, here.siblings),
+        ({"nodes": written, "threads_per_core": 2}, here.siblings),
+        ({"nodes": written, "threads_per_core": 1}, ()),
+        ({"nodes": elsewhere}, ()),
+        ({"nodes": elsewhere, "threads_per_core": 2}, ((0, 2), (1, 3))),
     ):
-        (folder / "hardware.yaml").write_text(f"hardware: {{cores: 2, memory_bytes: 9000000000, {text}}}\n")
-        (folder / "models.yaml").write_text("models: {m: {tier: A, path: dense.gguf}}\n")
-        (folder / "roles.yaml").write_text("roles: {r: {description: A., model: m, prompt: W.}}\n")
-        assert load(folder).hardware.siblings == siblings
+        assert hardware_of(HardwareEntry.model_validate(fields), here).siblings == siblings
 
 
 def test_two_that_compute_one_at_a_time_may_share_their_cores(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from protocol.messages.failure import Category
-from services.kit.hardware import Node, detect, numbered_siblings, parse_cores
+from services.kit.hardware import Machine, Node, detect, numbered_siblings, parse_cores
 from services.kit.registry.entries import (
     ClientEntry,
     FailureCaps,
@@ -144,7 +144,7 @@ def load_registry(
         message = f"there is no folder {folder}; set TIERLINE_REGISTRY to the folder that holds {', '.join(FILES)}"
         raise RegistryError([Problem(folder.name, 1, "", "folder-missing", message)])
     draft = read_files(folder, hardware_file)
-    hardware = _detected(draft.single("hardware", HardwareEntry))
+    hardware = hardware_of(draft.single("hardware", HardwareEntry), detect())
     entries = draft.valid("models", ModelEntry)
     facts, damaged = known_facts(draft, entries, models_folder, check_files=check_files)
     scene = Scene(draft, hardware, models_folder, check_files, facts)
@@ -169,8 +169,8 @@ def load_registry(
     )
 
 
-def _detected(entry: HardwareEntry) -> Hardware:
-    machine = detect()
+def hardware_of(entry: HardwareEntry, machine: Machine) -> Hardware:
+    """What hardware.yaml says, and where it is silent what was detected."""
     nodes = tuple(Node(parse_cores(node.cores), node.memory_bytes) for node in entry.nodes) or machine.nodes
     here = [node.cores for node in nodes] == [node.cores for node in machine.nodes]
     threads = entry.threads_per_core or (machine.threads_per_core if here else 1)
