@@ -5,7 +5,8 @@ for here, and carried out by `supervisor` where no call runs. The rules, first m
 
 1. Several streams at once: PLAIN. A batch uses the cores well already, and checking guesses takes them from others.
 2. A trial that has failed: PLAIN until its pause is over; pauses double. New trials begin with a clean slate.
-3. Few guesses accepted: the trial has failed. Many guesses were computed for nothing.
+3. Few guesses accepted: the trial has failed. Many guesses were computed for nothing. Any answer shows it, also one
+   beside others: where answers always overlap a little, there is no speed to judge by.
 4. No measure of the plain speed yet, and enough answers with guesses: PLAIN for a while, to have one.
 5. Guessing is not faster than plain by `PAYS`: the trial has failed.
 6. Otherwise SPECULATING.
@@ -31,7 +32,7 @@ LOAD_MEMORY_MS: Final = 5_000
 SPEED_MEMORY_TOKENS: Final = 400
 """How fast a mean speed forgets."""
 TRIAL_TOKENS: Final = 160
-"""Tokens of answers with guesses before a trial is judged."""
+"""Tokens of answers with guesses before a trial is judged: of all for its acceptance, of those alone for its speed."""
 BASELINE_TOKENS: Final = 96
 """Tokens of plain answers that make a measure of the plain speed."""
 BASELINE_AFTER_TOKENS: Final = 600
@@ -109,6 +110,8 @@ class SpeculationPolicy:
     _idle_since_ms: int = 0
     _batch: bool = False
     _speeds: dict[Mode, _Speed] = field(default_factory=lambda: {mode: _Speed() for mode in Mode})
+    _trial_tokens: int = 0
+    """Tokens of all answers with guesses in this trial."""
     _drafted: float = 0.0
     _accepted: float = 0.0
     _off_until_ms: int = 0
@@ -145,8 +148,9 @@ class SpeculationPolicy:
         self._active = active
 
     def answered(self, event: Answered) -> None:
-        """Take one answer into account. Those of several at once say nothing about a single stream."""
+        """Take one answer into account. Those of several at once say nothing about the speed of a single stream."""
         if event.mode is Mode.SPECULATING:
+            self._trial_tokens += event.generated_tokens
             keep = max(0.0, 1 - event.generated_tokens / SPEED_MEMORY_TOKENS)
             self._drafted = self._drafted * keep + event.draft_tokens
             self._accepted = self._accepted * keep + event.accepted_tokens
@@ -164,6 +168,7 @@ class SpeculationPolicy:
         if self._why_off and at_ms >= self._off_until_ms:
             self._why_off = ""
             self._speeds[Mode.SPECULATING] = _Speed()
+            self._trial_tokens = 0
             self._drafted = self._accepted = 0.0
         if self._why_off:
             left_s = (self._off_until_ms - at_ms) / 1000
@@ -205,10 +210,13 @@ class SpeculationPolicy:
 
     def _judge(self, at_ms: int) -> Choice:
         plain, guessing = self._speeds[Mode.PLAIN], self._speeds[Mode.SPECULATING]
-        if guessing.seen_tokens < TRIAL_TOKENS:
+        if self._trial_tokens < TRIAL_TOKENS:
             return Choice(Mode.SPECULATING, "a single stream: guessing ahead is on trial")
         if self._drafted >= TRIAL_TOKENS / 4 and self.acceptance < ACCEPTED_SHARE:
             return self._switch_off(at_ms, f"{self.acceptance:.0%} of the guesses were accepted")
+        if guessing.seen_tokens < TRIAL_TOKENS:
+            accepted = f"{self.acceptance:.0%} of the guesses are accepted"
+            return Choice(Mode.SPECULATING, f"{accepted}; answers overlap, so that the speed is not known")
         if plain.seen_tokens < BASELINE_TOKENS:
             if guessing.seen_tokens < BASELINE_AFTER_TOKENS:
                 return Choice(Mode.SPECULATING, f"a single stream; {self.acceptance:.0%} of the guesses are accepted")

@@ -43,6 +43,17 @@ class Bench:
             )
         )
 
+    def overlapping(self, accepted: float, drafts: int, tokens: int = 100, answer_s: float = 2.0) -> Mode:
+        """One answer beside which another runs for a third of its time. The mode that is wanted at its end."""
+        for active, share in ((1, 0.69), (2, 0.31)):
+            self.policy.load(self.now_ms, active)
+            self.wait(answer_s * share)
+            wanted = self.policy.choose(self.now_ms).mode
+        drafts = drafts if self.policy.mode is Mode.SPECULATING else 0
+        accepted_tokens = int(drafts * accepted)
+        self.policy.answered(Answered(self.policy.mode, False, tokens, answer_s * 1000, drafts, accepted_tokens))
+        return wanted
+
     def batch(self, seconds: float, active: int = 4) -> None:
         self.policy.load(self.now_ms, active)
         for _ in range(int(seconds * 10)):
@@ -125,6 +136,36 @@ def test_a_load_between_the_bounds_does_not_toggle() -> None:
     assert changes <= 1
 
 
+def test_bad_guesses_are_found_out_though_no_answer_ever_has_the_engine_for_itself() -> None:
+    bench = Bench()
+    wanted = [bench.overlapping(0.05, drafts=200) for _ in range(4)]
+    assert Mode.PLAIN in wanted, "two answers are a trial"
+    assert bench.policy.mode is Mode.SPECULATING, "the engine has no idle moment"
+    while bench.now_ms < sp.PATIENCE_MS + 10_000:
+        bench.overlapping(0.05, drafts=200)
+        bench.policy.hold(bench.now_ms)
+    held = bench.policy.hold(bench.now_ms)
+    assert held is not None
+    assert held.mode is Mode.PLAIN, "so one is made"
+    figures = bench.policy.figures(bench.now_ms)
+    assert sp.FEW_STREAMS < float(figures["streams"]) < sp.MANY_STREAMS
+    assert "5% of the guesses were accepted" in str(figures["mode_reason"])
+
+
+def test_good_guesses_stay_while_answers_overlap_and_the_reason_says_that_no_speed_is_known() -> None:
+    bench = Bench()
+    assert {bench.overlapping(0.9, drafts=100) for _ in range(50)} == {Mode.SPECULATING}
+    reason = bench.policy.choose(bench.now_ms).reason
+    assert "90% of the guesses are accepted" in reason
+    assert "overlap" in reason
+
+
+def test_one_short_answer_is_no_trial() -> None:
+    bench = Bench()
+    bench.overlapping(0.0, drafts=400, tokens=sp.TRIAL_TOKENS - 1)
+    assert bench.policy.choose(bench.now_ms).mode is Mode.SPECULATING
+
+
 def test_a_busy_engine_is_not_changed_but_held_after_a_while() -> None:
     bench = Bench()
     bench.batch(sp.LEAST_STAY_MS / 1000 + 3)
@@ -191,3 +232,21 @@ def test_no_history_changes_an_engine_at_work_or_too_early(
         policy.answered(Answered(policy.mode, alone, tokens, float(took_ms), drafts, int(drafts * accepted)))
         figures = policy.figures(now_ms)
         assert 0 <= float(figures["acceptance"]) <= 1
+
+
+@given(HISTORY, st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(1, 4)), min_size=25, max_size=25))
+def test_bad_guesses_end_speculation_whatever_came_before_and_whatever_the_load_is(
+    history: list[tuple[int, int, int, float, int, bool]], bad: list[tuple[int, bool, int]]
+) -> None:
+    policy = SpeculationPolicy(BOTH)
+    now_ms = 0
+    for wait_ms, active, tokens, accepted, took_ms, alone in history:
+        now_ms += wait_ms
+        policy.choose(now_ms)
+        policy.load(now_ms, active)
+        policy.answered(Answered(Mode.SPECULATING, alone, tokens, float(took_ms), tokens, int(tokens * accepted)))
+    policy.choose(now_ms)
+    for active, alone, drafts in bad:
+        policy.load(now_ms, active)
+        policy.answered(Answered(Mode.SPECULATING, alone, 100, 1_000.0, 100 * drafts, 5))
+    assert policy.choose(now_ms).mode is Mode.PLAIN
