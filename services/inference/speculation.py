@@ -76,6 +76,11 @@ class Choice:
     reason: str
 
 
+def mode_under(modes: Sequence[Mode], streams: int) -> Mode:
+    """The mode that so many answers at once lead to, of those an entry allows, while nothing speaks against guesses."""
+    return Mode.PLAIN if Mode.PLAIN in modes and streams > MANY_STREAMS else modes[0]
+
+
 @dataclass(slots=True)
 class _Speed:
     """Mean tokens per second over the last tokens."""

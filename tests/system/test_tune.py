@@ -20,7 +20,9 @@ from services.ctl.__main__ import main
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.demo_models import DEMO_MODEL
 from services.ctl.tune import Row
+from services.ctl.tuning.measure import Measurer
 from services.ctl.tuning.search import Point, Result
+from services.ctl.tuning.space import Objective
 from services.kit.config import CHECKOUT, load_home
 from services.kit.gguf_facts import read_facts
 from services.kit.hardware import detect
@@ -137,6 +139,39 @@ def test_settings_that_the_registry_forbids_are_shown_with_its_rule_and_never_st
         assert "(rule: memory" in rows[slots]["refused"]
         assert rows[slots]["measurements"] == []
     assert "slots" not in found["settings"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "objective", "guessing"),
+    [
+        ("auto", "throughput", [True, False, False]),
+        ("always", "throughput", [True, True, True]),
+        ("off", "throughput", [False, False, False]),
+        ("auto", "latency", [True, True, True]),
+    ],
+)
+def test_what_is_measured_is_the_process_that_the_service_runs_under_such_a_load(
+    models_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+    objective: Objective,
+    guessing: list[bool],
+) -> None:
+    scripted(models_file, monkeypatch, slots=2)
+    started = models_file.with_name("started")
+    binary = models_file.with_name("recording-server")
+    binary.write_text(f'#!/bin/sh\necho "$@" >> {started}\nexec {FAKE_BINARY} "$@"\n', encoding="utf-8")
+    binary.chmod(0o755)
+    text = models_file.read_text(encoding="utf-8").replace(str(FAKE_BINARY), str(binary))
+    speculation = f"    speculation: {{type: ngram-simple, policy: {policy}}}\n"
+    models_file.write_text(text.replace("    threads: 1\n", f"    threads: 1\n{speculation}"), encoding="utf-8")
+    measurer = Measurer(load_home(), "worker", objective, tmp_path_factory.mktemp("measured"))
+    for slots in (1, 2, 4):
+        measurer.measure(Point.of({"slots": slots}))
+    engines = [line.split() for line in started.read_text(encoding="utf-8").splitlines() if "--parallel" in line]
+    assert [one[one.index("--parallel") + 1] for one in engines] == ["1", "2", "4"]
+    assert ["--spec-type" in one for one in engines] == guessing
 
 
 def test_a_file_that_somebody_edits_meanwhile_is_left_to_them(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -185,6 +186,14 @@ def test_an_engine_that_fails_while_guessing_comes_back_plain() -> None:
     assert "SIGSEGV" in choice.reason
     bench.wait(sp.FIRST_PAUSE_MS / 1000 + 1)
     assert bench.policy.choose(bench.now_ms).mode is Mode.SPECULATING
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4, 8])
+@pytest.mark.parametrize("modes", [BOTH, (Mode.PLAIN,), (Mode.SPECULATING,)])
+def test_the_mode_under_a_load_is_the_one_that_the_policy_ends_in(modes: tuple[Mode, ...], streams: int) -> None:
+    bench = Bench(modes)
+    bench.batch(60, active=streams)
+    assert sp.mode_under(modes, streams) is bench.policy.choose(bench.now_ms).mode
 
 
 def test_where_the_registry_leaves_no_choice_nothing_changes() -> None:

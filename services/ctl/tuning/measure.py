@@ -1,7 +1,8 @@
 """How fast one point is: starts an engine of its own with these settings, gives it work, ends it.
 
-The command line is the one that the inference service would use, from a registry in which the point is written down;
-what the registry's rules, the budget or the engine refuse is `Unusable` with their reason. The work is half prose, half
+The command line is the one that the inference service would use, from a registry in which the point is written down,
+and in the mode that it would be in with so many streams; what the registry's rules, the budget or the engine refuse is
+`Unusable` with their reason. The work is half prose, half
 a copy of something in the prompt, as decoding in pipelines is; both have a prompt to read, new each time so that no
 cache answers. Never touches the engine of a running service.
 """
@@ -27,6 +28,7 @@ from services.inference.command_line import HOST, modes_of
 from services.inference.engines import Engine, environment
 from services.inference.generation import payload_of
 from services.inference.llama_http import EngineError, LlamaServer, Usage
+from services.inference.speculation import mode_under
 from services.kit import children
 from services.kit.config import Home
 from services.kit.registry import Registry, RegistryError, load_registry
@@ -87,7 +89,9 @@ class Measurer:
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]
-        return asyncio.run(self._measured(launch, engine.command(launch, port, modes_of(launch)[0]), port))
+        streams = 1 if self.objective == "latency" else launch.entry.slots
+        command = engine.command(launch, port, mode_under(modes_of(launch), streams))
+        return asyncio.run(self._measured(launch, command, port, streams))
 
     def _prepared(self, point: Point) -> tuple[Launch, Engine]:
         """The entry with these settings, as the registry's own reader gives it, and the engine that takes it."""
@@ -101,14 +105,13 @@ class Measurer:
             raise Unusable(f"needs {need >> 20} MiB beside the running stack, which leaves {self.memory_bytes >> 20}")
         return launch, engine
 
-    async def _measured(self, launch: Launch, command: list[str], port: int) -> Speed:
+    async def _measured(self, launch: Launch, command: list[str], port: int, streams: int) -> Speed:
         key = secrets.token_urlsafe(24)
         output = self.folder / "engine.out"
         child = await children.spawn(command, output=output, env=environment(os.environ, key))
         server = LlamaServer(port, key)
         try:
             await self._loaded(launch, child, server, output)
-            streams = 1 if self.objective == "latency" else launch.entry.slots
             rehearsed = await self._round(server, 1, _REHEARSED_TOKENS)
             if not self._answer_tokens:  # all points get answers of one length
                 fits = int(rehearsed.generated_tokens_per_s * _ROUND_S)
