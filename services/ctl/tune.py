@@ -22,6 +22,7 @@ from typing import Any, Final
 from protocol.messages.session import StatusReport
 from services.ctl.commands import Commands, Context
 from services.ctl.hub import try_status
+from services.ctl.launch_view import looked_at
 from services.ctl.outcomes import BadInput, CommandError, ExitCode
 from services.ctl.stack_files import checked_registry
 from services.ctl.tuning.measure import FILE, Measurer, Speed, Unusable, registry_with
@@ -84,7 +85,8 @@ def _tune(args: Namespace, context: Context) -> ExitCode:
     with tempfile.TemporaryDirectory(prefix="tl-") as folder:
         measurer = Measurer(context.home, args.model, objective, Path(folder), room.memory_bytes)
         start = start_of(entry)
-        result, rows = _searched(measurer, start, axes_of(entry, room.cores, objective), args.budget_s, context)
+        launch, _, _ = looked_at(registry.launch(args.model), context.home)
+        result, rows = _searched(measurer, start, axes_of(launch, room.cores, objective), args.budget_s, context)
         if rows[start].reason is not None:
             raise CommandError(f"{args.model} cannot be measured as it is: {rows[start].reason}")
         settings = changes(start, result.best)

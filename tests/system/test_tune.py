@@ -174,6 +174,24 @@ def test_what_is_measured_is_the_process_that_the_service_runs_under_such_a_load
     assert ["--spec-type" in one for one in engines] == guessing
 
 
+@pytest.mark.parametrize(("architecture", "tried"), [("llama", True), ("mamba", False)])
+def test_latency_tries_to_guess_ahead_where_the_file_allows_it(
+    models_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    architecture: str,
+    tried: bool,
+) -> None:
+    scripted(models_file, monkeypatch, slots=1)
+    if architecture == "mamba":
+        write_tiny_gguf(models_file.parent.parent / "tiny.gguf", architecture="mamba", extra={"ssm.state_size": 16})
+    models_file.with_name("hardware.yaml").write_text("hardware:\n  cores: 1\n", encoding="utf-8")
+    assert main(["tune", "worker", "--objective", "latency", "--budget-s", "15", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["measured"]
+    assert any("speculation.type" in row["settings"] for row in rows) is tried
+    assert not [row["refused"] for row in rows if row["refused"]]
+
+
 def test_a_file_that_somebody_edits_meanwhile_is_left_to_them(
     models_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
