@@ -3,6 +3,8 @@
 The order makes every moment a good one to be killed in: check, copy, let the link show the copy, tell the hub, add
 programs, then wait for processes to drain and take their programs away. Whatever is left undone the next reload, or
 the next `up`, does; a service that is started in between reads the new copy. Where the hub refuses, the link goes back.
+
+To have followed is not to work: a model whose file or engine cannot be used is degraded, and named with its reason.
 """
 
 from __future__ import annotations
@@ -33,16 +35,28 @@ from services.kit.config import Home
 from services.kit.registry import Registry, make_current
 
 _POLL_S = 0.3
+_GRACE_S = 5.0
+"""How long a degraded model is given once all have followed: a launch that failed by chance is repeated before that."""
 _DRAINED = "draining"
 _PROGRAM = "inference-"
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A service that does not work with the new registry yet, or has not left yet."""
+    """A service that does not work with the new registry yet, or at all, or has not left yet."""
 
     service: str
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Followers:
+    """What has become of the services when the wait ended."""
+
+    left: Sequence[Waiting] = ()
+    """Those that have not followed."""
+    degraded: Sequence[Waiting] = ()
+    """Those that have, and do not work."""
 
 
 def add_reload(group: Commands) -> None:
@@ -53,7 +67,9 @@ def add_reload(group: Commands) -> None:
         "take up the registry as it is now: add, change and drain models, roles, gates without a restart",
         epilog=(
             "A registry with errors is refused whole and the old one stays. Running work is never cut: a model that\n"
-            "was removed or changed finishes what it has; removed roles stay in force for the tasks that use them."
+            "was removed or changed finishes what it has; removed roles stay in force for the tasks that use them.\n"
+            "Exit status 1 where a service has not followed in time, or a model of this machine does not work now (in\n"
+            "--json: waiting, degraded); the registry is taken up all the same. With --no-wait nobody looks."
         ),
     )
     parser.add_argument("--no-wait", action="store_true", help="do not wait until every process has followed")
@@ -82,17 +98,27 @@ def _reload(args: Namespace, context: Context) -> ExitCode:
         elif any(one.section == "models" and one.change == "added" for one in told.changes):
             screen.note("no supervisord runs at this home: start the processes of new models yourself")
     _say(screen, told, started)
-    left = [] if args.no_wait else _await_followers(home, screen, registry, told.kept, supervisor, args.timeout)
+    if args.no_wait:
+        found = Followers()
+    else:
+        found = _await_followers(home, screen, registry, told.kept, supervisor, args.timeout)
     if screen.json:
-        screen.document(_as_data(told, started, left))
-    elif not left and not args.no_wait:
+        screen.document(_as_data(told, started, found))
+        return ExitCode.FAILED if found.left or found.degraded else ExitCode.OK
+    if found.left or found.degraded:
+        raise _unfollowed(found, args.timeout)
+    if not args.no_wait:
         screen.line("every service works with it")
-    if left:
-        details = tuple(f"{one.service}: {one.why}" for one in left)
-        if not screen.json:
-            raise CommandError(f"after {args.timeout:g} s these have not followed; they still do", details=details)
-        return ExitCode.FAILED
     return ExitCode.OK
+
+
+def _unfollowed(found: Followers, timeout_s: float) -> CommandError:
+    """The error that names every service that is not as it should be, and what comes next."""
+    degraded = "it is taken up, and these models do not work: repair what each one names, it is tried again by itself"
+    message = f"after {timeout_s:g} s these have not followed; they still do" if found.left else degraded
+    lines = [*(f"{one.service}: {one.why}" for one in found.left)]
+    lines += [f"{one.service}: {'degraded: ' if found.left else ''}{one.why}" for one in found.degraded]
+    return CommandError(message, details=tuple(lines))
 
 
 async def _tell_hub(home: Home, digest: str) -> Reloaded:
@@ -111,9 +137,10 @@ def _supervisor(home: Home) -> Supervisor | None:
 
 def _await_followers(
     home: Home, screen: Screen, registry: Registry, kept: Sequence[str], supervisor: Supervisor | None, timeout_s: float
-) -> list[Waiting]:
+) -> Followers:
     """Wait until every service has followed, and end the programs of models that have left as they drain."""
     deadline = time.monotonic() + timeout_s
+    grace_end: float | None = None
     said: set[Waiting] = set()
     while True:
         report = asyncio.run(try_status(home, timeout_s=3.0))
@@ -126,10 +153,14 @@ def _await_followers(
                     (home.conf_d / f"{name}.conf").unlink(missing_ok=True)
                 screen.note(f"{name} has left")
         _stop_if_superseded(home, registry)
-        left = waiting(registry, report, programs)
-        if not left or time.monotonic() > deadline:
-            return left
-        for one in left:
+        found = Followers(waiting(registry, report, programs), degraded(registry, report))
+        now = time.monotonic()
+        if not found.left and grace_end is None:
+            grace_end = now + _GRACE_S
+        judged = not found.left and (not found.degraded or (grace_end is not None and now >= grace_end))
+        if judged or now > deadline:
+            return found
+        for one in found.left:
             if one not in said and one.why:
                 said.add(one)
                 screen.note(f"{one.service}: {one.why}")
@@ -180,6 +211,18 @@ def waiting(registry: Registry, report: StatusReport | None, programs: Sequence[
     return found
 
 
+def degraded(registry: Registry, report: StatusReport | None) -> list[Waiting]:
+    """Models of this machine that have followed and do not work, and why. What a server elsewhere does is left out."""
+    return [
+        Waiting(peer.service, peer.reason or f"it does not say why; see: tierline tail {peer.service}")
+        for peer in sorted(report.peers if report is not None else (), key=lambda peer: peer.service)
+        if peer.state == "degraded"
+        and peer.registry in (None, registry.digest)
+        and _is_model(registry, peer.service)
+        and registry.models[peer.service.removeprefix(_PROGRAM)].is_local
+    ]
+
+
 def _is_gone(registry: Registry, service: str) -> bool:
     return service.startswith(_PROGRAM) and service.removeprefix(_PROGRAM) not in registry.models
 
@@ -205,7 +248,7 @@ def _say(screen: Screen, told: Reloaded, started: Sequence[str]) -> None:
         screen.line(f"started: {name}")
 
 
-def _as_data(told: Reloaded, started: Sequence[str], left: Sequence[Waiting]) -> dict[str, Any]:
+def _as_data(told: Reloaded, started: Sequence[str], found: Followers) -> dict[str, Any]:
     by_change = {
         change: [f"{one.section}.{one.name}" for one in told.changes if one.change == change]
         for change in ("added", "changed", "removed")
@@ -218,5 +261,6 @@ def _as_data(told: Reloaded, started: Sequence[str], left: Sequence[Waiting]) ->
         "draining": told.draining,
         "kept": told.kept,
         "started": list(started),
-        "waiting": [asdict(one) for one in left],
+        "waiting": [asdict(one) for one in found.left],
+        "degraded": [asdict(one) for one in found.degraded],
     }

@@ -259,6 +259,41 @@ def test_an_invalid_registry_is_refused_whole_and_the_old_one_serves(stack: Stac
     assert stack.reload()["changed"] == []
 
 
+def test_a_model_that_does_not_work_with_it_is_named_with_its_reason_until_it_does(stack: Stack) -> None:
+    binary = stack.root / "broken-server"
+    binary.write_text("#!/bin/sh\necho no such library\nexit 3\n")
+    binary.chmod(0o755)
+    stack.models["broken"] = stack.scripted(stack.root, "broken") | {"binary": str(binary)}
+    stack.write()
+    told = stack.reload(status=1)
+    assert told["added"] == ["models.broken"]
+    assert told["waiting"] == []
+    assert [one["service"] for one in told["degraded"]] == ["inference-broken"]
+    assert f"{binary} does not know --model" in told["degraded"][0]["why"]
+    done = stack.tierline("registry", "reload")
+    assert done.returncode == 1
+    assert f"inference-broken: {binary} does not know" in done.stderr
+    assert "every service works with it" not in done.stdout
+    assert stack.reload("--no-wait")["degraded"] == [], "nobody has looked"
+    stack.models["broken"]["binary"] = str(FAKE_BINARY)
+    stack.write()
+    assert stack.reload()["degraded"] == []
+
+
+def test_a_model_that_works_at_its_second_try_is_given_the_time_for_it(stack: Stack) -> None:
+    binary, tried = stack.root / "late-server", stack.root / "tried"
+    binary.write_text(f'#!/bin/sh\ntest -e {tried} && exec {FAKE_BINARY} "$@"\ntouch {tried}\nexit 3\n')
+    binary.chmod(0o755)
+    stack.models["broken"]["binary"] = str(binary)
+    stack.write()
+    assert stack.reload()["degraded"] == []
+    assert tried.exists()
+    assert stack.state("inference-broken") == "ready"
+    del stack.models["broken"]
+    stack.write()
+    assert stack.reload()["removed"] == ["models.broken"]
+
+
 def test_a_removed_model_and_role_stay_for_the_running_task_and_leave_afterwards(stack: Stack) -> None:
     second = {
         "id": "S2", "actor": "clerk", "action": "Say it.", "inputs": ["one"], "outputs": [{"name": "two"}], "gates": [],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from protocol.messages.session import PeerReport, StatusReport
-from services.ctl.reload import drained, waiting
+from services.ctl.reload import degraded, drained, waiting
 from services.ctl.status import lags
 from tests.unit.simulation import shipped_registry
 
 REGISTRY = shipped_registry()
+FAR = {"engine": "openai", "path": None, "base_url": "http://far:8080/v1"}
 PROGRAMS = ["scheduler", "planner", *(f"inference-{name}" for name in REGISTRY.models)]
 
 
@@ -54,6 +56,31 @@ def test_who_lags_loads_is_missing_or_has_work_left_is_waited_for() -> None:
         "inference-kept": "leaves when its work has ended: running work still uses it",
     }
     assert [one.service for one in waiting(REGISTRY, None, programs)] == ["scheduler"]
+
+
+def test_a_model_that_has_followed_and_does_not_work_is_told_with_its_reason() -> None:
+    seen = report(
+        peer("gates", state="degraded", reason="no sandbox"),
+        peer("inference-front", state="degraded", reason="the header of front.gguf is damaged"),
+        peer("inference-worker", state="degraded"),
+        peer("inference-gone", state="degraded", reason="not of this registry"),
+    )
+    assert [(one.service, one.why) for one in degraded(REGISTRY, seen)] == [
+        ("inference-front", "the header of front.gguf is damaged"),
+        ("inference-worker", "it does not say why; see: tierline tail inference-worker"),
+    ]
+    assert degraded(REGISTRY, report()) == degraded(REGISTRY, None) == []
+
+
+def test_a_degraded_model_that_reads_the_registry_still_is_waited_for_and_not_judged() -> None:
+    late = report(peer("inference-front", state="degraded", reason="of before", registry="0" * 64))
+    assert degraded(REGISTRY, late) == []
+    assert [one.service for one in waiting(REGISTRY, late, PROGRAMS)] == ["inference-front"]
+
+
+def test_a_server_elsewhere_that_does_not_answer_is_no_fault_of_the_registry() -> None:
+    remote = replace(REGISTRY, models={**REGISTRY.models, "far": REGISTRY.models["front"].model_copy(update=FAR)})
+    assert degraded(remote, report(peer("inference-far", state="degraded", reason="refused"))) == []
 
 
 def test_only_a_program_without_work_is_taken_away() -> None:
