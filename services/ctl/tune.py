@@ -76,7 +76,7 @@ def _tune(args: Namespace, context: Context) -> ExitCode:
     registry = checked_registry(context.home)
     entry = _entry(registry, args.model)
     path = (context.home.registry / FILE).resolve()
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode()  # with the line ends as they are
     room = room_beside(registry, args.model, asyncio.run(try_status(context.home, timeout_s=_STATUS_S)))
     if room.note is not None:
         context.screen.note(f"tierline: {room.note}")
@@ -189,10 +189,10 @@ def _write(context: Context, path: Path, text: str, model: str, point: Point, no
         registry_with(context.home, folder, model, point, note, text=text)
     except Unusable as err:
         raise CommandError(f"the settings found would make the registry invalid, nothing is written: {err}") from err
-    if path.read_text(encoding="utf-8") != text:
+    if path.read_bytes() != text.encode():
         raise CommandError(f"{path} has changed while it was measured, nothing is written: start again")
     fresh = path.with_suffix(".part")
-    fresh.write_text((folder / "registry" / FILE).read_text(encoding="utf-8"), encoding="utf-8")
+    fresh.write_bytes((folder / "registry" / FILE).read_bytes())
     fresh.chmod(path.stat().st_mode & 0o777)
     os.replace(fresh, path)
 

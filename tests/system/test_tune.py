@@ -209,6 +209,24 @@ def test_a_file_that_somebody_edits_meanwhile_is_left_to_them(
     assert models_file.read_text(encoding="utf-8") == edited
 
 
+def test_a_file_with_the_line_ends_of_another_system_keeps_them(
+    models_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(models_file, monkeypatch, slots=1)
+    before = models_file.read_bytes().replace(b"\n", b"\r\n")
+    models_file.write_bytes(before)
+
+    def searched(_: object, start: Point, *__: object) -> tuple[Result, dict[Point, Row]]:
+        return Result(start.with_option({"slots": 2}), 20.0, 10.0, complete=True), {start: Row(start)}
+
+    monkeypatch.setattr(tune, "_searched", searched)
+    assert main(["tune", "worker", "--apply"]) == 0
+    after = models_file.read_bytes()
+    assert after.count(b"\n") == after.count(b"\r\n") == before.count(b"\n")
+    changed = [line for line in after.splitlines() if line not in before.splitlines()]
+    assert [line.split(b";")[0] for line in changed] == [b"    slots: 2 # chosen by hand"]
+
+
 def test_a_budget_for_one_measurement_says_why_there_was_no_second(
     models_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,13 @@ def test_a_file_that_is_indented_by_four_stays_so() -> None:
     ]
 
 
+@pytest.mark.parametrize("settings", [{}, {"threads": 8, "batch_tokens": 512, "speculation.type": "ngram-mod"}])
+def test_line_ends_of_another_system_stay(settings: dict[str, object]) -> None:
+    text = "# mine\n---\n" + TEXT
+    after = with_settings(text.replace("\n", "\r\n"), "front", settings, "today")
+    assert after == with_settings(text, "front", settings, "today").replace("\n", "\r\n")
+
+
 def test_a_value_changes_in_its_line_and_every_other_line_stays() -> None:
     after = with_settings(TEXT, "front", {"threads": 8}, "2026-01-02: 9 tokens/s").splitlines()
     before = TEXT.splitlines()

@@ -165,7 +165,7 @@ def registry_with(
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(home.registry, copy, ignore=shutil.ignore_patterns("examples", "schema", "*.md"))
     before = (home.registry / FILE).read_text(encoding="utf-8") if text is None else text
-    (copy / FILE).write_text(with_settings(before, model, dict(point.settings), note), encoding="utf-8")
+    (copy / FILE).write_bytes(with_settings(before, model, dict(point.settings), note).encode())
     try:
         return load_registry(copy, home.models, hardware_file=home.hardware)
     except RegistryError as err:

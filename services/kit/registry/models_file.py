@@ -31,6 +31,8 @@ def with_settings(text: str, model: str, settings: Mapping[str, Any], note: str 
 
     Raises KeyError where there is no such entry, and ValueError where the text is no YAML that can be written back.
     """
+    line_end = "\r\n" if 2 * text.count("\r\n") > text.count("\n") else "\n"  # where they differ: that of most lines
+    text = text.replace("\r\n", "\n")
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4_096
@@ -48,7 +50,7 @@ def with_settings(text: str, model: str, settings: Mapping[str, Any], note: str 
             _note(owner, name, note)
     out = io.StringIO()
     yaml.dump(document, out)
-    return head + out.getvalue()
+    return (head + out.getvalue()).replace("\n", line_end)
 
 
 def _reached(
