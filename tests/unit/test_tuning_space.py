@@ -13,7 +13,7 @@ import yaml
 from services.ctl.tuning.search import Axis, Point
 from services.ctl.tuning.space import Objective, axes_of, changes, start_of
 from services.kit.gguf_facts import read_facts
-from services.kit.hardware import Node
+from services.kit.hardware import Node, numbered_siblings
 from services.kit.registry import ModelEntry, Registry, RegistryError, load_registry
 from services.kit.registry.entries import Hardware
 from services.kit.registry.launch import Launch
@@ -158,20 +158,20 @@ def test_a_recurrent_model_is_tried_without_guesses_unless_a_build_is_allowed(fo
 
 
 @pytest.mark.parametrize("field", ["threads", "threads_batch"])
-def test_all_threads_of_several_nodes_are_tried_only_where_the_entry_is_bound_to_one(folder: Path, field: str) -> None:
-    hardware = Hardware(
-        cores=8,
-        memory_bytes=1 << 40,
-        nodes=tuple(Node(tuple(range(first, first + 4)), 1 << 39) for first in (0, 4)),
-    )
+def test_over_several_nodes_no_more_threads_are_tried_than_there_are_physical_cores(folder: Path, field: str) -> None:
+    nodes = tuple(Node(tuple(range(first, first + 4)), 1 << 39) for first in (0, 4))
+    hardware = Hardware(cores=8, memory_bytes=1 << 40, nodes=nodes, siblings=numbered_siblings(nodes, 2))
     launch = replace(registry(folder, {}).launch("worker"), hardware=hardware)
-    everywhere = axis(launch, "latency", field, cores=8)
-    assert everywhere is not None
-    assert [option[field] for option in everywhere.options] == [1, 2, 4]
+    assert threads_of(launch, field, cores=8) == [1, 2, 4]
+    assert threads_of(replace(launch, hardware=replace(hardware, siblings=())), field, cores=8) == [1, 2, 4, 8]
     bound = ModelEntry.model_validate({**launch.entry.model_dump(), "numa": {"nodes": [1]}})
-    on_one = axis(replace(launch, entry=bound), "latency", field, cores=4)
-    assert on_one is not None
-    assert [option[field] for option in on_one.options] == [1, 2, 4]
+    assert threads_of(replace(launch, entry=bound), field, cores=4) == [1, 2, 4]
+
+
+def threads_of(launch: Launch, field: str, cores: int) -> list[object]:
+    found = axis(launch, "latency", field, cores=cores)
+    assert found is not None
+    return [option[field] for option in found.options]
 
 
 def test_on_one_core_there_are_no_threads_to_choose(folder: Path) -> None:

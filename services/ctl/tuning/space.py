@@ -55,8 +55,8 @@ def axes_of(launch: Launch, cores: int, objective: Objective) -> tuple[Axis, ...
     streams: with all slots at work the service decodes plainly, whatever the entry has, unless its policy is `always`.
     """
     entry = launch.entry
-    most = _most_threads(launch)
-    threads = sorted(count for count in {*_doubling(cores), cores, max(1, cores // 2)} if count <= most)
+    most = _most_threads(launch, cores)
+    threads = sorted({*_doubling(most), most, max(1, most // 2)})
     axes = [Axis("threads", tuple({"threads": count} for count in threads))]
     if objective == "throughput":
         slots = {entry.slots, entry.slots * 2, entry.slots * 4, max(1, entry.slots // 2)}
@@ -110,11 +110,12 @@ def _may_guess(launch: Launch) -> bool:
     return not recurrent or bool(launch.entry.speculation_on_recurrent.allowed_builds)
 
 
-def _most_threads(launch: Launch) -> int:
-    """Threads that the registry allows: of several NUMA nodes never all, unless the entry is bound to cores."""
-    nodes = () if launch.hardware is None else launch.hardware.nodes
-    existing = sum(len(node.cores) for node in nodes)
-    return existing - 1 if len(nodes) > 1 and not launch.cores else max(1, existing)
+def _most_threads(launch: Launch, cores: int) -> int:
+    """Threads that the registry allows: over several NUMA nodes one for each physical core, if it is bound to none."""
+    hardware = launch.hardware
+    if hardware is None or launch.cores or len(hardware.nodes) < 2:
+        return cores
+    return min(cores, len(set(hardware.physical_cores().values())))
 
 
 def _doubling(most: int) -> list[int]:
