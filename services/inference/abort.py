@@ -5,9 +5,19 @@ exact loop at its end, the same few lines, the same few phrases), the model does
 the request asks for log probabilities), it is longer than any answer of its role may be, or the engine went on beyond
 what it was allowed. What follows is the failure table's business; how the slot becomes free, `generation`'s.
 
-Tables, code and lists repeat much and are fine. Hence: a loop must be exact or nearly so and long, and where an answer
-has the form of data (decoding is constrained, or it begins like JSON) or its loop holds no words (rulers, zeros, empty
-cells), `_LENIENT` times as much of it is needed.
+Tables, code and lists repeat much and are fine. Hence: a loop must be exact or nearly so and long, and `_LENIENT` times
+as much of it is needed
+
+* in data: decoding is constrained, the answer begins like JSON, or it is within a fence of code;
+* where the loop is made of rows: whole lines of at most `_ROW_CHARS` characters (labels, entries of a list, a log), or
+  anything with the marks that separate cells and values;
+* where it holds no words (rulers, zeros, empty cells).
+
+The price is that a model which writes one bullet for ever is stopped after 1,600 characters, some 400 tokens, where a
+sentence without line breaks is after 400 characters. It is the smaller one: a right answer that is stopped here is
+stopped again at the stronger model, and its step fails. For the same reason entries with running numbers count by their
+characters too, and three answers that change without order, such as labels, count as a loop only where there are more
+of them than anybody lists.
 """
 
 from __future__ import annotations
@@ -29,14 +39,19 @@ _STRIDE_CHARS: Final = 48
 _PROBE_CHARS: Final = 16
 _MAX_PERIODS: Final = 64
 """Lengths of a loop that are tried at one look."""
-_WINDOW_LINES: Final = 24
-_WINDOW_COUNTED: Final = 40
+_LOOPED_LINES: Final = 24
+"""So many lines in a row at least are the same one, two or three in turn; `_LENIENT` times as many in any order."""
+_COUNTED_LINES: Final = 40
 """The same for entries of a list in which only numbers differ: it counts on and says nothing new."""
 _FEW_LINES: Final = 3
+_ROW_CHARS: Final = 80
+"""A line that is no longer may be one of many that are alike on purpose; paragraphs of prose come in one long line."""
 _LINE_CHARS: Final = 16
 """Shorter lines, such as braces and empty cells, say nothing."""
 _WINDOW_WORDS: Final = 200
 _GRAM: Final = 4
+_ROWS: Final = 2
+"""Times as many words in rows as in prose: some 2,000 characters, near to what an exact loop of rows needs."""
 _FEW_GRAMS: Final = 0.12
 """Share of different four-word phrases below which a passage says the same again and again."""
 _WINDOW_TOKENS: Final = 64
@@ -49,6 +64,9 @@ _NUMBERING: Final = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s*")
 _NUMBER: Final = re.compile(r"\d+")
 _ROW: Final = re.compile(r"[|\t]|,.*,")
 """Tables and comma-separated values: there the numbers are what matters."""
+_MARKS: Final = re.compile(r"[|\t<>{}\[\]()]|,\S[^,\n]*,\S|[\"'],")
+"""Between cells and values: of tables, markup, JSON, code and comma-separated values. Prose has blanks after commas."""
+_FENCE: Final = re.compile(r"\s*(?:(?:\d+[.)]|[-*•>])\s+)*(`{3,}|~{3,})([^`]*)$")
 _WORDS: Final = re.compile(r"[^\W\d_]{3,}")
 
 
@@ -59,6 +77,36 @@ class Abort:
     code: str
     message: str
     evidence: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Phrases:
+    """The newest `window` words, and how often each four in a row stand among them."""
+
+    window: int
+    words: deque[str] = field(default_factory=deque)
+    grams: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    signs: int = 0
+    """Words among them that are numbers and signs."""
+
+    def add(self, word: str) -> None:
+        words, grams = self.words, self.grams
+        words.append(word)
+        self.signs += not _WORDS.search(word)
+        if len(words) >= _GRAM:
+            grams[tuple(words[index] for index in range(-_GRAM, 0))] += 1
+        if len(words) > self.window:
+            oldest = tuple(words[index] for index in range(_GRAM))
+            grams[oldest] -= 1
+            if not grams[oldest]:
+                del grams[oldest]
+            self.signs -= not _WORDS.search(words.popleft())
+
+    def share_of_different(self) -> float:
+        """1 while there are too few words to tell, or most of them are numbers and signs."""
+        if len(self.words) < self.window or 2 * self.signs > self.window:
+            return 1.0
+        return len(self.grams) / (self.window - _GRAM + 1)
 
 
 @dataclass(slots=True)
@@ -79,14 +127,20 @@ class DecodingMonitor:
     _looked: int = 0
     """Length of the answer when its end was last looked at."""
     _line: str = ""
-    _word: str = ""
-    _data: bool | None = None
-    """Whether the answer has the form of data; None until its beginning is there."""
+    """The line that is being written, or its end."""
+    _unread: str = ""
+    """The part of it that is not cut into words yet."""
+    _json: bool | None = None
+    """Whether the answer begins like JSON; None until its beginning is there."""
+    _fence: str = ""
+    """The marks that opened the block of code which is being written; empty outside of one."""
     _lines: deque[str] = field(default_factory=deque)
     _counted: deque[str] = field(default_factory=deque)
     """Newest entries of lists with every number the same."""
-    _words: deque[str] = field(default_factory=deque)
-    _grams: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    _phrases: tuple[_Phrases, ...] = field(
+        default_factory=lambda: tuple(_Phrases(_WINDOW_WORDS * times) for times in (1, _ROWS, _LENIENT))
+    )
+    """Of prose; of prose and rows; of everything."""
     _entropies: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW_TOKENS))
     _tokens: int = 0
 
@@ -94,8 +148,8 @@ class DecodingMonitor:
         """A piece of the answer has come; `tokens` counts the whole answer, `entropies` (nats) the piece's tokens."""
         self._tokens = max(self._tokens, tokens)
         self._text += text
-        if self._data is None:
-            self._data = self._has_form_of_data()
+        if self._json is None and (head := self._text.lstrip()[:1]):
+            self._json = head in "[{"
         found = self._too_long() or self._too_unsure(entropies)
         if found is None and self.limits.repetition and text:
             found = self._repeats(text)
@@ -107,12 +161,10 @@ class DecodingMonitor:
             return None
         return self._abort("runaway", f"the engine goes on after {elapsed_s:.1f} s of {self.t_max_s:.1f} s", {})
 
-    def _has_form_of_data(self) -> bool | None:
-        """None while the beginning is too short to tell."""
-        head = self._text.lstrip()[: len("```json")]
-        if self.constrained or head[:1] in ("[", "{") or head == "```json":
-            return True
-        return None if not head or "```json".startswith(head) else False
+    @property
+    def _data(self) -> bool:
+        """What is being written has the form of data."""
+        return self.constrained or bool(self._json) or bool(self._fence)
 
     def _too_long(self) -> Abort | None:
         own = self.limits.runaway_tokens
@@ -138,7 +190,7 @@ class DecodingMonitor:
         return self._abort("entropy", message, {"entropy_nats": round(mean, 3), "limit_nats": limit})
 
     def _repeats(self, text: str) -> Abort | None:
-        found = self._same_lines(text) or self._same_phrases(text)
+        found = self._line_by_line(text) or self._same_phrases()
         length = self._dropped + len(self._text)
         if found is None and length - self._looked >= _STRIDE_CHARS:
             self._looked = length
@@ -168,8 +220,8 @@ class DecodingMonitor:
         """How many characters a loop of this passage must cover to count as one."""
         if passage.isspace():
             return self.limits.repeated_chars  # a grammar that allows blanks without end
-        plain = not _WORDS.search(passage)
-        return self.limits.repeated_chars * (_LENIENT if self._data or plain else 1)
+        lenient = self._data or _of_rows(passage) or not _WORDS.search(passage)
+        return self.limits.repeated_chars * (_LENIENT if lenient else 1)
 
     def _looped(self, period: int) -> Abort:
         text, begin = self._text, len(self._text) - period
@@ -188,70 +240,105 @@ class DecodingMonitor:
         )
         return self._abort("repetition", message, evidence)
 
-    def _same_lines(self, text: str) -> Abort | None:
-        self._line += text
-        if "\n" not in self._line:
-            self._line = self._line[-_KEPT_CHARS:]
-            return None
-        *done, self._line = self._line.split("\n")
-        for line in done:
-            bare = _NUMBERING.sub("", line).strip()
-            if len(bare) < _LINE_CHARS or not _WORDS.search(bare):
-                continue
-            found = self._add_line(self._lines, bare, _WINDOW_LINES * (_LENIENT if self._data else 1))
-            if found is None and not self._data and bare != line.strip() and not _ROW.search(bare):
-                found = self._add_line(self._counted, _NUMBER.sub("N", bare), _WINDOW_COUNTED)
+    def _line_by_line(self, text: str) -> Abort | None:
+        *ends, rest = text.split("\n")
+        for end in ends:
+            self._extend(end)
+            self._read_words(self._unread.split(), row=len(self._line) <= _ROW_CHARS)
+            found = self._same_lines(self._line)
+            self._pass_fence(self._line)
+            self._line = self._unread = ""
             if found is not None:
                 return found
+        self._extend(rest)
+        if len(self._line) > _ROW_CHARS:  # no short one any more, so its words need not wait for its end
+            *done, self._unread = re.split(r"\s+", self._unread)
+            self._read_words(done, row=False)
         return None
 
-    def _add_line(self, lines: deque[str], line: str, window: int) -> Abort | None:
-        """Add one; the verdict if the newest `window` of them are hardly different."""
+    def _extend(self, part: str) -> None:
+        self._line = (self._line + part)[-_KEPT_CHARS:]
+        self._unread = (self._unread + part)[-_KEPT_CHARS:]
+
+    def _pass_fence(self, line: str) -> None:
+        mark = _FENCE.match(line)
+        if mark is not None and not self._fence:
+            self._fence = mark[1]
+        elif mark is not None and mark[1].startswith(self._fence) and not mark[2].strip():
+            self._fence = ""
+
+    def _same_lines(self, line: str) -> Abort | None:
+        bare = _NUMBERING.sub("", line).strip()
+        numbers_matter = self._data and _NUMBER.search(bare)
+        if not numbers_matter and (len(bare) < _LINE_CHARS or not _WORDS.search(bare)):
+            return None
+        found = self._add_line(self._lines, bare, _LOOPED_LINES * (_LENIENT if self._data else 1))
+        if found is None and not self._data and bare != line.strip() and not _ROW.search(bare):
+            found = self._add_line(self._counted, _NUMBER.sub("N", bare), _COUNTED_LINES)
+        return found
+
+    def _add_line(self, lines: deque[str], line: str, least: int) -> Abort | None:
+        """Add one; the verdict if the newest are the same few in turn, or many more of them the same few in any order.
+
+        Short lines have to be as long together as a loop of rows is.
+        """
         lines.append(line)
-        if len(lines) > window:
+        while len(lines) > _LENIENT * least:
             lines.popleft()
-        if len(lines) < window or len(counts := Counter(lines)) > _FEW_LINES:
+        newest = list(lines)
+        for period in range(1, _FEW_LINES + 1):
+            count = period
+            while count < len(newest) and newest[-count - 1] == newest[period - count - 1]:
+                count += 1
+            if count >= least and sum(map(len, newest[-count:])) >= _LENIENT * self.limits.repeated_chars:
+                return self._few_lines(newest[-count:])
+        return self._few_lines(newest) if len(newest) == _LENIENT * least else None
+
+    def _few_lines(self, lines: Sequence[str]) -> Abort | None:
+        """The verdict where hardly any of these differ."""
+        counts = Counter(lines)
+        if len(counts) > _FEW_LINES:
             return None
         line, times = counts.most_common(1)[0]
-        evidence = {"repeated": line[:_SHOWN_CHARS], "times": times, "lines": window, "different_lines": len(counts)}
-        message = f"the last {window} lines are the same {len(counts)} again and again, such as {line[:60]!r}"
+        evidence = {
+            "repeated": line[:_SHOWN_CHARS],
+            "times": times,
+            "lines": len(lines),
+            "different_lines": len(counts),
+        }
+        message = f"the last {len(lines)} lines are the same {len(counts)} again and again, such as {line[:60]!r}"
         return self._abort("repetition", message, evidence)
 
-    def _same_phrases(self, text: str) -> Abort | None:
-        """Few different phrases among many words: a loop that is not quite exact."""
-        self._word += text
-        *done, last = re.split(r"\s+", self._word)
-        self._word = last[-_KEPT_CHARS:]
-        window = _WINDOW_WORDS * (_LENIENT if self._data else 1)
-        for word in done:
+    def _read_words(self, words: Iterable[str], *, row: bool) -> None:
+        row = row or _MARKS.search(self._line[-_ROW_CHARS:]) is not None
+        least = 2 if self._data else int(row)
+        for word in words:
             if word:
-                self._add_word(word, window)
-        if len(self._words) < window:
-            return None
-        share = len(self._grams) / (window - _GRAM + 1)
-        if share > _FEW_GRAMS or 2 * sum(1 for word in self._words if _WORDS.search(word)) < window:
-            return None
-        gram, times = self._grams.most_common(1)[0]
-        repeated = " ".join(gram)[:_SHOWN_CHARS]
-        evidence = {"repeated": repeated, "times": times, "words": window, "different": round(share, 3)}
-        message = f"the last {window} words are few phrases again and again, such as {repeated[:60]!r}"
-        return self._abort("repetition", message, evidence)
+                for phrases in self._phrases[least:]:
+                    phrases.add(word)
 
-    def _add_word(self, word: str, window: int) -> None:
-        words, grams = self._words, self._grams
-        words.append(word)
-        if len(words) >= _GRAM:
-            grams[tuple(words[index] for index in range(-_GRAM, 0))] += 1
-        if len(words) > window:
-            oldest = tuple(words[index] for index in range(_GRAM))
-            grams[oldest] -= 1
-            if not grams[oldest]:
-                del grams[oldest]
-            words.popleft()
+    def _same_phrases(self) -> Abort | None:
+        """Few different phrases among many words: a loop that is not quite exact."""
+        for phrases in self._phrases:
+            share = phrases.share_of_different()
+            if share <= _FEW_GRAMS:
+                gram, times = phrases.grams.most_common(1)[0]
+                repeated = " ".join(gram)[:_SHOWN_CHARS]
+                words = phrases.window
+                evidence = {"repeated": repeated, "times": times, "words": words, "different": round(share, 3)}
+                message = f"the last {words} words are few phrases again and again, such as {repeated[:60]!r}"
+                return self._abort("repetition", message, evidence)
+        return None
 
     def _abort(self, code: str, message: str, evidence: dict[str, Any]) -> Abort:
         where = {"generated_tokens": self._tokens, "answer_chars": self._dropped + len(self._text)}
         return Abort(f"decoding.{code}", message, evidence | where)
+
+
+def _of_rows(passage: str) -> bool:
+    """True if a loop of this passage is one of short lines, or of cells and values."""
+    lines = (passage + passage).split("\n")  # the passage may begin in the middle of a line
+    return (len(lines) > 1 and max(map(len, lines)) <= _ROW_CHARS) or _MARKS.search(passage) is not None
 
 
 def entropy_nats(top_logprobs: Sequence[float]) -> float:
