@@ -2,7 +2,9 @@
 
 A slot of llama.cpp keeps what it last read, and no other slot can see it. Steps of one task begin alike, so without
 this every slot reads the same beginning for itself. Here the first of a group *primes* its slot: it reads the shared
-beginning alone, which is then saved; the others restore it instead of reading it. `slots` carries that out.
+beginning alone, which is then saved; the others restore it instead of reading it. And where long contexts take turns in
+a slot, what it holds is *kept* before it is overwritten: saved, to be restored when its context comes back. `slots`
+carries that out.
 
 Slots that decode at once are to be neighbours: llama.cpp computes the next tokens of slots in a row in one pass, and
 one pass for each row where there are gaps, so that four slots with gaps between them decode like four single ones.
@@ -22,12 +24,16 @@ from typing import Final
 from protocol.messages.infer import ChatMessage
 
 BLOCK_CHARS: Final = 128
-"""Some thirty tokens of prose: finer blocks would find that much more to share."""
+"""Finer blocks would find that much more to share."""
+BLOCK_TOKENS: Final = 32
+"""Tokens of a block of prose, about."""
 MIN_BLOCKS: Final = 6
 """A shared beginning shorter than this (some 200 tokens) is read again: two round trips would cost as much."""
 KEPT_BLOCKS: Final = 64
 """A slot that holds so much (some 2,000 tokens) is not taken for its place: reading that again costs more than the
-passes that a usual answer saves."""
+passes that a usual answer saves. It is also how much must be at stake for a context to be kept: nobody knows whether it
+comes back, and the call that overwrites it waits while it is written. What is shorter is soon read again, and llama.cpp
+holds some of it in memory."""
 
 Blocks = tuple[int, ...]
 """Hash of every block of a prompt, each over all of the prompt up to its end; the last block may be a short one."""
@@ -86,6 +92,8 @@ class Placement:
     slot: int
     cached_blocks: int
     """Blocks that need not be read for this call once `restore` is done."""
+    keep: str | None = None
+    """Save what the slot holds under this name: a long context that is nowhere else."""
     restore: str | None = None
     """Copy this saved beginning into the slot; it may still be in the making."""
     prime: str | None = None
@@ -103,9 +111,17 @@ class _Slot:
 @dataclass(slots=True)
 class _Saved:
     blocks: Blocks
+    """A beginning holds exactly these; what was kept holds an answer after them."""
     bytes: int | None = None
     """None while it is in the making."""
     used: int = 0
+    kept: bool = False
+
+    def gives(self, blocks: Blocks) -> int:
+        """Blocks of a prompt that need not be read with it. A beginning fits whole or not; what was kept is cut where
+        the prompts part, if they have enough in common to be worth the whole file."""
+        common = shared(blocks, self.blocks)
+        return common if common >= (KEPT_BLOCKS if self.kept else len(self.blocks)) else 0
 
 
 @dataclass(slots=True)
@@ -115,6 +131,8 @@ class PrefixCache:
     slot_count: int
     copies: bool = True
     """False where saving and restoring does not work or does not pay: slots are then only chosen well."""
+    most_kept_blocks: int = 0
+    """A longer context is not kept; 0 where none is, and only beginnings are saved."""
     _slots: list[_Slot] = field(init=False)
     _saved: dict[str, _Saved] = field(default_factory=dict)
     _now: int = 0
@@ -156,6 +174,10 @@ class PrefixCache:
         if name in self._saved:
             self._saved[name].bytes = size_bytes
 
+    def was_kept(self, name: str) -> bool:
+        """True for a context, False for a beginning and for what is gone."""
+        return name in self._saved and self._saved[name].kept
+
     def dropped(self, name: str) -> None:
         """A beginning could not be made, or its file is gone."""
         self._saved.pop(name, None)
@@ -183,12 +205,23 @@ class PrefixCache:
         cached = known if restore else held
         if restore is not None:
             self._saved[restore].used = self._now
+        lost, slot.holds = slot.holds, ()  # from here on it is to be found elsewhere or not at all
+        keep = f"{lost[-1]:016x}" if len(lost) - held >= KEPT_BLOCKS and self._worth_keeping(lost) else None
+        if keep is not None:
+            self._saved[keep] = _Saved(lost, used=self._now, kept=True)
         slot.call, slot.holds, slot.used = call.key, call.blocks, self._now
         prime = None
         if self.copies and worth_saving > max(known, 0) and worth_saving - known >= MIN_BLOCKS:
             prime = f"{call.blocks[worth_saving - 1]:016x}"
             self._saved[prime] = _Saved(call.blocks[:worth_saving], used=self._now)
-        return Placement(call.key, number, cached, restore, prime, worth_saving if prime else 0)
+        return Placement(call.key, number, cached, keep, restore, prime, worth_saving if prime else 0)
+
+    def _worth_keeping(self, lost: Blocks) -> bool:
+        """Whether a context that a slot is to lose can be kept, and neither a file nor a free slot has most of it."""
+        if not self.copies or len(lost) > self.most_kept_blocks:
+            return False
+        elsewhere = [shared(lost, slot.holds) for slot in self._slots if slot.call is None]
+        return len(lost) - max(self._best_saved(lost)[1], *elsewhere) >= KEPT_BLOCKS
 
     def _rank(self, call: Waiting, number: int, copied: int) -> tuple[int, int, int, int]:
         """What only this slot spares; busy neighbours; what else it spares; then least recently used.
@@ -208,14 +241,10 @@ class PrefixCache:
         return 0 <= number < self.slot_count and self._slots[number].call is not None
 
     def _best_saved(self, blocks: Blocks) -> tuple[str | None, int]:
-        """The longest saved beginning of a prompt, and its length in blocks."""
-        fitting = [
-            (len(saved.blocks), name)
-            for name, saved in self._saved.items()
-            if shared(blocks, saved.blocks) == len(saved.blocks)
-        ]
-        length, name = max(fitting, default=(0, None))
-        return name, length
+        """The file that gives most of a prompt, and how many blocks; of equals the shortest, which is read soonest."""
+        fitting = [(saved.gives(blocks), -len(saved.blocks), name) for name, saved in self._saved.items()]
+        length, _, name = max(fitting, default=(0, 0, None))
+        return (name, length) if length else (None, 0)
 
     def _worth_saving(self, blocks: Blocks, others: Sequence[Blocks]) -> int:
         """Length in blocks of the beginning that saves the others most in all; 0 where nobody shares enough."""

@@ -1,8 +1,9 @@
 """Gives every call its slot and carries out what `prefix` decides first: read a shared beginning once, copy it.
 
 A call that would have to read a long prompt waits `GATHER_S` to see who else begins like it. One of them reads the
-beginning alone (*priming*), the slot is saved to a file, and the others restore it. A copy that fails costs the reading
-of one prompt and nothing else; an engine on which copies fail or help nothing is left alone until the next launch.
+beginning alone (*priming*), the slot is saved to a file, and the others restore it. A long context that a call is to
+overwrite is saved first, while that call waits. A copy that fails costs the reading of one prompt and nothing else; an
+engine on which copies fail or help nothing is left alone until the next launch.
 
 A call whose prompt is short, or known, never waits for others. Long prompts whose answers somebody watches are read in
 turn (`turns`).
@@ -16,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -28,6 +30,7 @@ from services.inference.turns import ReadingTurns
 from services.kit.logs import Log, LogEvent
 
 PREFIX_SAVED = LogEvent("prefix.saved", "name slot tokens bytes took_ms", "debug")
+PREFIX_KEPT = LogEvent("prefix.kept", "name slot bytes took_ms", "debug")
 PREFIX_OFF = LogEvent("prefix.off", "reason", "warning")
 
 GATHER_S: Final = 0.005
@@ -35,7 +38,7 @@ GATHER_S: Final = 0.005
 FIGURES: Final = ("prefixes_read", "prefixes_copied", "cached_tokens_total")
 """Totals of the service since it started."""
 DISK_BYTES: Final = 1024**3
-"""Saved beginnings of one model; a small model needs 23 KB for a token, a large one ten times that."""
+"""What is saved of one model; a small model needs 23 KB for a token, a large one ten times that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class Seat:
     """Tokens read for this call and others; the engine then counts them as cached."""
     read_ms: float = 0.0
     restored: bool = False
+    kept: bool = False
+    """What it would restore is a context that was kept, not a beginning."""
 
     def true_figures(self, final: InferFinal) -> InferFinal:
         """The final with what priming took counted as this call's."""
@@ -72,18 +77,20 @@ class SlotDesk:
         self._timer: asyncio.TimerHandle | None = None
         self._making: dict[str, asyncio.Future[None]] = {}
         self._makers: dict[str, str] = {}
-        """Call -> the beginning that it makes."""
+        """What is being made -> the call that makes it."""
         self._turns = ReadingTurns()
         self._reading: Counter[str] = Counter()
         self._stamp: object = None
         self._totals = Counter(dict.fromkeys(FIGURES, 0))
 
-    def engine_started(self, stamp: object, *, copies: bool) -> bool:
+    def engine_started(self, stamp: object, *, copies: bool, token_bytes: int) -> bool:
         """A new child: its slots are empty. Files read with another model or engine, as `stamp` tells, are removed.
 
-        Returns whether slots are copied: they may be, and the disk has room.
+        `token_bytes`: what one token takes in a slot. Returns whether slots are copied: they may be, and the disk has
+        room.
         """
         self._book.emptied()
+        self._book.most_kept_blocks = DISK_BYTES // max(1, token_bytes * p.BLOCK_TOKENS)
         if stamp != self._stamp:
             self.clear()
         self._stamp = stamp
@@ -122,14 +129,18 @@ class SlotDesk:
         if placement is None:
             return Seat(server)
         seated = server.on_slot(placement.slot)
-        restored = placement.restore is not None and await self._restore(server, placement.restore, placement.slot)
+        kept = placement.restore is not None and self._book.was_kept(placement.restore)
+        with self._reads(placement.restore):
+            if placement.keep is not None:
+                await self._keep(server, placement.slot, placement.keep)
+            restored = placement.restore is not None and await self._restore(server, placement.restore, placement.slot)
         tokens, read_ms = 0, 0.0
         if placement.prime is not None:
             shared = p.beginning(messages, placement.prime_blocks)
             tokens, read_ms = await self._prime(seated, placement, shared)
         if watched:
             await self._turns.take(key, max(0, len(text) - p.BLOCK_CHARS * placement.cached_blocks))
-        return Seat(seated, (loop.time() - began_s) * 1000, tokens, read_ms, restored)
+        return Seat(seated, (loop.time() - began_s) * 1000, tokens, read_ms, restored, kept)
 
     def begun(self, key: str) -> None:
         """The first piece of the answer has come, so the prompt is read."""
@@ -140,15 +151,18 @@ class SlotDesk:
         answer as the engine counted, None where it came to nothing.
         """
         self._arrived = [(waiting, future) for waiting, future in self._arrived if waiting.key != key]
-        if key in self._makers:  # cancelled before it began to read
-            self._made(key, 0)
+        for name in [name for name, maker in self._makers.items() if maker == key]:  # cancelled before it began
+            self._made(name, 0)
         self._turns.over(key)
         self._book.ended(key, complete=complete)
         if final is None or seat is None:
             return
         self._totals["cached_tokens_total"] += max(0, final.cached_tokens - seat.read_tokens)
         if seat.restored and final.cached_tokens == 0:
-            self._off("the engine read again what was copied into its slot")
+            if seat.kept:
+                self._keep_no_more("the engine read again what had been kept; no more is kept")
+            else:
+                self._off("the engine read again what was copied into its slot")
 
     async def _placed(self, waiting: p.Waiting) -> p.Placement | None:
         loop = asyncio.get_running_loop()
@@ -169,15 +183,44 @@ class SlotDesk:
         arrived, self._arrived = self._arrived, []
         placements = {placed.key: placed for placed in self._book.place([waiting for waiting, _ in arrived])}
         for placed in placements.values():
-            if placed.prime is not None:
-                self._makers[placed.key] = placed.prime
-                self._making[placed.prime] = asyncio.get_running_loop().create_future()
+            for name in (placed.keep, placed.prime):
+                if name is not None:
+                    self._makers[name] = placed.key
+                    self._making[name] = asyncio.get_running_loop().create_future()
         for waiting, future in arrived:
             if not future.done():
                 future.set_result(placements.get(waiting.key))
 
-    async def _restore(self, server: LlamaServer, name: str, slot: int) -> bool:
+    @contextmanager
+    def _reads(self, name: str | None) -> Iterator[None]:
+        """Meanwhile this file is not removed to make room."""
+        if name is None:
+            yield
+            return
         self._reading[name] += 1
+        try:
+            yield
+        finally:
+            self._reading[name] -= 1
+
+    async def _keep(self, server: LlamaServer, slot: int, name: str) -> None:
+        """Save what the slot holds, if there is room: a disk that fills up would be slow, and fail in the end."""
+        loop = asyncio.get_running_loop()
+        began_s, size = loop.time(), 0
+        try:
+            if self._book.copies and shutil.disk_usage(self._folder).free >= DISK_BYTES:
+                size = await server.save_slot(slot, name)
+                took_ms = round((loop.time() - began_s) * 1000, 1)
+                self._log.write(PREFIX_KEPT, name=name, slot=slot, bytes=size, took_ms=took_ms)
+        except EngineError as err:
+            self._copy_failed(err)
+        except OSError as err:
+            self._keep_no_more(f"{self._folder} cannot be used: {err.strerror}")
+        finally:
+            self._made(name, size)
+        self._evict()
+
+    async def _restore(self, server: LlamaServer, name: str, slot: int) -> bool:
         try:
             if name in self._making:
                 await asyncio.wait([self._making[name]])
@@ -188,8 +231,6 @@ class SlotDesk:
             self._book.dropped(name)
             self._copy_failed(err)
             return False
-        finally:
-            self._reading[name] -= 1
         self._totals["prefixes_copied"] += 1
         return True
 
@@ -199,7 +240,7 @@ class SlotDesk:
         """Tokens that were read and the milliseconds of it."""
         loop = asyncio.get_running_loop()
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-        size = 0
+        name, size = placement.prime or "", 0
         try:
             try:
                 tokens, read_ms = await seated.read({"messages": turns, "cache_prompt": True})
@@ -207,28 +248,29 @@ class SlotDesk:
                 return 0, 0.0  # the call itself follows and says what is wrong
             began_s = loop.time()
             try:
-                size = await seated.save_slot(placement.slot, placement.prime or "")
+                size = await seated.save_slot(placement.slot, name)
             except EngineError as err:
                 self._copy_failed(err)
                 return tokens, read_ms
             took_ms = round((loop.time() - began_s) * 1000, 1)
-            self._log.write(
-                PREFIX_SAVED, name=placement.prime, slot=placement.slot, tokens=tokens, bytes=size, took_ms=took_ms
-            )
+            self._log.write(PREFIX_SAVED, name=name, slot=placement.slot, tokens=tokens, bytes=size, took_ms=took_ms)
             self._totals["prefixes_read"] += 1
         finally:
-            self._made(placement.key, size)
+            self._made(name, size)
         self._evict()
         return tokens, read_ms
 
-    def _made(self, key: str, size_bytes: int) -> None:
-        """A beginning is on disk, or will not be (0): whoever waits for it goes on."""
-        name = self._makers.pop(key)
+    def _made(self, name: str, size_bytes: int) -> None:
+        """It is on disk, or will not be (0): whoever waits for it goes on."""
+        del self._makers[name]
         if size_bytes:
             self._book.saved(name, size_bytes)
         else:
             self._book.dropped(name)
         self._making.pop(name).set_result(None)
+        if not size_bytes:
+            with suppress(OSError):  # half of it may be there; what cannot be removed is overwritten or cleared
+                (self._folder / name).unlink()
 
     def _evict(self) -> None:
         """Remove what was not used for longest until the rest is within the bound."""
@@ -245,6 +287,12 @@ class SlotDesk:
     def _copy_failed(self, err: EngineError) -> None:
         if not isinstance(err, EngineGone):  # a child that died is replaced, and the calls end with that
             self._off(str(err))
+
+    def _keep_no_more(self, reason: str) -> None:
+        """Beginnings are still copied: they are never cut, as a context is that comes back with another question."""
+        if self._book.most_kept_blocks:
+            self._book.most_kept_blocks = 0
+            self._log.write(PREFIX_OFF, reason=reason)
 
     def _off(self, reason: str) -> None:
         if self._book.copies:

@@ -257,7 +257,9 @@ class EngineSupervisor:
     def _seated(self, engine: Engine, launch: Launch) -> Launch:
         """Tell the desk about the child to come; returns the launch, without a folder where no slots are copied."""
         files = tuple(stamp(path) for path in launch.paths())
-        copies = self.desk.engine_started((engine.name, engine.build, files), copies=launch.takes_copies)
+        copies = self.desk.engine_started(
+            (engine.name, engine.build, files), copies=launch.takes_copies, token_bytes=launch.token_bytes
+        )
         return launch if copies else replace(launch, prefix_folder=None)
 
     async def _kill(self, launch: int, reason: str) -> None:

@@ -105,6 +105,44 @@ def test_a_later_fan_out_finds_it_even_in_a_new_engine(stack: BareStack) -> None
     assert min(cached(view)) > 0.75 * min(tokens), "the file outlives the child"
 
 
+def test_long_contexts_that_take_turns_in_one_slot_are_read_once_each() -> None:
+    model, native = load_home().models / DEMO_MODEL, find_native(load_home())
+    if not model.is_file() or native is None:
+        pytest.skip("no demo model, or no llama-server: run deploy/fetch-model, deploy/build-native")
+    with InferenceStack() as alone:
+        binary = alone.root / "llama-server"
+        # Its own cache in memory would hold both contexts of this model, and not one of a large model's.
+        binary.write_text(
+            f'#!/bin/sh\n[ "$1" = --help ] && exec "{native}" --help\nexec "{native}" "$@" --cache-ram 0\n'
+        )
+        binary.chmod(0o755)
+        fields = {"path": str(model), "engine": "llama-server", "binary": str(binary)}
+        alone.entry("m", **fields, slots=1, context_tokens=4096)
+        alone.start("m")
+        alone.hub.await_peer("inference-m")
+        stories = {
+            name: " ".join(
+                f"Afterwards the experienced {name} carefully considered everything that happened during chapter {n}."
+                for n in range(90)
+            )
+            for name in ("gardener", "fisherman")
+        }
+        finals = []
+        for name, question in [(name, ask) for ask in ("What did", "Where was") for name in stories]:
+            body = alone.ask("m", ask_for(f"{stories[name]} {question} the {name} do?", max_tokens=8), timeout_s=300)
+            assert isinstance(body, InferFinal), body
+            finals.append(body)
+        assert min(final.prompt_tokens for final in finals) > 1_000
+        assert max(final.cached_tokens for final in finals[:2]) < 100
+        for again in finals[2:]:
+            assert again.cached_tokens > 0.9 * again.prompt_tokens, (
+                "restored as far as the question, which is another one"
+            )
+            assert again.first_token_ms < finals[0].first_token_ms / 2
+        totals = alone.figures("m")
+        assert (totals["prefixes_read"], totals["prefixes_copied"]) == (0, 2)
+
+
 @pytest.mark.parametrize("engine", ["embedded", "llama-server"])
 def test_a_cancel_while_the_beginning_is_read_frees_the_slot_without_a_respawn(engine: str) -> None:
     model = load_home().models / DEMO_MODEL

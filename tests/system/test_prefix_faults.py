@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from services.inference.llama_http import LlamaServer
 from services.inference.slots import SlotDesk
 from services.kit.clock import SteadyClock
 from services.kit.logs import Log
+from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY, InferenceStack, ask_for
 from tests.waiting import until
 
@@ -116,7 +118,14 @@ def test_the_disk_keeps_what_was_used_last_within_the_bound(tmp_path: Path, monk
     monkeypatch.setattr("services.inference.slots.DISK_BYTES", 10)  # the scripted engine writes 6 bytes a slot
     folder = tmp_path / "prefixes"
     desk = SlotDesk(folder, 2, Log(tmp_path, "desk", SteadyClock()))
-    assert desk.engine_started("one model", copies=True)
+    assert desk.engine_started("one model", copies=True, token_bytes=1)
+    with scripted_engine(folder) as port:
+        asyncio.run(_two_groups(desk, port, folder))
+
+
+@contextmanager
+def scripted_engine(folder: Path) -> Iterator[int]:
+    """Its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -133,7 +142,7 @@ def test_the_disk_keeps_what_was_used_last_within_the_bound(tmp_path: Path, monk
     ]
     child = subprocess.Popen(command, env={**os.environ, "LLAMA_API_KEY": "key"})
     try:
-        asyncio.run(_two_groups(desk, port, folder))
+        yield port
     finally:
         child.kill()
         child.wait()
@@ -143,12 +152,17 @@ def files_in(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
-async def _two_groups(desk: SlotDesk, port: int, folder: Path) -> None:
+async def _server(port: int) -> LlamaServer:
     server = LlamaServer(port, "key")
     for _ in range(600):
         if await server.alive():
             break
         await asyncio.sleep(0.1)
+    return server
+
+
+async def _two_groups(desk: SlotDesk, port: int, folder: Path) -> None:
+    server = await _server(port)
     kept = []
     for group in "ab":
         messages = [[ChatMessage(role="user", content=group * 2_000 + str(n))] for n in range(2)]
@@ -160,9 +174,100 @@ async def _two_groups(desk: SlotDesk, port: int, folder: Path) -> None:
     assert [len(names) for names in kept] == [1, 1]
     assert kept[0] != kept[1]
     assert desk.figures()["prefixes_bytes"] <= 10
-    desk.engine_started("another model", copies=True)
+    desk.engine_started("another model", copies=True, token_bytes=1)
     assert not files_in(folder)
     await server.close()
+
+
+@pytest.mark.parametrize(
+    ("disk_bytes", "restored", "files"), [(10, [False, False, True], 1), (10**18, [False, False, False], 0)]
+)
+def test_what_is_to_be_restored_is_not_removed_for_what_is_kept_and_a_full_disk_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_bytes: int, restored: list[bool], files: int
+) -> None:
+    folder = tmp_path / "prefixes"
+    desk = SlotDesk(folder, 1, Log(tmp_path, "desk", SteadyClock()))
+    assert desk.engine_started("one model", copies=True, token_bytes=1)
+    monkeypatch.setattr("services.inference.slots.DISK_BYTES", disk_bytes)  # room for one file, or more than there is
+
+    async def scene(port: int) -> None:
+        server = await _server(port)
+        seats = []
+        for turn in range(3):
+            messages = [ChatMessage(role="user", content="ab"[turn % 2] * 20_000)]
+            seats.append(await desk.enter(f"c{turn}", messages, server))
+            desk.leave(f"c{turn}", seats[-1], None, complete=True)
+        assert [seat.restored for seat in seats] == restored
+        assert len(files_in(folder)) == files
+        await server.close()
+
+    with scripted_engine(folder) as port:
+        asyncio.run(scene(port))
+
+
+CONTEXTS = [" ".join(f"{name}-number-{number}-of-the-many" for number in range(500)) for name in ("facts", "notes")]
+CACHED = {"prompt_tokens_details": {"cached_tokens": 9}}
+
+
+@pytest.fixture
+def one_slot() -> Iterator[InferenceStack]:
+    with InferenceStack() as running:
+        running.entry("m", binary=str(FAKE_BINARY), engine="llama-server", slots=1, context_tokens=2048)
+        running.start("m")
+        running.hub.await_peer("inference-m")
+        yield running
+
+
+def visit(stack: InferenceStack, context: int) -> None:
+    final = stack.ask("m", ask_for(CONTEXTS[context]))
+    assert isinstance(final, InferFinal), final
+
+
+def reasons(stack: InferenceStack) -> list[str]:
+    lines = (stack.root / "logs" / "inference-m.jsonl").read_text().splitlines()
+    return [json.loads(line)["reason"] for line in lines if '"prefix.off"' in line]
+
+
+def test_contexts_that_take_turns_are_kept_and_restored(one_slot: InferenceStack) -> None:
+    one_slot.script("m", {"default": {"text": "ok", "usage": CACHED}})
+    for turn in range(6):
+        visit(one_slot, turn % 2)
+    assert one_slot.figures("m")["prefixes_copied"] == 4
+    assert len(files_in(one_slot.root / "run" / "prefixes" / "m")) == 2
+    assert not reasons(one_slot)
+
+
+def test_a_context_that_cannot_be_kept_costs_the_call_after_it_nothing(one_slot: InferenceStack) -> None:
+    one_slot.script("m", {"copies": False})
+    for turn in range(4):
+        visit(one_slot, turn % 2)
+    assert reasons(one_slot) == ["scripted: slots are not copied"]
+    assert one_slot.figures("m")["prefixes_copied"] == 0
+
+
+def test_an_engine_that_reads_again_what_was_kept_still_copies_beginnings(stack: InferenceStack) -> None:
+    stack.script("m", {"default": {"text": "ok", "usage": {"prompt_tokens_details": {"cached_tokens": 0}}}})
+    for number in (0, 1, 2, 3, 0):  # the fourth overwrites the first of three slots
+        assert isinstance(stack.ask("m", ask_for(f"{number} {CONTEXTS[0]}")), InferFinal)
+    stack.script("m", {"default": {"text": "ok", "usage": CACHED}})
+    assert reasons(stack) == ["the engine read again what had been kept; no more is kept"]
+    before = stack.figures("m")["prefixes_copied"]
+    for request in send_three(stack):
+        assert isinstance(stack.hub.collect(request)[1], InferFinal)
+    assert stack.figures("m")["prefixes_copied"] > before
+
+
+def test_a_context_too_large_for_the_disk_is_not_kept() -> None:
+    with InferenceStack() as stack:
+        wide = {"head_count": 1, "head_count_kv": 1, "key_length": 131_072, "value_length": 131_072}  # 512 KB a token
+        extra = {f"attention.{name}": value for name, value in wide.items()}
+        path = write_tiny_gguf(stack.model_path("m"), extra=extra)
+        stack.entry("m", path=str(path), binary=str(FAKE_BINARY), engine="llama-server", slots=1, context_tokens=1024)
+        stack.start("m")
+        stack.hub.await_peer("inference-m")
+        for turn in range(2):
+            visit(stack, turn)
+        assert not files_in(stack.root / "run" / "prefixes" / "m"), "64 blocks are a gibibyte, and this is 120 of them"
 
 
 def test_files_do_not_outlive_the_service(stack: InferenceStack) -> None:

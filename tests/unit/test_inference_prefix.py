@@ -201,16 +201,99 @@ def test_what_can_be_copied_anywhere_is_copied_into_the_row() -> None:
     assert beside.cached_blocks == LONG
 
 
+def alone(cache: p.PrefixCache, key: str, blocks: p.Blocks, *, complete: bool = True) -> p.Placement:
+    """One call that comes, is answered and goes; what is to be kept is kept."""
+    (placed,) = cache.place([p.Waiting(key, blocks)])
+    if placed.keep is not None:
+        cache.saved(placed.keep, 1_000)
+    cache.ended(key, complete=complete)
+    return placed
+
+
+def test_long_contexts_that_alternate_in_one_slot_are_read_once_each() -> None:
+    cache = p.PrefixCache(1, most_kept_blocks=1_000)
+    contexts = {name: prompt(name, name, 300) for name in "ab"}
+    visits = [alone(cache, f"c{n}", contexts["ab"[n % 2]]) for n in range(6)]
+    assert [visit.cached_blocks for visit in visits] == [0, 0, 302, 302, 302, 302]
+    first, second = visits[1].keep, visits[2].keep
+    assert None not in (first, second)
+    assert [visit.restore for visit in visits] == [None, None, first, second, first, second]
+    assert [visit.keep for visit in visits] == [None, first, second, None, None, None], "each is saved once"
+
+
+def test_a_long_context_that_comes_back_with_another_question_is_restored_as_far_as_it_is_the_same() -> None:
+    cache = p.PrefixCache(1, most_kept_blocks=1_000)
+    alone(cache, "c0", prompt("a", "1", 300))
+    alone(cache, "c1", prompt("b", "1", 300))
+    again = alone(cache, "c2", prompt("a", "2", 300))
+    assert (again.restore is not None, again.cached_blocks) == (True, 300)
+    follower = alone(cache, "c3", prompt("a", "3", 300))
+    assert (follower.restore, follower.keep, follower.cached_blocks) == (None, None, 300), "it is in the slot"
+
+
+def test_a_little_in_common_with_a_long_context_does_not_bring_all_of_it_back() -> None:
+    cache = p.PrefixCache(1, most_kept_blocks=1_000)
+    system = "s" * p.BLOCK_CHARS * (p.KEPT_BLOCKS - 1)
+    alone(cache, "c0", p.blocks_of(system + "a" * p.BLOCK_CHARS * 200))
+    alone(cache, "c1", prompt("b", "1", 300))
+    other = alone(cache, "c2", p.blocks_of(system + "x" * p.BLOCK_CHARS * 200))
+    assert (other.restore, other.cached_blocks) == (None, 0)
+
+
+def test_what_is_short_or_was_not_read_to_its_end_is_not_kept() -> None:
+    cache = p.PrefixCache(1, most_kept_blocks=1_000)
+    alone(cache, "c0", prompt("a", "1", p.KEPT_BLOCKS - 3))
+    assert alone(cache, "c1", prompt("b", "1", 300), complete=False).keep is None
+    assert alone(cache, "c2", prompt("c", "1", 300)).keep is None
+    cache.emptied()
+    assert alone(cache, "c3", prompt("d", "1", 300)).keep is None, "the slots of a new engine are empty"
+    assert alone(cache, "c4", prompt("e", "1", 300)).keep is not None
+
+
+def test_what_is_saved_already_or_in_another_slot_is_not_kept_once_more() -> None:
+    cache = p.PrefixCache(2, most_kept_blocks=1_000)
+    first, _ = cache.place(waiting(prompt("a", "1", 300), prompt("a", "2", 300)))
+    assert first.prime is not None
+    cache.saved(first.prime, 1_000)
+    cache.ended("c0", complete=True)
+    cache.ended("c1", complete=True)
+    assert [alone(cache, f"b{n}", prompt(f"{n}", "1", 10)).keep for n in range(2)] == [None, None]
+    cache = p.PrefixCache(2, copies=False, most_kept_blocks=1_000)
+    cache.place(waiting(prompt("a", "1", 300), prompt("a", "1", 300)))
+    cache.ended("c0", complete=True)
+    cache.ended("c1", complete=True)
+    cache.copies = True
+    assert alone(cache, "c2", prompt("b", "1", 10)).keep is None, "the other slot holds the same"
+    assert alone(cache, "c3", prompt("c", "1", 10)).keep is not None
+
+
+def test_nothing_is_kept_that_is_too_large_or_where_it_does_not_help() -> None:
+    for cache in (
+        p.PrefixCache(1, copies=False, most_kept_blocks=1_000),
+        p.PrefixCache(1, most_kept_blocks=301),
+        p.PrefixCache(1),
+    ):
+        alone(cache, "c0", prompt("a", "1", 300))
+        assert alone(cache, "c1", prompt("b", "1", 300)).keep is None
+
+
 class AnyArrivals(RuleBasedStateMachine):
     """Calls come and go in any order, files appear and vanish, engines are replaced."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = p.PrefixCache(3)
+        self.cache = p.PrefixCache(3, most_kept_blocks=1_000)
         self.slots: dict[str, int] = {}
+        self.prompts: dict[str, p.Blocks] = {}
+        self.held: list[p.Blocks] = [()] * 3
+        """What each slot holds for certain."""
+        self.files: dict[str, p.Blocks] = {}
         self.number = 0
 
-    @rule(shared=st.lists(st.sampled_from("abc"), min_size=1, max_size=5), blocks=st.integers(0, 2 * LONG))
+    @rule(
+        shared=st.lists(st.sampled_from("abc"), min_size=1, max_size=5),
+        blocks=st.integers(0, 2 * LONG) | st.sampled_from([p.KEPT_BLOCKS, 2 * p.KEPT_BLOCKS]),
+    )
     def arrive(self, shared: list[str], blocks: int) -> None:
         calls = waiting(*(prompt(name, str(n), blocks) for n, name in enumerate(shared)), first=self.number)
         self.number += len(calls)
@@ -223,15 +306,29 @@ class AnyArrivals(RuleBasedStateMachine):
             assert place.prime_blocks <= len(call.blocks)
             assert (place.prime is None) == (place.prime_blocks == 0)
             assert place.prime is None or place.prime_blocks > place.cached_blocks or place.restore is None
-            for name in (place.prime, place.restore):
+            for name in (place.prime, place.restore, place.keep):
                 assert name is None or name in self.cache.saved_bytes
+            held = self.held[place.slot]
+            lost = len(held) - p.shared(held, call.blocks)
+            self.held[place.slot] = ()
+            if place.keep is not None:
+                assert self.cache.copies
+                assert lost >= p.KEPT_BLOCKS, "only what was read to its end, and is overwritten"
+                assert place.keep not in self.files
+                self.files[place.keep] = held
+            elif lost >= p.KEPT_BLOCKS and self.cache.copies:
+                elsewhere = [p.shared(held, other) for other in (*self.held, *self.files.values())]
+                assert len(held) - max(elsewhere) < p.KEPT_BLOCKS, "what is lost is to be had elsewhere"
+            if place.prime is not None:
+                self.files[place.prime] = call.blocks[: place.prime_blocks]
             self.slots[place.key] = place.slot
+            self.prompts[place.key] = call.blocks
 
     @precondition(lambda self: self.slots)
     @rule(data=st.data(), complete=st.booleans())
     def end(self, data: st.DataObject, complete: bool) -> None:
         key = data.draw(st.sampled_from(sorted(self.slots)))
-        del self.slots[key]
+        self.held[self.slots.pop(key)] = self.prompts[key] if complete else ()
         self.cache.ended(key, complete=complete)
 
     @precondition(lambda self: self.cache.saved_bytes)
@@ -240,17 +337,21 @@ class AnyArrivals(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.cache.saved_bytes)))
         if size is None:
             self.cache.dropped(name)
+            del self.files[name]
         else:
             self.cache.saved(name, size)
 
     @rule(copies=st.booleans())
     def replace_engine(self, copies: bool) -> None:
         self.cache.emptied()
+        self.held = [()] * 3
+        self.prompts = dict.fromkeys(self.prompts, ())
         self.cache.copies = copies
 
     @invariant()
-    def slots_are_accounted_for(self) -> None:
+    def slots_and_files_are_accounted_for(self) -> None:
         assert self.cache.free == 3 - len(self.slots)
+        assert self.files.keys() == self.cache.saved_bytes.keys()
 
 
 TestAnyArrivals = AnyArrivals.TestCase

@@ -23,7 +23,7 @@ class Desk:
 
     def __init__(self, folder: Path) -> None:
         self.desk = SlotDesk(folder / "prefixes", 4, Log(folder, "desk", SteadyClock()))
-        assert self.desk.engine_started("a model", copies=True)
+        assert self.desk.engine_started("a model", copies=True, token_bytes=1)
         self.server = LlamaServer(1, "key")
         self.seats: dict[str, asyncio.Task[Seat]] = {}
 

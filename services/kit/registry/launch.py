@@ -53,6 +53,15 @@ class Launch:
         saved, and a recurrent model cannot go back to where its prompts part."""
         return self.draft is None and self.facts is not None and self.facts.recurrent is None
 
+    @property
+    def token_bytes(self) -> int:
+        """What one token takes in the KV cache of a slot, in bytes; 0 where facts are missing."""
+        if self.facts is None:
+            return 0
+        entry = self.entry
+        cells = entry.context_tokens
+        return self.facts.kv_bytes(cells, 1, entry.kv_type_k, entry.kv_type_v, entry.ubatch_tokens) // cells
+
     def memory_bytes(self) -> int | None:
         """Memory of the process in bytes: files, KV caches and states of all slots; None where facts are missing."""
         if self.facts is None:
