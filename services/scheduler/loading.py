@@ -21,8 +21,9 @@ from services.scheduler.calls import Command
 from services.scheduler.events import Noted, Send
 from services.scheduler.foresight import needed_soon
 from services.scheduler.peers import Peer
+from services.scheduler.place import Demand, State
 from services.scheduler.ranks import Ranking
-from services.scheduler.residency import TRUST_MS, Demand, Order, Residency, State
+from services.scheduler.residency import TRUST_MS, Order, Residency
 from services.scheduler.tasks import TaskRecord
 
 MODEL_LOAD = LogEvent("model.load", "model why bytes free_bytes")

@@ -19,21 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Final, Literal
 
 from services.kit.registry import Registry
-from services.kit.registry.memory import expected_load_s, file_bytes, memory_needs
+from services.kit.registry.memory import memory_needs
+from services.scheduler.place import NONE, Demand, Place, State, waiting_longest, worth
 from services.scheduler.resources import Tokens
 
-RESIDENCE_LOADS: Final = 2
-"""A model that is loaded stays for at least so many times as long as loading it took, within the next two bounds."""
-MIN_RESIDENCE_MS: Final = 2_000
-MAX_RESIDENCE_MS: Final = 60_000
-TURN_LOADS: Final = 6
-"""A busy model makes way after so many times as long as loading took, and MIN_TURN_MS at least."""
-MIN_TURN_MS: Final = 10_000
-IDLE_UNLOAD_S: Final = 300.0
 AHEAD_MS: Final = 1_000
 """How much earlier than its loading time a model is loaded that will be needed."""
 FAILED_PAUSE_MS: Final = 10_000
@@ -50,30 +42,6 @@ PRESSURE_EVERY_MS: Final = 2_000
 """Between two models that are unloaded because the machine is short of memory: the effect must be seen first."""
 
 
-class State(StrEnum):
-    """Where a model is, in the hub's eyes."""
-
-    ABSENT = "absent"
-    PARKED = "parked"
-    LOADING = "loading"
-    LOADED = "loaded"
-    UNLOADING = "unloading"
-    DEGRADED = "degraded"
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What is wanted of one model now."""
-
-    running: bool = False
-    waiting: bool = False
-    soon_ms: int | None = None
-    """In how many ms the inputs of a step that needs it are expected; None = no such step is in sight."""
-
-
-NONE: Final = Demand()
-
-
 @dataclass(frozen=True, slots=True)
 class Order:
     """Tell the service of this model to load or to unload it."""
@@ -82,67 +50,6 @@ class Order:
     loaded: bool
     why: Literal["needed", "asked", "ahead", "idle", "room", "pressure", "asked away"]
     bytes: int
-
-
-@dataclass(slots=True)
-class Place:
-    """One model and its place in memory."""
-
-    model: str
-    residency: Literal["hot", "warm", "cold"]
-    pinned: bool
-    idle_ms: int
-    estimate_bytes: int
-    floor_bytes: int
-    """Least that is booked while it is loaded: what is declared, else its file, which is mapped and not all in yet."""
-    load_ms: int
-    """How long loading takes: an estimate until it was seen."""
-    state: State = State.ABSENT
-    since_ms: int = 0
-    """When the state began."""
-    loaded_ms: int = 0
-    measured_bytes: int = 0
-    """Highest measurement of this residence, or of the last one."""
-    fresh: bool = False
-    """Nothing was measured in this residence yet."""
-    used_ms: int | None = None
-    wait_ms: int | None = None
-    """Since when it is waited for without being loaded."""
-    asked_ms: int | None = None
-    """Since when somebody asks for it by name."""
-    asked_away: bool = False
-    """Somebody wants it out of memory, at the next decision."""
-    closing: bool = False
-    """It gets no new work: another model waits for its room."""
-    wish: bool | None = None
-    """What its service was told last; None = nothing yet, its own word counts."""
-    order: int = 0
-    """Number of that word."""
-    loads: int = 0
-    pause_ms: int = 0
-    """No order before this time."""
-    kept_until_ms: int | None = None
-    """Its process is gone; until then its memory stays booked."""
-
-    @property
-    def residence_ms(self) -> int:
-        """How long it stays at least."""
-        return min(MAX_RESIDENCE_MS, max(MIN_RESIDENCE_MS, RESIDENCE_LOADS * self.load_ms))
-
-    @property
-    def turn_ms(self) -> int:
-        """How long it may work while another one waits."""
-        return max(MIN_TURN_MS, TURN_LOADS * self.load_ms)
-
-    @property
-    def need_bytes(self) -> int:
-        """Memory it takes, as far as is known."""
-        return max(self.measured_bytes, self.floor_bytes) if self.measured_bytes else self.estimate_bytes
-
-    @property
-    def closed(self) -> bool:
-        """True if it must not be given work whatever its service says of itself."""
-        return self.closing or self.state is State.UNLOADING
 
 
 @dataclass(slots=True)
@@ -167,7 +74,10 @@ class Residency:
     _pressure_ms: int = 0
 
     def declare(self, registry: Registry) -> None:
-        """Take over the models of a registry, at the start or when it has changed; what is known of them stays."""
+        """Take over the models of a registry, at the start or when it has changed; what is known of them stays.
+
+        Of an entry that has changed nothing is known but what its old process holds until it is gone.
+        """
         known = self.places
         self.tokens.memory_bytes = registry.hardware.memory_bytes
         self.places = {}
@@ -176,15 +86,11 @@ class Residency:
             need = needs[name]
             if not entry.is_local or (need == 0 and entry.residency == "hot"):
                 continue
-            place = known.get(name) or Place(name, "hot", False, 0, 0, 0, 0)
-            place.residency, place.pinned = entry.residency, entry.pinned
-            place.idle_ms = int((entry.idle_unload_s or IDLE_UNLOAD_S) * 1000)
-            place.estimate_bytes = need
-            place.floor_bytes = entry.memory_bytes or file_bytes(entry) or 0
-            place.load_ms = place.load_ms or int(1000 * expected_load_s(entry))
-            self.places[name] = place
+            place = self.places[name] = known.get(name) or Place(name)
+            place.declare(registry.launch(name), need)
             if place.residency == "hot":
-                self.tokens.book_memory(name, place.need_bytes)
+                held = self.tokens.held_by(name) if place.outdated else 0
+                self.tokens.book_memory(name, max(held, place.need_bytes))
         for name in known.keys() - self.places.keys():
             self.tokens.end_load(name)
             self.tokens.release_memory(name)
@@ -201,7 +107,11 @@ class Residency:
             self._enter(place, state, at_ms)
         elif settled:
             self._settle(place, state, at_ms)
-        if measured_bytes and place.state is State.LOADED:
+        if not measured_bytes or place.state is not State.LOADED:
+            return
+        if place.outdated:
+            self.tokens.book_memory(model, max(self.tokens.held_by(model), measured_bytes))
+        else:
             place.measured_bytes = measured_bytes if place.fresh else max(place.measured_bytes, measured_bytes)
             place.fresh = False
             self.tokens.book_memory(model, place.need_bytes)
@@ -217,7 +127,7 @@ class Residency:
         self._enter(place, state, at_ms)
         if state is State.PARKED:
             self.tokens.release_memory(place.model)
-            place.wish, place.closing = None, False
+            place.wish, place.closing, place.outdated = None, False, False
         elif not self.tokens.held_by(place.model):
             self.tokens.book_memory(place.model, place.need_bytes)  # found, not granted: an earlier hub gave it
         if state is State.LOADED:
@@ -235,9 +145,14 @@ class Residency:
 
     def joined(self, model: str) -> None:
         """A fresh session, the only one of its model: its word counts, whatever an earlier one was told."""
-        place = self.guests.get(model)
-        if place is not None:
-            place.wish, place.closing = None, False
+        place = self.places.get(model)
+        if place is None:
+            return
+        place.wish, place.closing = None, False
+        if place.outdated:
+            place.outdated = False
+            if place.residency == "hot":
+                self.tokens.book_memory(model, place.need_bytes)
 
     def gone(self, model: str, at_ms: int, *, silent: bool) -> None:
         """The last process of this model is gone from the bus."""
@@ -319,10 +234,10 @@ class Residency:
         unknown = any(place.state is State.ABSENT and place.since_ms == 0 for place in self.guests.values())
         if unknown and at_ms < self.trust_ms:
             self._due(self.trust_ms)
-            return min(line, key=_waiting_longest)
+            return min(line, key=waiting_longest)
         first: Place | None = None
         claimed = 0
-        for place in sorted(line, key=_waiting_longest):
+        for place in sorted(line, key=waiting_longest):
             if place.pause_ms > at_ms:
                 self._due(place.pause_ms)
                 continue
@@ -387,7 +302,7 @@ class Residency:
                 else:
                     self._due(other.loaded_ms + other.residence_ms)
         chosen: list[Place] = []
-        for other in [*sorted(idle, key=lambda p: _worth(p, demand)), *sorted(busy, key=lambda p: _worth(p, demand))]:
+        for other in [*sorted(idle, key=lambda p: worth(p, demand)), *sorted(busy, key=lambda p: worth(p, demand))]:
             if missing <= 0:
                 break
             chosen.append(other)
@@ -437,7 +352,7 @@ class Residency:
         if over <= 0 and not self.low:
             return []
         orders = []
-        for place in sorted(self.guests.values(), key=lambda p: _worth(p, demand)):
+        for place in sorted(self.guests.values(), key=lambda p: worth(p, demand)):
             wanted = demand.get(place.model, NONE)
             busy = wanted.running or wanted.waiting or place.pinned or place.asked_ms is not None
             if place.state is not State.LOADED or place.closed or busy or place.pause_ms > at_ms:
@@ -496,7 +411,7 @@ class Residency:
         if missing <= 0 or sum(self.tokens.held_by(one.model) for one in ripe) < missing:
             return []
         orders = []
-        for one in sorted(ripe, key=lambda p: _worth(p, wanted)):
+        for one in sorted(ripe, key=lambda p: worth(p, wanted)):
             if missing > 0:
                 missing -= self.tokens.held_by(one.model)
                 orders.append(self._unload(one, "room", at_ms))
@@ -521,15 +436,3 @@ class Residency:
 
     def _due(self, at_ms: int) -> None:
         self.due_ms = at_ms if self.due_ms is None else min(self.due_ms, at_ms)
-
-
-def _waiting_longest(place: Place) -> tuple[int, str]:
-    return place.wait_ms or 0, place.model
-
-
-def _worth(place: Place, demand: Mapping[str, Demand]) -> tuple[bool, bool, float, int, str]:
-    """Order among models that could go, least valuable first: not working, not waited for, needed late or never, used
-    long ago."""
-    wanted = demand.get(place.model, NONE)
-    soon_ms = float("inf") if wanted.soon_ms is None else wanted.soon_ms
-    return place.state is State.LOADED, wanted.waiting, -soon_ms, place.used_ms or 0, place.model

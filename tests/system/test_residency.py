@@ -20,7 +20,7 @@ from protocol.messages.session import ModelReport, PeerReport, StatusReport
 from services.ctl.bench.bare_stack import BareStack
 from services.ctl.bench.demo_models import DEMO_MODEL
 from services.kit.config import CHECKOUT
-from services.scheduler.residency import MIN_RESIDENCE_MS
+from services.scheduler.place import MIN_RESIDENCE_MS
 from tests.conftest import temporary_home
 from tests.waiting import until
 

@@ -20,7 +20,7 @@ from services.kit.registry.memory import expected_load_s
 from services.scheduler import events as ev
 from services.scheduler.durations import TokenSpeed
 from services.scheduler.events import Event
-from services.scheduler.residency import MIN_RESIDENCE_MS, MIN_TURN_MS, RESIDENCE_LOADS, State
+from services.scheduler.place import MIN_RESIDENCE_MS, MIN_TURN_MS, RESIDENCE_LOADS, State
 from services.scheduler.simulation.run import run_tasks, tiers_of
 from services.scheduler.simulation.tiers import memory_takes
 from tests.unit.simulation import (

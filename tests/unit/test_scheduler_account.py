@@ -1,0 +1,95 @@
+"""The hub's account of memory where entries change, models take what nobody expected, and calls outlive their entry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from protocol.messages.result import TaskState
+from services.kit.registry import Registry
+from services.kit.registry.acceleration import Declared
+from tests.unit.simulation import say, task_of
+from tests.unit.test_scheduler_reload import edited, reload
+from tests.unit.test_scheduler_residency import GB, Stack, registry_of, stack, warm
+
+FILE = Declared(
+    architecture="llama",
+    parameters_b=1,
+    file_bytes=1 * GB,
+    context_tokens=65_536,
+    vocabulary_tokens=32_000,
+    kv_bytes_per_token=100_000,
+)
+"""1 GB and 0.1 GB for 1,000 tokens of context."""
+
+
+def changed(base: Registry, **models: dict[str, Any]) -> Registry:
+    """The registry with other fields for some models."""
+    return edited(base, models={name: base.models[name].model_copy(update=fields) for name, fields in models.items()})
+
+
+def restart(world: Stack, model: str) -> None:
+    """The process begins anew with its changed entry, as one does that is supervised."""
+    world.peers[f"inference-{model}"].kill()
+    world.run_for(200)
+    world.peers[f"inference-{model}"].start()
+    world.run_for(200)
+
+
+def test_what_a_changed_entry_takes_is_not_what_was_measured_of_the_one_before() -> None:
+    small = {"residency": "warm", "declared": FILE, "context_tokens": 1_024, "slots": 1}
+    registry = registry_of(budget=8 * GB, specialist=small)
+    world = stack(registry)
+    world.peers["inference-specialist"].model_bytes = 1_300_000_000
+    world.finish(world.submit(task_of([{"id": "S", "actor": "coder"}])))
+    world.run_for(1_500)
+    assert world.place("specialist").need_bytes == 1_300_000_000
+    reload(world, changed(registry, specialist={"context_tokens": 50_000}))
+    assert 6 * GB < world.place("specialist").need_bytes < 7 * GB
+    assert world.place("specialist").held_bytes == 1_300_000_000, "by the process that runs still"
+    world.run_for(1_500)
+    assert world.place("specialist").need_bytes > 6 * GB, "what the old process measures says nothing of the new one"
+    world.peers["inference-specialist"].model_bytes = 0
+    restart(world, "specialist")
+    assert world.place("specialist").held_bytes == 0
+    world.finish(world.submit(task_of([{"id": "S", "actor": "coder"}])))
+    assert world.place("specialist").held_bytes > 6 * GB
+
+
+def test_a_model_that_was_measured_too_large_loads_once_its_entry_is_smaller() -> None:
+    registry = registry_of(budget=10 * GB, specialist=warm(4 * GB))
+    world = stack(registry)
+    world.peers["inference-specialist"].model_bytes = 10 * GB
+    world.finish(world.submit(task_of([{"id": "S", "actor": "coder"}])))
+    world.run_for(1_500)
+    smaller = changed(registry, specialist={"memory_bytes": 2 * GB}, worker={"memory_bytes": 6 * GB})
+    reload(world, smaller)
+    assert world.place("specialist").held_bytes == 10 * GB
+    restart(world, "specialist")
+    world.peers["inference-specialist"].model_bytes = 0
+    result = world.finish(world.submit(task_of([{"id": "S", "actor": "coder"}])), limit_ms=20_000)
+    assert result.state is TaskState.SUCCEEDED
+    assert world.place("specialist").held_bytes == 2 * GB
+
+
+def test_a_changed_hot_model_holds_what_its_old_process_has_until_the_new_one_is_there() -> None:
+    registry = registry_of(worker={"memory_bytes": 6 * GB}, specialist=warm(2 * GB))
+    world = stack(registry)
+    assert world.place("worker").held_bytes == 6 * GB
+    reload(world, changed(registry, worker={"memory_bytes": 1 * GB}))
+    assert world.place("worker").held_bytes == 6 * GB
+    restart(world, "worker")
+    assert world.place("worker").held_bytes == 1 * GB
+
+
+def test_a_reload_that_leaves_an_entry_as_it_was_keeps_what_was_measured_and_how_long_loading_took() -> None:
+    registry = registry_of(specialist=warm(4 * GB))
+    world = stack(registry, say("fine"))
+    world.peers["inference-specialist"].model_bytes = 5 * GB
+    world.finish(world.submit(task_of([{"id": "S", "actor": "coder"}])))
+    world.run_for(1_500)
+    assert world.hub is not None
+    place = world.hub.loading.residency.places["specialist"]
+    load_ms = place.load_ms
+    reload(world, changed(registry, worker={"memory_bytes": 1 * GB}))
+    place = world.hub.loading.residency.places["specialist"]
+    assert (place.measured_bytes, place.load_ms) == (5 * GB, load_ms)
