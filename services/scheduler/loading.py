@@ -63,8 +63,8 @@ class Loading:
     residency: Residency = field(init=False)
     _models: dict[str, str] = field(default_factory=dict)
     """Capability -> model, of warm and cold models."""
-    _hot: dict[str, str] = field(default_factory=dict)
-    """The same of hot ones."""
+    _others: dict[str, str] = field(default_factory=dict)
+    """The same of hot ones, and of those that have left the registry and are in memory still."""
     _workers: dict[str, dict[str, Peer]] = field(default_factory=dict)
     """Capability of a model -> service -> its newest session."""
     _dirty: bool = False
@@ -84,8 +84,9 @@ class Loading:
         self.residency.declare(registry)
         guests = self.residency.guests
         self._models = {f"infer.{name}": name for name in guests}
-        self._hot = {f"infer.{name}": name for name in self.residency.places if name not in guests}
-        self._dirty = bool(guests)
+        others = [*self.residency.leaving, *(name for name in self.residency.places if name not in guests)]
+        self._others = {f"infer.{name}": name for name in others}
+        self._dirty = self.has_guests
         self._workers = {}
         for peer in self.broker.peers.values():
             for target, _ in self._models_of(peer):
@@ -122,25 +123,25 @@ class Loading:
 
     def ended(self, target: str) -> None:
         """A call for this capability is over."""
-        if target in self._models:
+        if target in self._models or target.removeprefix("infer.") in self.residency.leaving:
             self._dirty = True
 
     def passed(self) -> None:
         """Time has passed."""
-        self._dirty = bool(self._models)
+        self._dirty = self.has_guests
 
     def machine_memory(self, available_bytes: int) -> None:
         """What the machine, or its control group, has left."""
         low_bytes = max(LEAST_LOW_BYTES, int(LOW_SHARE * self.broker.tokens.memory_bytes))
         self.residency.machine_memory(available_bytes, low_bytes)
-        self._dirty = bool(self._models)
+        self._dirty = self.has_guests
 
     # What is to be done
 
     @property
     def has_guests(self) -> bool:
         """Whether any model comes and goes at all."""
-        return bool(self._models)
+        return bool(self._models or self.residency.leaving)
 
     def wants_a_look(self) -> bool:
         """True if something has happened that may change what is decided."""
@@ -161,9 +162,10 @@ class Loading:
                 lambda model: self._ready_in_ms(model, at_ms),
                 at_ms,
             )
-        orders = residency.decide(
-            {model: self._demand(target, model, at_ms) for target, model in self._models.items()}, at_ms
-        )
+        wanted = {
+            model: self._demand(f"infer.{model}", model, at_ms) for model in (*residency.guests, *residency.leaving)
+        }
+        orders = residency.decide(wanted, at_ms)
         for order in orders:
             if order.loaded:
                 broker.unserved.begin_anew(f"infer.{order.model}", at_ms)
@@ -207,11 +209,11 @@ class Loading:
 
     def reports(self, at_ms: int) -> list[ModelReport]:
         """Every model that takes memory."""
-        return [self.report(model, at_ms) for model in self.residency.places]
+        return [self.report(model, at_ms) for model in (*self.residency.places, *self.residency.leaving)]
 
     def report(self, model: str, at_ms: int) -> ModelReport:
         """One model, as `tierline models` shows it."""
-        place = self.residency.places[model]
+        place = self.residency.places.get(model) or self.residency.leaving[model]
         waits = place.wait_ms is not None or (place.state is State.LOADING and place.residency != "hot")
         return ModelReport(
             model=model,
@@ -262,7 +264,7 @@ class Loading:
     def _who_has_it(self) -> str:
         tokens = self.broker.tokens
         parts = []
-        for name, place in self.residency.guests.items():
+        for name, place in (self.residency.guests | self.residency.leaving).items():
             held = tokens.held_by(name)
             if held:
                 calls = sum(len(peer.calls) for peer in self._peers(f"infer.{name}"))
@@ -275,7 +277,7 @@ class Loading:
 
     def _models_of(self, peer: Peer) -> Iterable[tuple[str, str]]:
         for target in peer.capabilities:
-            model = self._models.get(target) or self._hot.get(target)
+            model = self._models.get(target) or self._others.get(target)
             if model is not None:
                 yield target, model
 

@@ -59,6 +59,8 @@ class Residency:
     tokens: Tokens
     places: dict[str, Place] = field(default_factory=dict)
     guests: dict[str, Place] = field(default_factory=dict)
+    leaving: dict[str, Place] = field(default_factory=dict)
+    """Models of no registry any more, whose process may have them in memory still."""
     low: bool = False
     """The machine is short of memory by its own account."""
     available_bytes: int | None = None
@@ -78,7 +80,7 @@ class Residency:
 
         Of an entry that has changed nothing is known but what its old process holds until it is gone.
         """
-        known = self.places
+        known = self.leaving | self.places
         self.tokens.memory_bytes = registry.hardware.memory_bytes
         self.places = {}
         needs = memory_needs(registry.models)
@@ -86,20 +88,31 @@ class Residency:
             need = needs[name]
             if not entry.is_local or (need == 0 and entry.residency == "hot"):
                 continue
-            place = self.places[name] = known.get(name) or Place(name)
+            place = self.places[name] = known.pop(name) if name in known else Place(name)
+            if name in self.leaving and place.state is not State.ABSENT:
+                place.kept_until_ms = None
             place.declare(registry.launch(name), need)
             if place.residency == "hot":
                 held = self.tokens.held_by(name) if place.outdated else 0
                 self.tokens.book_memory(name, max(held, place.need_bytes))
-        for name in known.keys() - self.places.keys():
-            self.tokens.end_load(name)
+        self.leaving = {name: place for name, place in known.items() if self._outlives_its_entry(place)}
+        for name in known.keys() - self.leaving.keys():
             self.tokens.release_memory(name)
         self.guests = {name: place for name, place in self.places.items() if place.residency != "hot"}
+
+    def _outlives_its_entry(self, place: Place) -> bool:
+        """Whether the process of a model that has left the registry may have it in memory; nothing is asked of it."""
+        self.tokens.end_load(place.model)
+        place.wish, place.closing, place.asked_ms, place.wait_ms = None, False, None, None
+        gone = place.state is State.PARKED or (place.state is State.ABSENT and place.kept_until_ms is None)
+        return not gone and self.tokens.held_by(place.model) > 0
 
     # What services say
 
     def heard(self, model: str, state: State, measured_bytes: int, at_ms: int, *, settled: bool) -> None:
         """What the service of a model says of itself; `settled` if it has heard the newest order."""
+        if model in self.leaving:
+            self._hear_of_leaving(self.leaving[model], state, at_ms)
         place = self.places.get(model)
         if place is None:
             return
@@ -115,6 +128,13 @@ class Residency:
             place.measured_bytes = measured_bytes if place.fresh else max(place.measured_bytes, measured_bytes)
             place.fresh = False
             self.tokens.book_memory(model, place.need_bytes)
+
+    def _hear_of_leaving(self, place: Place, state: State, at_ms: int) -> None:
+        if place.state is State.ABSENT:
+            place.kept_until_ms = None  # its connection was broken only
+        self._enter(place, state, at_ms)
+        if state is State.PARKED:
+            self._forget(place)
 
     def _settle(self, place: Place, state: State, at_ms: int) -> None:
         """The service of a warm or cold model has done, or refused, what it was told."""
@@ -156,13 +176,13 @@ class Residency:
 
     def gone(self, model: str, at_ms: int, *, silent: bool) -> None:
         """The last process of this model is gone from the bus."""
-        place = self.places.get(model)
+        place = self.places.get(model) or self.leaving.get(model)
         if place is None:
             return
         self._enter(place, State.ABSENT, at_ms)
         self.tokens.end_load(model)
         place.wish, place.closing = None, False
-        if place.residency != "hot" and self.tokens.held_by(model):
+        if (place.residency != "hot" or model in self.leaving) and self.tokens.held_by(model):
             place.kept_until_ms = at_ms + (SILENT_KEPT_MS if silent else GONE_KEPT_MS)
 
     def machine_memory(self, available_bytes: int, low_bytes: int) -> None:
@@ -189,6 +209,8 @@ class Residency:
         orders: list[Order] = []
         for place in self.guests.values():
             self._look_at(place, demand.get(place.model, NONE), at_ms)
+        for place in list(self.leaving.values()):
+            self._see_off(place, demand.get(place.model, NONE), at_ms)
         orders += self._send_away(at_ms)
         orders += self._relieve(demand, at_ms)
         first = self._serve_waiting(demand, orders, at_ms)
@@ -224,6 +246,27 @@ class Residency:
             place.wait_ms = None
         elif place.wait_ms is None:
             place.wait_ms = at_ms if place.asked_ms is None or demand.waiting else place.asked_ms
+
+    def _see_off(self, place: Place, demand: Demand, at_ms: int) -> None:
+        """Give back what a model of no registry holds, once nothing has run on it for as long as its end may take."""
+        if demand.running:
+            place.kept_until_ms = None
+            return
+        until_ms = at_ms + (GONE_KEPT_MS if place.state is State.UNLOADING else SILENT_KEPT_MS)
+        place.kept_until_ms = min(place.kept_until_ms or until_ms, until_ms)
+        if place.kept_until_ms <= at_ms:
+            self._forget(place)
+        else:
+            self._due(place.kept_until_ms)
+
+    def _forget(self, place: Place) -> None:
+        del self.leaving[place.model]
+        self.tokens.release_memory(place.model)
+
+    def _coming_bytes(self) -> int:
+        """Memory that comes free without any order: of closed models, and of those that have left the registry."""
+        closed = (place.model for place in self.guests.values() if place.closed)
+        return sum(map(self.tokens.held_by, (*closed, *self.leaving)))
 
     def _serve_waiting(self, demand: Mapping[str, Demand], orders: list[Order], at_ms: int) -> Place | None:
         """Load what is waited for, the longest waiting first. Returns the first one that has to wait on."""
@@ -263,7 +306,7 @@ class Residency:
 
     def _is_alone(self, place: Place) -> bool:
         """Nobody is left who could make way, since models were measured to take more than was thought."""
-        return not any(
+        return not self.leaving and not any(
             self.tokens.held_by(other.model)
             for other in self.guests.values()
             if other is not place and not (other.pinned and other.state is State.LOADED)
@@ -271,8 +314,7 @@ class Residency:
 
     def _make_room(self, place: Place, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
         """Unload idle models, and close busy ones that have had their turn, if that gives `place` its room."""
-        leaving = [p for p in self.guests.values() if p.closed]
-        missing = place.need_bytes - self.tokens.free_bytes - sum(self.tokens.held_by(p.model) for p in leaving)
+        missing = place.need_bytes - self.tokens.free_bytes - self._coming_bytes()
         missing -= sum(
             self.tokens.held_by(p.model)
             for p in self.guests.values()
@@ -348,7 +390,7 @@ class Residency:
         over = -self.tokens.free_bytes
         if over <= 0 and not (self.low and at_ms - self._pressure_ms >= PRESSURE_EVERY_MS):
             return []
-        over -= sum(self.tokens.held_by(place.model) for place in self.guests.values() if place.closed)
+        over -= self._coming_bytes()
         if over <= 0 and not self.low:
             return []
         orders = []
@@ -406,8 +448,7 @@ class Residency:
             if other.state is State.LOADED and not (other.closed or other.pinned) and other.model not in wanted
         ]
         ripe = [one for one in others if at_ms - one.loaded_ms >= one.residence_ms and one.pause_ms <= at_ms]
-        leaving = sum(self.tokens.held_by(one.model) for one in self.guests.values() if one.closed)
-        missing = place.need_bytes - self.tokens.free_bytes - leaving
+        missing = place.need_bytes - self.tokens.free_bytes - self._coming_bytes()
         if missing <= 0 or sum(self.tokens.held_by(one.model) for one in ripe) < missing:
             return []
         orders = []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from protocol.messages.infer import ChatMessage, InferFinal, InferRequest
 from protocol.messages.result import TaskState
 from services.kit.registry import Registry
 from services.kit.registry.acceleration import Declared
 from tests.unit.simulation import say, task_of
+from tests.unit.test_scheduler_batches import Asker
 from tests.unit.test_scheduler_reload import edited, reload
 from tests.unit.test_scheduler_residency import GB, Stack, registry_of, stack, warm
 
@@ -93,3 +95,58 @@ def test_a_reload_that_leaves_an_entry_as_it_was_keeps_what_was_measured_and_how
     reload(world, changed(registry, worker={"memory_bytes": 1 * GB}))
     place = world.hub.loading.residency.places["specialist"]
     assert (place.measured_bytes, place.load_ms) == (5 * GB, load_ms)
+
+
+def ask_for(asker: Asker, model: str) -> str:
+    request = InferRequest(role="test", messages=[ChatMessage(role="user", content="Hi")], max_tokens=4)
+    return asker.infer(model, request, "K1")
+
+
+def test_a_removed_model_holds_its_memory_until_the_call_of_a_program_has_ended_and_its_process_is_gone() -> None:
+    fits_all = registry_of(budget=8 * GB, worker=warm(6 * GB), specialist=warm(6 * GB))
+    world = stack(fits_all, say("fine", 20_000))
+    asker = Asker(world)
+    running = ask_for(asker, "worker")
+    world.run_for(3_000)
+    front = {name: one.model_copy(update={"model": "front"}) for name, one in fits_all.roles.items()}
+    coder = {"coder": fits_all.roles["coder"]}
+    reload(world, edited(fits_all, models={"worker": None}, roles=front | coder))
+    assert world.place("worker").held_bytes == 6 * GB
+    task = world.submit(task_of([{"id": "S", "actor": "coder"}]))
+    world.run_for(5_000)
+    (why,) = world.show(task).waiting
+    assert "worker 5.6 GiB (1 calls run)" in why
+    world.run(lambda: bool(asker.said(running)), 20_000)
+    assert isinstance(asker.said(running)[-1], InferFinal)
+    assert world.most_in_memory == 6 * GB
+    world.peers["inference-worker"].kill()
+    assert world.finish(task, limit_ms=60_000).state is TaskState.SUCCEEDED
+    assert world.hub is not None
+    assert "worker" not in {one.model for one in world.hub.loading.reports(world.now)}
+
+
+def test_a_removed_model_whose_process_stays_without_work_gives_its_memory_back_after_a_minute() -> None:
+    registry = registry_of(worker={"memory_bytes": 6 * GB})
+    world = stack(registry)
+    assert world.hub is not None
+    front = {name: one.model_copy(update={"model": "front"}) for name, one in registry.roles.items()}
+    reload(world, edited(registry, models={"worker": None}, roles=front))
+    world.run_for(55_000)
+    assert world.hub.broker.tokens.held_bytes == 6 * GB
+    world.run_for(10_000)
+    assert world.hub.broker.tokens.held_bytes == 0
+
+
+def test_a_removed_model_that_comes_back_keeps_what_it_holds() -> None:
+    registry = registry_of(worker=warm(6 * GB))
+    world = stack(registry, say("fine", 5_000))
+    asker = Asker(world)
+    running = ask_for(asker, "worker")
+    world.run_for(2_000)
+    front = {name: one.model_copy(update={"model": "front"}) for name, one in registry.roles.items()}
+    reload(world, edited(registry, models={"worker": None}, roles=front))
+    world.run_for(10_000)
+    assert asker.said(running)
+    reload(world, registry)
+    world.run_for(100_000)
+    assert (world.place("worker").state, world.place("worker").held_bytes) == ("loaded", 6 * GB)
