@@ -37,6 +37,8 @@ LOW_SHARE: Final = 0.03
 LEAST_LOW_BYTES: Final = 128 * 1024 * 1024
 """The machine counts as short of memory below this share of the budget, and below this in any case."""
 
+_MAKES_WAY: Final = "another model has waited for its memory"
+
 #: What several processes of one model amount to: the first state that one of them has.
 _STATES: Final[tuple[tuple[PeerState, State], ...]] = (
     (PeerState.READY, State.LOADED),
@@ -245,7 +247,9 @@ class Loading:
             return None
         model, since_s = place.model, max(0, at_ms - place.since_ms) / 1000
         if place.closing:
-            return f"waits for {model}: it gets no new work, since another model has waited for its memory"
+            over = -self.broker.tokens.free_bytes
+            why = f"all models together hold {_gib(over)} more than the budget" if over > 0 else _MAKES_WAY
+            return f"waits for {model}: it gets no new work, since {why}"
         match place.state:
             case State.LOADING:
                 return f"waits for {model}: it loads since {since_s:.1f} s (last time {place.load_ms / 1000:.1f} s)"

@@ -80,7 +80,7 @@ class Place:
     asked_away: bool = False
     """Somebody wants it out of memory, at the next decision."""
     closing: bool = False
-    """It gets no new work: another model waits for its room."""
+    """It gets no new work: another model waits for its room, or there is not room enough for all that are loaded."""
     wish: bool | None = None
     """What its service was told last; None = nothing yet, its own word counts."""
     order: int = 0

@@ -23,7 +23,7 @@ from typing import Final, Literal
 
 from services.kit.registry import Registry
 from services.kit.registry.memory import memory_needs
-from services.scheduler.place import NONE, Demand, Place, State, waiting_longest, worth
+from services.scheduler.place import MIN_TURN_MS, NONE, Demand, Place, State, waiting_longest, worth
 from services.scheduler.resources import Tokens
 
 AHEAD_MS: Final = 1_000
@@ -74,6 +74,8 @@ class Residency:
     wants_core: bool = False
     """A model has its room and waits for a core to load with, so whatever ends may matter."""
     _pressure_ms: int = 0
+    _over_ms: int | None = None
+    """Since when more is held than there is."""
 
     def declare(self, registry: Registry) -> None:
         """Take over the models of a registry, at the start or when it has changed; what is known of them stays.
@@ -230,6 +232,15 @@ class Residency:
             and place.state in (State.PARKED, State.UNLOADING)
         )
 
+    def too_large(self, place: Place) -> bool:
+        """True if it needs more than all that come and go could ever free for it: it was measured, or has changed."""
+        staying = (
+            other.model
+            for other in self.places.values()
+            if other is not place and (other.residency == "hot" or (other.pinned and other.state is State.LOADED))
+        )
+        return place.need_bytes > self.tokens.memory_bytes - sum(map(self.tokens.held_by, staying))
+
     def _look_at(self, place: Place, demand: Demand, at_ms: int) -> None:
         if place.kept_until_ms is not None:
             if place.kept_until_ms <= at_ms:
@@ -370,7 +381,7 @@ class Residency:
         for place in self.guests.values():
             if not place.closing:
                 continue
-            if needed is None:
+            if needed is None and self.tokens.free_bytes >= 0:
                 place.closing = False
             elif not demand.get(place.model, NONE).running and place.state in (State.LOADED, State.DEGRADED):
                 orders.append(self._unload(place, "room", at_ms))
@@ -386,8 +397,13 @@ class Residency:
         return orders
 
     def _relieve(self, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
-        """Unload idle models, whatever they are worth, while measured memory exceeds what there is."""
+        """Unload idle models, whatever they are worth, while more memory is held than there is: models were measured to
+        take more than was thought, or a reload has changed the sums. Busy ones make way if that lasts."""
         over = -self.tokens.free_bytes
+        if over <= 0:
+            self._over_ms = None
+        elif self._over_ms is None:
+            self._over_ms = at_ms
         if over <= 0 and not (self.low and at_ms - self._pressure_ms >= PRESSURE_EVERY_MS):
             return []
         over -= self._coming_bytes()
@@ -405,7 +421,24 @@ class Residency:
             self._pressure_ms = at_ms
             if over <= 0:
                 break
+        if over > 0 and self._over_ms is not None:
+            self._close_busy(over, demand, self._over_ms + MIN_TURN_MS, at_ms)
         return orders
+
+    def _close_busy(self, over: int, demand: Mapping[str, Demand], from_ms: int, at_ms: int) -> None:
+        """Close busy models, least valuable first, so that they run dry."""
+        if at_ms < from_ms:
+            self._due(from_ms)
+            return
+        staying = [p for p in self.guests.values() if self.tokens.held_by(p.model) and not (p.closed or p.pinned)]
+        for place in sorted(staying, key=lambda p: worth(p, demand)):
+            last = len(staying) == 1 and self.too_large(place)  # it would only be loaded anew
+            if over <= 0 or last:
+                return
+            if place.state in (State.LOADED, State.DEGRADED):
+                place.closing = True
+                over -= self.tokens.held_by(place.model)
+                staying.remove(place)
 
     def _unload_idle(self, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
         orders = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from protocol.messages.infer import ChatMessage, InferFinal, InferRequest
 from protocol.messages.result import TaskState
 from services.kit.registry import Registry
@@ -150,3 +152,45 @@ def test_a_removed_model_that_comes_back_keeps_what_it_holds() -> None:
     reload(world, registry)
     world.run_for(100_000)
     assert (world.place("worker").state, world.place("worker").held_bytes) == ("loaded", 6 * GB)
+
+
+def keep_busy(world: Stack, *roles: str) -> list[str]:
+    """Work for minutes on the models of these roles; returns the tasks."""
+    tasks = [world.submit(task_of([{"id": f"S{i}", "actor": role} for i in range(40)])) for role in roles]
+    world.run_for(5_000)
+    return tasks
+
+
+def free_bytes(world: Stack) -> int:
+    assert world.hub is not None
+    return world.hub.broker.tokens.free_bytes
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_busy_models_make_way_where_the_hot_ones_take_more_than_was_thought(measured: bool) -> None:
+    """By a reload that adds one, or by a measurement."""
+    hot = {"memory_bytes": 1_000 if measured else 0}
+    registry = registry_of(budget=8 * GB + 1_000, worker=warm(4 * GB), specialist=warm(4 * GB), front=hot)
+    world = stack(registry, say("fine", 1_500))
+    tasks = keep_busy(world, "worker", "coder")
+    assert world.most_held >= 8 * GB
+    if measured:
+        world.peers["inference-front"].model_bytes = 4 * GB
+    else:
+        reload(world, changed(registry, front={"memory_bytes": 4 * GB}))
+    world.run_for(2_000)
+    assert free_bytes(world) < -3 * GB
+    began = len(world.peers["inference-worker"].started) + len(world.peers["inference-specialist"].started)
+    world.run_for(13_000)
+    assert free_bytes(world) >= 0, "after a turn one of them has run dry"
+    assert len(world.peers["inference-worker"].started) + len(world.peers["inference-specialist"].started) > began
+    assert [world.finish(task, limit_ms=600_000).state for task in tasks] == [TaskState.SUCCEEDED] * 2
+
+
+def test_the_only_model_beside_those_that_stay_works_on_where_unloading_it_would_change_nothing() -> None:
+    registry = registry_of(budget=8 * GB, specialist=warm(4 * GB), front={"memory_bytes": 1_000})
+    world = stack(registry, say("fine", 1_500))
+    (task,) = keep_busy(world, "coder")
+    world.peers["inference-front"].model_bytes = 5 * GB
+    world.finish(task, limit_ms=600_000)
+    assert world.peers["inference-specialist"].loads == 1
