@@ -21,7 +21,7 @@ from services.scheduler.calls import Command
 from services.scheduler.events import Noted, Send
 from services.scheduler.foresight import needed_soon
 from services.scheduler.peers import Peer
-from services.scheduler.place import Demand, State
+from services.scheduler.place import Demand, Place, State
 from services.scheduler.ranks import Ranking
 from services.scheduler.residency import TRUST_MS, Order, Residency
 from services.scheduler.tasks import TaskRecord
@@ -260,10 +260,20 @@ class Loading:
             case State.PARKED if place.pause_ms > at_ms:
                 pause_s = (place.pause_ms - at_ms) / 1000
                 return f"waits for {model}: loading it failed, next try in {pause_s:.0f} s; see: tierline tail"
+            case State.PARKED if self.residency.too_large(place):
+                return f"waits for memory: {model} {self._too_large(place)}"
             case State.PARKED:
                 return f"waits for memory: {model} needs {_gib(place.need_bytes)}, {self._who_has_it()}"
             case _:
                 return None
+
+    def _too_large(self, place: Place) -> str:
+        needs = "was measured to need" if place.measured_bytes else "needs"
+        return (
+            f"{needs} {_gib(place.need_bytes)}, more than the budget of {_gib(self.broker.tokens.memory_bytes)} holds "
+            "beside the models that stay (hot, pinned); it loads only while no other one is in memory and the machine has "
+            "as much left: lower its context_tokens or slots in models.yaml, or raise memory_bytes in hardware.yaml"
+        )
 
     def _who_has_it(self) -> str:
         tokens = self.broker.tokens

@@ -6,11 +6,11 @@ unloading whoever is worth least, never under running work. What is held comes f
 measured it.
 
 Progress. Models that are waited for load in the order in which their wait began; the first one's claim is kept free,
-so nobody overtakes it into the room it needs. An idle model makes way after a minimum residence, a busy one after a
-turn: it is closed (gets no new work), runs dry, and is unloaded. Work never waits for memory while it holds a slot, and
-the registry's rules say that everything that stays and the largest model that does not fit together, so the first in
-line always gets its room. Both times grow with the time that loading takes, so that no more than a fixed part of the
-time is spent on loading, whatever is asked for.
+so nobody overtakes it into the room it needs. One that needs more than it could ever have stands in nobody's way. An
+idle model makes way after a minimum residence, a busy one after a turn: it is closed (gets no new work), runs dry, and
+is unloaded. Work never waits for memory while it holds a slot, and the registry's rules say that everything that stays
+and the largest model that does not fit together, so the first in line always gets its room. Both times grow with the
+time that loading takes, so that no more than a fixed part of the time is spent on loading, whatever is asked for.
 
 Who is told what, and what services say, is `loading`'s business.
 """
@@ -301,27 +301,29 @@ class Residency:
                     orders.append(self._load(place, why, at_ms))
                     continue
                 self.wants_core = True
+            elif self.too_large(place):
+                # No room is made or kept for it: it can have none, and those behind it would wait for ever.
+                if first is None and self._begin_alone(place, at_ms):
+                    orders.append(self._load(place, why, at_ms))
+                continue
             elif first is None:
                 orders += self._make_room(place, demand, at_ms)
-                if self._is_alone(place) and self._begin(place, at_ms, overdraw=True):
-                    orders.append(self._load(place, why, at_ms))
-                    continue
             first = first or place
             claimed += place.need_bytes
         return first
 
-    def _begin(self, place: Place, at_ms: int, *, overdraw: bool = False) -> bool:
-        if overdraw and self.available_bytes is not None and self.available_bytes < place.need_bytes:
-            return False
-        return self.tokens.begin_load(place.model, place.need_bytes, at_ms, overdraw=overdraw)
+    def _begin(self, place: Place, at_ms: int) -> bool:
+        return self.tokens.begin_load(place.model, place.need_bytes, at_ms)
 
-    def _is_alone(self, place: Place) -> bool:
-        """Nobody is left who could make way, since models were measured to take more than was thought."""
-        return not self.leaving and not any(
-            self.tokens.held_by(other.model)
-            for other in self.guests.values()
-            if other is not place and not (other.pinned and other.state is State.LOADED)
-        )
+    def _begin_alone(self, place: Place, at_ms: int) -> bool:
+        """Begin to load what is too large, where nobody is left who could make way and the machine has the memory."""
+        others = (other for other in self.guests.values() if other is not place)
+        holders = [other for other in others if self.tokens.held_by(other.model)]
+        alone = not self.leaving and all(other.pinned and other.state is State.LOADED for other in holders)
+        if not alone or (self.available_bytes is not None and self.available_bytes < place.need_bytes):
+            self.tokens.end_load(place.model)  # it may have closed the door for its core
+            return False
+        return self.tokens.begin_load(place.model, place.need_bytes, at_ms, overdraw=True)
 
     def _make_room(self, place: Place, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
         """Unload idle models, and close busy ones that have had their turn, if that gives `place` its room."""

@@ -10,6 +10,7 @@ from protocol.messages.infer import ChatMessage, InferFinal, InferRequest
 from protocol.messages.result import TaskState
 from services.kit.registry import Registry
 from services.kit.registry.acceleration import Declared
+from services.scheduler import events as ev
 from tests.unit.simulation import say, task_of
 from tests.unit.test_scheduler_batches import Asker
 from tests.unit.test_scheduler_reload import edited, reload
@@ -194,3 +195,24 @@ def test_the_only_model_beside_those_that_stay_works_on_where_unloading_it_would
     world.peers["inference-front"].model_bytes = 5 * GB
     world.finish(task, limit_ms=600_000)
     assert world.peers["inference-specialist"].loads == 1
+
+
+def test_a_model_that_cannot_have_its_room_keeps_nobody_else_from_loading_and_the_reason_is_said() -> None:
+    registry = registry_of(budget=8 * GB, specialist=warm(4 * GB), worker=warm(2 * GB))
+    world = stack(registry)
+    world.peers["inference-specialist"].model_bytes = 10 * GB
+    world.finish(world.submit(task_of([{"id": "S", "actor": "coder"}])))
+    world.run_for(1_500)
+    world.ask("model.unload", "specialist")
+    world.run_for(500)
+    world.feed(ev.MemorySeen(9 * GB, world.now))
+    large = world.submit(task_of([{"id": "S", "actor": "coder"}]))
+    world.run_for(500)
+    small = world.submit(task_of([{"id": "W"}]))
+    assert world.finish(small, limit_ms=10_000).state is TaskState.SUCCEEDED
+    (why,) = world.show(large).waiting
+    assert "specialist was measured to need 9.3 GiB, more than the budget of 7.5 GiB holds" in why
+    assert world.place("specialist").waiting == why[why.index("waits for memory") :]
+    world.feed(ev.MemorySeen(12 * GB, world.now))
+    world.ask("model.unload", "worker")
+    assert world.finish(large, limit_ms=10_000).state is TaskState.SUCCEEDED, "alone, where the machine has the memory"
