@@ -271,8 +271,8 @@ class Loading:
         needs = "was measured to need" if place.measured_bytes else "needs"
         return (
             f"{needs} {_gib(place.need_bytes)}, more than the budget of {_gib(self.broker.tokens.memory_bytes)} holds "
-            "beside the models that stay (hot, pinned); it loads only while no other one is in memory and the machine has "
-            "as much left: lower its context_tokens or slots in models.yaml, or raise memory_bytes in hardware.yaml"
+            "beside the models that stay (hot, pinned); it loads only while no other one is in memory and the machine "
+            "has as much left: lower its context_tokens or slots in models.yaml, or raise memory_bytes in hardware.yaml"
         )
 
     def _who_has_it(self) -> str:

@@ -67,6 +67,9 @@ class Place:
     state: State = State.ABSENT
     since_ms: int = 0
     """When the state began."""
+    resident: bool = False
+    """It has been in memory since `loaded_ms`. A service that changes the mode of its engine, or holds calls back for
+    that, says that it is loading: nobody ordered it, and it ends no residence."""
     loaded_ms: int = 0
     measured_bytes: int = 0
     """Highest measurement of this residence, or of the last one."""

@@ -158,11 +158,12 @@ class Residency:
     def _enter(self, place: Place, state: State, at_ms: int) -> None:
         if state is place.state:
             return
-        if state is State.LOADED:
+        if state is State.LOADED and not place.resident:
             if place.state is State.LOADING and place.wish:
                 place.load_ms = max(1, at_ms - place.since_ms)
-            if place.state is not State.UNLOADING:
-                place.loaded_ms, place.fresh = at_ms, True
+            place.loaded_ms, place.fresh, place.resident = at_ms, True, True
+        elif state in (State.ABSENT, State.PARKED, State.DEGRADED):
+            place.resident = False
         place.state, place.since_ms = state, at_ms
 
     def joined(self, model: str) -> None:

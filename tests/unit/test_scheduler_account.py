@@ -8,13 +8,16 @@ import pytest
 
 from protocol.messages.infer import ChatMessage, InferFinal, InferRequest
 from protocol.messages.result import TaskState
+from protocol.messages.session import PeerState
 from services.kit.registry import Registry
 from services.kit.registry.acceleration import Declared
+from services.kit.session import StateChanged
 from services.scheduler import events as ev
+from services.scheduler.place import State
 from tests.unit.simulation import say, task_of
 from tests.unit.test_scheduler_batches import Asker
 from tests.unit.test_scheduler_reload import edited, reload
-from tests.unit.test_scheduler_residency import GB, Stack, registry_of, stack, warm
+from tests.unit.test_scheduler_residency import GB, LOAD_MS, Stack, registry_of, stack, warm
 
 FILE = Declared(
     architecture="llama",
@@ -216,3 +219,42 @@ def test_a_model_that_cannot_have_its_room_keeps_nobody_else_from_loading_and_th
     world.feed(ev.MemorySeen(12 * GB, world.now))
     world.ask("model.unload", "worker")
     assert world.finish(large, limit_ms=10_000).state is TaskState.SUCCEEDED, "alone, where the machine has the memory"
+
+
+def change_mode(world: Stack, model: str, took_ms: int) -> None:
+    """Its service holds calls back and loads the model anew, without being told to."""
+    peer = world.peers[f"inference-{model}"]
+    peer.feed(StateChanged(PeerState.LOADING))
+    world.run_for(took_ms)
+    peer.feed(StateChanged(PeerState.READY))
+
+
+def test_a_change_of_mode_is_no_loading_and_begins_no_residence() -> None:
+    world = stack(registry_of(specialist=warm(4 * GB)))
+    world.finish(world.submit(task_of([{"id": "S", "actor": "coder"}])))
+    assert world.hub is not None
+    place = world.hub.loading.residency.places["specialist"]
+    before = (place.load_ms, place.loaded_ms)
+    assert before[0] < 2 * LOAD_MS
+    world.run_for(1_000)
+    change_mode(world, "specialist", 60_000)
+    world.run_for(1_500)
+    assert place.state is State.LOADED
+    assert (place.load_ms, place.loaded_ms) == before
+
+
+def test_a_model_that_often_changes_its_mode_makes_way_after_its_turn() -> None:
+    world = stack(registry_of(specialist=warm(6 * GB), worker=warm(6 * GB)), say("fine", 500))
+    many = [*keep_busy(world, "worker"), *keep_busy(world, "worker")]
+
+    def change() -> None:
+        if world.peers["inference-worker"].session.state is PeerState.READY:
+            world.peers["inference-worker"].feed(StateChanged(PeerState.LOADING))
+            world.later(300, lambda: world.peers["inference-worker"].feed(StateChanged(PeerState.READY)))
+        world.later(4_000, change)
+
+    change()
+    world.run_for(1_000)
+    other = world.submit(task_of([{"id": "S", "actor": "coder"}]))
+    assert world.finish(other, limit_ms=8_000).state is TaskState.SUCCEEDED
+    assert [world.finish(task, limit_ms=300_000).state for task in many] == [TaskState.SUCCEEDED] * 2
