@@ -87,13 +87,12 @@ class Residency:
         self.places = {}
         needs = memory_needs(registry.models)
         for name, entry in registry.served.items():
-            need = needs[name]
-            if not entry.is_local or (need == 0 and entry.residency == "hot"):
+            if not entry.is_local:
                 continue
             place = self.places[name] = known.pop(name) if name in known else Place(name)
             if name in self.leaving and place.state is not State.ABSENT:
                 place.kept_until_ms = None
-            place.declare(registry.launch(name), need)
+            place.declare(registry.launch(name), needs[name])
             if place.residency == "hot":
                 held = self.tokens.held_by(name) if place.outdated else 0
                 self.tokens.book_memory(name, max(held, place.need_bytes))
@@ -146,11 +145,12 @@ class Residency:
             place.wish, place.pause_ms = None, at_ms + REFUSED_PAUSE_MS
         if state is not place.state and state is not State.LOADING:
             self.tokens.end_load(place.model)
+        found = place.state is State.ABSENT
         self._enter(place, state, at_ms)
         if state is State.PARKED:
             self.tokens.release_memory(place.model)
             place.wish, place.closing, place.outdated = None, False, False
-        elif not self.tokens.held_by(place.model):
+        elif not self.tokens.held_by(place.model) and (found or state is not State.UNLOADING):
             self.tokens.book_memory(place.model, place.need_bytes)  # found, not granted: an earlier hub gave it
         if state is State.LOADED:
             place.asked_ms = None

@@ -11,7 +11,7 @@ from protocol.messages.result import TaskState
 from protocol.messages.session import PeerState
 from services.kit.registry import Registry
 from services.kit.registry.acceleration import Declared
-from services.kit.session import StateChanged
+from services.kit.session import DrainAsked, StateChanged
 from services.scheduler import events as ev
 from services.scheduler.place import State
 from tests.unit.simulation import say, task_of
@@ -258,3 +258,20 @@ def test_a_model_that_often_changes_its_mode_makes_way_after_its_turn() -> None:
     other = world.submit(task_of([{"id": "S", "actor": "coder"}]))
     assert world.finish(other, limit_ms=8_000).state is TaskState.SUCCEEDED
     assert [world.finish(task, limit_ms=300_000).state for task in many] == [TaskState.SUCCEEDED] * 2
+
+
+def test_a_parked_model_whose_process_leaves_is_not_taken_to_be_in_memory() -> None:
+    world = stack(registry_of(specialist=warm(6 * GB), worker=warm(6 * GB)))
+    world.finish(world.submit(task_of([{"id": "W"}])))
+    world.peers["inference-specialist"].feed(DrainAsked("its entry has changed"))
+    world.run_for(4_500)
+    assert world.place("specialist").held_bytes == 0
+    assert world.place("worker").state == "loaded"
+
+
+def test_a_hot_model_whose_file_came_after_the_hub_had_started_is_in_the_account_once_it_is_measured() -> None:
+    world = stack(registry_of(worker=warm(4 * GB)))
+    assert world.place("front").held_bytes == 0
+    world.peers["inference-front"].model_bytes = 3 * GB
+    world.run_for(1_500)
+    assert world.place("front").held_bytes == 3 * GB

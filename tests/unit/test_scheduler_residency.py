@@ -64,7 +64,8 @@ class Stack(World):
             self.most_held = max(self.most_held, self.hub.broker.tokens.held_bytes)
             for peer in self.hub.broker.peers.values():
                 place = self.hub.loading.residency.guests.get(peer.capabilities[0][6:] if peer.capabilities else "")
-                assert not (peer.calls and place is not None and place.state is State.UNLOADING), "unloaded under work"
+                unloads = place is not None and place.state is State.UNLOADING and peer.state is not PeerState.DRAINING
+                assert not (peer.calls and unloads), "unloaded under work"
         self.most_in_memory = max(self.most_in_memory, self.in_memory())
 
     def in_memory(self) -> int:
@@ -327,11 +328,14 @@ class Weather(Stack):
             self.later(self.draw.randint(100, 2_000), self.boot_hub)
         self.later(1_000, self.blow)
 
+    def revive(self, peer: SimPeer) -> None:
+        peer.start()
+
     def hit(self, peer: SimPeer) -> None:
         kind = self.draw.choice(self.kinds)
         if kind == "kill":
             peer.kill()
-            self.later(self.draw.randint(100, 2_000), peer.start)
+            self.later(self.draw.randint(100, 2_000), lambda: self.revive(peer))
         elif kind == "cut":
             peer.disconnect()
         else:

@@ -74,7 +74,9 @@ class SimPeer:
         self.boots = 0
         self.started: list[str] = []
         self.registry: str | None = None
-        """Digest that its pongs name; what it is told about the registry it does not follow."""
+        """Digest that its pongs name."""
+        self.follow: Callable[[s.FollowRegistry], object] | None = None
+        """What it does when it is told of another registry; None = nothing."""
         self._inbox: list[s.Event] = []
         """What happened to a frozen process: it notices when it thaws."""
         self._working: dict[str, int] = {}
@@ -167,8 +169,11 @@ class SimPeer:
                 self._change_residence(loaded=loaded)
             case s.Reopen():
                 self._reopen()
-            case s.Deliver() | s.FollowRegistry():
-                pass  # these peers ask nobody anything, and have no registry
+            case s.FollowRegistry():
+                if self.follow is not None:
+                    self.follow(command)
+            case s.Deliver():
+                pass  # these peers ask nobody anything
             case s.Stop(reason):
                 raise SimulationError(f"{self.service} was told to stop: {reason}")
 
