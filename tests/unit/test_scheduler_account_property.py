@@ -18,7 +18,9 @@ from protocol.messages.result import TaskState
 from protocol.messages.session import PeerState
 from services.kit import session as s
 from services.kit.registry import Registry
+from services.kit.registry.acceleration import Declared
 from services.kit.registry.launch import Launch
+from services.kit.registry.memory import memory_need_bytes
 from services.scheduler import events as ev
 from services.scheduler.events import Event
 from services.scheduler.place import MIN_TURN_MS
@@ -26,7 +28,7 @@ from services.scheduler.simulation.tiers import memory_takes
 from tests.unit.simulation import Answer, SimPeer, final_of, gates_pass, plan_as_given, task_of
 from tests.unit.test_scheduler_batches import Asker
 from tests.unit.test_scheduler_reload import edited, reload
-from tests.unit.test_scheduler_residency import GB, Weather, registry_of, warm
+from tests.unit.test_scheduler_residency import GB, Weather, registry_of
 
 GUESTS = ("specialist", "worker")
 LONGEST_CALL_MS = 4_000
@@ -36,6 +38,21 @@ RELIEVED_MS = MIN_TURN_MS + 2 * LONGEST_CALL_MS + 10_000
 """Over budget for a turn, then until the running calls have ended and the processes are gone."""
 HUGE = {"specialist": 8.0}
 """Far more than the machine has."""
+
+
+FILE = Declared(
+    architecture="llama",
+    parameters_b=1,
+    file_bytes=GB // 2,
+    context_tokens=65_536,
+    vocabulary_tokens=32_000,
+    kv_bytes_per_token=1_000_000,
+)
+
+
+def sized(size: int) -> dict[str, object]:
+    """Fields of an entry that needs about so much, most of it for its context: what its file has says little."""
+    return {"declared": FILE, "slots": 1, "context_tokens": (size - GB // 2) // 1_000_000}
 
 
 class Reloads(Weather):
@@ -70,7 +87,7 @@ class Reloads(Weather):
 
     def takes(self, model: str) -> int:
         launch = self.launched.get(model)
-        return 0 if launch is None else int((launch.entry.memory_bytes or 0) * self.surprise.get(model, 1.0))
+        return 0 if launch is None else int(memory_need_bytes(launch.entry) * self.surprise.get(model, 1.0))
 
     def revive(self, peer: SimPeer) -> None:
         self.begin(peer)
@@ -154,7 +171,7 @@ works = st.lists(roles, min_size=1, max_size=5)
 sizes = st.sampled_from([2 * GB, 4 * GB, 6 * GB])
 edits = st.tuples(
     st.integers(0, 15_000),
-    st.sampled_from(["size", "size", "context", "remove", "back", "hot", "call"]),
+    st.sampled_from(["size", "size", "other", "remove", "back", "hot", "call"]),
     st.sampled_from(GUESTS),
     sizes,
 )
@@ -164,16 +181,16 @@ def after(files: Registry, first: Registry, kind: str, model: str, size: int) ->
     """The files after an edit. Roles of a model that is not there have the front model."""
     models: dict[str, Any] = {}
     if kind == "size" and model in files.models:
-        models[model] = files.models[model].model_copy(update={"memory_bytes": size})
-    elif kind == "context" and model in files.models:
-        tokens = files.models[model].context_tokens
-        models[model] = files.models[model].model_copy(update={"context_tokens": tokens + 256})
+        models[model] = files.models[model].model_copy(update=sized(size))
+    elif kind == "other" and model in files.models:
+        batch = files.models[model].ubatch_tokens
+        models[model] = files.models[model].model_copy(update={"ubatch_tokens": 256 if batch != 256 else 512})
     elif kind == "hot":
-        models["front"] = files.models["front"].model_copy(update={"memory_bytes": size // 3})
+        models["front"] = files.models["front"].model_copy(update={"memory_bytes": size // 4})
     elif kind == "remove":
         models[model] = None
     elif kind == "back":
-        models[model] = first.models[model].model_copy(update={"memory_bytes": size})
+        models[model] = first.models[model].model_copy(update=sized(size))
     there = {name for name in GUESTS if models.get(name, files.models.get(name)) is not None} | {"front"}
     roles = {
         name: role if role.model in there else role.model_copy(update={"model": "front"})
@@ -202,7 +219,8 @@ def test_whatever_is_reloaded_and_measured_the_account_covers_what_is_held_and_e
     seed: int,
 ) -> None:
     draw = random.Random(seed)
-    first = registry_of(cores=3, front={"memory_bytes": GB}, specialist=warm(need[0]), worker=warm(need[1]))
+    guests = {model: {"residency": "warm"} | sized(size) for model, size in zip(GUESTS, need, strict=True)}
+    first = registry_of(cores=3, front={"memory_bytes": GB}, **guests)
     world = Reloads(first, draw, trouble, surprise)
 
     def answer(_header: Header, _body: bytes) -> Answer:
