@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from protocol.header import Header
@@ -32,6 +32,7 @@ from tests.unit.test_scheduler_residency import GB, Weather, registry_of
 
 GUESTS = ("specialist", "worker")
 LONGEST_CALL_MS = 4_000
+LONGEST_LOAD_MS = 3_500
 MEASURED_MS = 3_500
 """Until what is measured has arrived: it goes with a pong, one each second."""
 RELIEVED_MS = MIN_TURN_MS + 2 * LONGEST_CALL_MS + 10_000
@@ -153,11 +154,14 @@ class Reloads(Weather):
             model = peer.service.removeprefix("inference-")
             if self.holds(peer) <= tokens.held_by(model):
                 self.uncovered_ms.pop(model, None)
+            elif peer.session.state is PeerState.DRAINING and self.surprise:
+                assert tokens.held_by(model), f"{model} has memory that nobody booked"
             elif peer.session.state is PeerState.READY or not self.surprise:
                 since = self.uncovered_ms.setdefault(model, self.now)
                 assert self.surprise, f"{model} has memory that nobody booked"
                 assert self.now - since <= MEASURED_MS, f"{model} has more memory than is booked"
         residency = self.hub.loading.residency
+        assert all(place.load_ms <= LONGEST_LOAD_MS for place in residency.guests.values()), "none takes so long"
         holders = [one for one in (*residency.guests, *residency.leaving) if tokens.held_by(one)]
         if tokens.free_bytes >= 0 or len(holders) < 2:
             self.over_ms = None
@@ -171,7 +175,7 @@ works = st.lists(roles, min_size=1, max_size=5)
 sizes = st.sampled_from([2 * GB, 4 * GB, 6 * GB])
 edits = st.tuples(
     st.integers(0, 15_000),
-    st.sampled_from(["size", "size", "other", "remove", "back", "hot", "call"]),
+    st.sampled_from(["size", "size", "other", "remove", "back", "hot", "call", "last call", "mode"]),
     st.sampled_from(GUESTS),
     sizes,
 )
@@ -210,6 +214,22 @@ def after(files: Registry, first: Registry, kind: str, model: str, size: int) ->
     edits=st.lists(edits, max_size=6),
     seed=st.integers(0, 2**32),
 )
+@example(  # busy guests, and a hot model that grows
+    need=(4 * GB, 4 * GB), trouble=0.0, surprise={}, seed=1,
+    arrivals=[(0, ["worker", "coder"] * 30)], edits=[(9_000, "hot", "worker", 9 * GB)],
+)  # fmt: skip
+@example(  # a program's call runs on a model that leaves
+    need=(6 * GB, 6 * GB), trouble=0.0, surprise={}, seed=1,
+    arrivals=[(3_000, ["coder"])], edits=[(0, "last call", "worker", 0)],
+)  # fmt: skip
+@example(  # one that cannot have its room is waited for
+    need=(6 * GB, 2 * GB), trouble=0.0, surprise=HUGE, seed=1,
+    arrivals=[(0, ["coder"]), (30_000, ["coder"]), (100, ["worker"])], edits=[(12_000, "mode", "worker", 0)],
+)  # fmt: skip
+@example(  # a change of mode
+    need=(4 * GB, 4 * GB), trouble=0.0, surprise={}, seed=1,
+    arrivals=[(0, ["worker"]), (30_000, ["worker"])], edits=[(8_000, "mode", "worker", 0)],
+)  # fmt: skip
 def test_whatever_is_reloaded_and_measured_the_account_covers_what_is_held_and_every_task_ends(
     need: tuple[int, int],
     trouble: float,
@@ -238,9 +258,16 @@ def test_whatever_is_reloaded_and_measured_the_account_covers_what_is_held_and_e
     def edit(kind: str, model: str, size: int) -> None:
         if world.hub is None:
             return
-        if kind == "call":
+        peer = world.peers[f"inference-{model}"]
+        if kind == "mode":
+            if peer.session.state is PeerState.READY:
+                peer.feed(s.StateChanged(PeerState.LOADING))
+                world.later(draw.randint(100, 20_000), lambda: peer.feed(s.StateChanged(PeerState.READY)))
+        elif kind.endswith("call"):
             request = InferRequest(role="test", messages=[ChatMessage(role="user", content="Hi")], max_tokens=4)
             Asker(world).infer(model, request, f"K{world.now}")
+            if kind == "last call":
+                world.later(draw.randint(0, 4_000), lambda: edit("remove", model, size))
         else:
             world.reload(after(world.files, first, kind, model, size))
 
