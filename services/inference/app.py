@@ -43,6 +43,7 @@ class InferenceService:
     """One entry of models.yaml as a peer of the hub."""
 
     def __init__(self, home: Home, registry: Registry, launch: Launch) -> None:
+        self._registry = registry
         self._launch = launch
         self._entry = entry = launch.entry
         self._service = Service(home, service_name(entry.name), (f"infer.{entry.name}",), slots=entry.slots)
@@ -66,7 +67,9 @@ class InferenceService:
 
             engine = RemoteEngine(self._entry, service.home, service.clock, service.log, service.set_state)
         else:
-            engine = EngineSupervisor(self._launch, service.home, service.clock, service.log, service.set_state)
+            engine = EngineSupervisor(
+                self._registry, self._launch, service.home, service.clock, service.log, service.set_state
+            )
             service.model_bytes = engine.model_bytes
             service.on_residence = engine.reside
         self._engine = engine
@@ -91,6 +94,8 @@ class InferenceService:
                 self._wanted_again.set()
             return False
         if entry is not None and registry.launch(entry.name).same_as(self._launch):
+            if isinstance(self._engine, EngineSupervisor):
+                self._engine.needs.registry = registry
             return True
         if entry is None and needed:
             return False  # running work still uses it; the hub will say when they have ended

@@ -7,6 +7,7 @@ allow is decided by the registry's constraints.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from services.inference.probe import ProbeFailed, probe
@@ -25,9 +26,14 @@ class ModelFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: tuple[Stamp, ModelFacts] | None = None
+        self._reading = asyncio.Lock()
 
     async def check(self) -> ModelFacts:
         """Raise BadModelFile unless the header is sound and all tensors lie within the file; returns the facts."""
+        async with self._reading:
+            return await self._check()
+
+    async def _check(self) -> ModelFacts:
         try:
             now = stamp(self.path)
             with opened(self.path) as stream:

@@ -22,15 +22,16 @@ from services.inference import machine as m
 from services.inference.command_line import HOST, modes_of
 from services.inference.engines import Engine, EngineUnusable, choose_engine, environment
 from services.inference.llama_http import EngineError, EngineFaulty, LlamaServer
-from services.inference.model_file import BadModelFile, ModelFile
+from services.inference.model_file import BadModelFile
 from services.inference.modes import EngineModes
+from services.inference.needs import MemoryNeeds
 from services.inference.slots import SlotDesk
 from services.kit import children
 from services.kit.clock import Clock
 from services.kit.config import Home
 from services.kit.gguf_facts import stamp
 from services.kit.logs import Log, LogEvent
-from services.kit.registry import ModelEntry
+from services.kit.registry import ModelEntry, Registry
 from services.kit.registry.constraints import violations
 from services.kit.registry.launch import Launch
 
@@ -60,7 +61,13 @@ class EngineSupervisor:
     """Keeps one engine child alive. `report` is called with every state the hub should know."""
 
     def __init__(
-        self, launch: Launch, home: Home, clock: Clock, log: Log, report: Callable[[PeerState, str | None], None]
+        self,
+        registry: Registry,
+        launch: Launch,
+        home: Home,
+        clock: Clock,
+        log: Log,
+        report: Callable[[PeerState, str | None], None],
     ) -> None:
         entry = launch.entry
         if entry.path is None:
@@ -75,9 +82,11 @@ class EngineSupervisor:
         self._clock = clock
         self._log = log
         self._report = report
-        self._model_file = ModelFile(entry.path)
+        self.needs = MemoryNeeds(registry)
+        """What this model and those beside it will take."""
+        self._model_file = self.needs.file(entry.path)
         draft = launch.draft.path if launch.draft is not None else None
-        self._draft_file = None if draft is None else ModelFile(draft)
+        self._draft_file = None if draft is None else self.needs.file(draft)
         self._output = home.logs / f"inference-{entry.name}.engine.out"
         self._life = m.EngineLife(load_deadline_ms=int(entry.load_deadline_s * 1000), wanted=entry.residency == "hot")
         self._decided = asyncio.Event()
@@ -244,12 +253,12 @@ class EngineSupervisor:
 
     async def _prepared(self, engine: Engine) -> Launch:
         """The launch with the files as they are now. Raises BadModelFile, and EngineUnusable where a rule forbids it:
-        the files may have changed since the registry was checked, and some rules ask for the build."""
+        the files may have changed since the registry was checked, and some rules ask for the build or other models."""
         facts = await self._model_file.check()
         draft_facts = await self._draft_file.check() if self._draft_file is not None else None
         prepared = self._launched_from.with_facts(facts, draft_facts)
         await engine.check(prepared)
-        broken = violations(prepared, engine.build)
+        broken = [*violations(prepared, engine.build), *await self.needs.over_committed(prepared)]
         if broken:
             raise EngineUnusable("; ".join(map(str, broken)))
         return prepared

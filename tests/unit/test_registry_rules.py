@@ -7,7 +7,7 @@ import pytest
 
 from services.kit.model_facts import KvShape, ModelFacts
 from services.kit.registry import Problem, Registry, RegistryError, UnknownNameError, load_registry
-from services.kit.registry.memory import expected_load_s, file_bytes, memory_need_bytes, memory_needs
+from services.kit.registry.memory import expected_load_s, file_bytes, memory_need_bytes, memory_needs, placed_before
 from tests.fakes.gguf_files import write_tiny_gguf
 
 GOOD = {
@@ -522,3 +522,10 @@ def test_a_placeholder_of_a_list_becomes_as_many_arguments_as_it_has(folder: Pat
     gate = load(folder).gates["unit"]
     assert gate.target == "artefacts"
     assert gate.command(artefacts=["/w/a", "/w/b"], python="/py") == ["/py", "-m", "pytest", "/w/a", "/w/b"]
+
+
+def test_hot_models_have_their_room_in_the_order_of_the_registry_and_one_that_has_none_stops_no_other() -> None:
+    needs = {"a": 4, "huge": 90, "b": 5, "c": 3, "d": 1}
+    assert placed_before("huge", needs, 10) == ["a"]
+    assert placed_before("c", needs, 10) == ["a", "b"]
+    assert placed_before("d", needs, 10) == ["a", "b"]

@@ -85,6 +85,22 @@ def resident_floor(models: Iterable[ModelEntry], needs: Mapping[str, int]) -> in
     return sum(needs[model.name] for model in models if model.residency == "hot" or model.pinned)
 
 
+def placed_before(name: str, needs: Mapping[str, int], budget: int) -> list[str]:
+    """Names of the hot entries that have their room before this one does, of `needs` in the order of the registry.
+
+    Whoever does not fit beside those before it has none, so that one entry too many does not stop all.
+    """
+    placed: list[str] = []
+    taken = 0
+    for other, need in needs.items():
+        if other == name:
+            break
+        if 0 < need <= budget - taken:
+            placed.append(other)
+            taken += need
+    return placed
+
+
 def largest_guest(models: Iterable[ModelEntry], needs: Mapping[str, int]) -> str | None:
     """Name of the largest warm or cold model that makes way for others; None if there is none.
 
