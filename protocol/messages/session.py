@@ -88,6 +88,8 @@ class Pong(Message):
     """Digest of the registry it works with; absent for a service that reads none."""
     model_bytes: int = Field(default=0, ge=0)
     """Memory that the loaded model is measured to take, its share of shared pages counted once; 0 = not measured."""
+    needs_bytes: int = Field(default=0, ge=0)
+    """Memory that its model will take when it is loaded, by the headers of its files; 0 = not known."""
     order: int = Field(default=0, ge=0)
     """Number of the newest `session.reside` of this session that it has heard; `state` is what came of it so far."""
 
@@ -142,7 +144,7 @@ class ModelReport(Message):
     state: Literal["absent", "parked", "loading", "loaded", "unloading", "degraded"]
     """`absent`: no service for it is there."""
     need_bytes: int = Field(ge=0)
-    """Memory it is expected to take: as measured when it was loaded last, else as declared or estimated."""
+    """Memory it is expected to take: as measured when it was loaded last, else as its service says, as declared or estimated."""
     held_bytes: int = Field(ge=0)
     """Memory booked for it out of the budget now."""
     measured_bytes: int = Field(ge=0)

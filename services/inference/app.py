@@ -71,6 +71,7 @@ class InferenceService:
                 self._registry, self._launch, service.home, service.clock, service.log, service.set_state
             )
             service.model_bytes = engine.model_bytes
+            service.needs_bytes = engine.needs_bytes
             service.on_residence = engine.reside
         self._engine = engine
         service.metrics = lambda: {**engine.figures(), **self._figures}

@@ -53,6 +53,7 @@ _SLOT_POLL_MAX_S: Final = 0.05
 _SLOT_ANSWER_S: Final = 30.0
 """A child that says nothing about its slots for so long is replaced; one batch of a large model takes seconds."""
 _MEASURE_S: Final = 10.0
+_FORESEE_S: Final = 10.0
 _MAX_OUTPUT_BYTES: Final = 16 * 1024 * 1024
 _TOTALS: Final = ("tokens_predicted_total", "prompt_tokens_total", "tokens_predicted_seconds_total")
 
@@ -100,6 +101,7 @@ class EngineSupervisor:
         self._speed = 0.0
         self._model_bytes = 0
         self._measured_s = 0.0
+        self._needs_bytes = 0
         self.engine_name: str = entry.engine
         self.calls = 0
         """Calls that may hold a slot at the moment."""
@@ -127,6 +129,7 @@ class EngineSupervisor:
 
     async def start(self) -> None:
         """Begin; returns when the engine is READY for the first time, or DEGRADED with a reason, or PARKED."""
+        self._spawn_task(self._foresee())
         self._spawn_task(self._tick())
         self._feed(m.Started(self._clock.now_ms()))
         await self._decided.wait()
@@ -199,6 +202,10 @@ class EngineSupervisor:
     def model_bytes(self) -> int:
         """What the loaded model is measured to take; 0 before the first measurement and without a child."""
         return self._model_bytes
+
+    def needs_bytes(self) -> int:
+        """What the model will take when it is loaded, by its files as they were looked at last; 0 = not known yet."""
+        return self._needs_bytes
 
     def child_bytes(self) -> int:
         """Resident memory of the child in bytes; 0 without one."""
@@ -352,6 +359,12 @@ class EngineSupervisor:
         measured = await asyncio.to_thread(children.proportional_bytes, self._child.pid)
         if server is self._server:
             self._model_bytes = measured
+
+    async def _foresee(self) -> None:
+        """Know what the model will take. Its files may come late, or be exchanged."""
+        while True:
+            self._needs_bytes = (await self.needs.of([self._entry.name]))[self._entry.name]
+            await asyncio.sleep(_FORESEE_S)
 
     async def _tick(self) -> None:
         while True:

@@ -108,6 +108,7 @@ class Service:
         """Called with the personas that are on trial, when the service joins and when they change; only planners are
         told."""
         self.model_bytes: Callable[[], int] = lambda: 0
+        self.needs_bytes: Callable[[], int] = lambda: 0
         self.resident_bytes: Callable[[], int] = lambda: psutil.Process().memory_info().rss
         self._drain_s = drain_s
         self._boot = boot_id()
@@ -380,6 +381,7 @@ class Service:
             metrics=self.metrics(),
             registry=None if self.follower is None else self.follower.digest,
             model_bytes=self.model_bytes(),
+            needs_bytes=self.needs_bytes(),
             order=self._session.order,
         )
 

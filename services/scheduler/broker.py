@@ -151,6 +151,7 @@ class Broker:
         peer.metrics = pong.metrics
         peer.registry = pong.registry
         peer.model_bytes = pong.model_bytes
+        peer.needs_bytes = pong.needs_bytes
         peer.order = pong.order
 
     def on_goodbye(self, peer: Peer) -> None:

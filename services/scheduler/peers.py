@@ -51,6 +51,7 @@ class Peer:
     registry: str | None = None
     """Digest of the registry that its newest pong names."""
     model_bytes: int = 0
+    needs_bytes: int = 0
     order: int = 0
     """Newest `session.reside` it has heard in this session."""
     told: int = 0

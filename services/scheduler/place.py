@@ -60,6 +60,8 @@ class Place:
     outdated: bool = False
     """Its process was started from an earlier entry: what that one holds is booked and says nothing of this one."""
     estimate_bytes: int = 0
+    told_bytes: int = 0
+    """What its service says it will take, which knows its files; 0 = it has not said."""
     floor_bytes: int = 0
     """Least that is booked while it is loaded: what is declared, else its file, which is mapped and not all in yet."""
     load_ms: int = 0
@@ -99,7 +101,7 @@ class Place:
         entry = launch.entry
         if self.launch is None or not self.launch.same_as(launch):
             self.outdated = self.launch is not None and self.state not in (State.ABSENT, State.PARKED)
-            self.measured_bytes, self.fresh = 0, False
+            self.measured_bytes, self.told_bytes, self.fresh = 0, 0, False
             self.load_ms = int(1000 * expected_load_s(entry))
         self.launch = launch
         self.residency, self.pinned = entry.residency, entry.pinned
@@ -120,7 +122,9 @@ class Place:
     @property
     def need_bytes(self) -> int:
         """Memory it takes, as far as is known."""
-        return max(self.measured_bytes, self.floor_bytes) if self.measured_bytes else self.estimate_bytes
+        if self.measured_bytes:
+            return max(self.measured_bytes, self.floor_bytes)
+        return self.told_bytes or self.estimate_bytes
 
     @property
     def closed(self) -> bool:

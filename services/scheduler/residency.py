@@ -130,6 +130,15 @@ class Residency:
             place.fresh = False
             self.tokens.book_memory(model, place.need_bytes)
 
+    def foretold(self, model: str, needs_bytes: int) -> None:
+        """What the service of a model says it will take, from the entry that is declared; 0 = it does not know."""
+        place = self.places.get(model)
+        if place is None or place.outdated or needs_bytes in (0, place.told_bytes):
+            return
+        place.told_bytes = needs_bytes
+        if not place.measured_bytes and (place.residency == "hot" or self.tokens.held_by(model)):
+            self.tokens.book_memory(model, place.need_bytes)
+
     def _hear_of_leaving(self, place: Place, state: State, at_ms: int) -> None:
         if place.state is State.ABSENT:
             place.kept_until_ms = None  # its connection was broken only

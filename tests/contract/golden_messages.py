@@ -563,6 +563,13 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             model_bytes=123_456_789,
             order=3,
         ),
+        Pong(
+            state=PeerState.PARKED,
+            in_flight=0,
+            loop_lag_ms=0.5,
+            rss_bytes=50_000_000,
+            needs_bytes=987_654_321,
+        ),
     ],
     "session.goodbye": [Goodbye(reason="SIGTERM")],
     "session.reside": [Reside(loaded=True, order=3)],

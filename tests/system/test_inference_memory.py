@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from services.kit.gguf_facts import read_facts
+from services.kit.registry import load_registry
+from services.kit.registry.memory import memory_needs
+from tests.fakes.gguf_files import write_tiny_gguf
 from tests.system.inference_stack import FAKE_BINARY, InferenceStack
 
 FAKE = {"binary": str(FAKE_BINARY), "engine": "llama-server", "slots": 2, "context_tokens": 512, "threads": 1}
@@ -38,3 +42,17 @@ def test_hot_models_that_do_not_fit_together_are_refused_at_their_start_the_late
     assert not (stack.root / "logs" / "inference-third.engine.out").exists()
     stack.model_path("first").unlink()  # a file that is not there takes nothing
     stack.hub.await_peer("inference-third", "ready")
+
+
+def test_a_service_says_what_its_model_will_take_as_the_check_of_the_registry_computes_it(
+    stack: InferenceStack,
+) -> None:
+    heads = {"attention.head_count": 2, "attention.head_count_kv": 2}
+    path = write_tiny_gguf(stack.model_path("m"), extra=heads, parameters=8_000)
+    stack.entry("m", path=str(path), residency="warm", **FAKE)
+    stack.start("m")
+    registry = load_registry(stack.registry, stack.models)
+    known, estimated = memory_needs(registry.models, {"m": read_facts(path)})["m"], memory_needs(registry.models)["m"]
+    assert known != estimated
+    stack.hub.await_peer("inference-m", "parked")
+    stack.hub.until(lambda: stack.hub.pongs["inference-m"].needs_bytes == known, "it has read the header")

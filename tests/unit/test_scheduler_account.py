@@ -275,3 +275,29 @@ def test_a_hot_model_whose_file_came_after_the_hub_had_started_is_in_the_account
     world.peers["inference-front"].model_bytes = 3 * GB
     world.run_for(1_500)
     assert world.place("front").held_bytes == 3 * GB
+
+
+def test_what_a_service_knows_of_its_files_counts_before_the_hubs_estimate_until_it_is_measured() -> None:
+    registry = registry_of(budget=8 * GB, specialist={"residency": "warm", "declared": FILE, "slots": 1})
+    world = stack(changed(registry, specialist={"context_tokens": 65_536}))
+    service = world.peers["inference-specialist"]
+    service.needs_bytes, world.peers["inference-front"].needs_bytes = 3 * GB, 2 * GB
+    world.run_for(1_500)
+    assert world.place("specialist").need_bytes == 3 * GB
+    assert world.place("front").held_bytes == 2 * GB
+    world.finish(world.submit(task_of([{"id": "S", "actor": "coder"}])))
+    assert world.place("specialist").held_bytes == 3 * GB
+    service.model_bytes = 2 * GB
+    world.run_for(1_500)
+    assert world.place("specialist").held_bytes == 2 * GB
+
+
+def test_what_a_service_says_that_has_not_taken_up_the_changed_entry_is_not_of_it() -> None:
+    registry = registry_of(budget=8 * GB, specialist=warm(1 * GB))
+    world = stack(registry)
+    service = world.peers["inference-specialist"]
+    service.registry, service.needs_bytes = registry.digest, 1 * GB
+    world.run_for(1_500)
+    reload(world, changed(registry, specialist={"memory_bytes": 6 * GB}))
+    world.run_for(3_000)
+    assert world.place("specialist").need_bytes == 6 * GB

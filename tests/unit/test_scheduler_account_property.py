@@ -216,7 +216,7 @@ def after(files: Registry, first: Registry, kind: str, model: str, size: int) ->
 )
 @example(  # busy guests, and a hot model that grows
     need=(4 * GB, 4 * GB), trouble=0.0, surprise={}, seed=1,
-    arrivals=[(0, ["worker", "coder"] * 30)], edits=[(9_000, "hot", "worker", 9 * GB)],
+    arrivals=[(0, ["worker", "coder"] * 30)] * 3, edits=[(9_000, "hot", "worker", 9 * GB)],
 )  # fmt: skip
 @example(  # a program's call runs on a model that leaves
     need=(6 * GB, 6 * GB), trouble=0.0, surprise={}, seed=1,

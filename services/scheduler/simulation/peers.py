@@ -67,6 +67,8 @@ class SimPeer:
         self.loads = 0
         self.model_bytes = 0
         """What it says its loaded model takes."""
+        self.needs_bytes = 0
+        """What it says its model will take."""
         self._loading = 0
         """Which loading is the current one."""
         self.alive = False
@@ -158,6 +160,7 @@ class SimPeer:
                     rss_bytes=0,
                     registry=self.registry,
                     model_bytes=self.model_bytes if self.session.state is PeerState.READY else 0,
+                    needs_bytes=self.needs_bytes,
                     order=self.session.order,
                 )
                 self._transmit(Header(kind="session.pong", id="", corr=corr, credit=credit), pack_body(pong))
