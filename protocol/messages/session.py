@@ -144,7 +144,7 @@ class ModelReport(Message):
     state: Literal["absent", "parked", "loading", "loaded", "unloading", "degraded"]
     """`absent`: no service for it is there."""
     need_bytes: int = Field(ge=0)
-    """Memory it is expected to take: as measured when it was loaded last, else as its service says, as declared or estimated."""
+    """Memory it is expected to take: measured when it was loaded last, else by its service, its entry or estimate."""
     held_bytes: int = Field(ge=0)
     """Memory booked for it out of the budget now."""
     measured_bytes: int = Field(ge=0)
