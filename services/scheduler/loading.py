@@ -326,9 +326,8 @@ class Loading:
         state = next(ours for theirs, ours in _STATES if theirs in states)
         settled = all(peer.order >= peer.told for peer in peers)
         measured = sum(peer.model_bytes for peer in peers)
-        # One that has not taken up the registry in force speaks of an entry that may have changed since.
-        current = [peer for peer in peers if peer.registry in (None, self.registry.digest)]
-        self.residency.foretold(model, sum(peer.needs_bytes for peer in current))
+        if all(peer.registry in (None, self.registry.digest) for peer in peers):  # else of an entry that has changed
+            self.residency.foretold(model, sum(peer.needs_bytes for peer in peers))
         self.residency.heard(model, state, measured, at_ms, settled=settled)
         self._dirty = self._dirty or target in self._models
 

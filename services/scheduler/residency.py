@@ -313,27 +313,29 @@ class Residency:
                 self.wants_core = True
             elif self.too_large(place):
                 # No room is made or kept for it: it can have none, and those behind it would wait for ever.
-                if first is None and self._begin_alone(place, at_ms):
+                if first is not None or not self._may_overdraw(place):
+                    self.tokens.end_load(place.model)  # it may have closed the door for its core
+                elif self._begin(place, at_ms, overdraw=True):
                     orders.append(self._load(place, why, at_ms))
                 continue
-            elif first is None:
-                orders += self._make_room(place, demand, at_ms)
+            else:
+                self.tokens.end_load(place.model)  # it waits for memory now, which closes no door
+                if first is None:
+                    orders += self._make_room(place, demand, at_ms)
             first = first or place
             claimed += place.need_bytes
         return first
 
-    def _begin(self, place: Place, at_ms: int) -> bool:
-        return self.tokens.begin_load(place.model, place.need_bytes, at_ms)
+    def _begin(self, place: Place, at_ms: int, *, overdraw: bool = False) -> bool:
+        return self.tokens.begin_load(place.model, place.need_bytes, at_ms, overdraw=overdraw)
 
-    def _begin_alone(self, place: Place, at_ms: int) -> bool:
-        """Begin to load what is too large, where nobody is left who could make way and the machine has the memory."""
+    def _may_overdraw(self, place: Place) -> bool:
+        """Whether what is too large may load all the same: nobody is left who could make way, and the machine has the
+        memory."""
         others = (other for other in self.guests.values() if other is not place)
         holders = [other for other in others if self.tokens.held_by(other.model)]
         alone = not self.leaving and all(other.pinned and other.state is State.LOADED for other in holders)
-        if not alone or (self.available_bytes is not None and self.available_bytes < place.need_bytes):
-            self.tokens.end_load(place.model)  # it may have closed the door for its core
-            return False
-        return self.tokens.begin_load(place.model, place.need_bytes, at_ms, overdraw=True)
+        return alone and (self.available_bytes is None or self.available_bytes >= place.need_bytes)
 
     def _make_room(self, place: Place, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
         """Unload idle models, and close busy ones that have had their turn, if that gives `place` its room."""

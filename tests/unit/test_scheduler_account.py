@@ -13,7 +13,9 @@ from services.kit.registry import Registry
 from services.kit.registry.acceleration import Declared
 from services.kit.session import DrainAsked, StateChanged
 from services.scheduler import events as ev
-from services.scheduler.place import State
+from services.scheduler.place import Demand, State
+from services.scheduler.residency import Residency
+from services.scheduler.resources import Needs, Tokens
 from tests.unit.simulation import say, task_of
 from tests.unit.test_scheduler_batches import Asker
 from tests.unit.test_scheduler_reload import edited, reload
@@ -219,6 +221,23 @@ def test_a_model_that_cannot_have_its_room_keeps_nobody_else_from_loading_and_th
     world.feed(ev.MemorySeen(12 * GB, world.now))
     world.ask("model.unload", "worker")
     assert world.finish(large, limit_ms=10_000).state is TaskState.SUCCEEDED, "alone, where the machine has the memory"
+
+
+def test_a_model_that_cannot_have_its_room_closes_no_door_to_the_core_that_another_one_loads_with() -> None:
+    residency = Residency(Tokens(1))
+    residency.declare(registry_of(cores=1, budget=8 * GB, specialist=warm(4 * GB), worker=warm(2 * GB)))
+    for model in ("specialist", "worker"):
+        residency.heard(model, State.PARKED, 0, 0, settled=True)
+    residency.places["specialist"].measured_bytes, residency.places["worker"].pause_ms = 10 * GB, 5_000
+    residency.tokens.take("call", "infer.front", Needs(cores=1), 0)
+    waiting = {"worker": Demand(waiting=True)}
+    residency.decide(waiting, 100)
+    waiting["specialist"] = Demand(waiting=True)
+    residency.decide(waiting, 200)
+    assert residency.tokens.blocked() == ["load.specialist"], "it is alone and waits for the core"
+    residency.decide(waiting, 6_000)
+    residency.tokens.give_back("call")
+    assert [order.model for order in residency.decide(waiting, 6_100)] == ["worker"]
 
 
 def change_mode(world: Stack, model: str, took_ms: int) -> None:
