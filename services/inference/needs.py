@@ -32,7 +32,7 @@ class MemoryNeeds:
         """Memory in bytes of the loaded entries of these names; estimated for a file whose header cannot be read, 0
         for one that is not there."""
         models = self.registry.models
-        drafts = {draft for name in names if (draft := models[name].speculation.draft) is not None}
+        drafts = {draft for name in names if (draft := models[name].speculation.loaded_draft) is not None}
         facts: dict[str, ModelFacts] = {}
         for name in (*names, *drafts):
             path = models[name].path
