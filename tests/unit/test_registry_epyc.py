@@ -170,10 +170,16 @@ def test_another_machine_is_another_verdict(capsys: pytest.CaptureFixture[str], 
         assert f"(rule: {rule})" in details
 
 
+def with_nothing_but(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which no llama-server is found but one that this folder may have."""
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("TIERLINE_CACHE", str(folder))
+
+
 def test_a_command_is_told_for_a_machine_that_has_no_llama_server(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    with_nothing_but(tmp_path, monkeypatch)
     assert main(["models", "--explain", "coder", "--registry", str(FOLDER)]) == 0
     assert "note: the flags were not checked against a binary: no llama-server found" in capsys.readouterr().out
     assert main(["models", "--explain", "coder", "--registry", str(FOLDER), "--json"]) == 0
@@ -188,7 +194,7 @@ def test_what_a_build_does_unasked_is_no_flag(
     binary = tmp_path / "llama-server"
     binary.write_text(f"#!/bin/sh\n/bin/cat {OLDER_HELP}\n")
     binary.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    with_nothing_but(tmp_path, monkeypatch)
     assert main(["models", "--explain", "worker", "--registry", str(FOLDER), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["notes"] == []
@@ -200,7 +206,7 @@ def test_what_a_build_does_unasked_is_no_flag(
 def test_the_reason_of_every_flag_is_told(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    with_nothing_but(tmp_path, monkeypatch)
     assert main(["models", "--explain", "coder", "--registry", str(FOLDER), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     flags = {flag["flag"]: flag for flag in told["flags"]}
