@@ -24,6 +24,8 @@ LONGEST_FIRST = (
     "tests/bench/test_planning.py",
     "tests/chaos/test_hostile_clients.py",
     "tests/system/test_residency.py",
+    "tests/system/test_models_load.py",
+    "tests/unit/test_scheduler_account_property.py",
     "tests/chaos/test_memory_damage.py",
     "tests/system/test_personas.py",
     "tests/system/test_inference_fake.py",
