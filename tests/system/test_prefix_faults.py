@@ -87,9 +87,12 @@ def test_the_others_go_on_when_the_one_who_reads_is_cancelled(stack: InferenceSt
 
 
 def test_a_child_that_dies_while_it_reads_is_replaced(stack: InferenceStack) -> None:
+    pid = stack.figures("m")["child_pid"]
+    stack.script("m", {"read_s": 60})  # a busy machine may take its time to get here
     requests = send_three(stack)
     stack.hub.pump_for(0.4)
-    os.kill(stack.figures("m")["child_pid"], signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
+    stack.script("m", {})
     for request in requests:
         _, body, _ = stack.hub.collect(request)
         assert isinstance(body, ErrorReply), body
