@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from services.kit.registry import Registry
-from services.kit.registry.memory import memory_needs
+from services.kit.registry.memory import memory_needs, placed_before
 from services.scheduler.place import MIN_TURN_MS, NONE, Demand, Place, State, waiting_longest, worth
 from services.scheduler.resources import Tokens
 
@@ -93,13 +93,27 @@ class Residency:
             if name in self.leaving and place.state is not State.ABSENT:
                 place.kept_until_ms = None
             place.declare(registry.launch(name), needs[name])
+        for place in self.places.values():
             if place.residency == "hot":
-                held = self.tokens.held_by(name) if place.outdated else 0
-                self.tokens.book_memory(name, max(held, place.need_bytes))
+                self._book_hot(place)
         self.leaving = {name: place for name, place in known.items() if self._outlives_its_entry(place)}
         for name in known.keys() - self.leaving.keys():
             self.tokens.release_memory(name)
         self.guests = {name: place for name, place in self.places.items() if place.residency != "hot"}
+
+    def _book_hot(self, place: Place) -> None:
+        """A hot model holds its memory for ever, unless its service does not start it for want of room beside those
+        that stand before it in the registry."""
+        needs = {
+            one.model: one.told_bytes or one.estimate_bytes for one in self.places.values() if one.residency == "hot"
+        }
+        budget = self.tokens.memory_bytes
+        before = sum(needs[name] for name in placed_before(place.model, needs, budget))
+        if place.state is State.DEGRADED and before + needs[place.model] > budget:
+            self.tokens.release_memory(place.model)
+            return
+        held = self.tokens.held_by(place.model) if place.outdated else 0
+        self.tokens.book_memory(place.model, max(held, place.need_bytes))
 
     def _outlives_its_entry(self, place: Place) -> bool:
         """Whether the process of a model that has left the registry may have it in memory; nothing is asked of it."""
@@ -118,7 +132,9 @@ class Residency:
         if place is None:
             return
         if place.residency == "hot":
-            self._enter(place, state, at_ms)
+            if state is not place.state:
+                self._enter(place, state, at_ms)
+                self._book_hot(place)
         elif settled:
             self._settle(place, state, at_ms)
         if not measured_bytes or place.state is not State.LOADED:
@@ -136,7 +152,9 @@ class Residency:
         if place is None or place.outdated or needs_bytes in (0, place.told_bytes):
             return
         place.told_bytes = needs_bytes
-        if not place.measured_bytes and (place.residency == "hot" or self.tokens.held_by(model)):
+        if place.residency == "hot":
+            self._book_hot(place)
+        elif not place.measured_bytes and self.tokens.held_by(model):
             self.tokens.book_memory(model, place.need_bytes)
 
     def _hear_of_leaving(self, place: Place, state: State, at_ms: int) -> None:
@@ -184,7 +202,7 @@ class Residency:
         if place.outdated:
             place.outdated = False
             if place.residency == "hot":
-                self.tokens.book_memory(model, place.need_bytes)
+                self._book_hot(place)
 
     def gone(self, model: str, at_ms: int, *, silent: bool) -> None:
         """The last process of this model is gone from the bus."""

@@ -296,6 +296,22 @@ def test_a_hot_model_whose_file_came_after_the_hub_had_started_is_in_the_account
     assert world.place("front").held_bytes == 3 * GB
 
 
+def test_a_hot_model_that_has_no_room_beside_the_hot_ones_before_it_takes_none_from_others() -> None:
+    registry = registry_of(
+        budget=8 * GB, front={"memory_bytes": 5 * GB}, specialist={"memory_bytes": 4 * GB}, worker=warm(2 * GB)
+    )
+    assert list(registry.served)[:2] == ["front", "specialist"]
+    world = stack(registry)
+    refused = world.peers["inference-specialist"]
+    refused.feed(StateChanged(PeerState.DEGRADED))
+    world.run_for(1_500)
+    assert (world.place("front").held_bytes, world.place("specialist").held_bytes) == (5 * GB, 0)
+    assert world.finish(world.submit(task_of([{"id": "S", "actor": "worker"}]))).state is TaskState.SUCCEEDED
+    reload(world, changed(registry, front={"memory_bytes": 1 * GB}))
+    world.run_for(1_500)
+    assert world.place("specialist").held_bytes == 4 * GB, "it will be started now"
+
+
 def test_what_a_service_knows_of_its_files_counts_before_the_hubs_estimate_until_it_is_measured() -> None:
     registry = registry_of(budget=8 * GB, specialist={"residency": "warm", "declared": FILE, "slots": 1})
     world = stack(changed(registry, specialist={"context_tokens": 65_536}))
