@@ -199,6 +199,8 @@ class SwarmView(Message):
     """The newest 50."""
     generated_tokens: int = Field(default=0, ge=0)
     """By its turns and its sub-agents together."""
+    ending: str | None = Field(default=None, max_length=1_000)
+    """Why its model was made to answer, and what stands for an answer that it did not give; absent = neither."""
 
 
 class PredictedPath(Message):

@@ -48,6 +48,8 @@ class Spawns(Strict):
     """Roles that its sub-agents may have, the first one where the model names none; empty = the planner chooses."""
     max_tokens: int | None = Field(default=None, ge=1, le=131_072)
     """Bound on generated tokens of one attempt of one assignment; absent = the role's."""
+    max_turns: int | None = Field(default=None, ge=1, le=1_000)
+    """Turns of its model, the one that answers included; absent = 32."""
 
 
 class Step(Strict):

@@ -24,6 +24,8 @@ def print_swarms(screen: Screen, view: TaskView, *, told: bool) -> None:
             f"{len(swarm.agents)} sub-agents, {given} assignments ({done} done, {failed} failed), {swarm.turns} turns, "
             f"{swarm.tool_calls} tool calls, {swarm.generated_tokens} tokens"
         )
+        if swarm.ending is not None:
+            screen.line(f"its model was made to answer: {swarm.ending}")
         shown = _notable(swarm.agents)
         last = "persona" if told else "last result"
         screen.table(

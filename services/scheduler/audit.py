@@ -100,8 +100,9 @@ def problems_of(task: TaskRecord) -> Iterator[str]:
 
 
 def _is_over(step: StepRecord) -> bool:
-    """Whether whoever needs this step may go on: the failed assignment of a sub-agent is an answer as well."""
-    return step.state is StepState.DONE or (step.agent is not None and step.state.final)
+    """Whether whoever needs this step may go on: after a failed assignment of a sub-agent, and after a failed turn."""
+    gone = step.state.final if step.agent is not None else step.is_turn and step.state is StepState.FAILED
+    return step.state is StepState.DONE or gone
 
 
 def _compare_snapshot(record: TaskRecord, data: bytes) -> list[Contradiction]:

@@ -496,10 +496,12 @@ class Engine:
             self._begin_attempt(task, step, action, at_ms)
 
     def _fail_step(self, task: TaskRecord, step: StepRecord, failure: Failure, at_ms: int) -> None:
+        stuck = step.is_turn and teaches(self.registry, failure)  # a worker that dies says nothing about its model
+        goes_on = step.agent is not None or (stuck and self.unfolding.lead_on(task, step, failure, at_ms))
         value = failure.model_dump(mode="json", exclude_none=True)
         self._emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
-        if step.agent is not None:
-            self._release(task, step, at_ms)  # the model that gave the assignment is told, and goes on
+        if goes_on:
+            self._release(task, step, at_ms)  # the model that gave the assignment is told; one that led must answer
             return
         told = failure.model_copy(update={"message": f"step {step.spec.id}: {failure.message}"[:8_000]})
         self._end(task, TaskState.FAILED, told, at_ms, why=f"step {step.spec.id} failed")

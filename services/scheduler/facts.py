@@ -148,6 +148,8 @@ class SwarmTurned(Fact, frozen=True, kw_only=True):
     calls: list[dict[str, Any]]
     unread: int = 0
     """Further calls of the turn, beyond the bound, which were not looked at."""
+    closing: str = ""
+    """Why the turn that is now open may only answer: the last one failed for good, and has no calls."""
 
 
 class StepJoined(Fact, frozen=True, kw_only=True):

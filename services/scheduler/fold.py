@@ -276,6 +276,7 @@ def _take_turn(task: TaskRecord, step: StepRecord, fact: f.SwarmTurned) -> None:
     """
     name = step.spec.id
     swarm = task.swarms.setdefault(name, Swarm())
+    new = fact.turn == 0 or _is_new(task, swarm, fact)
     before = frozenset([turn_id(name, fact.turn)] if fact.turn else ())
     given: list[Step] = []
     for call in fact.calls:
@@ -306,8 +307,8 @@ def _take_turn(task: TaskRecord, step: StepRecord, fact: f.SwarmTurned) -> None:
             given.append(spec)
             task.steps[told.step] = StepRecord(spec, before, set(before), swarm=name, agent=told.agent)
     swarm.unread += fact.unread
-    carried_out = fact.turn == 0 or any("code" not in call for call in fact.calls)
-    swarm.fruitless = 0 if carried_out else swarm.fruitless + 1
+    swarm.fruitless = 0 if new else swarm.fruitless + 1
+    swarm.closed = fact.closing or swarm.closed
     swarm.turns = fact.turn + 1
     turn = step.spec.model_copy(update={"id": turn_id(name, swarm.turns), "depends_on": [], "spawns": None})
     waits = before | {spec.id for spec in given}
@@ -321,6 +322,17 @@ def _take_turn(task: TaskRecord, step: StepRecord, fact: f.SwarmTurned) -> None:
     step.needs |= step.waiting_for
     step.state = StepState.EXPANDED
     task.unfinished += 1 + len(given)
+
+
+def _is_new(task: TaskRecord, swarm: Swarm, fact: f.SwarmTurned) -> bool:
+    """Whether a turn goes on to anything: work that no earlier turn gave to anybody, word for word, or sub-agents while
+    all earlier ones have work. A model that is stuck makes and assigns the same again, or further ones for nothing.
+    """
+    kept = [call for call in fact.calls if "code" not in call]
+    before = {task.steps[step].spec.action for agent in swarm.agents.values() for step in agent.steps}
+    if any("step" in call and call["prompt"] not in before for call in kept):
+        return True
+    return any("step" not in call for call in kept) and all(agent.steps for agent in swarm.agents.values())
 
 
 def _join(_task: TaskRecord, step: StepRecord, fact: f.StepJoined) -> None:
@@ -456,19 +468,22 @@ def _finish(task: TaskRecord, step: StepRecord, fact: f.StepDone) -> None:
 def _fail(task: TaskRecord, step: StepRecord, fact: f.StepFailed) -> None:
     _end_step(task, step, StepState.FAILED, fact.at_ms)
     step.failure = _failure(fact.failure)
-    _tell_parent(task, step)
+    if step.swarm is not None:
+        _tell_parent(task, step)
 
 
 def _drop(task: TaskRecord, step: StepRecord, fact: f.StepDropped) -> None:
     _end_step(task, step, StepState(fact.state), fact.at_ms)
-    _tell_parent(task, step)
+    if step.agent is not None:
+        _tell_parent(task, step)
 
 
 def _tell_parent(task: TaskRecord, step: StepRecord) -> None:
-    """An assignment that came to nothing holds up nobody: its end is what the next turn is told."""
-    if step.agent is not None:
-        for other in task.dependents[step.spec.id]:
-            task.steps[other].waiting_for.discard(step.spec.id)
+    """An assignment that came to nothing holds up nobody: its end is what the next turn is told. Nor does a turn that
+    failed: another one follows, or there is a text that stands for its answer, or the task ends.
+    """
+    for other in task.dependents[step.spec.id]:
+        task.steps[other].waiting_for.discard(step.spec.id)
 
 
 _OF_A_STEP: Final[Mapping[type[f.Fact], Callable[[TaskRecord, StepRecord, Any], None]]] = {

@@ -20,6 +20,7 @@ from protocol.messages.result import StepState, TaskState
 from protocol.messages.task import Plan, Step
 from services.kit.plan_check import plan_problems
 from services.kit.registry import Registry, with_own
+from services.scheduler.swarm_ending import stand_in
 from services.scheduler.tasks import StepRecord, TaskRecord
 
 MAX_ITEMS: Final = 1_000
@@ -47,11 +48,14 @@ def items_of(task: TaskRecord, step: StepRecord) -> list[Artefact]:
 def join_of(task: TaskRecord, step: StepRecord, count: int) -> Artefact:
     """What the sub-steps made together, in the order of the items. Raises CallFailed (POLICY) if it is too large.
 
-    Of a spawning step: what its last turn has answered.
+    Of a spawning step: what its last turn has answered, or what stands for that.
     """
     output = step.spec.outputs[0]
     if step.spec.spawns is not None:
-        return task.artefacts[output.name]
+        answer = task.artefacts.get(output.name) or stand_in(task, step)
+        if answer is None:
+            raise _refuse("turn.no_answer", f"the turns of step {step.spec.id} have brought no answer")
+        return answer
     made = [task.artefacts[f"{output.name}.{number}"] for number in range(1, count + 1)]
     if output.kind is ArtefactKind.JSON:
         value: Any = [artefact.value for artefact in made]

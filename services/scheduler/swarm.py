@@ -7,8 +7,7 @@ assigned, and is told what came of it. The answer of a turn without calls is the
 
 Limits hold when something is added, over all swarms of the task: sub-agents, tool calls (refused ones as well), steps,
 and tokens, of which every open turn and assignment counts as many as it may write. What is refused becomes an error
-that the model is told, so the step goes on. Turns come to an end: calls are bounded, and after three turns in
-a row in which nothing was carried out the model may only answer.
+that the model is told, so the step goes on. How turns come to an end is in `swarm_ending.py`.
 """
 
 from __future__ import annotations
@@ -22,13 +21,15 @@ from pydantic import ValidationError
 
 from protocol.codec import describe
 from protocol.errors import BadFrame, CallFailed
+from protocol.messages.artefact import ArtefactKind
 from protocol.messages.failure import Category, Failure
 from protocol.messages.infer import InferFinal
 from protocol.messages.persona import Persona
 from protocol.messages.task import Budget
 from services.kit.registry import Registry
 from services.scheduler import facts as f
-from services.scheduler.swarm_state import Agent, Swarm
+from services.scheduler.swarm_ending import must_answer, tool_calls_made
+from services.scheduler.swarm_state import Agent
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.toolcalls import (
     ASSIGN,
@@ -38,11 +39,11 @@ from services.scheduler.toolcalls import (
     BadCall,
     Calls,
     Create,
+    begun_answer,
     read_turn,
     turn_failure,
 )
 
-_MOST_FRUITLESS: Final = 3
 _SHOWN_NAMES: Final = 20
 _SHOWN_CHARS: Final = 150
 
@@ -58,11 +59,18 @@ def said_in(task: TaskRecord, step: StepRecord, final: InferFinal) -> Turn:
     """What a model has answered in this step. Raises CallFailed (SCHEMA) for a turn that cannot be used."""
     if not step.is_turn:
         return Turn(final.text)
-    read = read_turn(final.text, step.spec, cut_off=final.finish_reason == "length")
+    last, cut_off = must_answer(task, parent_of(task, step)), final.finish_reason == "length"
+    try:
+        read = read_turn(final.text, step.spec, cut_off=cut_off)
+    except CallFailed:
+        begun = begun_answer(final.text) if cut_off or last else None
+        if begun is None or step.spec.outputs[0].kind is not ArtefactKind.TEXT:
+            raise
+        return Turn(begun)  # as any other step's answer that reached its limit
     if isinstance(read, Answered):
         return Turn(read.text)
-    if calls_left(task, parent_of(task, step)) < 1:
-        raise turn_failure("turn.answer_wanted", "no further call can be carried out: give the answer now")
+    if last is not None:
+        raise turn_failure("turn.answer_wanted", f"no further call is carried out, {last}: give the answer now")
     return Turn("", read)
 
 
@@ -79,10 +87,7 @@ def roles_of(parent: StepRecord) -> list[str]:
 
 def calls_left(task: TaskRecord, parent: StepRecord) -> int:
     """Tool calls that may still be made; 0 = the model must answer."""
-    swarm = task.swarms.get(parent.spec.id, Swarm())
-    if swarm.fruitless >= _MOST_FRUITLESS or len(task.steps) + 1 > task.ir.budget.max_steps:
-        return 0
-    return max(0, task.ir.budget.max_tool_calls - _made(task))
+    return 0 if must_answer(task, parent) is not None else task.ir.budget.max_tool_calls - tool_calls_made(task)
 
 
 def agents_left(task: TaskRecord) -> int:
@@ -149,7 +154,7 @@ class _Judge:
             make=make,
             agents={name: (agent.role, len(agent.steps)) for name, agent in swarm.agents.items()},
             budget=task.ir.budget,
-            calls=_made(task),
+            calls=tool_calls_made(task),
             made=sum(len(one.agents) for one in task.swarms.values()),
             steps=len(task.steps) + 1,
             tokens=task.generated_tokens + promised,
@@ -237,11 +242,6 @@ class _Judge:
 def agent_of(task: TaskRecord, step: StepRecord) -> Agent:
     """The sub-agent of an assignment."""
     return task.swarms[step.swarm or ""].agents[step.agent or ""]
-
-
-def _made(task: TaskRecord) -> int:
-    """Tool calls of all swarms of a task."""
-    return sum(swarm.tool_calls for swarm in task.swarms.values())
 
 
 def _may_write(registry: Registry, limit: int | None, role: str) -> int:

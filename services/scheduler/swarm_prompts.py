@@ -16,6 +16,7 @@ from services.kit.registry import Registry, RoleEntry
 from services.scheduler.feedback import harmless
 from services.scheduler.prompting import CHARS_PER_TOKEN, fair_share, tail_of
 from services.scheduler.swarm import agent_of, agents_left, calls_left, parent_of, roles_of
+from services.scheduler.swarm_ending import most_turns, must_answer
 from services.scheduler.swarm_state import Swarm, ToolCall
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.toolcalls import turn_schema
@@ -34,9 +35,12 @@ _MAY_CALL: Final = (
     'Tools: {{"tool": "create_subagent", "name": "…", "system_prompt": "who it is"}} makes a sub-agent, '
     '{{"tool": "assign_task", "agent": "its name", "prompt": "what to do"}} gives it work. A sub-agent knows nothing '
     "but its system prompt and what you assign, so put all it needs into the prompt. You get the results in your next "
-    "turn. {left} calls and {agents} sub-agents are left.{roles}"
+    "turn. {left} calls and {agents} sub-agents are left, and {turns} turns, the one that answers included.{roles}"
 )
-_MUST_ANSWER: Final = 'No further tool call is possible. Answer with one JSON object {"answer": ...}: the result.'
+_MUST_ANSWER: Final = (
+    'No further tool call is possible: {why}. Answer with one JSON object {{"answer": ...}}: the result of the step, '
+    "as good as it can be made from what you know and from the results you have."
+)
 
 
 def schema_of_turn(task: TaskRecord, step: StepRecord, max_tokens: int) -> dict[str, Any]:
@@ -54,10 +58,11 @@ def turn_spec(task: TaskRecord, step: StepRecord, registry: Registry, *, room_ch
     left = calls_left(task, parent)
     roles = roles_of(parent)
     described = "".join(f"\n- {name}: {registry.roles[name].description}" for name in roles) if len(roles) > 1 else ""
-    how = _MUST_ANSWER
+    how = _MUST_ANSWER.format(why=must_answer(task, parent))
     if left:
         how = _MAY_CALL.format(
             left=left,
+            turns=most_turns(parent) - swarm.turns + 1,
             agents=agents_left(task),
             roles=f' A sub-agent may be given a "role", {roles[0]} if none:{described}' if described else "",
         )

@@ -48,7 +48,9 @@ class Swarm:
     unread: int = 0
     """Calls beyond the bound of a turn, which were not looked at."""
     fruitless: int = 0
-    """Turns in a row of which no call was carried out."""
+    """Turns in a row that gave no new work: see `fold._is_new`."""
+    closed: str = ""
+    """Why no further turn may call tools, after one that failed for good."""
 
     @property
     def tool_calls(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from protocol.messages.result import RefusedCall, StepState, SubAgentView, SwarmView
+from services.scheduler.swarm_ending import how_it_ended
 from services.scheduler.swarm_state import Agent, Swarm
 from services.scheduler.tasks import StepRecord, TaskRecord
 
@@ -27,6 +28,7 @@ def swarm_views(task: TaskRecord) -> list[SwarmView]:
             agents=[_agent(task, agent, tokens.get((name, agent.name), 0)) for agent in swarm.agents.values()],
             refused=_refused(swarm),
             generated_tokens=sum(count for (of, _), count in tokens.items() if of == name),
+            ending=how_it_ended(task, task.steps[name]),
         )
         for name, swarm in task.swarms.items()
     ]

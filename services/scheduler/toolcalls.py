@@ -33,6 +33,9 @@ _NAME_PATTERN: Final = r"[a-z][a-z0-9-]{0,23}"
 _NAME: Final = re.compile(rf"{_NAME_PATTERN}\Z")
 _FIELDS: Final = {CREATE: {"name", "system_prompt", "role"}, ASSIGN: {"agent", "prompt"}}
 _SHOWN_CHARS: Final = 64
+_BEGUN: Final = re.compile(r'\s*\{\s*"answer"\s*:\s*"((?:[^"\\]|\\.)*+)', re.DOTALL)
+#: Half an escape, or half a pair of them, where a text breaks off.
+_BROKEN_END: Final = re.compile(r"(?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\u[0-9a-fA-F]{0,3})?\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,18 @@ def read_turn(text: str, spec: Step, *, cut_off: bool) -> Calls | Answered:
         raise turn_failure("turn.shape", 'expected {"calls": [one call or more]} or {"answer": the result}')
     asked = tuple(_read_call(call) for call in calls[:MAX_CALLS_PER_TURN])
     return Calls(asked, len(calls) - len(asked))
+
+
+def begun_answer(text: str) -> str | None:
+    """The words of a textual answer as far as they were written; None for a turn that does not begin to answer."""
+    found = _BEGUN.match(text)
+    if found is None:
+        return None
+    try:
+        words = parse_json(f'"{_BROKEN_END.sub("", found.group(1))}"')
+    except CallFailed:
+        return None
+    return words if isinstance(words, str) and words.strip() else None
 
 
 def turn_failure(code: str, message: str) -> CallFailed:

@@ -19,7 +19,8 @@ from services.scheduler.casting import Casting
 from services.scheduler.failures import Action
 from services.scheduler.growth import items_of, join_of
 from services.scheduler.ranks import Ranking
-from services.scheduler.swarm import opened, turned
+from services.scheduler.swarm import opened, parent_of, turned
+from services.scheduler.swarm_ending import closed_by, stand_in
 from services.scheduler.swarm_state import turn_id
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.toolcalls import Calls
@@ -73,6 +74,17 @@ class Unfolding:
 
         self.hands.emit(task, turned(task, step, calls, registry, make, at_ms))
         self.ranking.forget(task.id)
+
+    def lead_on(self, task: TaskRecord, turn: StepRecord, failure: Failure, at_ms: int) -> bool:
+        """A turn fails for good, which is recorded after this: whether its spawning step goes on all the same, by a
+        turn that may only answer or with a text that stands for the answer.
+        """
+        closing = closed_by(task, turn, failure, at_ms)
+        if closing is None:
+            return stand_in(task, parent_of(task, turn)) is not None
+        self.hands.emit(task, closing)
+        self.ranking.forget(task.id)
+        return True
 
     def _map(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
         try:

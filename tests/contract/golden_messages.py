@@ -207,6 +207,21 @@ _SPAWNING = TaskIR(
     ),
     budget=Budget(max_subagents=10, max_tool_calls=50),
 )
+_FEW_TURNS = TaskIR(
+    task_id="T-1",
+    objective="Lead others",
+    plan=Plan(
+        steps=[
+            Step(
+                id="S1",
+                actor="architect",
+                action="Lead",
+                outputs=[Output(name="report")],
+                spawns=Spawns(roles=["worker"], max_turns=4),
+            )
+        ]
+    ),
+)
 _EPISODE = Episode(
     task_id="T-0",
     task_type="code",
@@ -484,6 +499,11 @@ _SWARMED = _VIEW.model_copy(
         ],
     }
 )
+_MADE_TO_ANSWER = _VIEW.model_copy(
+    update={"swarms": [_SWARMED.swarms[0].model_copy(update={"ending": "turn 2 is the last one"})]}
+    if _SWARMED.swarms
+    else {}
+)
 _ADDED_EDGE = AddedEdge(step="S2", depends_on="S1", reason="both write one file")
 _SHAPE = PlanShape(width=2, levels=3, critical=["S1", "S2"], critical_ms=900, predicted_ms=1_200)
 _STEP = Step(
@@ -712,6 +732,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         _TAUGHT,
         _SWARMED,
         _REPLANNED,
+        _MADE_TO_ANSWER,
     ],
     "task.show": [TaskQuery(task_id="T-1"), TaskQuery(task_id="T-2")],
     "task.detail": [
@@ -747,6 +768,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
                 )
             }
         ),
+        _MADE_TO_ANSWER,
     ],
     "task.artefact": [ArtefactQuery(task_id="T-1", name="sum.py")],
     "task.content": [ArtefactReply(artefact=Artefact(name="note", value="Grüße"))],
@@ -792,6 +814,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
             ),
             begun=[_STEP],
         ),
+        PlanRequest(task=_FEW_TURNS),
     ],
     "plan.partial": [PlanPartial(steps=[_STEP]), PlanPartial(steps=[_STEP], personas=[_PERSONA])],
     "plan.final": [
@@ -811,6 +834,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
         PlanFinal(task=_TASK, source="model", reason="cut", added_edges=[_ADDED_EDGE], broke_off="call.expired"),
         PlanFinal(task=_TASK, source="rules", reason="as of a registry", decisions=[_VERSIONED_DECISION]),
         PlanFinal(task=_TASK, source="rules", reason="alike", decisions=[_SHARED_DECISION]),
+        PlanFinal(task=_FEW_TURNS, source="client", reason="as given"),
     ],
     "plan.cancel": [Empty()],
     "infer.request": [
