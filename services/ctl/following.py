@@ -79,6 +79,8 @@ def _say(screen: Screen, event: TaskEvent, progress: Progress, *, to_output: boo
     if event.event == "step.tokens":
         return
     line = event_line(event, progress.began_ms or event.at_ms)
+    if event.event == "swarm.turned" and event.step in progress.leading:
+        line += f" ({printable(progress.leading[event.step].words())})"
     if to_output:
         screen.line(line)
     else:

@@ -6,6 +6,7 @@ a pipe. Events of a kind this version does not know are shown by name and change
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -59,6 +60,35 @@ class StepLine:
 
 
 @dataclass(slots=True)
+class Leading:
+    """What a step that leads sub-agents has come to; repeated events change nothing."""
+
+    turn: int = 1
+    """The turn that its model is in, or waits for results to begin."""
+    agents: set[str] = field(default_factory=set)
+    given: set[str] = field(default_factory=set)
+    refused: dict[int, int] = field(default_factory=dict)
+    """Turn -> calls of it that were not carried out."""
+    closing: str = ""
+
+    def apply(self, fields: Mapping[str, Any]) -> None:
+        """Take one `swarm.turned`."""
+        turn = int(fields.get("turn", 0))
+        self.turn = max(self.turn, turn + 1)
+        self.agents.update(map(str, fields.get("agents", ())))
+        self.given.update(map(str, fields.get("assigned", ())))
+        self.refused[turn] = len(fields.get("refused", ()))
+        self.closing = str(fields.get("closing") or self.closing)
+
+    def words(self) -> str:
+        """Which turn it is, how many sub-agents there are, what they were given."""
+        said = f"turn {self.turn}, {_count(len(self.agents), 'sub-agent')}, {_count(len(self.given), 'assignment')}"
+        refused = sum(self.refused.values())
+        said += f", {_count(refused, 'call')} refused" if refused else ""
+        return f"{said}; must answer: {self.closing}" if self.closing else said
+
+
+@dataclass(slots=True)
 class Progress:
     """A task while it runs."""
 
@@ -70,6 +100,8 @@ class Progress:
     steps: dict[str, StepLine] = field(default_factory=dict)
     last_seq: int = 0
     began_ms: int | None = None
+    leading: dict[str, Leading] = field(default_factory=dict)
+    """By the step that leads."""
     waiting: list[str] = field(default_factory=list)
     """Why what could run does not, since the newest event."""
 
@@ -104,6 +136,9 @@ class Progress:
         elif event.event == "swarm.turned":
             for given in event.fields.get("assigned", ()):
                 self.steps.setdefault(str(given), StepLine(str(given), action=f"assigned by {event.step}"))
+            led = self.leading.setdefault(str(event.step), Leading())
+            led.apply(event.fields)
+            self.steps.setdefault(str(event.step), StepLine(str(event.step))).note = led.words()
         if event.step is not None:
             self._apply_to_step(self.steps.setdefault(event.step, StepLine(event.step)), event)
 
@@ -177,6 +212,10 @@ def event_line(event: TaskEvent, began_ms: int) -> str:
     return printable(f"{since:8.2f}s {event.event}{where}{attempt}{fields}")
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _value(value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) > _MAX_ITEMS:
         return f"{_value(value[:_MAX_ITEMS])},…({len(value)})"
@@ -184,5 +223,6 @@ def _value(value: Any) -> str:
         return ",".join(f"{name}:{one_line(str(item), 40)}" for name, item in value.items()) or "-"
     if isinstance(value, list | tuple):
         parts = ["/".join(map(str, item.values())) if isinstance(item, Mapping) else str(item) for item in value]
-        return ",".join(one_line(part, 40) for part in parts) or "-"
+        counts = Counter(one_line(part, 40) for part in parts)  # a model that is stuck has the same refused many times
+        return ",".join(part if times == 1 else f"{part}({times})" for part, times in counts.items()) or "-"
     return one_line(str(value), 80) or "-"

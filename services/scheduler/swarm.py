@@ -28,7 +28,7 @@ from protocol.messages.persona import Persona
 from protocol.messages.task import Budget
 from services.kit.registry import Registry
 from services.scheduler import facts as f
-from services.scheduler.swarm_ending import must_answer, tool_calls_made
+from services.scheduler.swarm_ending import is_plain, must_answer, tool_calls_made
 from services.scheduler.swarm_state import Agent
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.toolcalls import (
@@ -40,6 +40,7 @@ from services.scheduler.toolcalls import (
     Calls,
     Create,
     begun_answer,
+    is_calling,
     read_turn,
     turn_failure,
 )
@@ -59,19 +60,29 @@ def said_in(task: TaskRecord, step: StepRecord, final: InferFinal) -> Turn:
     """What a model has answered in this step. Raises CallFailed (SCHEMA) for a turn that cannot be used."""
     if not step.is_turn:
         return Turn(final.text)
-    last, cut_off = must_answer(task, parent_of(task, step)), final.finish_reason == "length"
+    cut_off = final.finish_reason == "length"
     try:
         read = read_turn(final.text, step.spec, cut_off=cut_off)
     except CallFailed:
-        begun = begun_answer(final.text) if cut_off or last else None
-        if begun is None or step.spec.outputs[0].kind is not ArtefactKind.TEXT:
+        text = _plain_text(task, step, final.text, cut_off=cut_off)
+        if text is None:
             raise
-        return Turn(begun)  # as any other step's answer that reached its limit
+        return Turn(text)
     if isinstance(read, Answered):
         return Turn(read.text)
+    last = must_answer(task, parent_of(task, step))
     if last is not None:
         raise turn_failure("turn.answer_wanted", f"no further call is carried out, {last}: give the answer now")
     return Turn("", read)
+
+
+def _plain_text(task: TaskRecord, step: StepRecord, text: str, *, cut_off: bool) -> str | None:
+    """The answer in what cannot be read as a turn: all of it where no object was asked for, and of an object that
+    reached the limit the words that are there, as of any other step; None where there is none.
+    """
+    plain = is_plain(task, step)
+    begun = begun_answer(text) if plain or (cut_off and step.spec.outputs[0].kind is ArtefactKind.TEXT) else None
+    return text if begun is None and plain and not is_calling(text) else begun
 
 
 def parent_of(task: TaskRecord, step: StepRecord) -> StepRecord:

@@ -1,10 +1,10 @@
 """When the turns of a planning model come to an end, and what stands for an answer that it does not give. Pure.
 
 A model may call tools again and again without ever answering, repeat itself until decoding is stopped, or give its
-answer a form that cannot be read. Whoever waits wants a result. So turns are bounded; the last one may only answer and
-is told why; a turn that fails for good makes the next one the last; and where that one fails too, the text there is
-stands for the answer: what it had begun to write, else what its sub-agents brought. No text stands for code or JSON,
-nor where gates would have checked the answer: then the step fails as any other.
+answer a form that cannot be read. Whoever waits wants a result. So turns are bounded; the last one may only answer, is
+told why and, unless it is JSON, asked for the result itself; a turn that fails for good makes the next one the last.
+Where that one fails too, the text there is stands for the answer: what it had begun to write, else what its sub-agents
+brought. No text stands for code or JSON, nor where gates would have checked the answer: then the step fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from protocol.messages.failure import Failure
 from services.scheduler import facts as f
 from services.scheduler.swarm_state import Swarm, turn_id
 from services.scheduler.tasks import StepRecord, TaskRecord
-from services.scheduler.toolcalls import begun_answer
+from services.scheduler.toolcalls import begun_answer, is_calling
 
 MOST_TURNS: Final = 32
 """Turns of a step that does not say how many; enough for all tool calls of a budget as shipped, 64 in a turn."""
@@ -48,6 +48,14 @@ def must_answer(task: TaskRecord, parent: StepRecord) -> str | None:
     if tool_calls_made(task) >= budget.max_tool_calls:
         return f"budget.max_tool_calls {budget.max_tool_calls} is spent"
     return None
+
+
+def is_plain(task: TaskRecord, turn: StepRecord) -> bool:
+    """Whether a turn is asked for the text or code itself, as any other step is: one that may only answer needs no
+    object around it, and small models write better without.
+    """
+    parent = task.steps[turn.swarm or ""]
+    return turn.spec.outputs[0].kind is not ArtefactKind.JSON and must_answer(task, parent) is not None
 
 
 def closed_by(task: TaskRecord, turn: StepRecord, failure: Failure, at_ms: int) -> f.SwarmTurned | None:
@@ -94,11 +102,11 @@ def _begun(task: TaskRecord, parent: StepRecord) -> str:
     if failure is None:
         return ""
     text, loop = failure.evidence.get("answer"), failure.evidence.get("first_char")
-    if not isinstance(text, str):
+    if not isinstance(text, str) or is_calling(text):
         return ""
     if isinstance(loop, int):  # the passage that it repeats is said once
         text = text[: loop + len(str(failure.evidence.get("repeated", "")))]
-    return (begun_answer(text) or "").strip()
+    return (begun_answer(text) or text).strip()
 
 
 def _brought(task: TaskRecord, parent: StepRecord) -> str:

@@ -16,7 +16,7 @@ from services.kit.registry import Registry, RoleEntry
 from services.scheduler.feedback import harmless
 from services.scheduler.prompting import CHARS_PER_TOKEN, fair_share, tail_of
 from services.scheduler.swarm import agent_of, agents_left, calls_left, parent_of, roles_of
-from services.scheduler.swarm_ending import most_turns, must_answer
+from services.scheduler.swarm_ending import is_plain, most_turns, must_answer
 from services.scheduler.swarm_state import Swarm, ToolCall
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.toolcalls import turn_schema
@@ -38,13 +38,18 @@ _MAY_CALL: Final = (
     "turn. {left} calls and {agents} sub-agents are left, and {turns} turns, the one that answers included.{roles}"
 )
 _MUST_ANSWER: Final = (
-    'No further tool call is possible: {why}. Answer with one JSON object {{"answer": ...}}: the result of the step, '
-    "as good as it can be made from what you know and from the results you have."
+    "No further tool call is possible: {why}. Give the result of the step now, as good as it can be made from what you "
+    "know and from the results you have.{form}"
 )
 
 
-def schema_of_turn(task: TaskRecord, step: StepRecord, max_tokens: int) -> dict[str, Any]:
-    """The JSON Schema under which a turn is decoded: tools only while calls are left, texts that fit into the turn."""
+def schema_of_turn(task: TaskRecord, step: StepRecord, max_tokens: int) -> dict[str, Any] | None:
+    """The JSON Schema under which a turn is decoded: tools only while calls are left, texts that fit into the turn.
+
+    None for one that is asked for its text as any other step is.
+    """
+    if is_plain(task, step):
+        return None
     parent = parent_of(task, step)
     chars = max(_LEAST_RESULT_CHARS, min(_MOST_TEXT_CHARS, int(max_tokens * CHARS_PER_TOKEN / 4)))
     left = calls_left(task, parent)
@@ -58,7 +63,13 @@ def turn_spec(task: TaskRecord, step: StepRecord, registry: Registry, *, room_ch
     left = calls_left(task, parent)
     roles = roles_of(parent)
     described = "".join(f"\n- {name}: {registry.roles[name].description}" for name in roles) if len(roles) > 1 else ""
-    how = _MUST_ANSWER.format(why=must_answer(task, parent))
+    form = [Output(name=step.spec.outputs[0].name, kind=ArtefactKind.JSON)]
+    if is_plain(task, step):
+        form = step.spec.outputs
+    how = _MUST_ANSWER.format(
+        why=must_answer(task, parent),
+        form="" if is_plain(task, step) else ' Answer with one JSON object {"answer": the result}.',
+    )
     if left:
         how = _MAY_CALL.format(
             left=left,
@@ -68,8 +79,7 @@ def turn_spec(task: TaskRecord, step: StepRecord, registry: Registry, *, room_ch
         )
     history = _history(task, swarm, int(room_chars * _RESULTS_SHARE))
     action = "\n".join(part for part in (step.spec.action, how, history) if part)
-    form = Output(name=step.spec.outputs[0].name, kind=ArtefactKind.JSON)
-    return step.spec.model_copy(update={"action": action, "outputs": [form]})
+    return step.spec.model_copy(update={"action": action, "outputs": form})
 
 
 def agent_messages(

@@ -33,6 +33,7 @@ _NAME_PATTERN: Final = r"[a-z][a-z0-9-]{0,23}"
 _NAME: Final = re.compile(rf"{_NAME_PATTERN}\Z")
 _FIELDS: Final = {CREATE: {"name", "system_prompt", "role"}, ASSIGN: {"agent", "prompt"}}
 _SHOWN_CHARS: Final = 64
+_CALLING: Final = re.compile(r'\s*(?:```\w*\s*)?(?:\[\s*)?\{\s*"(?:calls|tool)"')
 _BEGUN: Final = re.compile(r'\s*\{\s*"answer"\s*:\s*"((?:[^"\\]|\\.)*+)', re.DOTALL)
 #: Half an escape, or half a pair of them, where a text breaks off.
 _BROKEN_END: Final = re.compile(r"(?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\u[0-9a-fA-F]{0,3})?\Z")
@@ -144,6 +145,11 @@ def begun_answer(text: str) -> str | None:
     except CallFailed:
         return None
     return words if isinstance(words, str) and words.strip() else None
+
+
+def is_calling(text: str) -> bool:
+    """Whether a text that is no turn began as one with calls."""
+    return _CALLING.match(text) is not None
 
 
 def turn_failure(code: str, message: str) -> CallFailed:

@@ -99,6 +99,7 @@ def _event_fields(fact: f.Fact) -> dict[str, Any]:
                 "agents": [call["agent"] for call in kept if "step" not in call],
                 "assigned": [call["step"] for call in kept if "step" in call],
                 "refused": refused,
+                "closing": fact.closing or None,
             }
         case f.StepsAdded() | f.PlanGrown():
             return {"steps": [{"id": step["id"], "actor": step["actor"]} for step in fact.steps]}

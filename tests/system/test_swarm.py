@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -187,3 +189,41 @@ def test_run_with_swarm_lets_one_model_lead_and_a_dry_run_knows_such_a_step(
     planned = stack.tierline("plan", "--file", str(file))
     assert "L.turn1" in planned
     assert "routing decisions" in planned
+
+
+def run_led(stack: ScriptedStack, objective: str) -> tuple[str, str]:
+    """What `run --swarm` prints as its result and on the way there; fails if its exit status is not 0."""
+    command = [sys.executable, "-m", "services.ctl", "run", objective, "--swarm", "--type", "doc"]
+    done = subprocess.run(command, env=stack.stack.environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_leader_that_never_ends_by_itself_is_brought_to_a_result_and_the_terminal_says_how(
+    stack: ScriptedStack,
+) -> None:
+    same = json.dumps({"calls": [create("ann"), assign("ann", "count cask ann")]})
+    stack.say(
+        {"match": "lead the casks", "model": "specialist", "answers": [same]},
+        {"match": "count cask", "answers": ["nine casks"]},
+    )
+    out, progress = run_led(stack, "lead the casks")
+    assert "nine casks" in out
+    assert "made to answer: turn 4 is the last one; turn 4 failed (turn.answer_wanted), so what its sub-agents" in out
+    assert "(turn 4, 1 sub-agent, 3 assignments, 2 calls refused)" in progress
+    assert "swarm.turned S1 turn=4" not in progress
+
+
+def test_a_leader_that_repeats_itself_is_asked_for_the_answer_with_what_there_is(stack: ScriptedStack) -> None:
+    first = json.dumps({"calls": [create("ann"), assign("ann", "count crock ann")]})
+    loop = {"text": '{"tool": "create_subagent", "name": "ann", "system_prompt": "what to do"}, ', "repeat": 80}
+    stack.say(
+        {"match": "No further tool call is possible", "model": "specialist", "answers": ["five crocks in all"]},
+        {"match": "Your calls so far", "model": "specialist", "answers": [loop]},
+        {"match": "lead the crocks", "model": "specialist", "answers": [first]},
+        {"match": "count crock", "answers": ["five crocks"]},
+    )
+    out, progress = run_led(stack, "lead the crocks")
+    assert "five crocks in all" in out
+    assert "its model was made to answer: turn 2 failed (decoding.repetition)" in out
+    assert "must answer: turn 2 failed (decoding.repetition))" in progress

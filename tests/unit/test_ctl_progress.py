@@ -75,7 +75,28 @@ def test_sub_agents_are_lines_of_their_own_from_the_turn_that_gives_them_work() 
     progress.apply(turned)
     rows = {row[0]: row for row in progress.rows(9_000)}
     assert rows["S1"][1] == "leading"
+    assert rows["S1"][-1] == "turn 2, 1 sub-agent, 30 assignments"
     assert rows["S1.ann.30"][1:] == ("waiting", "", "", "", "", "assigned by S1")
     line = event_line(turned, 1_000)
     assert line.startswith("    4.00s swarm.turned S1 turn=1 agents=ann assigned=S1.ann.1,")
     assert line.endswith("S1.ann.20,…(30) refused=-")
+
+
+def test_a_leading_step_says_which_turn_it_is_and_what_became_of_the_others() -> None:
+    refused = [{"agent": "ann", "code": "agent.exists"}] * 17
+    told = [
+        event(5, "swarm.turned", "S1", turn=0, agents=[], assigned=[], refused=[]),
+        event(6, "swarm.turned", "S1", turn=1, agents=["ann", "bob"], assigned=["S1.ann.1"], refused=refused),
+        event(7, "swarm.turned", "S1", turn=2, agents=[], assigned=[], refused=[], closing="turn 2 failed (x)"),
+    ]
+    progress = after(2)
+    notes = []
+    for item in [*told, told[1]]:
+        progress.apply(item)
+        notes.append({row[0]: row[-1] for row in progress.rows(9_000)}["S1"])
+    assert notes[0] == "turn 1, 0 sub-agents, 0 assignments"
+    assert notes[1] == "turn 2, 2 sub-agents, 1 assignment, 17 calls refused"
+    assert progress.leading["S1"].words() == (
+        "turn 3, 2 sub-agents, 1 assignment, 17 calls refused; must answer: turn 2 failed (x)"
+    )
+    assert event_line(told[1], 1_000).endswith(" refused=ann/agent.exists(17)")

@@ -251,9 +251,31 @@ def test_a_model_that_never_answers_is_made_to() -> None:
     assert result.state is TaskState.FAILED
     assert result.failure is not None
     assert result.failure.code == "turn.answer_wanted"
+    last = script.asked["L.turn4"]
+    assert last.json_schema is None, "it may only answer, and is asked for the text itself"
+    assert "Answer with the text itself and nothing else." in last.messages[-1].content
+
+
+def test_a_leader_of_json_is_made_to_answer_under_its_schema() -> None:
+    script = Script(
+        {"calls": [assign("nobody")]}, {"calls": [assign("nobody")]}, {"calls": [assign("no")]}, {"answer": {}}
+    )
+    leader = LEADER | {"outputs": [{"name": "L.out", "kind": "json"}]}
+    assert ran(script, steps=[leader, AFTER]).state is TaskState.SUCCEEDED
     last = script.asked["L.turn4"].json_schema
     assert last is not None
     assert last["required"] == ["answer"]
+    assert '{"answer": the result}' in script.prompt("L.turn4")
+
+
+@pytest.mark.parametrize("said", ["Red, green and blue.", json.dumps({"answer": "Red, green and blue."})])
+def test_a_turn_that_may_only_answer_may_do_so_with_the_text_itself(said: str) -> None:
+    bad = {"calls": [create("ann"), assign("ann"), assign("nobody")]}
+    script = Script(bad, said)
+    result = ran(script, steps=[LEADER | {"spawns": {"max_turns": 2}}, AFTER])
+    assert result.state is TaskState.SUCCEEDED, result.failure
+    assert ">\nRed, green and blue.\n<" in script.prompt("E")
+    assert "made by L.ann.1" in script.prompt("L.turn2")
 
 
 def stuck(calls: Sequence[Any], fail: Failure | None = None) -> Script:
@@ -263,7 +285,7 @@ def stuck(calls: Sequence[Any], fail: Failure | None = None) -> Script:
         def __call__(self, header: Header, body: bytes) -> Answer:
             took_ms, final = super().__call__(header, body)
             step = header.step or ""
-            may_call = self.asked[step].json_schema is not None and "anyOf" in (self.asked[step].json_schema or {})
+            may_call = "anyOf" in (self.asked[step].json_schema or {})
             return took_ms, fail if fail is not None and step.startswith("L.turn") and not may_call else final
 
     return Stuck({"calls": list(calls)})
@@ -276,6 +298,9 @@ LOOPED = Failure(
     origin="inference-specialist",
     message="it repeats itself",
     evidence={"answer": LOOPING, "first_char": LOOPING.index(" and red"), "repeated": " and red and blue"},
+)
+PLAINLY = LOOPED.model_copy(
+    update={"evidence": LOOPED.evidence | {"answer": LOOPING[13:], "first_char": LOOPING.index(" and red") - 13}}
 )
 NO_ANSWER = LOOPED.model_copy(update={"evidence": {"answer": '{ "calls": [', "first_char": 3, "repeated": "x"}})
 
@@ -364,8 +389,12 @@ def test_a_turn_that_fails_for_good_leads_to_the_answer() -> None:
 
 @pytest.mark.parametrize(
     ("failure", "words"),
-    [(LOOPED, "red, green and blue and red and blue\n"), (NO_ANSWER, "made by L.ann.1\n")],
-    ids=["what it had begun to write", "what its sub-agents brought"],
+    [
+        (LOOPED, "\nred, green and blue and red and blue\n"),
+        (PLAINLY, "\nred, green and blue and red and blue\n"),
+        (NO_ANSWER, "\nmade by L.ann.1\n"),
+    ],
+    ids=["what it had begun to write", "without an object around it", "what its sub-agents brought"],
 )
 def test_where_the_last_turn_fails_as_well_the_text_there_is_stands_for_the_answer(
     failure: Failure, words: str
