@@ -139,6 +139,8 @@ class Progress:
             led = self.leading.setdefault(str(event.step), Leading())
             led.apply(event.fields)
             self.steps.setdefault(str(event.step), StepLine(str(event.step))).note = led.words()
+            turn = f"{event.step}.turn{led.turn}"
+            self.steps.setdefault(turn, StepLine(turn, action=f"turn {led.turn} of {event.step}"))
         if event.step is not None:
             self._apply_to_step(self.steps.setdefault(event.step, StepLine(event.step)), event)
 

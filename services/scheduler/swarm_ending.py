@@ -65,7 +65,7 @@ def closed_by(task: TaskRecord, turn: StepRecord, failure: Failure, at_ms: int) 
     """
     parent = task.steps[turn.swarm or ""]
     answered = bool(turn.attempts and turn.attempt.artefacts)
-    if answered or must_answer(task, parent) is not None or len(task.steps) >= task.ir.budget.max_steps:
+    if answered or must_answer(task, parent) is not None:
         return None
     number = task.swarms[parent.spec.id].turns
     why = f"turn {number} failed ({failure.code})"

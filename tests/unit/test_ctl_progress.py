@@ -94,6 +94,7 @@ def test_a_leading_step_says_which_turn_it_is_and_what_became_of_the_others() ->
     for item in [*told, told[1]]:
         progress.apply(item)
         notes.append({row[0]: row[-1] for row in progress.rows(9_000)}["S1"])
+    assert {row[0]: row[-1] for row in progress.rows(9_000)}["S1.turn3"] == "turn 3 of S1"
     assert notes[0] == "turn 1, 0 sub-agents, 0 assignments"
     assert notes[1] == "turn 2, 2 sub-agents, 1 assignment, 17 calls refused"
     assert progress.leading["S1"].words() == (

@@ -73,3 +73,9 @@ def test_of_a_large_swarm_those_that_failed_come_first() -> None:
     assert len(rows) == 40
     assert rows[0].startswith("a99")
     assert "40 of 100 sub-agents" in text
+
+
+def test_why_a_model_was_made_to_answer_is_said() -> None:
+    made = swarm(agent(1)).model_copy(update={"ending": "turn 9 is the last one"})
+    assert "its model was made to answer: turn 9 is the last one" in printed(made, told=False)
+    assert "made to answer" not in printed(swarm(agent(1)), told=False)

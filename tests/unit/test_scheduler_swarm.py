@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from protocol.codec import unpack_body
 from protocol.header import Header
 from protocol.messages.failure import Category, Failure
+from protocol.messages.gate import GateFinal, GateResult
 from protocol.messages.infer import InferRequest
 from protocol.messages.memory import MemoryRequest, RecordOutcomes
 from protocol.messages.persona import PersonaListing, PersonaQuery
@@ -415,6 +416,23 @@ def test_no_text_stands_for_json_or_code(more: dict[str, Any]) -> None:
     assert result.state is TaskState.FAILED
     assert result.failure is not None
     assert result.failure.code == "decoding.repetition"
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["an answer that its gates refuse", "no answer for them"])
+def test_nothing_stands_for_an_answer_that_gates_would_have_judged(answers: bool) -> None:
+    def refuse(_header: Header, _body: bytes) -> Answer:
+        refused = {"gate": "lint", "verdict": "fail", "category": "CODE", "started_ms": 0, "ended_ms": 1}
+        return 10, GateFinal(results=[GateResult.model_validate(refused)])
+
+    again = {"calls": [create("ann"), assign("ann")]}
+    script = Script(again, {"answer": "bad"}) if answers else stuck(again["calls"], LOOPED)
+    world = stack(script)
+    world.peers["gates"].answer = refuse
+    result = finished(world, world.submit(task_of([LEADER | {"gates": ["lint"]}, AFTER])))
+    assert result.state is TaskState.FAILED
+    assert result.failure is not None
+    assert result.failure.code == ("gate.lint" if answers else "decoding.repetition")
+    assert not answers or "L.turn3" not in script.runs
 
 
 def test_a_leader_whose_worker_dies_with_it_again_and_again_is_not_asked_further() -> None:
