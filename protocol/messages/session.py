@@ -155,6 +155,9 @@ class ModelReport(Message):
     """Times it was told to load since the hub started."""
     waiting: str | None = None
     """Why work that needs it has to wait, for people; absent = none does."""
+    too_large: str | None = None
+    """Why the budget can never hold a warm or cold one beside the models that stay, so that it loads only alone, for
+    people, as soon as it is measured; absent = it can."""
 
 
 class MemoryBudget(Message):

@@ -16,7 +16,7 @@ from services.ctl.reload import add_reload
 from services.ctl.residency import move_model
 from services.ctl.screen import mebibytes, seconds
 from services.ctl.stack_files import checked_registry
-from services.ctl.status import memory_line, slots, speed
+from services.ctl.status import memory_line, size_notes, slots, speed
 from services.kit.registry.memory import memory_needs
 
 _MODEL_COLUMNS: Final = (
@@ -95,6 +95,8 @@ def _models(args: Namespace, context: Context) -> ExitCode:
         context.screen.table(_MODEL_COLUMNS, rows)
         if report is not None and report.memory is not None:
             context.screen.line(memory_line(report.memory))
+        for note in size_notes(report):
+            context.screen.line(f"note: {note}", style="yellow")
     return ExitCode.OK
 
 
@@ -104,16 +106,12 @@ def _ago(used_ms: int | None) -> str:
 
 def _check(args: Namespace, context: Context) -> ExitCode:
     registry = checked_registry(context.home, check_files=not args.no_files)
+    measured = size_notes(asyncio.run(try_status(context.home, timeout_s=3.0)))
+    notes = [*map(str, registry.notes), *measured]
     if context.screen.json:
-        context.screen.document(
-            {
-                "folder": str(context.home.registry),
-                "digest": registry.digest,
-                "notes": [str(note) for note in registry.notes],
-            }
-        )
+        context.screen.document({"folder": str(context.home.registry), "digest": registry.digest, "notes": notes})
         return ExitCode.OK
-    for note in registry.notes:
+    for note in notes:
         context.screen.line(f"note: {note}", style="yellow")
     counts = f"{len(registry.models)} models, {len(registry.roles)} roles, {len(registry.personas)} personas"
     context.screen.line(f"{context.home.registry} is good: {counts}, {len(registry.gates)} gates")

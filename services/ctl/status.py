@@ -128,7 +128,14 @@ def memory_line(memory: MemoryBudget) -> str:
 def _place_line(place: ModelReport) -> str:
     held = f", holds {mebibytes(place.held_bytes)}" if place.held_bytes else f", needs {mebibytes(place.need_bytes)}"
     waiting = f"; work {place.waiting}" if place.waiting else ""
-    return f"{place.residency} model {place.model}: {place.state}{held}, {place.loads} loads{waiting}"
+    large = f"; it {place.too_large}" if place.too_large and place.too_large not in waiting else ""
+    return f"{place.residency} model {place.model}: {place.state}{held}, {place.loads} loads{waiting}{large}"
+
+
+def size_notes(report: StatusReport | None) -> list[str]:
+    """One sentence for each model that was found to be too large for the budget."""
+    models = report.models if report is not None else []
+    return [f"{place.model} {place.too_large}" for place in models if place.too_large]
 
 
 def slots(peer: PeerReport) -> str:

@@ -228,6 +228,7 @@ class Loading:
             used_ms=place.used_ms,
             loads=place.loads,
             waiting=self.reason(f"infer.{model}", at_ms) if waits else None,
+            too_large=self._too_large(place) if self._is_too_large_guest(place) else None,
         )
 
     def budget(self) -> MemoryBudget:
@@ -267,12 +268,16 @@ class Loading:
             case _:
                 return None
 
+    def _is_too_large_guest(self, place: Place) -> bool:
+        return place.model in self.residency.guests and self.residency.too_large(place)
+
     def _too_large(self, place: Place) -> str:
         needs = "was measured to need" if place.measured_bytes else "needs"
         return (
             f"{needs} {_gib(place.need_bytes)}, more than the budget of {_gib(self.broker.tokens.memory_bytes)} holds "
-            "beside the models that stay (hot, pinned); it loads only while no other one is in memory and the machine "
-            "has as much left: lower its context_tokens or slots in models.yaml, or raise memory_bytes in hardware.yaml"
+            "beside the models that stay (hot, pinned); it loads only alone, when all others have made way, if the "
+            "machine has as much left: lower its context_tokens or slots in models.yaml, or raise memory_bytes in "
+            "hardware.yaml"
         )
 
     def _who_has_it(self) -> str:

@@ -93,6 +93,8 @@ class Place:
     loads: int = 0
     pause_ms: int = 0
     """No order before this time."""
+    alone_pause_ms: int = 0
+    """Nobody makes way for it before this time, if it is too large."""
     kept_until_ms: int | None = None
     """Its process is gone; until then its memory stays booked."""
 

@@ -6,11 +6,12 @@ unloading whoever is worth least, never under running work. What is held comes f
 measured it.
 
 Progress. Models that are waited for load in the order in which their wait began; the first one's claim is kept free,
-so nobody overtakes it into the room it needs. One that needs more than it could ever have stands in nobody's way. An
-idle model makes way after a minimum residence, a busy one after a turn: it is closed (gets no new work), runs dry, and
-is unloaded. Work never waits for memory while it holds a slot, and the registry's rules say that everything that stays
-and the largest model that does not fit together, so the first in line always gets its room. Both times grow with the
-time that loading takes, so that no more than a fixed part of the time is spent on loading, whatever is asked for.
+so nobody overtakes it into the room it needs. One that needs more than the budget can ever give it takes its turn
+alone, if the machine has the memory; else it stands in nobody's way. An idle model makes way after a minimum
+residence, a busy one after a turn: it is closed (gets no new work), runs dry, and is unloaded. Work never waits for
+memory while it holds a slot, and the registry's rules say that everything that stays and the largest model that does
+not fit together, so the first in line always gets its room. Both times grow with the time that loading takes, so that
+no more than a fixed part of the time is spent on loading, whatever is asked for.
 
 Who is told what, and what services say, is `loading`'s business.
 """
@@ -40,6 +41,11 @@ TRUST_MS: Final = 5_000
 """After its start the hub loads nothing for so long if there are services that have not said yet what they hold."""
 PRESSURE_EVERY_MS: Final = 2_000
 """Between two models that are unloaded because the machine is short of memory: the effect must be seen first."""
+READING_MS: Final = 2_000
+"""After memory came free the machine's account shows it within so long: it is read once a second."""
+ALONE_PAUSE_MS: Final = 120_000
+"""For one that is too large, and found the machine without the memory when all others had made way, nobody makes way
+for so long: what a process holds of its file may count as available all the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,8 @@ class Residency:
     wants_core: bool = False
     """A model has its room and waits for a core to load with, so whatever ends may matter."""
     _pressure_ms: int = 0
+    _freed_ms: int = 0
+    """When memory came free last."""
     _over_ms: int | None = None
     """Since when more is held than there is."""
 
@@ -162,7 +170,7 @@ class Residency:
             place.kept_until_ms = None  # its connection was broken only
         self._enter(place, state, at_ms)
         if state is State.PARKED:
-            self._forget(place)
+            self._forget(place, at_ms)
 
     def _settle(self, place: Place, state: State, at_ms: int) -> None:
         """The service of a warm or cold model has done, or refused, what it was told."""
@@ -175,7 +183,7 @@ class Residency:
         found = place.state is State.ABSENT
         self._enter(place, state, at_ms)
         if state is State.PARKED:
-            self.tokens.release_memory(place.model)
+            self._release(place, at_ms)
             place.wish, place.closing, place.outdated = None, False, False
         elif not self.tokens.held_by(place.model) and (found or state is not State.UNLOADING):
             self.tokens.book_memory(place.model, place.need_bytes)  # found, not granted: an earlier hub gave it
@@ -262,17 +270,21 @@ class Residency:
 
     def too_large(self, place: Place) -> bool:
         """True if it needs more than all that come and go could ever free for it: it was measured, or has changed."""
+        return place.need_bytes > self._most_bytes(place)
+
+    def _most_bytes(self, place: Place) -> int:
+        """What is free for it when all the others that come and go are gone."""
         staying = (
             other.model
             for other in self.places.values()
             if other is not place and (other.residency == "hot" or (other.pinned and other.state is State.LOADED))
         )
-        return place.need_bytes > self.tokens.memory_bytes - sum(map(self.tokens.held_by, staying))
+        return self.tokens.memory_bytes - sum(map(self.tokens.held_by, staying))
 
     def _look_at(self, place: Place, demand: Demand, at_ms: int) -> None:
         if place.kept_until_ms is not None:
             if place.kept_until_ms <= at_ms:
-                self.tokens.release_memory(place.model)
+                self._release(place, at_ms)
                 place.kept_until_ms = None
             else:
                 self._due(place.kept_until_ms)
@@ -294,12 +306,17 @@ class Residency:
         until_ms = at_ms + (GONE_KEPT_MS if place.state is State.UNLOADING else SILENT_KEPT_MS)
         place.kept_until_ms = min(place.kept_until_ms or until_ms, until_ms)
         if place.kept_until_ms <= at_ms:
-            self._forget(place)
+            self._forget(place, at_ms)
         else:
             self._due(place.kept_until_ms)
 
-    def _forget(self, place: Place) -> None:
+    def _forget(self, place: Place, at_ms: int) -> None:
         del self.leaving[place.model]
+        self._release(place, at_ms)
+
+    def _release(self, place: Place, at_ms: int) -> None:
+        if self.tokens.held_by(place.model):
+            self._freed_ms = at_ms
         self.tokens.release_memory(place.model)
 
     def _coming_bytes(self) -> int:
@@ -324,17 +341,16 @@ class Residency:
                 self._due(place.pause_ms)
                 continue
             why: Literal["asked", "needed"] = "needed" if demand.get(place.model, NONE).waiting else "asked"
-            if place.need_bytes <= self.tokens.free_bytes - claimed:
-                if self._begin(place, at_ms):
+            too_large = self.too_large(place)
+            overdraw = too_large and first is None and self._may_overdraw(place)
+            if overdraw or place.need_bytes <= self.tokens.free_bytes - claimed:
+                if self._begin(place, at_ms, overdraw=overdraw):
                     orders.append(self._load(place, why, at_ms))
                     continue
                 self.wants_core = True
-            elif self.too_large(place):
-                # No room is made or kept for it: it can have none, and those behind it would wait for ever.
-                if first is not None or not self._may_overdraw(place):
-                    self.tokens.end_load(place.model)  # it may have closed the door for its core
-                elif self._begin(place, at_ms, overdraw=True):
-                    orders.append(self._load(place, why, at_ms))
+            elif too_large and (first is not None or not self._has_a_turn(place, at_ms)):
+                # No room is made or kept for it: it can have none now, and those behind it would wait for ever.
+                self.tokens.end_load(place.model)  # it may have closed the door for its core
                 continue
             else:
                 self.tokens.end_load(place.model)  # it waits for memory now, which closes no door
@@ -347,17 +363,36 @@ class Residency:
     def _begin(self, place: Place, at_ms: int, *, overdraw: bool = False) -> bool:
         return self.tokens.begin_load(place.model, place.need_bytes, at_ms, overdraw=overdraw)
 
+    def _has_a_turn(self, place: Place, at_ms: int) -> bool:
+        """Whether what is too large may wait in the line: the machine has the memory, or should have it when all that
+        come and go are gone."""
+        if self.available_bytes is None or self.available_bytes >= place.need_bytes:
+            return True
+        if place.alone_pause_ms > at_ms:
+            return False
+        others_bytes = self._most_bytes(place) - self.tokens.free_bytes
+        if others_bytes > 0:
+            return self.available_bytes + others_bytes >= place.need_bytes
+        if at_ms < self._freed_ms + READING_MS:
+            self._due(self._freed_ms + READING_MS)
+            return True
+        place.alone_pause_ms = at_ms + ALONE_PAUSE_MS
+        return False
+
     def _may_overdraw(self, place: Place) -> bool:
         """Whether what is too large may load all the same: nobody is left who could make way, and the machine has the
         memory."""
+        return self._is_alone(place) and (self.available_bytes is None or self.available_bytes >= place.need_bytes)
+
+    def _is_alone(self, place: Place) -> bool:
         others = (other for other in self.guests.values() if other is not place)
         holders = [other for other in others if self.tokens.held_by(other.model)]
-        alone = not self.leaving and all(other.pinned and other.state is State.LOADED for other in holders)
-        return alone and (self.available_bytes is None or self.available_bytes >= place.need_bytes)
+        return not self.leaving and all(other.pinned and other.state is State.LOADED for other in holders)
 
     def _make_room(self, place: Place, demand: Mapping[str, Demand], at_ms: int) -> list[Order]:
-        """Unload idle models, and close busy ones that have had their turn, if that gives `place` its room."""
-        missing = place.need_bytes - self.tokens.free_bytes - self._coming_bytes()
+        """Unload idle models, and close busy ones that have had their turn, if that gives `place` its room; all of them
+        where it is too large."""
+        missing = min(place.need_bytes, self._most_bytes(place)) - self.tokens.free_bytes - self._coming_bytes()
         missing -= sum(
             self.tokens.held_by(p.model)
             for p in self.guests.values()
@@ -446,6 +481,10 @@ class Residency:
             wanted = demand.get(place.model, NONE)
             busy = wanted.running or wanted.waiting or place.pinned or place.asked_ms is not None
             if place.state is not State.LOADED or place.closed or busy or place.pause_ms > at_ms:
+                continue
+            stays_ms = max(place.loaded_ms, place.used_ms or 0) + place.residence_ms
+            if not self.low and at_ms < stays_ms and self.too_large(place) and self._is_alone(place):
+                self._due(stays_ms)  # gone, it would only be loaded anew with the next step
                 continue
             over -= self.tokens.held_by(place.model)
             orders.append(self._unload(place, "pressure", at_ms))

@@ -408,6 +408,7 @@ _MODEL: Final = ModelReport(
     loads=2,
     waiting="it loads since 3.0 s",
 )
+_LARGE_MODEL = _MODEL.model_copy(update={"too_large": "was measured to need 9.0 GiB, more than the budget holds"})
 _MENDED = _REPORTED.model_copy(
     update={
         "steps": [
@@ -595,7 +596,7 @@ EXAMPLES: Final[Mapping[str, list[Message]]] = {
     "session.reside": [Reside(loaded=True, order=3)],
     "model.load": [ModelQuery(model="architect")],
     "model.unload": [ModelQuery(model="architect")],
-    "model.report": [_MODEL],
+    "model.report": [_MODEL, _LARGE_MODEL],
     "session.status": [StatusRequest()],
     "session.report": [
         StatusReport(

@@ -209,3 +209,30 @@ def test_the_commands_show_and_move_models(stack: BareStack) -> None:
     assert run(stack, "models", "unload", "worker")["state"] == "parked"
     checks = {one["name"]: one for one in run(stack, "doctor")["checks"]}
     assert checks["memory"]["verdict"] in ("ok", "warn")
+
+
+def test_a_model_that_takes_more_than_the_budget_is_named_by_the_commands_once_it_is_measured() -> None:
+    declared = 192_000_000  # what its files say; its process has some more
+    models = {
+        "front": {"tier": "A", "engine": "noop", "slots": 2, "context_tokens": 3072},
+        "specialist": {"tier": "B", "engine": "noop", "slots": 2, "context_tokens": 1024},
+        "worker": {"tier": "C", "engine": "llama-server", **WARM, "memory_bytes": declared},
+    }
+    with temporary_home() as path:
+        made = BareStack(path, models=models)
+        (made.registry / "hardware.yaml").write_text(f"hardware:\n  memory_bytes: {declared}\n")
+        roles = (made.registry / "roles.yaml").read_text()
+        (made.registry / "roles.yaml").write_text(roles.replace("max_tokens: 768", "max_tokens: 512"))
+        with made as running:
+            assert run(running, "registry", "check", "--no-files")["notes"] == []
+            run(running, "models", "load", "worker")
+            once(running, lambda report: place(report, "worker").measured_bytes > declared, "it is measured")
+            (note,) = run(running, "registry", "check", "--no-files")["notes"]
+            assert note.startswith("worker was measured to need ")
+            for command in (("registry", "check", "--no-files"), ("models",), ("status",)):
+                done = subprocess.run(
+                    [sys.executable, "-m", "services.ctl", *command],
+                    cwd=CHECKOUT, env=running.environ | {"COLUMNS": "1000"}, capture_output=True, text=True,
+                    timeout=60, check=True,
+                )  # fmt: skip
+                assert "it loads only alone" in done.stdout, command

@@ -9,11 +9,12 @@ import pytest
 from protocol.messages.infer import ChatMessage, InferFinal, InferRequest
 from protocol.messages.result import TaskState
 from protocol.messages.session import PeerState
+from services.ctl.status import size_notes
 from services.kit.registry import Registry
 from services.kit.registry.acceleration import Declared
 from services.kit.session import DrainAsked, StateChanged
 from services.scheduler import events as ev
-from services.scheduler.place import Demand, State
+from services.scheduler.place import MIN_RESIDENCE_MS, MIN_TURN_MS, Demand, State
 from services.scheduler.residency import Residency
 from services.scheduler.resources import Needs, Tokens
 from tests.unit.simulation import say, task_of
@@ -221,6 +222,78 @@ def test_a_model_that_cannot_have_its_room_keeps_nobody_else_from_loading_and_th
     world.feed(ev.MemorySeen(12 * GB, world.now))
     world.ask("model.unload", "worker")
     assert world.finish(large, limit_ms=10_000).state is TaskState.SUCCEEDED, "alone, where the machine has the memory"
+
+
+def test_a_model_that_was_measured_too_large_is_named_before_anybody_waits_for_it() -> None:
+    world = stack(registry_of(budget=8 * GB, specialist=warm(4 * GB)))
+    world.finish(world.submit(task_of([{"id": "S", "actor": "coder"}])))
+    assert world.place("specialist").too_large is None
+    world.peers["inference-specialist"].model_bytes = 10 * GB
+    world.run_for(1_500)
+    assert world.place("specialist").waiting is None
+    assert world.hub is not None
+    (note,) = size_notes(world.hub.status({}, world.now))
+    assert note.startswith("specialist was measured to need 9.3 GiB, more than the budget of 7.5 GiB holds")
+
+
+def overgrown(**guests: dict[str, Any]) -> Stack:
+    """A stack with 3 GB for its guests: the hot model was measured to take the rest."""
+    world = stack(registry_of(budget=8 * GB, front={"memory_bytes": 1_000}, **guests), say("fine", 1_500))
+    world.peers["inference-front"].model_bytes = 5 * GB
+    world.run_for(1_500)
+    return world
+
+
+def coder_waits_ms(world: Stack) -> int:
+    """How long one step of the coder takes, from now."""
+    task, began = world.submit(task_of([{"id": "S", "actor": "coder"}])), world.now
+    assert world.finish(task, limit_ms=600_000).state is TaskState.SUCCEEDED
+    return world.now - began
+
+
+def test_idle_models_make_way_for_one_that_is_too_large() -> None:
+    world = overgrown(specialist=warm(4 * GB), worker=warm(2 * GB))
+    world.finish(world.submit(task_of([{"id": "W"}])))
+    assert coder_waits_ms(world) <= MIN_RESIDENCE_MS + LOAD_MS + 2_000
+
+
+@pytest.mark.parametrize("size", [2 * GB, 4 * GB], ids=["fits", "too large itself"])
+def test_a_busy_model_makes_way_after_its_turn_for_one_that_is_too_large_and_comes_back(size: int) -> None:
+    world = overgrown(specialist=warm(4 * GB), worker=warm(size))
+    (busy,) = keep_busy(world, "worker")
+    assert coder_waits_ms(world) <= MIN_TURN_MS + LOAD_MS + 4_000
+    assert world.finish(busy, limit_ms=60_000).state is TaskState.SUCCEEDED
+    assert [world.peers[f"inference-{one}"].loads for one in ("worker", "specialist")] == [2, 1]
+
+
+def test_a_model_that_fits_has_its_turn_after_a_busy_one_that_is_too_large() -> None:
+    world = overgrown(specialist=warm(2 * GB), worker=warm(4 * GB))
+    keep_busy(world, "worker")
+    assert free_bytes(world) < 0
+    assert coder_waits_ms(world) <= MIN_TURN_MS + LOAD_MS + 4_000
+
+
+def test_nobody_makes_way_for_long_where_the_machine_has_no_memory_for_the_one_that_is_too_large() -> None:
+    """With the other one gone there would be room, by the account; the machine sees none of it."""
+    world = overgrown(specialist=warm(4 * GB), worker=warm(2 * GB))
+    world.feed(ev.MemorySeen(3 * GB, world.now))
+    world.submit(task_of([{"id": "S", "actor": "coder"}]))
+    (busy,) = keep_busy(world, "worker")
+    world.run_for(10_000)
+    assert world.peers["inference-specialist"].loads == 0
+    assert world.finish(busy, limit_ms=60_000).state is TaskState.SUCCEEDED
+    assert world.peers["inference-worker"].loads <= 2
+
+
+def test_a_model_that_is_too_large_stays_for_its_residence_while_nobody_else_needs_memory() -> None:
+    """Else each step of a chain would load it anew."""
+    world = overgrown(specialist=warm(4 * GB))
+    for _ in range(3):
+        world.finish(world.submit(task_of([{"id": "S", "actor": "coder"}])))
+        world.run_for(MIN_RESIDENCE_MS // 2)
+    assert world.peers["inference-specialist"].loads == 1
+    world.run_for(MIN_RESIDENCE_MS)
+    assert world.place("specialist").held_bytes == 0
 
 
 def test_a_model_that_cannot_have_its_room_closes_no_door_to_the_core_that_another_one_loads_with() -> None:

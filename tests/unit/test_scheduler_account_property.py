@@ -39,6 +39,10 @@ RELIEVED_MS = MIN_TURN_MS + 2 * LONGEST_CALL_MS + 10_000
 """Over budget for a turn, then until the running calls have ended and the processes are gone."""
 HUGE = {"specialist": 8.0}
 """Far more than the machine has."""
+LARGE = {"specialist": 5.0, "worker": 5.0}
+"""More than the budget has, for either of them, and no more than the machine has."""
+MACHINE = 12 * GB
+LARGE_MACHINE = 40 * GB
 
 
 FILE = Declared(
@@ -69,6 +73,14 @@ class Reloads(Weather):
         self.strict = trouble == 0
         super().__init__(registry, draw, trouble)
         self.kinds = ("kill", "cut")
+        self.machine_bytes = LARGE_MACHINE if surprise is LARGE else MACHINE
+        self.later(0, self.read_memory)
+
+    def read_memory(self) -> None:
+        """The hub looks once a second at what the machine has left."""
+        if self.hub is not None:
+            self.feed(ev.MemorySeen(max(GB, self.machine_bytes - self.in_memory()), self.now))
+        self.later(1_000, self.read_memory)
 
     # Processes
 
@@ -207,7 +219,7 @@ def after(files: Registry, first: Registry, kind: str, model: str, size: int) ->
 @given(
     need=st.tuples(sizes, sizes),
     trouble=st.sampled_from([0.0, 0.0, 0.0, 0.1]),
-    surprise=st.sampled_from([{}, {"front": 1.25, "specialist": 1.25}, {"worker": 0.5, "front": 1.25}, HUGE]),
+    surprise=st.sampled_from([{}, {"front": 1.25, "specialist": 1.25}, {"worker": 0.5, "front": 1.25}, HUGE, LARGE]),
     arrivals=st.lists(
         st.tuples(st.integers(0, 8_000), st.lists(roles, min_size=1, max_size=5)), min_size=1, max_size=8
     ),
@@ -225,6 +237,10 @@ def after(files: Registry, first: Registry, kind: str, model: str, size: int) ->
 @example(  # one that cannot have its room is waited for
     need=(6 * GB, 2 * GB), trouble=0.0, surprise=HUGE, seed=1,
     arrivals=[(0, ["coder"]), (30_000, ["coder"]), (100, ["worker"])], edits=[(12_000, "mode", "worker", 0)],
+)  # fmt: skip
+@example(  # either of both only while alone, and both are busy
+    need=(4 * GB, 4 * GB), trouble=0.0, surprise=LARGE, seed=1,
+    arrivals=[(0, ["worker", "coder"] * 8), (4_000, ["worker"] * 5), (4_000, ["coder"] * 5)], edits=[],
 )  # fmt: skip
 @example(  # a change of mode
     need=(4 * GB, 4 * GB), trouble=0.0, surprise={}, seed=1,
@@ -253,7 +269,6 @@ def test_whatever_is_reloaded_and_measured_the_account_covers_what_is_held_and_e
     for name in GUESTS:
         world.join(name, answer, draw.choice([300, 1_000, 3_000]))
     world.run_for(50)
-    world.feed(ev.MemorySeen(8 * GB, world.now))
 
     def edit(kind: str, model: str, size: int) -> None:
         if world.hub is None:
