@@ -18,6 +18,10 @@ sentence without line breaks is after 400 characters. It is the smaller one: a r
 stopped again at the stronger model, and its step fails. For the same reason entries with running numbers count by their
 characters too, and three answers that change without order, such as labels, count as a loop only where there are more
 of them than anybody lists.
+
+Longer lists of equal entries are told from loops by what bounds them: rows and entries pass up to as many as the
+request asks for (`asked`), and rows of an array, each closed by its bracket, up to a square. What goes on beyond is
+stopped with the next one.
 """
 
 from __future__ import annotations
@@ -36,6 +40,10 @@ MIN_REPEATS: Final = 4
 _LENIENT: Final = 4
 _STRIDE_CHARS: Final = 48
 """The end of the text is looked at each time it has grown by so much; it costs microseconds."""
+_KEPT_TEXT_CHARS: Final = 32_000
+"""Of the answer's end: a square of zeros has 72 rows of 72 in half of it."""
+_AROUND: Final = 8
+"""Lines or values beside the entries that a request asks for: a heading, a closing sentence."""
 _PROBE_CHARS: Final = 16
 _MAX_PERIODS: Final = 64
 """Lengths of a loop that are tried at one look."""
@@ -113,13 +121,15 @@ class _Phrases:
 class DecodingMonitor:
     """Watches one answer. `take` and `beyond` return the reason to stop, once; after that the monitor is done.
 
-    `max_tokens` and `t_max_s` are what the engine was allowed; `constrained`: it decodes under a schema or grammar.
+    `max_tokens` and `t_max_s` are what the engine was allowed; `constrained`: it decodes under a schema or grammar;
+    `items`: entries of the longest list that the request asks for.
     """
 
     limits: AbortLimits
     max_tokens: int
     t_max_s: float | None = None
     constrained: bool = False
+    items: int = 0
     _text: str = ""
     """The newest part of the answer, as long as the longest loop that can be found."""
     _dropped: int = 0
@@ -143,6 +153,11 @@ class DecodingMonitor:
     """Of prose; of prose and rows; of everything."""
     _entropies: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW_TOKENS))
     _tokens: int = 0
+    _breaks: int = 0
+    """Line breaks in the answer."""
+    _commas: int = 0
+    _objects: int = 0
+    """Closing braces."""
 
     def take(self, text: str, tokens: int, entropies: Iterable[float] = ()) -> Abort | None:
         """A piece of the answer has come; `tokens` counts the whole answer, `entropies` (nats) the piece's tokens."""
@@ -152,6 +167,9 @@ class DecodingMonitor:
             self._json = head in "[{"
         found = self._too_long() or self._too_unsure(entropies)
         if found is None and self.limits.repetition and text:
+            self._breaks += text.count("\n")
+            self._commas += text.count(",")
+            self._objects += text.count("}")
             found = self._repeats(text)
         return found
 
@@ -160,6 +178,12 @@ class DecodingMonitor:
         if self.t_max_s is None or elapsed_s <= self.t_max_s + _SLACK_S:
             return None
         return self._abort("runaway", f"the engine goes on after {elapsed_s:.1f} s of {self.t_max_s:.1f} s", {})
+
+    @property
+    def _as_asked(self) -> bool:
+        """No more entries have been written than the request asks for, and a few lines around them."""
+        written = (self._data and self._objects) or self._breaks or self._commas
+        return self.items > 0 and written <= self.items + _AROUND
 
     @property
     def _data(self) -> bool:
@@ -195,7 +219,7 @@ class DecodingMonitor:
         if found is None and length - self._looked >= _STRIDE_CHARS:
             self._looked = length
             found = self._loop()
-            keep = 2 * _LENIENT * self.limits.repeated_chars
+            keep = max(2 * _LENIENT * self.limits.repeated_chars, _KEPT_TEXT_CHARS // 2)
             if len(self._text) > 2 * keep:
                 self._dropped += len(self._text) - keep
                 self._text = self._text[-keep:]
@@ -220,8 +244,11 @@ class DecodingMonitor:
         """How many characters a loop of this passage must cover to count as one."""
         if passage.isspace():
             return self.limits.repeated_chars  # a grammar that allows blanks without end
-        lenient = self._data or _of_rows(passage) or not _WORDS.search(passage)
-        return self.limits.repeated_chars * (_LENIENT if lenient else 1)
+        if not (self._data or _of_rows(passage) or not _WORDS.search(passage)):
+            return self.limits.repeated_chars
+        meant = max(self.items, _square_of(passage)) + 1
+        meant_chars = min(meant * len(passage), _KEPT_TEXT_CHARS // 2)
+        return max(self.limits.repeated_chars * _LENIENT, meant_chars)
 
     def _looped(self, period: int) -> Abort:
         text, begin = self._text, len(self._text) - period
@@ -283,22 +310,24 @@ class DecodingMonitor:
         Short lines have to be as long together as a loop of rows is.
         """
         lines.append(line)
-        while len(lines) > _LENIENT * least:
+        most = max(_LENIENT * least, self.items + 1)
+        while len(lines) > most:
             lines.popleft()
         newest = list(lines)
         for period in range(1, _FEW_LINES + 1):
             count = period
             while count < len(newest) and newest[-count - 1] == newest[period - count - 1]:
                 count += 1
-            if count >= least and sum(map(len, newest[-count:])) >= _LENIENT * self.limits.repeated_chars:
+            written = sum(map(len, newest[-count:]))
+            if count >= max(least, self.items + 1) and written >= _LENIENT * self.limits.repeated_chars:
                 return self._few_lines(newest[-count:])
-        return self._few_lines(newest) if len(newest) == _LENIENT * least else None
+        return self._few_lines(newest) if len(newest) == most else None
 
     def _few_lines(self, lines: Sequence[str]) -> Abort | None:
         """The verdict where hardly any of these differ."""
         counts = Counter(lines)
-        if len(counts) > _FEW_LINES:
-            return None
+        if len(counts) > _FEW_LINES or not any(map(_WORDS.search, counts)):
+            return None  # of values without words only an exact loop is one
         line, times = counts.most_common(1)[0]
         evidence = {
             "repeated": line[:_SHOWN_CHARS],
@@ -319,7 +348,8 @@ class DecodingMonitor:
 
     def _same_phrases(self) -> Abort | None:
         """Few different phrases among many words: a loop that is not quite exact."""
-        for phrases in self._phrases:
+        prose, *rows = self._phrases
+        for phrases in (prose, *(() if self._as_asked else rows)):
             share = phrases.share_of_different()
             if share <= _FEW_GRAMS:
                 gram, times = phrases.grams.most_common(1)[0]
@@ -337,8 +367,15 @@ class DecodingMonitor:
 
 def _of_rows(passage: str) -> bool:
     """True if a loop of this passage is one of short lines, or of cells and values."""
-    lines = (passage + passage).split("\n")  # the passage may begin in the middle of a line
-    return (len(lines) > 1 and max(map(len, lines)) <= _ROW_CHARS) or _MARKS.search(passage) is not None
+    twice = passage + passage  # it may begin in the middle of a line, or between two marks
+    lines = twice.split("\n")
+    return (len(lines) > 1 and max(map(len, lines)) <= _ROW_CHARS) or _MARKS.search(twice) is not None
+
+
+def _square_of(passage: str) -> int:
+    """How many rows make a square with a loop of this passage: the elements of one, where it is a closed array."""
+    closed = passage.count("]")
+    return passage.count(",") // closed if closed and closed == passage.count("[") else 0
 
 
 def entropy_nats(top_logprobs: Sequence[float]) -> float:

@@ -27,6 +27,7 @@ from protocol.messages.failure import Category, Failure, Finding
 from protocol.messages.infer import ChatMessage, InferFinal, InferPartial, InferRequest
 from services.inference.abort import Abort, DecodingMonitor, entropy_nats
 from services.inference.answer import check_schema, judge
+from services.inference.asked import asked_items
 from services.inference.llama_http import (
     GATHER_S,
     ChatServer,
@@ -394,7 +395,8 @@ def _monitor(request: InferRequest, left_s: float | None, *, thoughts: bool = Fa
     if request.early_abort is None:
         return None
     constrained = not thoughts and (request.json_schema is not None or request.grammar is not None)
-    return DecodingMonitor(request.early_abort, request.max_tokens, left_s, constrained)
+    items = 0 if thoughts else asked_items(request)
+    return DecodingMonitor(request.early_abort, request.max_tokens, left_s, constrained, items)
 
 
 def _generated(stream: _Stream) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,10 +22,10 @@ WORDS = [
 
 
 def decode(
-    text: str, *, limits: AbortLimits | None = None, constrained: bool = False, piece_chars: int = 4
+    text: str, *, limits: AbortLimits | None = None, constrained: bool = False, items: int = 0, piece_chars: int = 4
 ) -> tuple[Abort | None, int]:
     """Feed a text as a model writes it; returns the verdict and the characters it had written by then."""
-    monitor = DecodingMonitor(limits or AbortLimits(), max_tokens=100_000, constrained=constrained)
+    monitor = DecodingMonitor(limits or AbortLimits(), max_tokens=100_000, constrained=constrained, items=items)
     for number, at in enumerate(range(0, len(text), piece_chars), 1):
         found = monitor.take(text[at : at + piece_chars], number)
         if found is not None:
@@ -206,6 +207,61 @@ def test_a_loop_of_rows_is_stopped_well_before_the_tokens_of_a_usual_role_are_sp
     assert found.evidence["times"] >= 4
 
 
+SQUARES = {
+    "rows in one line": "[" + ", ".join(["[" + ", ".join(["0"] * 28) + "]"] * 28) + "]",
+    "rows without blanks": "[" + ",".join(["[" + ",".join(["0"] * 60) + "]"] * 60) + "]",
+    "a row a line": "[\n" + ",\n".join(["  [" + ", ".join(["0.0"] * 28) + "]"] * 28) + "\n]\n",
+    "a value a line": json.dumps([[0] * 28] * 28, indent=2),
+    "in code": fenced("python", "grid = [\n" + ("    [" + ", ".join(["0"] * 28) + "],\n") * 28 + "]\n"),
+}
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_a_square_of_equal_rows_is_an_answer(name: str) -> None:
+    found, _ = decode(SQUARES[name])
+    assert found is None, found
+
+
+@pytest.mark.parametrize("width", [4, 28])
+def test_rows_of_an_array_are_a_loop_once_they_are_more_than_a_square(width: int) -> None:
+    row = "[" + ", ".join(["0"] * width) + "], "
+    found, chars = decode("[" + row * 400)
+    assert found is not None
+    assert chars <= max(1_600, (width + 1) * len(row)) + 2 * len(row) + 64
+
+
+ASKED = {
+    "numbered": "{n}. Not mentioned in the contract.\n",
+    "counting": "- Clause {n}: not mentioned here\n",
+    "bullets": "- Not mentioned in the contract.\n",
+    "lines": "Not mentioned in the contract.\n",
+    "values": '"not mentioned", ',
+    "objects": '{"state": "not mentioned", "owner": null}, ',
+    "zeros": "0, ",
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("begin", ["Here it is:\n\n", "["])
+def test_as_many_equal_entries_as_the_request_asks_for_pass_and_a_loop_goes_not_far_beyond(
+    begin: str, name: str
+) -> None:
+    entries = [ASKED[name].replace("{n}", str(number)) for number in range(1, 2_000)]
+    assert decode(begin + "".join(entries[:200]), items=200)[0] is None
+    if begin == "[" and "{n}" in ASKED[name]:
+        return  # in data numbers are what matters
+    found, chars = decode(begin + "".join(entries), items=200)
+    assert found is not None
+    assert chars <= len("".join(entries[:210])) + 1_600
+    assert decode(begin + "".join(entries))[1] <= 2_400, "nobody asked for any"
+
+
+def test_a_sentence_without_line_breaks_is_stopped_as_soon_whatever_is_asked_for() -> None:
+    found, chars = decode("I am a language model. " * 200, items=200)
+    assert found is not None
+    assert chars < 500
+
+
 def test_labels_in_no_order_are_stopped_where_no_list_is_so_long() -> None:
     found, chars = decode(labels(400, "{n}. The sentiment is {label}.\n"))
     assert found is not None
@@ -302,7 +358,7 @@ def test_any_text_in_any_pieces_is_taken_in_bounded_memory(parts: list[str], pie
     text = "".join(parts) * 5
     for at in range(0, len(text), piece_chars):
         monitor.take(text[at : at + piece_chars], at)
-        assert len(monitor._text) <= 4 * 4 * 80 + piece_chars + 48
+        assert len(monitor._text) <= 32_000 + piece_chars + 48
         assert max(len(monitor._line), len(monitor._unread)) <= 1_000
         assert sum(len(phrases.words) for phrases in monitor._phrases) <= 1_400
         assert max(len(monitor._lines), len(monitor._counted)) <= 384

@@ -135,6 +135,25 @@ def test_thoughts_that_go_round_in_circles_are_stopped_like_an_answer_would_be()
     assert 0 < generation.spent_tokens < 1_000
 
 
+def test_as_many_equal_entries_as_were_asked_for_are_an_answer_and_without_a_question_a_loop() -> None:
+    answer = "".join(f"{n}. Not mentioned in the contract.\n" for n in range(1, 81))
+
+    def answered(prompt: str) -> InferFinal:
+        request = asking().model_copy(
+            update={
+                "early_abort": AbortLimits(),
+                "max_tokens": 4_000,
+                "messages": [ChatMessage(role="user", content=prompt)],
+            }
+        )
+        return asyncio.run(made(request).run(Thinking(answer=answer), lambda partial: True, lambda: None))
+
+    assert answered("What is said of each?\n" + "".join(f"{n}. Clause {n * 7}\n" for n in range(1, 81))).text == answer
+    with pytest.raises(CallFailed) as failed:
+        answered("Say what you know.")
+    assert failed.value.failure.category is Category.EARLY_ABORT
+
+
 def test_a_schema_that_turns_out_to_be_none_is_nothing_to_try_again_for() -> None:
     server = Refusing("[7]")
     with pytest.raises(CallFailed) as failed:
