@@ -77,6 +77,8 @@ class _Item:
     """How often it was asked again, by category of the failure."""
     started_ms: int | None = None
     """When a worker took it; None while it waits."""
+    hold_until_ms: int = 0
+    """It pauses until then."""
 
 
 @dataclass(slots=True)
@@ -174,6 +176,7 @@ class Batches:
                 raise taken(header.key)
             if (known.identity, known.header.id) != (identity, header.id):
                 self._tell(known, "error", superseded(header.key))
+                self._move_deadline(known, header.deadline or at_ms + _DEFAULT_DEADLINE_MS, at_ms)
             known.identity, known.header = identity, header
             return
         registry = self.registry()
@@ -323,17 +326,27 @@ class Batches:
             batch.told_ms = at_ms
             self._tell(batch, "batch.partial", _progress(batch))
 
-    def _ask_anew(self, batch: _Batch, key: str, at_ms: int) -> None:
+    def _move_deadline(self, batch: _Batch, deadline_ms: int, at_ms: int) -> None:
+        """The request that waits now has another deadline, and nobody waits until the old one any more.
+
+        Workers know the old one of what they are at: what ends for that is asked for again.
+        """
+        batch.deadline_ms = deadline_ms
+        for key, item in list(batch.open.items()):
+            if item.started_ms is None:
+                self._ask_anew(batch, key, at_ms, hold_until_ms=item.hold_until_ms)
+
+    def _ask_anew(self, batch: _Batch, key: str, at_ms: int, hold_until_ms: int = 0) -> None:
         """Withdraw the call of an item, and ask for it where the batch is now."""
         self._effects.append(Drop(key))
-        self._ask_item(batch, self._close(batch, key), at_ms)
+        self._ask_item(batch, self._close(batch, key), at_ms, hold_until_ms)
 
     def _ask_item(self, batch: _Batch, item: _Item, at_ms: int, hold_until_ms: int = 0) -> None:
         request = batch.request
         target = f"infer.{batch.model}"
         named = () if batch.model == batch.registry.roles[request.role].model else (batch.model,)
         key = work_key("batch", batch.key, item.index, request.role, request.prompts[item.index], *named)
-        item.started_ms = None
+        item.started_ms, item.hold_until_ms = None, hold_until_ms
         batch.open[key] = item
         self._owners[key] = batch.key
         call = Call(
@@ -378,6 +391,10 @@ class Batches:
 
     def _on_failure(self, batch: _Batch, call: Call, failure: Failure, at_ms: int) -> None:
         item = batch.open[call.key]
+        ran_until_deadline = failure.category is Category.TIMEOUT and call.deadline_ms == call.outer_ms
+        if ran_until_deadline and (call.outer_ms or 0) < batch.deadline_ms:
+            self._ask_item(batch, self._close(batch, call.key), at_ms)  # that of a request which has been displaced
+            return
         action = self._react(batch, item, failure)
         again_ms = at_ms + action.delay_ms
         if action.repeats and again_ms < batch.deadline_ms:

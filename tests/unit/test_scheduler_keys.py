@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from protocol.messages.batch import BatchFinal, BatchPartial
 from protocol.messages.failure import Category
 from protocol.messages.infer import ChatMessage, InferFinal, InferRequest
@@ -22,6 +24,28 @@ def test_the_same_key_again_joins_the_batch_that_is_there_and_the_request_before
     assert [answer.text for answer in asker.finish(again).answers] == ["A", "B"]
     assert len(world.peers["inference-worker"].started) == 2
     assert len(asker.said(first)) == 1
+
+
+@pytest.mark.parametrize("took_ms", [300, 2_500], ids=["some wait at the old deadline", "all run at the old deadline"])
+def test_the_deadline_of_a_displaced_request_ends_nothing_that_the_newer_one_wants(took_ms: int) -> None:
+    world = world_with(echo(took_ms))
+    asker = Asker(world)
+    prompts = [f"p{index}" for index in range(8 if took_ms < 500 else 2)]
+    first = asker.ask(prompts, deadline_ms=500)
+    world.run_for(100)
+    second = asker.ask(prompts, deadline_ms=60_000)
+    assert asker.failure(first).code == "call.superseded"
+    assert [answer.text for answer in asker.finish(second).answers] == [prompt.upper() for prompt in prompts]
+
+
+def test_a_newer_request_with_an_earlier_deadline_has_its_answer_by_then() -> None:
+    world = world_with(echo(1_000))
+    asker = Asker(world)
+    asker.ask(["a", "b"], deadline_ms=60_000)
+    final = asker.finish(asker.ask(["a", "b"], deadline_ms=500), limit_ms=1_000)
+    assert [answer.failure is not None and answer.failure.category for answer in final.answers] == [
+        Category.TIMEOUT
+    ] * 2
 
 
 def test_a_cancel_of_the_request_that_was_displaced_leaves_the_batch_to_the_newer_one() -> None:
