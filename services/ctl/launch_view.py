@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from services.ctl.commands import Context
 from services.ctl.outcomes import BadInput, ExitCode
+from services.ctl.prefix_room import room_notes
 from services.ctl.screen import Screen, mebibytes
 from services.inference.command_line import Argument, Mode, arguments, modes_of
 from services.inference.engines import Engine, EngineUnusable, NativeEngine, NoLlamaServer, choose_engine
@@ -54,6 +55,7 @@ def explain_launch(name: str, registry: Registry, context: Context) -> ExitCode:
     served = replace(registry.launch(name), prefix_folder=context.home.prefixes(name))
     launch, engine, refusals, absent = _looked_at(served, context.home)
     notes = [] if absent is None else [f"the flags were not checked against a binary: {absent}"]
+    notes += room_notes([launch], context.home)
     modes = modes_of(launch)
     commands = {mode.value: engine.command(launch, launch.entry.port, mode) for mode in modes}
     flags = _flags(launch, modes, engine)

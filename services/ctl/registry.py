@@ -12,6 +12,7 @@ from services.ctl.commands import Commands, Context
 from services.ctl.hub import try_status
 from services.ctl.launch_view import explain_launch
 from services.ctl.outcomes import ExitCode
+from services.ctl.prefix_room import room_notes
 from services.ctl.reload import add_reload
 from services.ctl.residency import move_model
 from services.ctl.screen import mebibytes, seconds
@@ -107,7 +108,8 @@ def _ago(used_ms: int | None) -> str:
 def _check(args: Namespace, context: Context) -> ExitCode:
     registry = checked_registry(context.home, check_files=not args.no_files)
     measured = size_notes(asyncio.run(try_status(context.home, timeout_s=3.0)))
-    notes = [*map(str, registry.notes), *measured]
+    room = room_notes((registry.launch(name) for name in registry.served), context.home)
+    notes = [*map(str, registry.notes), *room, *measured]
     if context.screen.json:
         context.screen.document({"folder": str(context.home.registry), "digest": registry.digest, "notes": notes})
         return ExitCode.OK

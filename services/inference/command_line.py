@@ -320,9 +320,10 @@ RULES: Final[tuple[_Rule, ...]] = (
     _Rule("--cache-ram", "", _fixed(str(CACHE_RAM_MIB)), "MiB for prompts of idle slots; llama.cpp would take 8 GiB"),
     _Rule(
         "--slot-save-path",
-        "",
+        "prefix_disk_bytes",
         lambda at: f"{at.prefix_folder}/" if at.prefix_folder is not None and at.takes_copies else None,
-        "a beginning that several prompts share is read once and copied from slot to slot",
+        "a beginning that several prompts share is read once and copied from slot to slot, a context that makes way "
+        "is kept: in files of so many bytes together",
     ),
     _Rule("--log-verbosity", "", _fixed(str(LOG_VERBOSITY)), "warnings and errors; more would grow without bound"),
     _Rule("--metrics", "", _fixed(""), "speed and totals for status"),

@@ -8,8 +8,8 @@ engine on which copies fail or help nothing is left alone until the next launch.
 A call whose prompt is short, or known, never waits for others. Long prompts whose answers somebody watches are read in
 turn (`turns`).
 
-Files live below the run folder, private to the user, at most `DISK_BYTES` for a model and never longer than the service
-or the model file they were read with. How an answer is made is `generation`'s business.
+Files live below the run folder, private to the user, at most the `prefix_disk_bytes` of an entry, and never longer than
+the service or the model file they were read with. How an answer is made is `generation`'s business.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ GATHER_S: Final = 0.005
 """Calls that are handed out together arrive within a millisecond; reading 200 tokens takes far longer than this."""
 FIGURES: Final = ("prefixes_read", "prefixes_copied", "cached_tokens_total")
 """Totals of the service since it started."""
-DISK_BYTES: Final = 1024**3
-"""What is saved of one model; a small model needs 23 KB for a token, a large one ten times that."""
+SPARE: Final = 2
+"""Times as much as may be saved must be free at a start: the disk is not the engine's alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,11 @@ class Seat:
 
 
 class SlotDesk:
-    """The slots of one engine. `folder` is the one the engine saves to."""
+    """The slots of one engine. `folder` is the one the engine saves to, at most `disk_bytes`."""
 
-    def __init__(self, folder: Path, slots: int, log: Log) -> None:
+    def __init__(self, folder: Path, slots: int, log: Log, disk_bytes: int) -> None:
         self._folder = folder
+        self._disk_bytes = disk_bytes
         self._log = log
         self._book = p.PrefixCache(slots, copies=False)
         self._arrived: list[tuple[p.Waiting, asyncio.Future[p.Placement | None]]] = []
@@ -90,14 +91,15 @@ class SlotDesk:
         room.
         """
         self._book.emptied()
-        self._book.most_kept_blocks = DISK_BYTES // max(1, token_bytes * p.BLOCK_TOKENS)
+        self._book.most_kept_blocks = self._disk_bytes // max(1, token_bytes * p.BLOCK_TOKENS)
         if stamp != self._stamp:
             self.clear()
         self._stamp = stamp
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            roomy = shutil.disk_usage(self._folder).free >= 2 * DISK_BYTES
-            why = None if roomy else f"{self._folder} has less than {2 * DISK_BYTES} bytes of room"
+            wanted = SPARE * self._disk_bytes
+            roomy = shutil.disk_usage(self._folder).free >= wanted
+            why = None if roomy else f"{self._folder} has less than {wanted} bytes of room; see prefix_disk_bytes"
         except OSError as err:
             why = f"{self._folder} cannot be used: {err.strerror}"
         if copies and why is not None:
@@ -208,7 +210,7 @@ class SlotDesk:
         loop = asyncio.get_running_loop()
         began_s, size = loop.time(), 0
         try:
-            if self._book.copies and shutil.disk_usage(self._folder).free >= DISK_BYTES:
+            if self._book.copies and shutil.disk_usage(self._folder).free >= self._disk_bytes:
                 size = await server.save_slot(slot, name)
                 took_ms = round((loop.time() - began_s) * 1000, 1)
                 self._log.write(PREFIX_KEPT, name=name, slot=slot, bytes=size, took_ms=took_ms)
@@ -277,7 +279,7 @@ class SlotDesk:
         sizes = {name: size for name, size in self._book.saved_bytes.items() if size is not None}
         total = sum(sizes.values())
         for name, size in sizes.items():
-            if total <= DISK_BYTES:
+            if total <= self._disk_bytes:
                 return
             if not self._reading[name]:
                 self._book.dropped(name)

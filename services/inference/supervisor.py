@@ -74,7 +74,7 @@ class EngineSupervisor:
         if entry.path is None:
             raise ValueError(f"model {entry.name} has no path: engine noop needs no supervisor")
         self._entry = entry
-        self.desk = SlotDesk(home.prefixes(entry.name), entry.slots, log)
+        self.desk = SlotDesk(home.prefixes(entry.name), entry.slots, log, entry.prefix_disk_bytes)
         """Who sits in which slot of the child."""
         self.modes = EngineModes(modes_of(launch), clock, self._feed)
         """Whether the child guesses ahead, and when that changes."""

@@ -117,10 +117,22 @@ def test_beside_a_draft_model_nothing_is_copied() -> None:
         assert not list(stack.root.glob("run/prefixes/m/*"))
 
 
-def test_the_disk_keeps_what_was_used_last_within_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.inference.slots.DISK_BYTES", 10)  # the scripted engine writes 6 bytes a slot
+@pytest.mark.parametrize("disk_bytes", [0, 2**50], ids=["none is wanted", "more than there is"])
+def test_an_entry_says_how_much_of_the_disk_its_saved_slots_may_take(disk_bytes: int) -> None:
+    with InferenceStack() as stack:
+        fields = {"binary": str(FAKE_BINARY), "engine": "llama-server", "slots": 3, "context_tokens": 2048}
+        stack.entry("m", **fields, prefix_disk_bytes=disk_bytes)
+        stack.start("m")
+        stack.hub.await_peer("inference-m")
+        for request in send_three(stack):
+            assert isinstance(stack.hub.collect(request)[1], InferFinal)
+        assert stack.figures("m")["prefixes_read"] == 0
+        assert not list(stack.root.glob("run/prefixes/m/*"))
+
+
+def test_the_disk_keeps_what_was_used_last_within_the_bound(tmp_path: Path) -> None:
     folder = tmp_path / "prefixes"
-    desk = SlotDesk(folder, 2, Log(tmp_path, "desk", SteadyClock()))
+    desk = SlotDesk(folder, 2, Log(tmp_path, "desk", SteadyClock()), 10)  # the scripted engine writes 6 bytes a slot
     assert desk.engine_started("one model", copies=True, token_bytes=1)
     with scripted_engine(folder) as port:
         asyncio.run(_two_groups(desk, port, folder))
@@ -186,12 +198,12 @@ async def _two_groups(desk: SlotDesk, port: int, folder: Path) -> None:
     ("disk_bytes", "restored", "files"), [(10, [False, False, True], 1), (10**18, [False, False, False], 0)]
 )
 def test_what_is_to_be_restored_is_not_removed_for_what_is_kept_and_a_full_disk_keeps_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk_bytes: int, restored: list[bool], files: int
+    tmp_path: Path, disk_bytes: int, restored: list[bool], files: int
 ) -> None:
     folder = tmp_path / "prefixes"
-    desk = SlotDesk(folder, 1, Log(tmp_path, "desk", SteadyClock()))
+    desk = SlotDesk(folder, 1, Log(tmp_path, "desk", SteadyClock()), disk_bytes=1024**3)
     assert desk.engine_started("one model", copies=True, token_bytes=1)
-    monkeypatch.setattr("services.inference.slots.DISK_BYTES", disk_bytes)  # room for one file, or more than there is
+    desk._disk_bytes = disk_bytes  # room for one file, or more than there is
 
     async def scene(port: int) -> None:
         server = await _server(port)

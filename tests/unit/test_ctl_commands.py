@@ -64,6 +64,34 @@ def test_the_command_of_a_model_is_printed_with_the_line_behind_each_flag(capsys
     assert "front, specialist, worker" in capsys.readouterr().err
 
 
+def test_saved_contexts_for_which_the_disk_has_no_room_are_told_with_the_line_that_asks_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    models, registry = tmp_path / "models", tmp_path / "registry"
+    models.mkdir()
+    write_tiny_gguf(models / "m.gguf", context_tokens=4096)
+    monkeypatch.setenv("TIERLINE_MODELS", str(models))
+    monkeypatch.setenv("TIERLINE_REGISTRY", str(registry))
+    registry.mkdir()
+    entry = "  m:\n    tier: A\n    path: m.gguf\n    prefix_disk_bytes: {size}\n"
+    (registry / "roles.yaml").write_text(
+        "roles:\n  tester:\n    {description: tests, model: m, prompt: Answer., max_tokens: 16}\n"
+    )
+    for file in ("personas", "gates"):
+        (registry / f"{file}.yaml").write_text(f"{file}: {{}}\n")
+    for file in ("failures", "hardware"):
+        shutil.copy(CHECKOUT / "registry" / f"{file}.yaml", registry)
+    for command in (["registry", "check"], ["models", "--explain", "m"]):
+        (registry / "models.yaml").write_text("models:\n" + entry.format(size=2**50))
+        main([*command, "--json"])
+        told = capsys.readouterr().out
+        (note,) = (one for one in json.loads(told)["notes"] if "prefix-disk" in one)
+        assert note.startswith("models.yaml:5: models.m.prefix_disk_bytes: no beginnings and contexts")
+        (registry / "models.yaml").write_text("models:\n" + entry.format(size=1024**2))
+        main([*command, "--json"])
+        assert "prefix-disk" not in capsys.readouterr().out
+
+
 def test_a_command_is_needed_and_the_wrong_one_is_met_with_the_list(capsys: Out) -> None:
     assert "required: COMMAND" in usage(capsys)
     assert "'doctor'" in usage(capsys, "docter")

@@ -63,7 +63,7 @@ def test_slots_are_saved_where_copies_can_be_taken_only() -> None:
     folder = Path("/slots")
     recurrent = replace(DENSE, recurrent="is of the recurrent or hybrid architecture mamba")
     assert flags(replace(launch(), prefix_folder=folder))["--slot-save-path"] == "/slots/"
-    for of in (launch(draft=DRAFT), launch(recurrent)):
+    for of in (launch(draft=DRAFT), launch(recurrent), launch(prefix_disk_bytes=0)):
         assert "--slot-save-path" not in flags(replace(of, prefix_folder=folder))
 
 

@@ -10,7 +10,7 @@ import pytest
 from protocol.messages.infer import ChatMessage
 from services.inference import slots
 from services.inference.llama_http import LlamaServer
-from services.inference.prefix import BLOCK_CHARS, MIN_BLOCKS
+from services.inference.prefix import BLOCK_CHARS, BLOCK_TOKENS, MIN_BLOCKS
 from services.inference.slots import Seat, SlotDesk
 from services.kit.clock import SteadyClock
 from services.kit.logs import Log
@@ -22,7 +22,7 @@ class Desk:
     """A desk of four slots whose calls are asked for by key; nothing of it needs an engine."""
 
     def __init__(self, folder: Path) -> None:
-        self.desk = SlotDesk(folder / "prefixes", 4, Log(folder, "desk", SteadyClock()))
+        self.desk = SlotDesk(folder / "prefixes", 4, Log(folder, "desk", SteadyClock()), disk_bytes=1024**3)
         assert self.desk.engine_started("a model", copies=True, token_bytes=1)
         self.server = LlamaServer(1, "key")
         self.seats: dict[str, asyncio.Task[Seat]] = {}
@@ -44,6 +44,16 @@ class Desk:
     async def closed(self) -> None:
         await self.all_leave()
         await self.server.close()
+
+
+def test_how_long_a_context_is_kept_follows_from_the_disk_that_its_entry_may_take(tmp_path: Path) -> None:
+    """A token of a large model takes 256 KB."""
+    longest = {}
+    for disk_bytes in (1024**3, 4 * 1024**3):
+        desk = SlotDesk(tmp_path / "prefixes", 4, Log(tmp_path, "desk", SteadyClock()), disk_bytes)
+        desk.engine_started("a model", copies=True, token_bytes=256 * 1024)
+        longest[disk_bytes] = desk._book.most_kept_blocks * BLOCK_TOKENS
+    assert longest == {1024**3: 4_096, 4 * 1024**3: 16_384}
 
 
 def test_a_short_prompt_never_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,10 @@ class ModelEntry(Entry):
     """Type of the values in the KV cache."""
     cache_reuse: int = Field(default=0, ge=0, le=65_536)
     """Shortest piece of a prompt, in tokens, that is taken from the cache although it has moved; 0 = none."""
+    prefix_disk_bytes: int = Field(default=1024**3, ge=0, le=2**50)
+    """Disk space for beginnings and contexts of its slots that are saved to be read from there, in bytes; 0 = none are,
+    nor where the disk has less than twice that free. A token of a small model takes 23 KB, of a large one ten times as
+    much."""
     declared: Declared | None = None
     """What the file holds, for checks on a machine that does not have it."""
     port: int = Field(default=0, ge=0, le=65_535)

@@ -51,6 +51,8 @@ class Launch:
     def takes_copies(self) -> bool:
         """Whether one slot may take over what another one has read. A draft model has a cache of its own that is not
         saved, and a recurrent model cannot go back to where its prompts part."""
+        if not self.entry.prefix_disk_bytes:
+            return False
         return self.draft is None and self.facts is not None and self.facts.recurrent is None
 
     @property

@@ -276,7 +276,8 @@ def _near_memory(scene: Scene) -> Iterator[Problem]:
 
 _NOT_OF_DRAFTS: Final = (
     *("threads_batch", "batch_tokens", "ubatch_tokens", "experts", "speculation", "speculation_on_recurrent"),
-    *("load_mode", "numa", "flash_attention", "cache_reuse", "exclusive"),
+    *("load_mode", "numa", "flash_attention", "cache_reuse", "prefix_disk_bytes"),
+    "exclusive",
 )
 """Settings of a process, or that llama.cpp has no flag for where a draft is concerned."""
 _NGRAM_MOD_N_MIN: Final = 48

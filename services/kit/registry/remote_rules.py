@@ -24,7 +24,7 @@ _REMOTE: Final = ("base_url", "remote_model", "api_key_env", "remote")
 _LOCAL: Final = (
     *("path", "threads", "threads_batch", "batch_tokens", "ubatch_tokens", "experts", "port", "numa", "load_mode"),
     *("speculation", "speculation_on_recurrent", "flash_attention", "kv_type_k", "kv_type_v", "cache_reuse"),
-    *("declared", "memory_bytes"),
+    *("declared", "memory_bytes", "prefix_disk_bytes"),
 )
 #: Sampling that a server with the standard API alone knows nothing of -> the value that says the same as silence.
 _EXTRA_SAMPLING: Final = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
