@@ -43,6 +43,10 @@ _ATTENTION_PERIODS: Final[Mapping[str, int]] = {
 #: Hybrids with attention and a state in every layer; the others have one of both.
 _BOTH_IN_EVERY_LAYER: Final = frozenset({"falcon-h1"})
 
+#: Hybrids whose feed-forward parts are layers of their own, with neither. The source is their load_arch_hparams
+#: in llama.cpp: a layer has a state if it has no heads for keys and no feed-forward width.
+_FEED_FORWARD_APART: Final = frozenset({"nemotron_h", "nemotron_h_moe"})
+
 
 @dataclass(frozen=True, slots=True)
 class _Unsaid:
@@ -204,6 +208,9 @@ def _kv_shape(architecture: str, values: Mapping[str, Value], *, hybrid: bool) -
     state = 0
     if hybrid:
         with_state = layers if architecture in _BOTH_IN_EVERY_LAYER else attention.count(0)
+        if architecture in _FEED_FORWARD_APART:
+            widths = _per_layer(values, f"{architecture}.feed_forward_length", layers, 0)
+            with_state = sum(1 for count, width in zip(attention, widths, strict=True) if count == width == 0)
         state = 4 * with_state * _state_elements(architecture, number, heads, key)  # in f32, whatever kv_type says
     return KvShape(full * key, full * value, short * key, short * value, window if short else 0, state)
 

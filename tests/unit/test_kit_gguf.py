@@ -142,6 +142,18 @@ def test_the_cache_has_a_size_for_full_windowed_and_recurrent_layers(tmp_path: P
             22 * 8,
             22 * 4 * 8 * 2,
         ),
+        # layers are attention, feed-forward or a state: as the 9B one begins, 44 layers of M-M-M-M*-M-...
+        *(
+            (
+                architecture,
+                {"attention.head_count": [0, 0, 0, 2] * 11, "attention.head_count_kv": [0, 0, 0, 1] * 11,
+                 "feed_forward_length": [0, 96, 0, 0] * 11, "attention.key_length": 16, "attention.value_length": 16,
+                 "ssm.conv_kernel": 4, "ssm.inner_size": 32, "ssm.state_size": 8, "ssm.group_count": 2},
+                11 * 16,
+                22 * 4 * (3 * (32 + 2 * 2 * 8) + 32 * 8),
+            )
+            for architecture in ("nemotron_h", "nemotron_h_moe")
+        ),
         ("minimax-01", {"attention.head_count": 2, "attention.key_length": 4}, 5 * 2 * 4, 39 * 4 * 2 * 4 * 4),
         (
             "qwen3next",
