@@ -27,6 +27,45 @@ _MEMORY_BYTES: Final = 2 * 1024**3
 _MAX_LAYERS: Final = 4_096
 _ARCHITECTURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
+#: Elements and bytes of one block of each type of tensor, by its number; the package `gguf` has the same table. Asking
+#: it took longer than reading a header, since numpy comes along.
+BLOCK_SIZES: Final[Mapping[int, tuple[int, int]]] = {
+    0: (1, 4),  # F32
+    1: (1, 2),  # F16
+    2: (32, 18),  # Q4_0
+    3: (32, 20),  # Q4_1
+    6: (32, 22),  # Q5_0
+    7: (32, 24),  # Q5_1
+    8: (32, 34),  # Q8_0
+    9: (32, 40),  # Q8_1
+    10: (256, 84),  # Q2_K
+    11: (256, 110),  # Q3_K
+    12: (256, 144),  # Q4_K
+    13: (256, 176),  # Q5_K
+    14: (256, 210),  # Q6_K
+    15: (256, 292),  # Q8_K
+    16: (256, 66),  # IQ2_XXS
+    17: (256, 74),  # IQ2_XS
+    18: (256, 98),  # IQ3_XXS
+    19: (256, 50),  # IQ1_S
+    20: (32, 18),  # IQ4_NL
+    21: (256, 110),  # IQ3_S
+    22: (256, 82),  # IQ2_S
+    23: (256, 136),  # IQ4_XS
+    24: (1, 1),  # I8
+    25: (1, 2),  # I16
+    26: (1, 4),  # I32
+    27: (1, 8),  # I64
+    28: (1, 8),  # F64
+    29: (256, 56),  # IQ1_M
+    30: (1, 2),  # BF16
+    34: (256, 54),  # TQ1_0
+    35: (256, 66),  # TQ2_0
+    39: (32, 17),  # MXFP4
+    40: (64, 36),  # NVFP4
+    41: (128, 18),  # Q1_0
+}
+
 #: Every how many layers one keeps all tokens, in architectures whose files do not say so. A layer pattern in the file
 #: comes first; for any other architecture all layers are counted as full, which is never too little.
 _WINDOW_PERIODS: Final[Mapping[str, int]] = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4}
@@ -273,11 +312,8 @@ def _flag(values: Mapping[str, Value], key: str) -> bool | None:
 def main(path: Path) -> int:
     """Print the facts of a model as JSON, or what is wrong with its file and end with 1."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    from gguf.constants import GGML_QUANT_SIZES  # only this process pays for numpy
-
-    sizes = {int(kind): (int(elements), int(size)) for kind, (elements, size) in GGML_QUANT_SIZES.items()}
     try:
-        facts = facts_of([read_header(part, sizes) for part in parts_of(path)])
+        facts = facts_of([read_header(part, BLOCK_SIZES) for part in parts_of(path)])
     except (BadHeader, OSError, MemoryError) as err:
         sys.stdout.write(f"{err or 'it asks for more memory than a header needs'}\n")
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,23 +12,35 @@ from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.kit.gguf_facts import facts_of, parsed, read_facts
+from services.kit.gguf_facts import BLOCK_SIZES, command, facts_of, parsed, read_facts
 from services.kit.gguf_header import BadHeader, Header, read_header
 from services.kit.model_facts import KvShape, ModelFacts, Vocabulary, same_vocabulary
 from tests.fakes.gguf_files import write_tiny_gguf
 from tests.fakes.runnable_models import write_tiny_moe
 
-SIZES = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
 MIB = 1024**2
 
 
 def facts(path: Path) -> ModelFacts:
-    return facts_of([read_header(path, SIZES)])
+    return facts_of([read_header(path, BLOCK_SIZES)])
+
+
+def test_tensors_have_the_sizes_that_the_reference_gives_them() -> None:
+    assert {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()} == BLOCK_SIZES
+
+
+def test_the_reader_starts_without_what_costs_more_than_reading(tmp_path: Path) -> None:
+    """It runs at each launch of an engine, and `doctor` and `up` run it once for each model."""
+    program = command(write_tiny_gguf(tmp_path / "m.gguf"))
+    done = subprocess.run([program[0], "-X", "importtime", *program[1:]], capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "services.kit.gguf_header" in imported
+    assert not imported & {"gguf", "numpy", "pydantic"}
 
 
 def test_it_reads_what_the_reference_reader_reads(tmp_path: Path) -> None:
     path = write_tiny_moe(tmp_path / "moe.gguf")
-    header, reader = read_header(path, SIZES), GGUFReader(path)
+    header, reader = read_header(path, BLOCK_SIZES), GGUFReader(path)
     assert header.tensors == len(reader.tensors)
     assert header.parameters == sum(int(tensor.n_elements) for tensor in reader.tensors)
     for key, value in header.values.items():
@@ -261,7 +274,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf")
     for size in range(path.stat().st_size):
         with pytest.raises(BadHeader):
-            read_header(cut(path, size), SIZES)
+            read_header(cut(path, size), BLOCK_SIZES)
 
 
 def test_a_type_of_tensor_that_only_llama_cpp_knows_is_no_damage(tmp_path: Path) -> None:
@@ -269,12 +282,12 @@ def test_a_type_of_tensor_that_only_llama_cpp_knows_is_no_damage(tmp_path: Path)
     data = path.read_bytes()
     kind = data.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8
     path.write_bytes(data[:kind] + struct.pack("<I", 42) + data[kind + 4 :])
-    assert 42 not in SIZES
+    assert 42 not in BLOCK_SIZES
     assert read_facts(path).parameters == 24
     begins_beyond = data[:kind] + struct.pack("<IQ", 42, 1 << 40) + data[kind + 12 :]
     path.write_bytes(begins_beyond)
     with pytest.raises(BadHeader, match="reaches byte"):
-        read_header(path, SIZES)
+        read_header(path, BLOCK_SIZES)
 
 
 def text(value: bytes) -> bytes:
@@ -296,12 +309,12 @@ def test_a_header_that_lies_is_refused_before_it_is_believed(tmp_path: Path, nam
     path = tmp_path / "m.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2 if "twice" in name else 1) + HOSTILE[name] + bytes(64))
     with pytest.raises(BadHeader):
-        read_header(path, SIZES)
+        read_header(path, BLOCK_SIZES)
 
 
 @pytest.mark.parametrize("name", ["", "ll\0ama", "llama\n", "-llama", "x" * 65])
 def test_an_architecture_that_is_no_name_is_refused_before_it_gets_into_a_command(tmp_path: Path, name: str) -> None:
-    header = read_header(write_tiny_gguf(tmp_path / "m.gguf"), SIZES)
+    header = read_header(write_tiny_gguf(tmp_path / "m.gguf"), BLOCK_SIZES)
     header.values["general.architecture"] = name
     with pytest.raises(BadHeader, match="which is no name"):
         facts_of([header])
@@ -327,7 +340,7 @@ def test_no_flipped_byte_does_more_than_be_refused(changes: list[tuple[int, int]
     path = GOOD.with_suffix(".flipped")
     path.write_bytes(data)
     try:
-        header = read_header(path, SIZES)
+        header = read_header(path, BLOCK_SIZES)
     except BadHeader:
         return
     assert isinstance(header, Header)
