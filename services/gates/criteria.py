@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import jsonschema
-
 from protocol.messages.infer import ChatMessage, InferRequest, Sampling
 from services.kit.registry import ModelEntry, RoleEntry
 
@@ -91,6 +89,8 @@ def answer_schema(count: int) -> dict[str, Any]:
 
 def verdicts(answer: str, criteria: Sequence[str]) -> list[Criterion] | None:
     """One per criterion, in their order; None if the answer does not have the form that was asked for."""
+    import jsonschema  # here, since it takes 40 ms and most tasks have no criteria that a model judges
+
     try:
         value = json.loads(answer)
         jsonschema.validate(value, answer_schema(len(criteria)))

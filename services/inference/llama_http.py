@@ -17,11 +17,10 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-import aiohttp
-
 from protocol.limits import MAX_ARTEFACT_CHARS
 from protocol.messages.failure import Category
 from services.inference.gathering import Gathering
+from services.inference.plain_http import aiohttp
 
 _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 """One event may hold a whole answer, escaped; anything larger is no answer."""

@@ -5,6 +5,7 @@ expressions that backtrack. So every rule that is applied is paid for from a bud
 ends with TooCostly. Where a single rule can take for ever (`unbounded`), no budget helps: such schemas are checked in
 a process of their own, which is this module as a program, and which can be killed. `answer` decides where.
 
+The library is loaded by the first check: most processes that could check something never do, and it takes 40 ms.
 References are never fetched. Expressions are those of ECMA-262, of which Python reads a part: one that it cannot read
 constrains nothing here, as a schema that the engine cannot take costs the constraint and not the answer.
 """
@@ -15,13 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
-
-from jsonschema import Draft202012Validator
-from jsonschema.protocols import Validator
-from jsonschema.validators import extend, validator_for
-from referencing import Registry
-from referencing.exceptions import Unresolvable
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from protocol.codec import check_value
 from protocol.errors import BadFrame
@@ -33,7 +28,11 @@ follows a reference."""
 _MAX_FINDINGS: Final = 20
 _UNBOUNDED: Final = frozenset({"pattern", "patternProperties", "unevaluatedItems", "unevaluatedProperties"})
 """Keywords one application of which can take any time: expressions, and searches that follow references themselves."""
-_Rule = Callable[[Validator, Any, Any, Any], Iterable[Any] | None]
+
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
+
+_Rule: TypeAlias = "Callable[[Validator, Any, Any, Any], Iterable[Any] | None]"
 
 
 class BadSchema(Exception):
@@ -49,6 +48,9 @@ def check_schema(schema: dict[str, Any]) -> None:
 
     What its expressions are like is not looked at: other languages than Python's may read them.
     """
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import validator_for
+
     try:
         kind = validator_for(schema, default=Draft202012Validator)
         found = next(kind(kind.META_SCHEMA).iter_errors(schema), None)  # without formats, of which `regex` is Python's
@@ -80,6 +82,8 @@ def problems_of(text: str, schema: Mapping[str, Any], budget: int | None = BUDGE
 
     Raises BadSchema where the schema turns out to be none, TooCostly; without a budget it takes what it takes.
     """
+    from referencing.exceptions import Unresolvable
+
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as err:
@@ -110,6 +114,10 @@ def problems_of(text: str, schema: Mapping[str, Any], budget: int | None = BUDGE
 def _validator(schema: Mapping[str, Any], budget: int | None) -> Validator:
     """Of the schema's dialect. Its name is taken off: where a reference leads back to it, the library would take its
     own validator of that name, which pays nothing."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend, validator_for
+    from referencing import Registry
+
     kind = validator_for(schema, default=Draft202012Validator)
     rules: dict[str, _Rule] = {**kind.VALIDATORS}
     for keyword, tolerant in _TOLERANT.items():
