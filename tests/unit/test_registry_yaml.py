@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from services.kit.config import CHECKOUT
 from services.kit.registry.yaml_lines import MAX_DEPTH, MAX_FILE_BYTES, Document, UnreadableFileError, read_document
 
 
@@ -11,6 +13,24 @@ def read(folder: Path, content: str | bytes) -> Document:
     path = folder / "models.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_document(path)
+
+
+def test_the_shipped_files_are_read_by_the_compiled_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyYAML's own takes 40 ms for them, at the start of each service and of many commands."""
+    monkeypatch.setattr(yaml.reader.Reader, "__init__", _refuse)
+    files = sorted((CHECKOUT / "registry").glob("*.yaml"))
+    assert len(files) > 5
+    for path in files:
+        assert read_document(path).data
+
+
+def _refuse(*_: object) -> None:
+    raise AssertionError("read by PyYAML's own parser")
+
+
+def test_a_tab_that_only_the_compiled_parser_takes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFileError, match="t' that cannot start any token"):
+        read(tmp_path, "a: 1\nb:\t2\n")
 
 
 def test_every_key_and_item_keeps_its_line(tmp_path: Path) -> None:
