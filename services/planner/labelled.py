@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from services.planner.divide import Judge, RuleJudge, TrainedJudge
+from services.planner.divide import Judge, RuleJudge
 
 MAX_ROWS: Final = 5_000
 """Training takes time with the cube of the rows: two seconds for a thousand, some minutes for five thousand."""
@@ -49,8 +49,10 @@ def read_labelled(path: Path) -> list[Labelled]:
     return rows
 
 
-def trained_on(rows: list[Labelled]) -> TrainedJudge:
+def trained_on(rows: list[Labelled]) -> Judge:
     """A judge that has learned from these rows. Raises ValueError where they are too few or all of one label."""
+    from services.planner.trained import TrainedJudge  # here, since NumPy takes 50 ms and few planners have rows
+
     return TrainedJudge([row.request for row in rows], [row.divides for row in rows])
 
 

@@ -8,11 +8,12 @@ from hypothesis import HealthCheck, given, settings
 
 from protocol.messages.task import TaskIR
 from services.kit.plan_check import plan_problems
-from services.planner.divide import Opinion, RuleJudge, TrainedJudge
+from services.planner.divide import Opinion, RuleJudge
 from services.planner.labelled import BadRow, judge_of, read_labelled
 from services.planner.request_features import shape_of, words_of
 from services.planner.rules import plans_by_rules
 from services.planner.split import How, Shape, split
+from services.planner.trained import TrainedJudge
 from tests.unit.planner_tasks import SHIPPED, task, tasks
 
 DIVIDES = [

@@ -113,7 +113,7 @@ class _Bounded(yaml.composer.Composer):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose one node, refusing aliases and nesting beyond `MAX_DEPTH`."""
         mark = self.peek_event().start_mark  # type: ignore[attr-defined]  # the parser's, which the loaders add
-        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
+        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]  # likewise
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed; write the value out", mark)
         if self._depth >= MAX_DEPTH:
             raise yaml.composer.ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)

@@ -1,10 +1,12 @@
-"""What an inference service does not load before it has to: its start is what a user waits for after each change."""
+"""What processes do not load before they have to: a user waits for the start of each command and each service."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+
+import pytest
 
 from services.kit.config import CHECKOUT
 
@@ -35,3 +37,14 @@ def test_a_service_reads_no_certificates_and_loads_no_schema_library_before_it_n
 
 def test_certificates_named_by_the_operator_stay_named_for_servers_elsewhere() -> None:
     assert said_at_start(SSL_CERT_FILE="/etc/mine.pem") == "0 [] /etc/mine.pem"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["services.scheduler.__main__", "services.planner.__main__", "services.gates.__main__", "services.ctl.run"],
+)
+def test_a_process_starts_without_numpy_and_the_schema_library(module: str) -> None:
+    costly = {"jsonschema", "numpy", "matplotlib", "aiohttp"}
+    program = f"import sys, {module}; print(sorted({costly} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
