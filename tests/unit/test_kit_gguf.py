@@ -26,7 +26,10 @@ def facts(path: Path) -> ModelFacts:
 
 
 def test_tensors_have_the_sizes_that_the_reference_gives_them() -> None:
-    assert {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()} == BLOCK_SIZES
+    """A newer package may know more types: one that is not in the table is no damage, see below."""
+    reference = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    assert len(BLOCK_SIZES) > 30
+    assert {kind: reference.get(kind) for kind in BLOCK_SIZES} == BLOCK_SIZES
 
 
 def test_the_reader_starts_without_what_costs_more_than_reading(tmp_path: Path) -> None:
