@@ -37,6 +37,7 @@ from services.scheduler.events import (
     LookUp,
     MemorySeen,
     Noted,
+    OthersServed,
     ReadEvents,
     ReadListing,
     ReadRegistry,
@@ -44,6 +45,7 @@ from services.scheduler.events import (
     ReloadUnsettled,
     Restored,
     Send,
+    ServeOthers,
     Tick,
     Undeliverable,
 )
@@ -127,6 +129,8 @@ class HubApp:
         """Those that may not."""
         self._reads: dict[tuple[bytes, str], ReadEvents] = {}
         """One page to read for each watcher that came late, the longest waiting first."""
+        self._put_off = False
+        """The machine has more to do, once others are served."""
         self._set_aside: set[str] = set()
         """Ended tasks that are damaged: memory will not be told of them."""
         self._available_memory = available_memory
@@ -185,6 +189,7 @@ class HubApp:
         """Wait for messages or the next tick, handle what is there, write, send."""
         now = self._clock.now_ms()
         wake = min(self._next_tick, self._next_page) if self._reads else self._next_tick
+        wake = now if self._put_off else wake
         first = self._next_message(max(0, wake - now))
         if first is not None:
             self._take(first)
@@ -207,6 +212,10 @@ class HubApp:
         if self._reads and now >= self._next_page:
             self._next_page = now + _PAGES_EVERY_MS
             self._read_page(self._reads.pop(next(iter(self._reads))))
+            self._flush()
+        if self._put_off:
+            self._put_off = False
+            self._feed(OthersServed(self._clock.now_ms()))
             self._flush()
         for task_id in self._journal.take_long_tasks():
             task = self._hub.engine.live.get(task_id)
@@ -351,6 +360,8 @@ class HubApp:
                 written = {"commits": self._journal.commits, "synced_commits": self._journal.syncs}
                 report = report.model_copy(update={"counters": report.counters | written})
                 self._promises.append(self._hub.outbox.reply(identity, header, "session.report", report))
+            case ServeOthers():
+                self._put_off = True
             case ReadRegistry():
                 self._reader.read(command)
             case ReloadUnsettled():

@@ -17,7 +17,7 @@ from protocol.messages.failure import Category
 from protocol.messages.persona import MakePersona, PersonaListing
 from protocol.messages.registry import Reload
 from protocol.messages.reply import ErrorReply, Refused
-from protocol.messages.result import ArtefactQuery, ArtefactReply, Cancelled, CancelQuery, ListQuery, TaskView, Watch
+from protocol.messages.result import ArtefactQuery, ArtefactReply, Cancelled, CancelQuery, ListQuery, Watch
 from protocol.messages.session import ModelQuery
 from protocol.messages.task import Accepted, Extend, Extended, TaskIR
 from services.kit.identity import work_key
@@ -34,10 +34,9 @@ from services.scheduler.outbox import Outbox
 from services.scheduler.past import Past, answer_past
 from services.scheduler.reloading import Registries
 from services.scheduler.requested import read_task, task_asked_for
+from services.scheduler.showing import Showing
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.unread import RETRY_AFTER_MS
-from services.scheduler.views import view
-from services.scheduler.waiting import reasons
 from services.scheduler.watchers import Watchers
 
 _SHORT_ANSWERS: Final = frozenset({"task.submit", "task.cancel", "task.extend"})
@@ -50,8 +49,8 @@ TASK_REFUSED = LogEvent("task.refused", "peer reason retry_after_ms", "warning")
 class ClientRequests:
     """See the module."""
 
-    started_ms: int
     outbox: Outbox
+    showing: Showing
     watchers: Watchers
     broker: Broker
     engine: Engine
@@ -181,7 +180,7 @@ class ClientRequests:
     def _answer_about(self, identity: bytes, header: Header, body: bytes, task: TaskRecord, at_ms: int) -> None:
         match header.kind:
             case "task.show":
-                self.outbox.answer(identity, header, "task.detail", self._view(task, at_ms))
+                self.showing.detail(identity, header, task, at_ms)
             case "task.cancel":
                 query = unpack_body(CancelQuery, body)
                 if query.step is None:
@@ -207,8 +206,3 @@ class ClientRequests:
                 self.outbox.answer(identity, header, "task.content", ArtefactReply(artefact=task.artefacts[name]))
             case _:
                 self.watchers.watch(identity, header, unpack_body(Watch, body), task)
-
-    def _view(self, task: TaskRecord, at_ms: int) -> TaskView:
-        """The task as it stands, and why what could run does not."""
-        why = reasons(self.broker, self.loading, task, self.started_ms, at_ms)
-        return view(task).model_copy(update={"waiting": why})

@@ -7,7 +7,7 @@ Pure functions over a TaskRecord; where the time of an attempt went is `timeline
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Final
 
 from protocol.messages.result import CriticalPath, PredictedPath, Segment, StepState
@@ -15,17 +15,32 @@ from services.scheduler.stages import critical_steps, depths
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.timeline import Stretch
 
+Run = tuple[str, Stretch]
+"""A model, and a stretch during which it was at work for a step."""
 _WORK: Final = frozenset({"inference", "gates", "retry"})
 
 
 def critical_path(task: TaskRecord) -> CriticalPath | None:
     """The report of a task that has ended, however it ended; None for any other."""
+    parts = critical_path_in_parts(task)
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            report: CriticalPath | None = end.value
+            return report
+
+
+def critical_path_in_parts(task: TaskRecord) -> Generator[None, None, CriticalPath | None]:
+    """The same, with pauses: a thousand steps take a few ms between one and the next, and tens of them in all."""
     if task.ended_ms is None:
         return None
     planned = task.planned_ms is not None
     depth = depths({name: step.needs for name, step in task.steps.items()})
+    yield
     begun = {name: step for name, step in task.steps.items() if step.ready_ms is not None and step.ended_ms is not None}
     spent = {name: attempt_stretches(step) for name, step in begun.items()}
+    yield
     path = _walk_back(task, begun, spent)
     wall_ms = task.ended_ms - task.created_ms
     frame_ms = sum(one.end_ms - one.start_ms for one in path if one.what in ("planning", "checks"))
@@ -35,14 +50,20 @@ def critical_path(task: TaskRecord) -> CriticalPath | None:
         name: sum(attempt.started_ms is not None for attempt in step.attempts) for name, step in task.steps.items()
     }
     checked = bool(task.ir.gates) and (bool(task.gates) or (planned and _steps_over_ms(task) < task.ended_ms))
-    bound_ms, bound_by = _lower_bound(task, depth, busy_ms)
+    yield
+    runs = {name: _runs(step) for name, step in task.steps.items()}
+    yield
+    bound_ms, bound_by = _lower_bound(task, depth, busy_ms, runs)
+    yield
+    slack_ms = _slack(begun, task.dependents, depth)
+    yield
     return CriticalPath(
         wall_ms=wall_ms,
         work_ms=work_ms,
         parallelism=round(work_ms / wall_ms, 3) if wall_ms else 1.0,
         path=path,
-        slack_ms=_slack(begun, task.dependents, depth),
-        overlapping_steps=_overlapping(begun),
+        slack_ms=slack_ms,
+        overlapping_steps=_overlapping({name: runs[name] for name in begun}),
         predicted=None
         if task.predicted_ms is None
         else PredictedPath(length_ms=task.predicted_ms, steps=task.predicted_steps),
@@ -148,7 +169,9 @@ def _slack(
     return {name: max(0, latest[name] - _ended(step)) for name, step in begun.items()}
 
 
-def _lower_bound(task: TaskRecord, depth: Mapping[str, int], busy_ms: Mapping[str, int]) -> tuple[int, str]:
+def _lower_bound(
+    task: TaskRecord, depth: Mapping[str, int], busy_ms: Mapping[str, int], runs: Mapping[str, Sequence[Run]]
+) -> tuple[int, str]:
     """Milliseconds that the steps need in any schedule of these attempts, and what says so.
 
     The longest chain by measured durations, or for a model its inference over its slots: as many as the registry said
@@ -162,12 +185,12 @@ def _lower_bound(task: TaskRecord, depth: Mapping[str, int], busy_ms: Mapping[st
         chain[name] = before + busy_ms.get(name, 0)
     best = (max(chain.values()), "chain")
     at_work: dict[str, list[Stretch]] = {}
-    for step in task.steps.values():
-        for model, run in _runs(step):
+    for of_step in runs.values():
+        for model, run in of_step:
             at_work.setdefault(model, []).append(run)
-    for model, runs in sorted(at_work.items()):
-        slots = max(task.slots.get(model, 0), _most_at_once(runs), 1)
-        best = max(best, (sum(end - begin for _, begin, end in runs) // slots, model), key=lambda one: one[0])
+    for model, together in sorted(at_work.items()):
+        slots = max(task.slots.get(model, 0), _most_at_once(together), 1)
+        best = max(best, (sum(end - begin for _, begin, end in together) // slots, model), key=lambda one: one[0])
     return best
 
 
@@ -180,9 +203,9 @@ def _most_at_once(runs: list[Stretch]) -> int:
     return most
 
 
-def _runs(step: StepRecord) -> list[tuple[str, Stretch]]:
+def _runs(step: StepRecord) -> list[Run]:
     """Model and stretch of everything that occupied a slot for this step, whatever became of it."""
-    found: list[tuple[str, Stretch]] = []
+    found: list[Run] = []
     for attempt in step.attempts:
         until_ms = attempt.inferred_ms or attempt.ended_ms or step.ended_ms
         stretches = attempt.timeline.stretches(until_ms, failed=False)
@@ -190,9 +213,9 @@ def _runs(step: StepRecord) -> list[tuple[str, Stretch]]:
     return found
 
 
-def _overlapping(begun: Mapping[str, StepRecord]) -> int:
+def _overlapping(runs_of: Mapping[str, Sequence[Run]]) -> int:
     """Steps whose inference ran at the same time as another's: sweep over the ends of the runs."""
-    runs = sorted((begin, end, name) for name, step in begun.items() for _, (_, begin, end) in _runs(step))
+    runs = sorted((begin, end, name) for name, those in runs_of.items() for _, (_, begin, end) in those)
     together: set[str] = set()
     reach, holder = -1, ""
     for start, end, name in runs:

@@ -104,6 +104,12 @@ class RegistryRefused(msgspec.Struct, frozen=True):
     at_ms: int
 
 
+class OthersServed(msgspec.Struct, frozen=True):
+    """Whatever had arrived since ServeOthers is handled."""
+
+    at_ms: int
+
+
 Event = (
     FrameIn
     | Undeliverable
@@ -115,6 +121,7 @@ Event = (
     | RegistryChanged
     | RegistryRefused
     | PersonaWritten
+    | OthersServed
 )
 
 
@@ -179,6 +186,10 @@ class ReloadUnsettled(msgspec.Struct, frozen=True):
     """Bring back ended tasks whose outcomes memory does not have, as Restored, while there is room."""
 
 
+class ServeOthers(msgspec.Struct, frozen=True):
+    """There is more to do that nobody else should wait for: come back with OthersServed."""
+
+
 class Noted(msgspec.Struct, frozen=True):
     """A line for the log."""
 
@@ -197,5 +208,6 @@ Command = (
     | ReadRegistry
     | AdoptPersona
     | ReloadUnsettled
+    | ServeOthers
     | Noted
 )

@@ -69,6 +69,7 @@ def apply(task: TaskRecord, fact: f.Fact) -> None:
         if step is None or step.state.final:
             raise JournalError(f"{type(fact).__name__} for step {fact.step} of {task.id}, which cannot take it")
         of_step(task, step, fact)
+        step.changed = task.seq
         return
     match fact:
         case f.TaskPlanned():
@@ -182,6 +183,7 @@ def _replan(task: TaskRecord, fact: f.TaskReplanned) -> None:
     for name in fact.dropped:
         if not task.steps[name].state.final:
             _end_step(task, task.steps[name], StepState.SKIPPED, fact.at_ms)
+            task.steps[name].changed = task.seq
     alive = {*fact.kept, *ids}
     kept = [
         step.model_copy(update={"depends_on": [other for other in step.depends_on if other in alive]})
@@ -199,6 +201,7 @@ def _replan(task: TaskRecord, fact: f.TaskReplanned) -> None:
         record = task.steps[spec.id]
         if record.state is StepState.WAITING:
             record.spec, record.needs, record.waiting_for = spec, waits[spec.id], _missing(task, waits[spec.id], alive)
+            record.changed = task.seq
     for spec in added:
         missing = _missing(task, waits[spec.id], alive)
         task.steps[spec.id] = StepRecord(spec=spec, needs=waits[spec.id], waiting_for=missing)

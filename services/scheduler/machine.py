@@ -48,6 +48,7 @@ from services.scheduler.events import (
     FrameIn,
     LookedUp,
     MemorySeen,
+    OthersServed,
     PersonaWritten,
     RegistryChanged,
     RegistryRefused,
@@ -67,8 +68,10 @@ from services.scheduler.ranks import Ranking
 from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
 from services.scheduler.residency import TRUST_MS
 from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
+from services.scheduler.showing import Showing
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.unread import RETRY_AFTER_MS
+from services.scheduler.waiting import reasons
 from services.scheduler.watchers import Watchers
 
 MAX_SESSIONS: Final = 1_000
@@ -105,6 +108,7 @@ class Hub:
     loading: Loading = field(init=False)
     batches: Batches = field(init=False)
     outbox: Outbox = field(init=False)
+    showing: Showing = field(init=False)
     watchers: Watchers = field(init=False)
     requests: ClientRequests = field(init=False)
     _at_ms: int = 0
@@ -121,14 +125,17 @@ class Hub:
         self.broker.circuits = Circuits(policy_of(self.registry.failures.caps))
         ranking = Ranking(self.registry, self.durations, lambda model: self.broker.slots(f"infer.{model}"))
         self.engine = e.Engine(self.registry, ranking, Personas(lambda: self.registries.declared))
-        self.watchers = Watchers(self.outbox, self.engine.watched, self.engine.find)
+        self.showing = Showing(
+            self.outbox, lambda task, at_ms: reasons(self.broker, self.loading, task, self.started_ms, at_ms)
+        )
+        self.watchers = Watchers(self.outbox, self.showing, self.engine.watched, self.engine.find)
         self.loading = Loading(self.registry, self.broker, ranking, self.engine.live, self.outbox.unpromised)
         self.loading.declare(self.registry)
         self.loading.residency.trust_ms = self.started_ms + TRUST_MS
         self.batches = Batches(lambda: self.registries.declared, self.broker.slots)
         self.requests = ClientRequests(
-            self.started_ms,
             self.outbox,
+            self.showing,
             self.watchers,
             self.broker,
             self.engine,
@@ -168,6 +175,8 @@ class Hub:
                 self._on_registry_refused(happened)
             case PersonaWritten():
                 self._on_persona_written(happened)
+            case OthersServed():
+                self.showing.on_served(happened)
         if self.engine.personas.changed:
             self._on_personas_changed()
         while self.outbox.deaf:

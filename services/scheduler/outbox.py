@@ -58,8 +58,7 @@ class Outbox:
 
     def reply(self, identity: bytes, request: Header, kind: str, body: Message) -> Send:
         """A message that answers `request`; it is not added."""
-        header = Header(kind=kind, id=self.next_id(), corr=request.id, epoch=self.epoch, task=request.task)
-        return self._sending(identity, header, pack_body(body))
+        return self._reply(identity, request, kind, pack_body(body))
 
     def answer(self, identity: bytes, request: Header, kind: str, body: Message) -> None:
         """Answer a request."""
@@ -69,6 +68,11 @@ class Outbox:
         """Tell whoever made this request something, unless nothing more can be sent to them."""
         if not self.is_deaf(identity):
             self.answer(identity, request, kind, body)
+
+    def push_packed(self, identity: bytes, request: Header, kind: str, body: bytes) -> None:
+        """The same with a body that is packed already, since several get it."""
+        if not self.is_deaf(identity):
+            self._commands.append(self._reply(identity, request, kind, body))
 
     def refuse(self, identity: bytes, request: Header, reason: str, retry_after_ms: int) -> None:
         """Say that this cannot be had now, and when to come again."""
@@ -150,6 +154,10 @@ class Outbox:
             return False
         self.deaf.add(identity)
         return True
+
+    def _reply(self, identity: bytes, request: Header, kind: str, body: bytes) -> Send:
+        header = Header(kind=kind, id=self.next_id(), corr=request.id, epoch=self.epoch, task=request.task)
+        return self._sending(identity, header, body)
 
     def _sending(self, identity: bytes, header: Header, body: bytes) -> Send:
         """A message with content, which counts as unread until a later ping is answered."""

@@ -119,6 +119,8 @@ class StepRecord:
     """The spawning step that this one is a turn of, or whose sub-agent it is an assignment of."""
     agent: str | None = None
     """That sub-agent; None for a turn, and for any step outside of a swarm."""
+    changed: int = 0
+    """Number of the newest fact that changed anything here but `waiting_for`; 0 = as it was planned."""
 
     @property
     def attempt(self) -> Attempt:

@@ -10,6 +10,7 @@ from protocol.messages.memory import Episode
 from protocol.messages.plan import AddedEdge, PlanShape, PlanVersion, RemovedEdge, RoutingDecision
 from protocol.messages.result import (
     AttemptView,
+    CriticalPath,
     PlanView,
     Segment,
     Setback,
@@ -33,7 +34,12 @@ _MAX_INLINE_CHARS: Final = 4 * 1024 * 1024
 
 def view(task: TaskRecord) -> TaskView:
     """Everything about a task that fits one message."""
-    steps = [_step(step) for step in task.steps.values()]
+    steps = [step_view(step) for step in task.steps.values()]
+    return frame(task, critical_path(task)).model_copy(update={"steps": steps})
+
+
+def frame(task: TaskRecord, report: CriticalPath | None) -> TaskView:
+    """A view without its steps; `report` is the task's `critical_path`."""
     return TaskView(
         task_id=task.id,
         state=task.state,
@@ -44,14 +50,31 @@ def view(task: TaskRecord) -> TaskView:
         ended_ms=task.ended_ms,
         last_seq=task.seq,
         plan=_plan(task.plan, task.versions),
-        steps=steps,
         artefacts=_final_artefacts(task),
         gates=task.gates,
         setbacks=_setbacks(task.setbacks),
         failure=task.failure,
         swarms=swarm_views(task) or None,
         usage=_usage(task),
-        critical_path=critical_path(task),
+        critical_path=report,
+    )
+
+
+def step_view(step: StepRecord) -> StepView:
+    """A step with its attempts; only facts that set `StepRecord.changed` may change what is read here."""
+    return StepView(
+        id=step.spec.id,
+        actor=step.spec.actor,
+        action=step.spec.action[:500],
+        state=step.state,
+        persona=step.spec.persona,
+        agent=step.agent,
+        needs=sorted(step.needs),
+        ready_ms=step.ready_ms,
+        ended_ms=step.ended_ms,
+        losses=step.losses,
+        attempts=[_attempt(step, number) for number in range(len(step.attempts))],
+        failure=step.failure,
     )
 
 
@@ -164,23 +187,6 @@ def _plan(plan: PlanOrigin | None, versions: list[PlanVersion]) -> PlanView | No
         as_written=as_run if plan.as_written is None else PlanShape.model_validate(plan.as_written),
         as_run=as_run,
         versions=versions if len(versions) > 1 else None,
-    )
-
-
-def _step(step: StepRecord) -> StepView:
-    return StepView(
-        id=step.spec.id,
-        actor=step.spec.actor,
-        action=step.spec.action[:500],
-        state=step.state,
-        persona=step.spec.persona,
-        agent=step.agent,
-        needs=sorted(step.needs),
-        ready_ms=step.ready_ms,
-        ended_ms=step.ended_ms,
-        losses=step.losses,
-        attempts=[_attempt(step, number) for number in range(len(step.attempts))],
-        failure=step.failure,
     )
 
 

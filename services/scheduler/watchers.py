@@ -18,8 +18,9 @@ from services.scheduler import facts as f
 from services.scheduler.calls import Call
 from services.scheduler.events import LookUp, ReadEvents
 from services.scheduler.outbox import Outbox
+from services.scheduler.showing import Showing
 from services.scheduler.tasks import TaskRecord
-from services.scheduler.views import event, view
+from services.scheduler.views import event
 
 MAX_WATCHES: Final = 2_000
 _RETRY_MS: Final = 1_000
@@ -33,6 +34,7 @@ class Watchers:
     """See the module."""
 
     outbox: Outbox
+    showing: Showing
     watched: set[str]
     """Tasks whose tokens somebody wants to see while they come; the engine asks for them."""
     find: Callable[[str], TaskRecord | None]
@@ -48,7 +50,7 @@ class Watchers:
         """Somebody wants to follow a task."""
         behind = not query.quiet and query.after_seq < task.seq
         if task.state.final and not behind:
-            self.outbox.answer(identity, header, "task.result", view(task))
+            self.showing.result(identity, header, task)
             return
         kept = sum(len(requests) for tasks in (self._events, self._results) for requests in tasks.values())
         if kept + len(self.late) >= MAX_WATCHES:
@@ -111,6 +113,7 @@ class Watchers:
 
     def forget(self, identity: bytes) -> None:
         """A client is gone."""
+        self.showing.forget(identity)
         self.late = {late for late in self.late if late[0] != identity}
         for tasks in (self._events, self._results):
             for task_id in list(tasks):
@@ -131,8 +134,5 @@ class Watchers:
         self.watched.discard(task_id)
         waiting = self._events.pop(task_id, {}) | self._results.pop(task_id, {})
         task = self.find(task_id)
-        if task is None or not waiting:
-            return
-        result = view(task)
-        for (identity, _), request in waiting.items():
-            self.outbox.push(identity, request, "task.result", result)
+        if task is not None and waiting:
+            self.showing.tell_result([(identity, request) for (identity, _), request in waiting.items()], task)

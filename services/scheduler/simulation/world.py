@@ -150,16 +150,25 @@ class World:
         """Give the hub an event and do what it says; without a hub it is lost."""
         if self.hub is None:
             return
+        while self._handle(self.hub, event):
+            event = ev.OthersServed(self.now)
+
+    def _handle(self, hub: Hub, event: ev.Event) -> bool:
+        """True if the hub has more to do."""
         reads: list[ev.ReadEvents] = []
-        for command in self.hub.handle(event):
+        put_off = False
+        for command in hub.handle(event):
             if isinstance(command, ev.ReadEvents):
                 reads.append(command)  # after the facts of this very turn
+            elif isinstance(command, ev.ServeOthers):
+                put_off = True
             else:
                 self._carry_out(command)
         for read in reads:
             after = read.query.after_seq
             facts = self.facts(read.query.task_id)[after:][: self.page]
             self.feed(ev.EventsRead(read.identity, read.header, read.query, list(enumerate(facts, after + 1))))
+        return put_off
 
     def _carry_out(self, command: ev.Command) -> None:
         match command:
