@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from protocol.errors import SendLater, StrandPeer
+from protocol.messages.reply import Refused
 from protocol.messages.result import Listing
 from protocol.transport import RouterPort
 from services.kit.children import die_with_parent
@@ -65,10 +66,12 @@ from services.scheduler.facts import (
 )
 from services.scheduler.housekeeping import Housekeeping, Intervals
 from services.scheduler.journal import Journal
+from services.scheduler.lookups import Found, Lookups
 from services.scheduler.machine import Hub
 from services.scheduler.occupancy import MAX_ACTIVE_TASKS, MAX_UNSETTLED
 from services.scheduler.personas import AdoptPersona, KeepPersona
 from services.scheduler.registry_reader import RegistryReader
+from services.scheduler.unread import RETRY_AFTER_MS
 from services.scheduler.vigil import Vigil
 from services.scheduler.watchers import MAX_WATCHES
 
@@ -115,6 +118,7 @@ class HubApp:
         self._port = port
         path = home.journal / "journal.sqlite"
         self._journal = Journal(path)
+        self._lookups = Lookups(self._journal)
         self._durations = LearnedDurations()
         now = self._clock.now_ms()
         self._hub = Hub(epoch=boot_id(), registry=registry, pid=os.getpid(), started_ms=now, durations=self._durations)
@@ -189,7 +193,7 @@ class HubApp:
         """Wait for messages or the next tick, handle what is there, write, send."""
         now = self._clock.now_ms()
         wake = min(self._next_tick, self._next_page) if self._reads else self._next_tick
-        wake = now if self._put_off else wake
+        wake = now if self._put_off or self._lookups else wake
         first = self._next_message(max(0, wake - now))
         if first is not None:
             self._take(first)
@@ -212,6 +216,9 @@ class HubApp:
         if self._reads and now >= self._next_page:
             self._next_page = now + _PAGES_EVERY_MS
             self._read_page(self._reads.pop(next(iter(self._reads))))
+            self._flush()
+        if self._lookups:
+            self._looked_up(*self._lookups.go_on())
             self._flush()
         if self._put_off:
             self._put_off = False
@@ -335,13 +342,8 @@ class HubApp:
                 self._reader.adopt(command, self._hub.registries.declared)
             case Noted(event, fields):
                 self._log.write(event, **fields)
-            case LookUp(task_id, identity, header, body):
-                # What is about to be written must be seen too. Other tasks' facts stay for the end of the batch: a
-                # sync for each of many submits with a key would be what group commit avoids.
-                if any(record.fact.task == task_id for record in self._records):
-                    self._write()
-                found = self._journal.find(task_id)
-                self._feed(LookedUp(identity, header, body, found, self._clock.now_ms()))
+            case LookUp():
+                self._look_up(command)
             case ReadEvents():
                 self._reads[command.identity, command.header.id] = command
                 if len(self._reads) > MAX_WATCHES:  # with watchers among them that left meanwhile
@@ -367,6 +369,23 @@ class HubApp:
             case ReloadUnsettled():
                 self._write()
                 self._restore_unsettled()
+
+    def _look_up(self, asked: LookUp) -> None:
+        # What is about to be written must be seen too. Other tasks' facts stay for the end of the batch: a sync for
+        # each of many submits with a key would be what group commit avoids.
+        if any(record.fact.task == asked.task_id for record in self._records):
+            self._write()
+        if not self._lookups.is_long(asked):
+            self._looked_up([asked], self._lookups.at_once(asked))
+        elif (objection := self._lookups.objection(asked)) is None:
+            self._lookups.begin(asked)
+        else:
+            refused = Refused(reason=objection, retry_after_ms=RETRY_AFTER_MS)
+            self._promises.append(self._hub.outbox.reply(asked.identity, asked.header, "refused", refused))
+
+    def _looked_up(self, askers: list[LookUp], found: Found) -> None:
+        for asked in askers:
+            self._feed(LookedUp(asked.identity, asked.header, asked.body, found, self._clock.now_ms()))
 
     def _write(self) -> None:
         if self._records or self._personas:

@@ -31,7 +31,7 @@ from services.scheduler.growth import checked_extension
 from services.scheduler.loading import Loading
 from services.scheduler.occupancy import steps_in
 from services.scheduler.outbox import Outbox
-from services.scheduler.past import Past, answer_past
+from services.scheduler.past import Known, Past, answer_past
 from services.scheduler.reloading import Registries
 from services.scheduler.requested import read_task, task_asked_for
 from services.scheduler.showing import Showing
@@ -112,7 +112,7 @@ class ClientRequests:
         if self.engine.find(task_id) is not None:
             self.outbox.answer(identity, header, "task.accepted", Accepted(task_id=task_id, duplicate=True))
         elif ir.idempotency_key is not None:
-            self.outbox.add(LookUp(task_id, identity, header, body))
+            self.outbox.add(LookUp(task_id, identity, header, body, whole=False))
         else:
             self._accept(identity, header, ir, task_id, len(body), at_ms)
 
@@ -153,7 +153,7 @@ class ClientRequests:
         return None
 
     def on_looked_up(
-        self, identity: bytes, header: Header, body: bytes, task: TaskRecord | Past | None, at_ms: int
+        self, identity: bytes, header: Header, body: bytes, task: TaskRecord | Past | Known | None, at_ms: int
     ) -> None:
         """What the journal knows of the task that a request is about."""
         if identity not in self.broker.peers:
@@ -167,7 +167,7 @@ class ClientRequests:
                     self.outbox.answer(identity, header, "task.accepted", accepted)
                 else:
                     self._accept(identity, header, ir, task_id, len(body), at_ms)
-            elif task is None:
+            elif task is None or isinstance(task, Known):
                 wanted = task_asked_for(header.kind, body)
                 raise BadFrame("task.unknown", f"there is no task {wanted!r}; `tierline list` shows them")
             elif not isinstance(task, TaskRecord):

@@ -7,10 +7,11 @@ Pure functions over a TaskRecord; where the time of an attempt went is `timeline
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from protocol.messages.result import CriticalPath, PredictedPath, Segment, StepState
+from services.scheduler.parts import Parts, finished
 from services.scheduler.stages import critical_steps, depths
 from services.scheduler.tasks import StepRecord, TaskRecord
 from services.scheduler.timeline import Stretch
@@ -22,16 +23,10 @@ _WORK: Final = frozenset({"inference", "gates", "retry"})
 
 def critical_path(task: TaskRecord) -> CriticalPath | None:
     """The report of a task that has ended, however it ended; None for any other."""
-    parts = critical_path_in_parts(task)
-    while True:
-        try:
-            next(parts)
-        except StopIteration as end:
-            report: CriticalPath | None = end.value
-            return report
+    return finished(critical_path_in_parts(task))
 
 
-def critical_path_in_parts(task: TaskRecord) -> Generator[None, None, CriticalPath | None]:
+def critical_path_in_parts(task: TaskRecord) -> Parts[CriticalPath | None]:
     """The same, with pauses: a thousand steps take a few ms between one and the next, and tens of them in all."""
     if task.ended_ms is None:
         return None

@@ -12,7 +12,7 @@ from services.kit.logs import LogEvent
 from services.kit.registry import Problem, Registry
 from services.scheduler import facts as f
 from services.scheduler.effects import Record
-from services.scheduler.past import Past
+from services.scheduler.past import Known, Past
 from services.scheduler.personas import AdoptPersona, KeepPersona
 from services.scheduler.tasks import TaskRecord
 
@@ -63,7 +63,7 @@ class LookedUp(msgspec.Struct, frozen=True):
     identity: bytes
     header: Header
     body: bytes
-    task: TaskRecord | Past | None
+    task: TaskRecord | Past | Known | None
     at_ms: int
 
 
@@ -148,6 +148,8 @@ class LookUp(msgspec.Struct, frozen=True):
     identity: bytes
     header: Header
     body: bytes
+    whole: bool = True
+    """False where it is enough to know whether there is one: LookedUp then has `Known`."""
 
 
 class ReadEvents(msgspec.Struct, frozen=True):

@@ -18,6 +18,7 @@ from typing import Final
 from services.scheduler import facts as f
 from services.scheduler.effects import Record
 from services.scheduler.fold import apply, begin
+from services.scheduler.parts import Parts, finished
 from services.scheduler.tasks import JournalError, TaskRecord
 
 Row = tuple[int, str, bytes, int | None]
@@ -27,6 +28,8 @@ NewRow = tuple[str, int, str, bytes, int]
 
 COUNTED: Final = "SELECT TOTAL(LENGTH(kind) - LENGTH(REPLACE(kind, ' ', '')) + 1) FROM facts"
 """SQL for the number of facts in a journal."""
+FACTS_AT_ONCE: Final = 128
+"""Facts that are folded in one part, some 0.02 ms each."""
 _ROW_BYTES: Final = 256 * 1024
 """Facts that are larger together go into rows of their own: whoever reads some need not read all of them."""
 
@@ -112,6 +115,15 @@ def advance(record: TaskRecord | None, seq: int, fact: f.Fact) -> TaskRecord:
 
 def fold_rows(task: str, rows: Iterable[Row], record: TaskRecord | None = None) -> TaskRecord | None:
     """State after these rows, going on from `record`; None where there is neither. Raises DamagedTask."""
+    return finished(fold_in_parts(task, rows, record))
+
+
+def fold_in_parts(task: str, rows: Iterable[Row], record: TaskRecord | None = None) -> Parts[TaskRecord | None]:
+    """The same, with a pause after every `FACTS_AT_ONCE` and around those that hold a whole plan. Raises DamagedTask."""
     for seq, fact in read_rows(task, rows, 0 if record is None else record.seq):
+        if record is None or isinstance(fact, f.TaskPlanned):
+            yield
         record = advance(record, seq, fact)
+        if not seq % FACTS_AT_ONCE or isinstance(fact, f.TaskPlanned):
+            yield
     return record

@@ -26,8 +26,17 @@ from services.scheduler import facts as f
 from services.scheduler import snapshot
 from services.scheduler.effects import Record
 from services.scheduler.effort import Effort
-from services.scheduler.fact_rows import DamagedTask, NewRow, Row, fold_rows, read_rows, rows_of
+from services.scheduler.fact_rows import (
+    FACTS_AT_ONCE,
+    DamagedTask,
+    NewRow,
+    Row,
+    fold_in_parts,
+    read_rows,
+    rows_of,
+)
 from services.scheduler.journal_file import open_journal
+from services.scheduler.parts import Parts, finished
 from services.scheduler.past import Past, Unavailable
 from services.scheduler.personas import KeepPersona
 from services.scheduler.tasks import TaskRecord
@@ -139,6 +148,9 @@ class Journal:
 
         Raises DamagedTask if they cannot be folded.
         """
+        return finished(self._load_in_parts(task_id))
+
+    def _load_in_parts(self, task_id: str) -> Parts[TaskRecord | None]:
         start = None
         kept = self._db.execute(
             "SELECT data FROM snapshots WHERE task = ? AND fold = ?", (task_id, snapshot.FOLD)
@@ -146,23 +158,36 @@ class Journal:
         if kept is not None:
             start = snapshot.unpack(kept[0])
         after = 0 if start is None else start.seq
-        record = fold_rows(
-            task_id,
-            self._db.execute(
-                "SELECT seq, kind, data, seal FROM facts WHERE task = ? AND seq > ? ORDER BY seq", (task_id, after)
-            ),
-            start,
-        )
+        rows = self._db.execute(
+            "SELECT seq, kind, data, seal FROM facts WHERE task = ? AND seq > ? ORDER BY seq", (task_id, after)
+        ).fetchall()  # a cursor that stays open between parts would keep the WAL from being folded back
+        record = yield from fold_in_parts(task_id, rows, start)
         if record is not None and not record.state.final:
             self._written[task_id] = record.seq
             self._snapped[task_id] = after
             self._done[task_id] = sum(1 for step in record.steps.values() if step.state is StepState.DONE)
         return record
 
+    def knows(self, task_id: str) -> bool:
+        """True if `find` would find something."""
+        return any(
+            self._db.execute(f"SELECT 1 FROM {table} WHERE task = ? LIMIT 1", (task_id,)).fetchone()  # noqa: S608  constants
+            for table in ("facts", "views", "removed")
+        )
+
+    def is_long(self, task_id: str) -> bool:
+        """True if `find` would have more to fold than is folded at once."""
+        [last] = self._db.execute("SELECT MAX(seq) FROM facts WHERE task = ?", (task_id,)).fetchone()
+        return last is not None and last > FACTS_AT_ONCE
+
     def find(self, task_id: str) -> TaskRecord | Past | None:
         """Whatever is known of a task; None if there never was one with this id, or its id is forgotten."""
+        return finished(self.find_in_parts(task_id))
+
+    def find_in_parts(self, task_id: str) -> Parts[TaskRecord | Past | None]:
+        """The same, a part at a time."""
         try:
-            record = self.load(task_id)
+            record = yield from self._load_in_parts(task_id)
         except DamagedTask as err:
             return Unavailable("task.damaged", f"{err}; `tierline replay --check` says more")
         return record if record is not None else self._past(task_id)

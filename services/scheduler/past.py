@@ -22,6 +22,11 @@ class Unavailable:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """There is, or was, such a task; nothing more was asked."""
+
+
 Past = TaskView | Unavailable
 
 

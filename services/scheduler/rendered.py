@@ -8,7 +8,6 @@ made is `showing.py`.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,6 +16,7 @@ from msgspec import Raw
 from protocol.codec import pack_body
 from protocol.messages.result import CriticalPath
 from services.scheduler.critical_path import critical_path_in_parts
+from services.scheduler.parts import Parts
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import frame, step_view
 
@@ -43,7 +43,7 @@ class Rendered:
     """By id, what was asked for last at the end. A task that was read from the journal again is the same task."""
     _bytes: int = 0
 
-    def body_in_parts(self, task: TaskRecord) -> Generator[None, None, dict[str, object]]:
+    def body_in_parts(self, task: TaskRecord) -> Parts[dict[str, object]]:
         """The fields of the view, as they are when the last part is made; let others be served after each of the rest.
 
         It comes to an end, since a task has only so many facts, and all is made anew that changes meanwhile.

@@ -8,7 +8,7 @@ and of one moment. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -16,6 +16,7 @@ from protocol.codec import pack_body, pack_map
 from protocol.header import Header
 from services.scheduler.events import OthersServed, ServeOthers
 from services.scheduler.outbox import Outbox
+from services.scheduler.parts import Parts
 from services.scheduler.rendered import ATTEMPTS_AT_ONCE, Rendered
 from services.scheduler.tasks import TaskRecord
 from services.scheduler.unread import RETRY_AFTER_MS
@@ -30,7 +31,7 @@ Kind = Literal["task.detail", "task.result"]
 @dataclass(slots=True)
 class _Making:
     task: TaskRecord
-    parts: Generator[None, None, dict[str, object]]
+    parts: Parts[dict[str, object]]
     askers: list[tuple[bytes, Header, Kind]] = field(default_factory=list)
 
 
