@@ -119,7 +119,7 @@ def fold_rows(task: str, rows: Iterable[Row], record: TaskRecord | None = None) 
 
 
 def fold_in_parts(task: str, rows: Iterable[Row], record: TaskRecord | None = None) -> Parts[TaskRecord | None]:
-    """The same, with a pause after every `FACTS_AT_ONCE` and around those that hold a whole plan. Raises DamagedTask."""
+    """The same, with a pause after every `FACTS_AT_ONCE`, and around those that hold a plan. Raises DamagedTask."""
     for seq, fact in read_rows(task, rows, 0 if record is None else record.seq):
         if record is None or isinstance(fact, f.TaskPlanned):
             yield
