@@ -10,7 +10,7 @@ Leaves to others: what an answer means (`machine.py`), sockets and clocks (`app.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,8 +27,8 @@ from services.scheduler.admission import Admission
 from services.scheduler.calls import Attached, Call, CancelAt, Command, Ended, Lost, PeerGone, Replaced, SendPing, Start
 from services.scheduler.circuits import Circuits, fault_of, policy_of
 from services.scheduler.deadlines import Deadlines
+from services.scheduler.lines import Lines
 from services.scheduler.peers import DEAD_MS, PING_MS, SUSPECT_MS, Peer
-from services.scheduler.queues import Place, ReadyQueue
 from services.scheduler.resources import Tokens
 from services.scheduler.unserved import Unserved
 
@@ -39,8 +39,6 @@ REATTACH_MS: Final = 4_000
 CLIENT_KEPT_MS: Final = 60_000
 _KEPT_ENDINGS: Final = 4_096
 _KEPT_GONE: Final = 256
-_KEPT_QUEUES: Final = 64
-"""So many queues stay when they become empty, since most will soon be needed again."""
 
 
 @dataclass(slots=True)
@@ -71,7 +69,8 @@ class Broker:
     closed: set[str] = field(default_factory=set)
     """Capabilities for which nothing is handed out, although a worker may be READY: their model is to be unloaded."""
     unserved: Unserved = field(default_factory=Unserved)
-    _queues: dict[str, ReadyQueue] = field(default_factory=dict)
+    lines: Lines = field(init=False)
+    """Calls that wait."""
     _ended: OrderedDict[str, None] = field(default_factory=OrderedDict)
     """Keys that have ended lately, to tell a duplicate from a stranger. In a plain dictionary the oldest one
     is found past the gaps of all that were removed since it last grew."""
@@ -80,13 +79,12 @@ class Broker:
     _deadlines: Deadlines = field(init=False)
     _overdue: deque[Command] = field(default_factory=deque)
     """Ends of calls that were found expired when it was their turn."""
-    _dirty: dict[str, None] = field(default_factory=dict)
-    """Capabilities for which something may have become possible, in the order in which it did."""
     _pinged_ms: int = 0
 
     def __post_init__(self) -> None:
-        """Look after the deadlines of its calls."""
+        """Look after the deadlines of its calls, and after those that wait."""
         self._deadlines = Deadlines(self.calls)
+        self.lines = Lines(self.calls)
 
     # Peers
 
@@ -128,22 +126,22 @@ class Broker:
                 self._attach(call, peer, at_ms)
                 commands.append(Attached(call, peer.service))
                 welcome.resend.append(key)
-        self._touch(peer.capabilities)
+        self.lines.touch(peer.capabilities)
         return welcome, commands
 
     def on_heard(self, peer: Peer, credit: int | None, at_ms: int) -> None:
         """Any message of a peer: it lives, and may grant more slots (a running total, so a repeat does no harm)."""
         if at_ms - peer.heard_ms >= SUSPECT_MS:
-            self._touch(peer.capabilities)
+            self.lines.touch(peer.capabilities)
         peer.heard_ms = at_ms
         if credit is not None and credit > peer.granted:
             peer.granted = credit
-            self._touch(peer.capabilities)
+            self.lines.touch(peer.capabilities)
 
     def on_pong(self, peer: Peer, pong: Pong) -> None:
         """Take the state a peer reports."""
         if pong.state is not peer.state:
-            self._touch(peer.capabilities)
+            self.lines.touch(peer.capabilities)
         peer.state = pong.state
         peer.reason = pong.reason
         peer.loop_lag_ms = pong.loop_lag_ms
@@ -193,13 +191,12 @@ class Broker:
         for call in self._deadlines.passed(at_ms):
             commands.extend(self._expire(call))
         self.circuits.on_tick(at_ms)
-        self._touch(self._queues)  # holds may be over, and pauses of circuits
+        self.lines.touch(self.lines.queues)  # holds may be over, and pauses of circuits
         return commands
 
     def next_due_ms(self) -> int | None:
         """When a tick will find something to do, pings apart: a deadline, or the end of a hold; None = never."""
-        releases = (queue.next_release_ms() for queue in self._queues.values())
-        due = [at_ms for at_ms in (*releases, self._deadlines.next_ms()) if at_ms is not None]
+        due = [at_ms for at_ms in (self.lines.next_release_ms(), self._deadlines.next_ms()) if at_ms is not None]
         return min(due, default=None)
 
     def slots(self, target: str) -> int:
@@ -221,12 +218,6 @@ class Broker:
         ready = (peer.state is PeerState.READY and peer.is_heard(at_ms) for peer in self._having(target))
         return any(ready) and self.circuits.reason(target) is None
 
-    def waiting(self, target: str) -> list[Call]:
-        """Calls that wait for this capability."""
-        queue = self._queues.get(target)
-        keys = [] if queue is None else sorted(key for key in set(queue.waiting_keys()) if self._is_queued(key))
-        return [self.calls[key] for key in keys]
-
     # Calls
 
     def ask(self, call: Call) -> list[Command]:
@@ -245,24 +236,14 @@ class Broker:
             self._children.setdefault(call.parent, set()).add(call.key)
         call.deadline_ms = call.outer_ms
         self._deadlines.watch(call)
-        self._push(call)
+        self.lines.push(call, self.weight_of(call.client))
         return []
-
-    def queued(self, target: str) -> int:
-        """Calls that wait for this capability."""
-        return len(self.waiting(target))
-
-    def queue_lengths(self) -> dict[str, int]:
-        """Waiting calls per capability, those with any."""
-        lengths = {target: self.queued(target) for target in self._queues}
-        return {target: count for target, count in lengths.items() if count}
 
     def objection(self, call: Call) -> str | None:
         """Why this call of another peer may not wait here; None if it may. A call that is there already may."""
         if call.key in self.calls or call.requester is None:
             return None
-        queue = self._queues.get(call.target)
-        if queue is not None and queue.count(self._is_queued, MAX_QUEUED) >= MAX_QUEUED:
+        if self.lines.is_full(call.target, MAX_QUEUED):
             return f"{call.target} has {MAX_QUEUED} calls waiting"
         return self.admission.objection(call.requester, len(call.body or b""))
 
@@ -328,28 +309,30 @@ class Broker:
         """
         if self._overdue:
             return self._overdue.popleft()
-        while self._dirty or self._let_in():
-            target = next(iter(self._dirty))
+        dirty = self.lines.dirty
+        while dirty or self._let_in():
+            target = next(iter(dirty))
             start = self._start_one(target, at_ms)
             if start is not None:
                 return start
             if self._overdue:
                 return self._overdue.popleft()
-            del self._dirty[target]
+            del dirty[target]
         return None
 
     def _let_in(self) -> bool:
         """True if somebody who found a door of the tokens closed may try again."""
-        self._touch(self.tokens.let_in())
-        return bool(self._dirty)
+        self.lines.touch(self.tokens.let_in())
+        return bool(self.lines.dirty)
 
     def _start_one(self, target: str, at_ms: int) -> Start | None:
-        queue = self._queues.get(target)
+        lines = self.lines
+        queue = lines.queues.get(target)
         if queue is None or target in self.closed:
             return None
         queue.release(at_ms)
         while (key := queue.first()) is not None:
-            if not self._is_queued(key):
+            if not lines.holds(key):
                 queue.drop()
                 continue
             due_ms = self.calls[key].deadline_ms
@@ -368,18 +351,14 @@ class Broker:
                 return None
             queue.take()
             if queue.is_empty:
-                del self._dirty[target]
-                self._nobody_waits(target)
+                del lines.dirty[target]
+                self.unserved.forget(target)
+                lines.tidy(target)
             return self._start(self.calls[key], peer, at_ms)
         self.tokens.unblock(target)
-        self._nobody_waits(target)
-        return None
-
-    def _nobody_waits(self, target: str) -> None:
-        """The line for this capability has come to its end, but for calls that are held back."""
         self.unserved.forget(target)
-        if len(self._queues) > _KEPT_QUEUES and self._queues[target].is_empty:
-            del self._queues[target]  # its name may be anything a client thought of
+        lines.tidy(target)
+        return None
 
     def _waiting_parent(self, key: str) -> str | None:
         """The call during which this one was made, if it was made by the worker that has it."""
@@ -387,38 +366,19 @@ class Broker:
         parent = self.calls.get(call.parent or "")
         return None if parent is None or parent.worker is None or parent.worker != call.requester else parent.key
 
-    def waits(self, target: str, at_ms: int) -> bool:
-        """True if a call for this capability could go out now, were there a worker."""
-        queue = self._queues.get(target)
-        if queue is None:
-            return False
-        queue.release(at_ms)
-        while (key := queue.first()) is not None:
-            if self._is_queued(key):
-                return True
-            queue.drop()
-        return False
-
-    def look_again(self, targets: Iterable[str]) -> None:
-        """Something may have become possible for these capabilities."""
-        self._touch(targets)
-
     def refuse_waiting(self, target: str, failure: Failure, at_ms: int) -> list[Command]:
         """End every call that waits for this capability with a failure; those that are held back stay."""
-        queue = self._queues.get(target)
-        keys = set() if queue is None else {key for key in queue.waiting_keys() if self._is_queued(key)}
         body = pack_body(ErrorReply(failure=failure))
         commands: list[Command] = []
-        for key in sorted(keys):
-            call = self.calls.get(key)
-            if call is not None and call.hold_until_ms <= at_ms:
+        for call in self.lines.waiting(target):
+            if call.key in self.calls and call.hold_until_ms <= at_ms:  # unless it went with its parent
                 commands.extend(self._end(call, "error", body, "scheduler"))
         return commands
 
     def _release(self, call: Call) -> None:
         """A call that ran is over at its worker, as far as we know: its tokens are free."""
         if self.tokens.give_back(call.key):
-            self._touch(self.tokens.blocked())
+            self.lines.touch(self.tokens.blocked())
 
     def check_invariants(self) -> None:
         """Raise AssertionError if the state contradicts itself; called by tests after every event."""
@@ -432,31 +392,12 @@ class Broker:
                     raise AssertionError(f"{peer.service} is booked for {key}, which it does not have")
             if peer.used < 0:
                 raise AssertionError(f"{peer.service} has negative use")
-        queued = {key for queue in self._queues.values() for key in queue.waiting_keys() if self._is_queued(key)}
+        self.lines.check_invariants()
         for key, call in self.calls.items():
-            if call.worker is None and key not in queued:
-                raise AssertionError(f"call {key} waits in no queue")
             if call.worker is not None and (call.worker not in self.peers or key not in self.peers[call.worker].calls):
                 raise AssertionError(f"call {key} runs at nobody")
 
     # Inside
-
-    def _push(self, call: Call) -> None:
-        weight = self.weight_of(call.client)
-        place = Place(call.client, call.interactive, call.rank_s, call.outer_ms, weight)
-        queue = self._queues.get(call.target)
-        if queue is None:
-            queue = self._queues[call.target] = ReadyQueue()
-        queue.push(call.key, place, call.hold_until_ms)
-        self._touch((call.target,))
-
-    def _touch(self, targets: Iterable[str]) -> None:
-        for target in targets:
-            self._dirty[target] = None
-
-    def _is_queued(self, key: str) -> bool:
-        call = self.calls.get(key)
-        return call is not None and call.worker is None
 
     def _having(self, target: str) -> Iterator[Peer]:
         return (peer for peer in self.peers.values() if target in peer.capabilities)
@@ -495,7 +436,7 @@ class Broker:
         peer.calls.add(call.key)
         call.begin(at_ms, again=True)
         self._deadlines.watch(call)
-        self._discard(call.target)
+        self.lines.discard(call.target)
         self.counters["reattached"] += 1
 
     def _end(self, call: Call, kind: str, body: bytes, worker: str) -> Iterator[Command]:
@@ -521,13 +462,7 @@ class Broker:
         """A call is over: it counts no longer, and its entry in the queue, where it waited, is stale."""
         self._unbook(call)
         if call.worker is None:
-            self._discard(call.target)
-
-    def _discard(self, target: str) -> None:
-        queue = self._queues.get(target)
-        if queue is not None:
-            queue.discard(self._is_queued)
-            self._touch((target,))  # what is behind a stale entry may go, and an empty queue is removed
+            self.lines.discard(call.target)
 
     def _forget(self, call: Call) -> list[Command]:
         """Cancel what was asked during a call that is over, and leave its parent's list."""
@@ -575,7 +510,7 @@ class Broker:
             else:
                 self.circuits.withdrawn(call.target, key)
             if call.retry_lost:
-                self._push(call)
+                self.lines.push(call, self.weight_of(call.client))
                 if blame:
                     commands.append(Lost(call, peer.service))
                 continue

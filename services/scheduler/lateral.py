@@ -22,4 +22,4 @@ def strandings(broker: Broker, registry: Registry, at_ms: int) -> Iterator[tuple
         target = f"infer.{model}"
         reason = broker.why_unserved(target, after_ms, at_ms)
         if reason is not None:
-            yield from ((call, reason) for call in broker.waiting(target) if call.requester is None)
+            yield from ((call, reason) for call in broker.lines.waiting(target) if call.requester is None)

@@ -174,10 +174,10 @@ class Loading:
         closed = {target for target, model in self._models.items() if residency.guests[model].closed}
         opened = broker.closed - closed
         broker.closed = closed
-        broker.look_again([*opened, *broker.tokens.blocked()])
+        broker.lines.touch([*opened, *broker.tokens.blocked()])
         refused: list[Command] = []
         for target, model in self._models.items():
-            if residency.hopeless(model) and broker.waits(target, at_ms):
+            if residency.hopeless(model) and broker.lines.has_ready(target, at_ms):
                 refused += broker.refuse_waiting(target, _cold(model), at_ms)
         self._unserved = tuple(target for target in self._models if target in broker.unserved)
         return [*self._noted(orders), *self._tell(at_ms)], refused
@@ -345,7 +345,7 @@ class Loading:
     def _demand(self, target: str, model: str, at_ms: int) -> Demand:
         return Demand(
             running=any(peer.calls for peer in self._peers(target)),
-            waiting=self.broker.waits(target, at_ms),
+            waiting=self.broker.lines.has_ready(target, at_ms),
             soon_ms=self._soon.get(model),
         )
 

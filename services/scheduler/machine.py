@@ -193,7 +193,7 @@ class Hub:
             hub_pid=self.pid,
             uptime_ms=max(0, at_ms - self.started_ms),
             peers=[peer.report(at_ms) for peer in self.broker.peers.values() if peer.is_worker],
-            queued=self.broker.queue_lengths(),
+            queued=self.broker.lines.lengths(),
             tasks=task_counts,
             counters=self.broker.counters | self.loading.residency.counters,
             models=self.loading.reports(at_ms),

@@ -48,7 +48,7 @@ def _why(broker: Broker, loading: Loading, call: Call, started_ms: int, at_ms: i
         states = ", ".join(f"{peer.service} {peer.report(at_ms).state} {peer.reason or ''}".strip() for peer in peers)
         return f"waits for {call.target}: 0 of {len(peers)} workers ready ({states})"
     if all(peer.free(at_ms) <= 0 for peer in ready):
-        queued = broker.queued(call.target)
+        queued = len(broker.lines.waiting(call.target))
         calls = "1 call waits" if queued == 1 else f"{queued} calls wait"
         return f"waits for a slot of {call.target}: all are busy, {calls}"
     return f"waits for {call.needs.cores} cores: {broker.tokens.free_cores} of {broker.tokens.cores} are free"

@@ -89,7 +89,7 @@ def test_asking_and_cancelling_in_a_circle_leaves_nothing_behind() -> None:
         if number % 100 == 0:
             assert hub.next_start(number) is None
     assert hub.next_start(5_000) is None
-    queues = hub._queues
+    queues = hub.lines.queues
     assert sum(len(queue) for queue in queues.values()) < 200
     assert len(queues) < 200
     assert hub.admission.held() == (0, 0)
