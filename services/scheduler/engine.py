@@ -1,8 +1,7 @@
 """Runs the graphs: which step is ready, what its answer means, what follows a failure, when a task has ended.
 
-Pure: it takes what happened with its time and returns effects, in order. A fact is applied to the state the moment
-it is made, so that state and journal cannot differ. Calls are the broker's; which facts exist is `facts.py`; what
-follows a failure is `failures.py`.
+Pure: it takes what happened with its time and returns effects, in order (`orders.py`, where facts are applied). Calls
+are the broker's; which facts exist is `facts.py`; what follows a failure is `failures.py`.
 """
 
 from __future__ import annotations
@@ -30,14 +29,15 @@ from services.scheduler.broker import REATTACH_MS
 from services.scheduler.calls import Call
 from services.scheduler.casting import Casting
 from services.scheduler.checking import step_check_parts, step_checks, task_checks
-from services.scheduler.effects import Ask, Drop, Effect, Record
+from services.scheduler.effects import Effect, Record
 from services.scheduler.effort import EffortRecord, at_home, learn_effort
 from services.scheduler.ended import EndedTasks
 from services.scheduler.failures import Action, Work, react, teaches
-from services.scheduler.fold import apply, begin
+from services.scheduler.fold import begin
 from services.scheduler.growth import reach_of
 from services.scheduler.occupancy import Occupancy, steps_in
-from services.scheduler.own_calls import Wanted, inference_call, service_call
+from services.scheduler.orders import Orders
+from services.scheduler.own_calls import inference_call
 from services.scheduler.personas import Personas
 from services.scheduler.plans import PlanHands, Plans, planning_of, will_grow
 from services.scheduler.ranks import Ranking
@@ -81,23 +81,20 @@ class Engine:
     plans: Plans = field(init=False)
     unfolding: Unfolding = field(init=False)
     settling: Settling = field(init=False)
-    _effects: list[Effect] = field(default_factory=list)
-    _calls: dict[str, set[str]] = field(default_factory=dict)
-    """Task -> keys of its calls at the broker."""
+    _orders: Orders = field(init=False)
+    """What it has decided since the last `take`."""
 
     def __post_init__(self) -> None:
         """Lend hands to those that carry out a part of this."""
-
-        def ask(task: TaskRecord, wanted: Wanted, at_ms: int, hold_until_ms: int) -> None:
-            self._ask(task, None, wanted, at_ms, hold_until_ms)
-
-        self.casting = Casting(self.personas, self._emit)
+        self._orders = Orders(self.ranking, self.occupancy)
+        emit, ask = self._orders.emit, self._orders.ask_for_task
+        self.casting = Casting(self.personas, emit)
         self.replanning = Replanning(
             self.ranking,
             Hands(
-                emit=self._emit,
+                emit=emit,
                 ask=ask,
-                drop=lambda key: self._effects.append(Drop(key)),
+                drop=self._orders.drop,
                 proceed=lambda task, step, at_ms: self.unfolding.proceed(task, step, at_ms),
                 finish=self._finish,
                 fail=lambda task, failure, why, at_ms: self._end(task, TaskState.FAILED, failure, at_ms, why=why),
@@ -107,7 +104,7 @@ class Engine:
             self.ranking,
             self.casting,
             StepHands(
-                emit=self._emit,
+                emit=emit,
                 attempt=self._begin_attempt,
                 finish=self._finish_step,
                 fail=self._fail_step,
@@ -119,12 +116,12 @@ class Engine:
             self.ranking,
             self.casting,
             self.replanning,
-            PlanHands(emit=self._emit, ask=ask, begin=self.unfolding.begin, failed=self._on_task_failure),
+            PlanHands(emit=emit, ask=ask, begin=self.unfolding.begin, failed=self._on_task_failure),
         )
         self.settling = Settling(
             self.personas,
             lambda: self.registry,
-            self._emit,
+            emit,
             ask,
             lambda task, failure, at_ms: self._on_task_failure(task, Work.MEMORY, failure, at_ms),
             self._retire,
@@ -133,7 +130,7 @@ class Engine:
 
     def take(self) -> list[Effect]:
         """Effects since the last call, in order."""
-        effects, self._effects = self._effects, []
+        effects, self._orders.effects = self._orders.effects, []
         if not effects:
             self.ended.evict()  # not before: whoever takes the effects may need the tasks that they end
         return effects
@@ -155,7 +152,7 @@ class Engine:
         task = begin(fact)
         self.live[task_id] = task
         self.occupancy.took(task_id, client, sent_bytes, steps_in(ir))
-        self._effects.append(Record(fact, task.seq))
+        self._orders.effects.append(Record(fact, task.seq))
         self.plans.ask(task, at_ms)
 
     def restore(self, task: TaskRecord, at_ms: int) -> None:
@@ -199,10 +196,12 @@ class Engine:
             return
         for name in reach_of(task, step_id):
             for attempt in task.steps[name].attempts[-1:]:
-                self._effects.append(Drop(attempt.key))
-                self._effects.append(Drop(work_key(task.id, *step_check_parts(task.steps[name]))))
+                self._orders.drop(attempt.key)
+                self._orders.drop(work_key(task.id, *step_check_parts(task.steps[name])))
             why = reason or "cancelled by a client"
-            self._emit(task, f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why[:500]))
+            self._orders.emit(
+                task, f.StepDropped(task=task.id, at_ms=at_ms, step=name, state="cancelled", reason=why[:500])
+            )
         if step.agent is not None:
             self._release(task, step, at_ms)
         elif task.unfinished == 0 and not will_grow(task):
@@ -212,7 +211,7 @@ class Engine:
         """Add steps that `growth.checked_extension` has let through."""
         self.casting.take_up_trials(task, Plan(steps=list(steps)), self.registry, at_ms)
         values = [step.model_dump(mode="json", exclude_none=True) for step in steps]
-        self._emit(task, f.StepsAdded(task=task.id, at_ms=at_ms, steps=values, client=client))
+        self._orders.emit(task, f.StepsAdded(task=task.id, at_ms=at_ms, steps=values, client=client))
         self.ranking.forget(task.id)
         for step in steps:
             record = task.steps[step.id]
@@ -250,7 +249,7 @@ class Engine:
             return
         if step.state in (StepState.READY, StepState.INFERRING):
             number = step.attempt.number
-            self._emit(
+            self._orders.emit(
                 task,
                 f.AttemptStarted(
                     task=task.id,
@@ -278,7 +277,7 @@ class Engine:
 
     def on_ended(self, call: Call, kind: str, body: bytes, worker: str, at_ms: int) -> None:
         """One of the hub's own calls has its ending."""
-        self._calls.get(call.task or "", set()).discard(call.key)
+        self._orders.has_ended(call)
         task, step = self._locate(call)
         if task is None:
             return
@@ -313,7 +312,7 @@ class Engine:
         """A second ending for a key of this task: recorded, without effect."""
         task = self.live.get(task_id)
         if task is not None:
-            self._emit(task, f.DuplicateSeen(task=task_id, at_ms=at_ms, step=step, key=key, worker=worker))
+            self._orders.emit(task, f.DuplicateSeen(task=task_id, at_ms=at_ms, step=step, key=key, worker=worker))
 
     def body_of(self, call: Call, at_ms: int) -> bytes:
         """Compose the body of one of the hub's own calls, when it starts."""
@@ -340,11 +339,11 @@ class Engine:
             failure = Failure(code="budget.tokens", category=Category.POLICY, origin="scheduler", message=message)
             self._fail_step(task, step, failure, at_ms)
             return
-        self._emit(task, a.queued(task, step, self.registry, action, at_ms))
+        self._orders.emit(task, a.queued(task, step, self.registry, action, at_ms))
         self._ask_inference(task, step, at_ms)
 
     def _ask_inference(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
-        self._queue_call(task, inference_call(task, step, self.registry, self.ranking, at_ms, hold_until_ms))
+        self._orders.ask(task, inference_call(task, step, self.registry, self.ranking, at_ms, hold_until_ms))
 
     def _on_answer(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is not None:
@@ -367,7 +366,7 @@ class Engine:
         except CallFailed as err:
             self._on_failure(task, step, Work.INFERENCE, err.failure, at_ms, generated_tokens=tokens)
             return
-        self._emit(task, a.answered(task, step, final, made, at_ms))
+        self._orders.emit(task, a.answered(task, step, final, made, at_ms))
         if said.calls is not None:
             self.unfolding.take_turn(task, step, said.calls, self.registry, at_ms)
             self._finish_step(task, step, at_ms)
@@ -377,14 +376,14 @@ class Engine:
             self._finish_step(task, step, at_ms)
 
     def _ask_gates(self, task: TaskRecord, step: StepRecord, at_ms: int, hold_until_ms: int = 0) -> None:
-        self._ask(task, step, step_checks(task, step, self.registry), at_ms, hold_until_ms)
+        self._orders.ask_service(task, step, step_checks(task, step, self.registry), at_ms, hold_until_ms)
 
     def _on_gates(self, task: TaskRecord, step: StepRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is None:
             results = unpack_body(GateFinal, body).results
             values = [result.model_dump(mode="json", exclude_none=True) for result in results]
             number = step.attempt.number
-            self._emit(
+            self._orders.emit(
                 task, f.AttemptChecked(task=task.id, at_ms=at_ms, step=step.spec.id, number=number, gates=values)
             )
             failure = gate_failure(step.spec.gates or [], results)
@@ -411,13 +410,13 @@ class Engine:
         action = react(self.registry, work, failure, step.attempt.role, history)
         paused = action.repeats and queued_again is None
         if action.repeats or action.blame:
-            self._emit(task, attempt_lost(task, step, work, failure, action, at_ms, paused=paused))
+            self._orders.emit(task, attempt_lost(task, step, work, failure, action, at_ms, paused=paused))
         if paused:
             ask = self._ask_gates if work is Work.GATES else self._ask_inference
             ask(task, step, at_ms, hold_until_ms=at_ms + action.delay_ms)
         elif not action.repeats:
             if queued_again is not None:
-                self._effects.append(Drop(queued_again))
+                self._orders.drop(queued_again)
             if action.blame:
                 failure = poisoned(failure, step.losses, "step")
             self._fail_attempt(task, step, failure, action, at_ms, generated_tokens)
@@ -429,11 +428,11 @@ class Engine:
         history = task_history(task, work, failure, self.registry)
         action = react(self.registry, work, failure, work, history)
         paused = action.repeats and queued_again is None
-        self._emit(task, task_setback(task, work, failure, action, at_ms, paused=paused))
+        self._orders.emit(task, task_setback(task, work, failure, action, at_ms, paused=paused))
         if action.repeats and not paused:
             return
         if queued_again is not None:
-            self._effects.append(Drop(queued_again))
+            self._orders.drop(queued_again)
         if action.kind == "fail" and action.blame:
             failure = poisoned(failure, history.losses, work)
         self._after_setback(task, work, failure, action, at_ms)
@@ -470,8 +469,8 @@ class Engine:
         other = role.lateral if attempt.model == role.model else role.model
         if other is None or attempt.moves >= MAX_MOVES or not is_served(other):
             return
-        self._emit(task, a.moved(task, step, other, reason, at_ms))
-        self._effects.append(Drop(call.key))
+        self._orders.emit(task, a.moved(task, step, other, reason, at_ms))
+        self._orders.drop(call.key)
         self._ask_inference(task, step, at_ms)
 
     def _fail_attempt(
@@ -485,12 +484,12 @@ class Engine:
     ) -> None:
         if teaches(self.registry, failure):
             learn_effort(self.effort, task, step, self.registry, at_ms, solved=False)
-        self._emit(task, a.failed(task, step, failure, action, at_ms, generated_tokens))
+        self._orders.emit(task, a.failed(task, step, failure, action, at_ms, generated_tokens))
         if action.kind == "fail":
             self._fail_step(task, step, failure, at_ms)
         elif action.kind == "replan":
             value = failure.model_dump(mode="json", exclude_none=True)
-            self._emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
+            self._orders.emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
             self.replanning.begin(task, trigger_of(failure), step.spec.id, failure, action.rule, at_ms)
         else:
             self._begin_attempt(task, step, action, at_ms)
@@ -499,7 +498,7 @@ class Engine:
         stuck = step.is_turn and teaches(self.registry, failure)  # a worker that dies says nothing about its model
         goes_on = step.agent is not None or (stuck and self.unfolding.lead_on(task, step, failure, at_ms))
         value = failure.model_dump(mode="json", exclude_none=True)
-        self._emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
+        self._orders.emit(task, f.StepFailed(task=task.id, at_ms=at_ms, step=step.spec.id, failure=value))
         if goes_on:
             self._release(task, step, at_ms)  # the model that gave the assignment is told; one that led must answer
             return
@@ -511,7 +510,7 @@ class Engine:
         if step.attempts:
             number = step.attempt.number
             learn_effort(self.effort, task, step, self.registry, at_ms, solved=True)
-        self._emit(task, f.StepDone(task=task.id, at_ms=at_ms, step=step.spec.id, number=number))
+        self._orders.emit(task, f.StepDone(task=task.id, at_ms=at_ms, step=step.spec.id, number=number))
         self._release(task, step, at_ms)
 
     def _release(self, task: TaskRecord, step: StepRecord, at_ms: int) -> None:
@@ -536,13 +535,13 @@ class Engine:
             self._end(task, TaskState.SUCCEEDED, None, at_ms, why="")
             return
         artefacts = [task.artefacts[name] for name in names]
-        self._ask(task, None, task_checks(task, artefacts, self.registry), at_ms, hold_until_ms)
+        self._orders.ask_for_task(task, task_checks(task, artefacts, self.registry), at_ms, hold_until_ms)
 
     def _on_task_gates(self, task: TaskRecord, body: bytes, failure: Failure | None, at_ms: int) -> None:
         if failure is None:
             results = unpack_body(GateFinal, body).results
             values = [result.model_dump(mode="json", exclude_none=True) for result in results]
-            self._emit(task, f.TaskChecked(task=task.id, at_ms=at_ms, gates=values))
+            self._orders.emit(task, f.TaskChecked(task=task.id, at_ms=at_ms, gates=values))
             failure = gate_failure(task.ir.gates, results)
         if failure is None:
             self._end(task, TaskState.SUCCEEDED, None, at_ms, why="")
@@ -550,16 +549,15 @@ class Engine:
             self._on_task_failure(task, Work.CHECKS, failure, at_ms)
 
     def _end(self, task: TaskRecord, state: TaskState, failure: Failure | None, at_ms: int, *, why: str) -> None:
-        for key in sorted(self._calls.pop(task.id, ())):
-            self._effects.append(Drop(key))
+        self._orders.drop_all(task.id)
         dropped = "cancelled" if state is TaskState.CANCELLED else "skipped"
         for step in task.steps.values():
             if not step.state.final:
-                self._emit(
+                self._orders.emit(
                     task, f.StepDropped(task=task.id, at_ms=at_ms, step=step.spec.id, state=dropped, reason=why[:500])
                 )
         value = None if failure is None else failure.model_dump(mode="json", exclude_none=True)
-        self._emit(task, f.TaskEnded(task=task.id, at_ms=at_ms, state=state.value, failure=value))
+        self._orders.emit(task, f.TaskEnded(task=task.id, at_ms=at_ms, state=state.value, failure=value))
         self.occupancy.over(task.id)
         self.ranking.forget(task.id)
         self.replanning.forget(task.id)
@@ -567,7 +565,7 @@ class Engine:
 
     def _retire(self, task: TaskRecord) -> None:
         self.live.pop(task.id, None)
-        self._calls.pop(task.id, None)
+        self._orders.forget(task.id)
         self.ended.add(task, self.occupancy.gone(task.id))
 
     def forget_ended(self, task_id: str) -> None:
@@ -581,28 +579,6 @@ class Engine:
         self.ended.pop(task.id)
         self.occupancy.took(task.id, task.client, len(task.ir.model_dump_json()), len(task.steps))
 
-    def _emit(self, task: TaskRecord, fact: f.Fact) -> None:
-        before = len(task.steps)
-        apply(task, fact)
-        if len(task.steps) != before:
-            self.occupancy.grew(task.id, len(task.steps))
-        self._effects.append(Record(fact, task.seq))
-
     def _locate(self, call: Call) -> tuple[TaskRecord | None, StepRecord | None]:
         task = self.live.get(call.task or "")
         return task, None if task is None or call.step is None else task.steps.get(call.step)
-
-    def _ask(
-        self,
-        task: TaskRecord,
-        step: StepRecord | None,
-        wanted: Wanted,
-        at_ms: int,
-        hold_until_ms: int = 0,
-    ) -> None:
-        rank_s = 0.0 if step is None else self.ranking.rank_s(task, step, at_ms)
-        self._queue_call(task, service_call(task, step, wanted, rank_s, at_ms, hold_until_ms))
-
-    def _queue_call(self, task: TaskRecord, call: Call) -> None:
-        self._calls.setdefault(task.id, set()).add(call.key)
-        self._effects.append(Ask(call))

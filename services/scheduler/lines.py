@@ -50,7 +50,7 @@ class Lines:
             self.dirty[target] = None  # what is behind a stale entry may go, and an empty queue is removed
 
     def tidy(self, target: str) -> None:
-        """A line has come to its end, but for calls that are held back; its name may be anything a client thought of."""
+        """A line is at its end, but for calls that are held back; its name may be anything a client thought of."""
         if len(self.queues) > _KEPT_QUEUES and self.queues[target].is_empty:
             del self.queues[target]
 
