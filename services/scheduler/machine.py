@@ -35,7 +35,6 @@ from services.scheduler import engine as e
 from services.scheduler import facts as f
 from services.scheduler.admission import DrainRate
 from services.scheduler.batches import Batches, Tell
-from services.scheduler.checking import GATE
 from services.scheduler.circuits import Circuits, policy_of
 from services.scheduler.client_requests import ClientRequests
 from services.scheduler.clients import client_reports
@@ -57,26 +56,25 @@ from services.scheduler.events import (
     Tick,
     Undeliverable,
 )
-from services.scheduler.keys import check_joins, superseded, withdraws
+from services.scheduler.keys import superseded
 from services.scheduler.lateral import strandings
 from services.scheduler.loading import Loading
 from services.scheduler.outbox import Outbox
+from services.scheduler.peer_calls import PeerCalls
 from services.scheduler.peers import PING_MS, Peer
 from services.scheduler.personas import AdoptPersona, KeepPersona, Personas
 from services.scheduler.planning import PLANNER
 from services.scheduler.ranks import Ranking
 from services.scheduler.reloading import Registries, kept_names, refusal, removed, used_by
 from services.scheduler.residency import TRUST_MS
-from services.scheduler.resources import Needs, Tokens, asked_cores, inference_needs
+from services.scheduler.resources import Tokens
 from services.scheduler.showing import Showing
 from services.scheduler.tasks import TaskRecord
-from services.scheduler.unread import RETRY_AFTER_MS
 from services.scheduler.waiting import reasons
 from services.scheduler.watchers import Watchers
 
 MAX_SESSIONS: Final = 1_000
 """Of clients, and as many of workers, so that neither can shut the others out."""
-_DEFAULT_DEADLINE_MS: Final = 600_000
 _KEPT_WEIGHTS: Final = 1_024
 _TICKS_BETWEEN_CLEANUPS_MS: Final = 5_000
 
@@ -111,6 +109,7 @@ class Hub:
     showing: Showing = field(init=False)
     watchers: Watchers = field(init=False)
     requests: ClientRequests = field(init=False)
+    peer_calls: PeerCalls = field(init=False)
     _at_ms: int = 0
     """When the newest event happened."""
     _drain: DrainRate = field(default_factory=DrainRate)
@@ -145,6 +144,7 @@ class Hub:
             self._drain,
             lambda at_ms: self._settle([], at_ms),
         )
+        self.peer_calls = PeerCalls(self.outbox, self.broker, self.loading, self.registries, self._settle)
 
     def handle(self, happened: Event) -> list[Command]:
         """Take one event; return what to do, in order."""
@@ -274,14 +274,12 @@ class Hub:
         elif kind in HUB_REQUESTS:
             self.requests.on_request(peer.identity, header, body, at_ms)
         elif kind in CALL_REQUESTS:
-            self._on_call_request(peer, header, body, at_ms)
+            self.peer_calls.on_request(peer, header, body, at_ms)
         elif kind == "batch.cancel":
             self.batches.cancel(header.key, peer.identity, header.corr)
             self._settle([], at_ms)
         elif kind.endswith(".cancel"):
-            call = self.broker.calls.get(header.key or "")
-            if call is not None and call.requester == peer.identity and withdraws(header.corr, call.corr):
-                self._settle(self.broker.cancel(call.key), at_ms)
+            self.peer_calls.on_cancel(peer, header, at_ms)
         elif kind.endswith(".partial"):
             self._on_partial(peer, header, body, at_ms)
         elif kind == "error" or kind.endswith(".final"):
@@ -336,51 +334,6 @@ class Hub:
         if PLANNER in hello.capabilities:
             self._tell_trials(identity)
         self._settle(commands, at_ms)
-
-    def _on_call_request(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
-        if header.key is None or header.dst is None:
-            raise BadFrame("call.incomplete", f"{header.kind} needs the header fields key and dst")
-        call = c.Call(
-            key=header.key,
-            kind=header.kind,
-            target=header.dst,
-            queued_ms=at_ms,
-            interactive=header.prio != "batch",
-            client=peer.service,
-            needs=self._needs_of(header.dst, header.cores),
-            body=body,
-            requester=peer.identity,
-            corr=header.id,
-            outer_ms=header.deadline or at_ms + _DEFAULT_DEADLINE_MS,
-            task=header.task,
-            step=header.step,
-            attempt=header.attempt,
-            parent=header.parent,
-            trace=header.trace,
-        )
-        known = self.broker.calls.get(call.key)
-        if known is not None:
-            check_joins(known, call)
-        objection = self.outbox.unread.objection(peer.identity)
-        if objection is not None:
-            self.outbox.refuse(peer.identity, header, objection, RETRY_AFTER_MS)
-            return
-        stranger = self.loading.objection(call.target, at_ms)
-        if stranger is not None:
-            self.outbox.answer(peer.identity, header, "error", ErrorReply(failure=stranger))
-            return
-        objection = self.broker.objection(call)
-        if objection is not None:
-            pause_ms = self.broker.admission.retry_after_ms(call.target, at_ms)
-            self.outbox.refuse(peer.identity, header, objection, pause_ms)
-            return
-        self._settle(self.broker.ask(call), at_ms)
-
-    def _needs_of(self, target: str, useful: int | None) -> Needs:
-        """Tokens of another peer's call. Its body is not read here, so a gate run counts as one that needs a core."""
-        if target == GATE:
-            return asked_cores(self.registry, 1, useful or 1)
-        return inference_needs(self.registry, target)
 
     def _on_partial(self, peer: Peer, header: Header, body: bytes, at_ms: int) -> None:
         call = self.broker.running(peer, header.key)
