@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from protocol.codec import pack_body
 from protocol.errors import SendLater, StrandPeer
+from protocol.messages.base import Message
 from protocol.messages.reply import Refused
 from protocol.messages.result import Listing
 from protocol.transport import RouterPort
@@ -44,6 +46,7 @@ from services.scheduler.events import (
     ReadRegistry,
     ReadStatus,
     ReloadUnsettled,
+    Reported,
     Restored,
     Send,
     ServeOthers,
@@ -71,6 +74,7 @@ from services.scheduler.machine import Hub
 from services.scheduler.occupancy import MAX_ACTIVE_TASKS, MAX_UNSETTLED
 from services.scheduler.personas import AdoptPersona, KeepPersona
 from services.scheduler.registry_reader import RegistryReader
+from services.scheduler.reports import Reports
 from services.scheduler.unread import RETRY_AFTER_MS
 from services.scheduler.vigil import Vigil
 from services.scheduler.watchers import MAX_WATCHES
@@ -92,6 +96,8 @@ everything else waits meanwhile."""
 _MEMORY_EVERY_MS: Final = 1_000
 _BATCH: Final = 512
 """Messages drained before the journal is written: bounds the delay of the first one."""
+_DRAIN_S: Final = 0.02
+"""For no longer either: some messages take ms, and what others wait for leaves when the drain is over."""
 _PAGE: Final = 256
 """Events read at once for a watcher that came late."""
 _PAGES_EVERY_MS: Final = 20
@@ -119,6 +125,7 @@ class HubApp:
         path = home.journal / "journal.sqlite"
         self._journal = Journal(path)
         self._lookups = Lookups(self._journal)
+        self._reports = Reports()
         self._durations = LearnedDurations()
         now = self._clock.now_ms()
         self._hub = Hub(epoch=boot_id(), registry=registry, pid=os.getpid(), started_ms=now, durations=self._durations)
@@ -193,7 +200,7 @@ class HubApp:
         """Wait for messages or the next tick, handle what is there, write, send."""
         now = self._clock.now_ms()
         wake = min(self._next_tick, self._next_page) if self._reads else self._next_tick
-        wake = now if self._put_off or self._lookups else wake
+        wake = now if self._put_off or self._lookups or self._reports else wake
         first = self._next_message(max(0, wake - now))
         if first is not None:
             self._take(first)
@@ -216,6 +223,9 @@ class HubApp:
         if self._reads and now >= self._next_page:
             self._next_page = now + _PAGES_EVERY_MS
             self._read_page(self._reads.pop(next(iter(self._reads))))
+            self._flush()
+        if self._reports:
+            self._report()
             self._flush()
         if self._lookups:
             self._looked_up(*self._lookups.go_on())
@@ -316,11 +326,14 @@ class HubApp:
         return message
 
     def _drain(self) -> None:
+        until_s = time.perf_counter() + _DRAIN_S
         for _ in range(_BATCH):
             message = self._port.receive()
             if message is None:
                 return
             self._take(message)
+            if time.perf_counter() > until_s:
+                return
 
     def _take(self, message: tuple[bytes, list[bytes]]) -> None:
         identity, frames = message
@@ -352,16 +365,8 @@ class HubApp:
                         for who, read in self._reads.items()
                         if (who[0], read.header.id) in self._hub.watchers.late
                     }
-            case ReadListing(identity, header, query):
-                self._write()
-                listing = Listing(tasks=self._journal.newest(query.limit, query.states))
-                self._promises.append(self._hub.outbox.reply(identity, header, "task.listing", listing))
-            case ReadStatus(identity, header):
-                self._write()
-                report = self._hub.status(self._journal.counts(), self._clock.now_ms())
-                written = {"commits": self._journal.commits, "synced_commits": self._journal.syncs}
-                report = report.model_copy(update={"counters": report.counters | written})
-                self._promises.append(self._hub.outbox.reply(identity, header, "session.report", report))
+            case ReadListing() | ReadStatus():
+                self._refuse(command, self._reports.ask(command))
             case ServeOthers():
                 self._put_off = True
             case ReadRegistry():
@@ -380,8 +385,26 @@ class HubApp:
         elif (objection := self._lookups.objection(asked)) is None:
             self._lookups.begin(asked)
         else:
+            self._refuse(asked, objection)
+
+    def _refuse(self, asked: LookUp | ReadListing | ReadStatus, objection: str | None) -> None:
+        if objection is not None:
             refused = Refused(reason=objection, retry_after_ms=RETRY_AFTER_MS)
             self._promises.append(self._hub.outbox.reply(asked.identity, asked.header, "refused", refused))
+
+    def _report(self) -> None:
+        """Make one listing, or one report, once all facts so far are written."""
+        query, askers = self._reports.next()
+        made: Message
+        if query is not None:
+            kind, made = "task.listing", Listing(tasks=self._journal.newest(query.limit, query.states))
+        else:
+            report = self._hub.status(self._journal.counts(), self._clock.now_ms())
+            written = {"commits": self._journal.commits, "synced_commits": self._journal.syncs}
+            kind, made = "session.report", report.model_copy(update={"counters": report.counters | written})
+        body = pack_body(made)
+        for identity, header in askers:
+            self._feed(Reported(identity, header, kind, body, self._clock.now_ms()))
 
     def _looked_up(self, askers: list[LookUp], found: Found) -> None:
         for asked in askers:

@@ -104,6 +104,16 @@ class RegistryRefused(msgspec.Struct, frozen=True):
     at_ms: int
 
 
+class Reported(msgspec.Struct, frozen=True):
+    """A listing or a report is made, for this request among others."""
+
+    identity: bytes
+    header: Header
+    kind: str
+    body: bytes
+    at_ms: int
+
+
 class OthersServed(msgspec.Struct, frozen=True):
     """Whatever had arrived since ServeOthers is handled."""
 
@@ -122,6 +132,7 @@ Event = (
     | RegistryRefused
     | PersonaWritten
     | OthersServed
+    | Reported
 )
 
 

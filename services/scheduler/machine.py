@@ -52,6 +52,7 @@ from services.scheduler.events import (
     RegistryChanged,
     RegistryRefused,
     ReloadUnsettled,
+    Reported,
     Restored,
     Tick,
     Undeliverable,
@@ -175,6 +176,8 @@ class Hub:
                 self._on_registry_refused(happened)
             case PersonaWritten():
                 self._on_persona_written(happened)
+            case Reported(identity, header, kind, body):
+                self.outbox.push_packed(identity, header, kind, body)
             case OthersServed():
                 self.showing.on_served(happened)
         if self.engine.personas.changed:

@@ -23,6 +23,9 @@ from services.scheduler.tasks import TaskRecord
 from services.scheduler.views import event
 
 MAX_WATCHES: Final = 2_000
+"""Of all clients; none may have more than are left for the others."""
+MOST_OF_ONE_TASK: Final = 32
+"""Of one client, with events: each event of the task is a message for every one of them."""
 _RETRY_MS: Final = 1_000
 
 _Requests = dict[tuple[bytes, str], Header]
@@ -52,9 +55,9 @@ class Watchers:
         if task.state.final and not behind:
             self.showing.result(identity, header, task)
             return
-        kept = sum(len(requests) for tasks in (self._events, self._results) for requests in tasks.values())
-        if kept + len(self.late) >= MAX_WATCHES:
-            self.outbox.refuse(identity, header, f"{MAX_WATCHES} watches are open", _RETRY_MS)
+        objection = self._objection(identity, task.id, quiet=query.quiet)
+        if objection is not None:
+            self.outbox.refuse(identity, header, objection, _RETRY_MS)
             return
         if behind:
             self.late.add((identity, header.id))
@@ -64,6 +67,15 @@ class Watchers:
         tasks.setdefault(task.id, {})[identity, header.id] = header
         if not query.quiet:
             self.watched.add(task.id)
+
+    def _objection(self, identity: bytes, task_id: str, *, quiet: bool) -> str | None:
+        watches = [who for tasks in (self._events, self._results) for requests in tasks.values() for who, _ in requests]
+        watches += [who for who, _ in self.late]
+        own = watches.count(identity)
+        if own >= MAX_WATCHES - len(watches):
+            return f"{len(watches)} watches are open, {own} of them yours"
+        same = 0 if quiet else sum(who == identity for who, _ in self._events.get(task_id, ()))
+        return f"you follow the events of {task_id} {same} times" if same >= MOST_OF_ONE_TASK else None
 
     def read(self, identity: bytes, header: Header, query: Watch, facts: list[tuple[int, f.Fact]]) -> None:
         """A page of the past for one who came late."""
@@ -87,9 +99,9 @@ class Watchers:
         """Something has happened to a task; with its end everybody gets the result."""
         requests = self._events.get(fact.task)
         if requests:
-            told = event(fact, seq)
+            told = pack_body(event(fact, seq))
             for (identity, _), request in requests.items():
-                self.outbox.push(identity, request, "task.event", told)
+                self.outbox.push_packed(identity, request, "task.event", told)
         if isinstance(fact, f.TaskEnded):
             self._tell_result(fact.task)
 
@@ -104,8 +116,9 @@ class Watchers:
             attempt=call.attempt,
             fields={"generated_tokens": partial.generated_tokens, "text": partial.text},
         )
+        body = pack_body(told)
         for (identity, _), request in self._events[task.id].items():
-            self.outbox.push(identity, request, "task.event", told)
+            self.outbox.push_packed(identity, request, "task.event", body)
 
     def sees_tokens(self, task_id: str) -> bool:
         """True if anybody follows this task's events."""
