@@ -72,6 +72,7 @@ from services.scheduler.journal import Journal
 from services.scheduler.lookups import Found, Lookups
 from services.scheduler.machine import Hub
 from services.scheduler.occupancy import MAX_ACTIVE_TASKS, MAX_UNSETTLED
+from services.scheduler.pages import Pages
 from services.scheduler.personas import AdoptPersona, KeepPersona
 from services.scheduler.registry_reader import RegistryReader
 from services.scheduler.reports import Reports
@@ -96,8 +97,8 @@ everything else waits meanwhile."""
 _MEMORY_EVERY_MS: Final = 1_000
 _BATCH: Final = 512
 """Messages drained before the journal is written: bounds the delay of the first one."""
-_DRAIN_S: Final = 0.02
-"""For no longer either: some messages take ms, and what others wait for leaves when the drain is over."""
+_DRAIN_S: Final = 0.1
+"""Nor for more work than this: some messages take many ms, and what others wait for leaves when the drain is over."""
 _PAGE: Final = 256
 """Events read at once for a watcher that came late."""
 _PAGES_EVERY_MS: Final = 20
@@ -138,8 +139,7 @@ class HubApp:
         """Messages that may leave before the facts are written."""
         self._promises: list[Send] = []
         """Those that may not."""
-        self._reads: dict[tuple[bytes, str], ReadEvents] = {}
-        """One page to read for each watcher that came late, the longest waiting first."""
+        self._reads = Pages()
         self._put_off = False
         """The machine has more to do, once others are served."""
         self._set_aside: set[str] = set()
@@ -222,7 +222,7 @@ class HubApp:
         self._flush()
         if self._reads and now >= self._next_page:
             self._next_page = now + _PAGES_EVERY_MS
-            self._read_page(self._reads.pop(next(iter(self._reads))))
+            self._read_page(self._reads.next())
             self._flush()
         if self._reports:
             self._report()
@@ -326,13 +326,13 @@ class HubApp:
         return message
 
     def _drain(self) -> None:
-        until_s = time.perf_counter() + _DRAIN_S
+        until_s = time.thread_time() + _DRAIN_S
         for _ in range(_BATCH):
             message = self._port.receive()
             if message is None:
                 return
             self._take(message)
-            if time.perf_counter() > until_s:
+            if time.thread_time() > until_s:
                 return
 
     def _take(self, message: tuple[bytes, list[bytes]]) -> None:
@@ -358,13 +358,9 @@ class HubApp:
             case LookUp():
                 self._look_up(command)
             case ReadEvents():
-                self._reads[command.identity, command.header.id] = command
-                if len(self._reads) > MAX_WATCHES:  # with watchers among them that left meanwhile
-                    self._reads = {
-                        who: read
-                        for who, read in self._reads.items()
-                        if (who[0], read.header.id) in self._hub.watchers.late
-                    }
+                self._reads.ask(command)
+                if len(self._reads) > MAX_WATCHES:
+                    self._reads.retain(self._hub.watchers.late)  # some have left meanwhile
             case ReadListing() | ReadStatus():
                 self._refuse(command, self._reports.ask(command))
             case ServeOthers():

@@ -13,6 +13,8 @@ from protocol.messages.result import ListQuery, TaskQuery, Watch
 from protocol.messages.session import StatusRequest
 from services.kit.config import Home, load_home
 from services.scheduler import reports, watchers
+from services.scheduler.events import ReadEvents
+from services.scheduler.pages import Pages
 from tests.unit.simulation import say, stack, task_of
 from tests.unit.test_scheduler_app import Bench
 from tests.unit.test_scheduler_showing import Asking
@@ -72,7 +74,9 @@ class SlowRouter(MemoryRouter):
     """Each message takes as long as one that is hard to check."""
 
     def receive(self) -> tuple[bytes, list[bytes]] | None:
-        time.sleep(0.005)
+        until_s = time.thread_time() + 0.01
+        while time.thread_time() < until_s:
+            pass
         return super().receive()
 
 
@@ -117,3 +121,28 @@ def test_one_client_leaves_watches_for_others_and_follows_a_task_only_so_often(m
     asking.told.clear()
     asking.ask("task.watch", Watch(task_id=tasks[0], quiet=True), "ben")
     assert asking.told == []
+
+
+def test_clients_that_came_late_take_turns_however_many_watches_one_has() -> None:
+    pages = Pages()
+
+    def read(client: str, number: int) -> ReadEvents:
+        header = Header(kind="task.watch", id=f"{client}{number}")
+        return ReadEvents(client.encode(), header, Watch(task_id="t"))
+
+    for number in range(4):
+        pages.ask(read("flood", number))
+    pages.ask(read("ann", 0))
+    pages.ask(read("ben", 0))
+    told = []
+    for _ in range(9):
+        one = pages.next()
+        told.append(one.header.id)
+        if one.identity == b"ann":
+            pages.ask(one)  # there is more to tell
+    assert told == ["flood0", "ann0", "ben0", "flood1", "ann0", "flood2", "ann0", "flood3", "ann0"]
+    pages.ask(read("flood", 9))
+    assert len(pages) == 2
+    pages.retain({(b"ann", "ann0")})
+    assert pages.next().identity == b"ann"
+    assert not pages
