@@ -366,12 +366,13 @@ class Broker:
         parent = self.calls.get(call.parent or "")
         return None if parent is None or parent.worker is None or parent.worker != call.requester else parent.key
 
-    def refuse_waiting(self, target: str, failure: Failure, at_ms: int) -> list[Command]:
-        """End every call that waits for this capability with a failure; those that are held back stay."""
+    def refuse_waiting(self, target: str, failure: Failure, at_ms: int, after_ms: int = 0) -> list[Command]:
+        """End every call that has waited so long for this capability with a failure; those that are held back stay."""
         body = pack_body(ErrorReply(failure=failure))
         commands: list[Command] = []
         for call in self.lines.waiting(target):
-            if call.key in self.calls and call.hold_until_ms <= at_ms:  # unless it went with its parent
+            gone = call.key not in self.calls  # with its parent
+            if not gone and max(call.queued_ms, call.hold_until_ms) <= at_ms - after_ms:
                 commands.extend(self._end(call, "error", body, "scheduler"))
         return commands
 

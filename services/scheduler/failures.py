@@ -23,8 +23,11 @@ from protocol.messages.failure import Category, Failure
 from services.kit.registry import FailureRule, Registry
 from services.kit.registry.rules import NEVER_QUALITY
 
-#: Codes of PEER failures in which no worker died: they do not count towards poison.
-BLAMELESS: Final = frozenset({"peer.draining", "call.cancelled", "breaker.open", "remote.unreachable"})
+#: Codes of failures in which no worker died or lacked anything of its own: they count neither towards poison nor for a
+#: circuit.
+BLAMELESS: Final = frozenset(
+    {"peer.draining", "call.cancelled", "breaker.open", "remote.unreachable", "model.degraded"}
+)
 
 Kind = Literal["retry", "escalate", "rerun", "backoff", "replan", "fail"]
 Arm = Literal["plain", "harder", "escalated"]

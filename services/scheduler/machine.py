@@ -38,6 +38,7 @@ from services.scheduler.batches import Batches, Tell
 from services.scheduler.circuits import Circuits, policy_of
 from services.scheduler.client_requests import ClientRequests
 from services.scheduler.clients import client_reports
+from services.scheduler.degraded import given_up
 from services.scheduler.durations import Durations, LearnedDurations
 from services.scheduler.effects import Ask, Drop, Record
 from services.scheduler.events import (
@@ -443,6 +444,7 @@ class Hub:
             else:
                 self.engine.move(call, reason, lambda model: self.broker.serves(f"infer.{model}", at_ms), at_ms)
         self._settle([], at_ms)
+        self._settle(given_up(self.broker, self.registry.failures.caps.degraded_wait_ms, at_ms), at_ms)
         for target, why in self.broker.circuits.take():
             if why is None:
                 self.outbox.note(CIRCUIT_CLOSED, capability=target)

@@ -95,6 +95,30 @@ def test_a_damaged_model_file_is_a_reason_in_status_and_supervisorctl_until_it_i
     assert_well(stack)
 
 
+def test_a_task_whose_model_stays_damaged_says_so_while_it_waits_and_fails_with_the_reason(stack: Stack) -> None:
+    failures, model = stack.root / "registry" / "failures.yaml", stack.root / "worker.gguf"
+    shipped, whole = failures.read_text(), model.read_bytes()
+    short = shipped.replace("degraded_wait_ms: 60000", "degraded_wait_ms: 3000")
+    failures.write_text(short.replace("resource_backoff_ms: 1000", "resource_backoff_ms: 50"))
+    stack.reload()
+    model.write_bytes(whole[:300])
+    kill_engine(stack)
+    await_reason(stack, str(model))
+    task = stack.submit("Say it.", "worker")
+    until(lambda: str(model) in stack.tierline("show", task).stdout, "tierline show says why it waits")
+    assert stack.client.show(task).state not in (TaskState.FAILED, TaskState.SUCCEEDED)
+    ended = stack.client.result(task, timeout_s=100)
+    assert ended.state is TaskState.FAILED
+    assert ended.failure is not None
+    assert ended.failure.code == "model.degraded"
+    assert str(model) in ended.failure.message
+    assert ended.failure.message.split("(")[0] in stack.tierline("show", task).stdout
+    model.write_bytes(whole)
+    failures.write_text(shipped)
+    stack.reload("--no-wait")
+    assert_well(stack)
+
+
 def test_a_killed_engine_is_replaced_and_its_end_is_told(stack: Stack) -> None:
     pid = stack.pids()["inference-worker"]
     kill_engine(stack)

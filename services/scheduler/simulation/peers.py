@@ -69,6 +69,8 @@ class SimPeer:
         """What it says its loaded model takes."""
         self.needs_bytes = 0
         """What it says its model will take."""
+        self.reason: str | None = None
+        """Why it is in its state, as its pongs say."""
         self._loading = 0
         """Which loading is the current one."""
         self.alive = False
@@ -155,6 +157,7 @@ class SimPeer:
             case s.ReportState(corr, credit):
                 pong = Pong(
                     state=self.session.state,
+                    reason=self.reason,
                     in_flight=len(self.session.in_flight),
                     loop_lag_ms=0,
                     rss_bytes=0,
