@@ -31,7 +31,8 @@ that of an error body.
 Faults: `500`, `429`, `503` an error body, with a Retry-After header if `retry_after` is given; `401` one that quotes
 the key it was sent; `garbage` an event that is no JSON; `cut` a stream that ends without an ending; `disconnect` in the
 middle of the text; `hang` no byte until the client leaves; `stuck` tokens, and a slot that stays busy for ever; `die`
-SIGKILL to itself in the middle of the text; `freeze` SIGSTOP to itself in the middle; `unbounded` ignores max_tokens.
+SIGKILL to itself in the middle of the text; `hoard` takes memory there until the kernel gives no more, and ends as a
+program does that cannot go on without; `freeze` SIGSTOP to itself in the middle; `unbounded` ignores max_tokens.
 Tokens are words. `max_tokens`, `t_max_predict_ms`, the context of a slot, slots and the API key (LLAMA_API_KEY) work as
 in the real one; sampling, grammar and schema are accepted and ignored.
 """
@@ -66,6 +67,10 @@ ACCEPTED = {
     **{f"--spec-{kind}-size-{x}": "N" for kind in ("ngram-simple", "ngram-map-k", "ngram-map-k4v") for x in "nm"},
     **{f"--spec-ngram-mod-{name}": "N" for name in ("n-match", "n-max", "n-min")},
 }
+
+HOARD_BLOCK_BYTES = 16 * 1024 * 1024
+HOARD_BLOCKS = 256
+"""More are not taken where nothing limits this process; untouched, they cost the machine nothing."""
 
 WORDS = re.compile(r"\S+\s*|\s+")
 
@@ -292,6 +297,8 @@ class Handler(BaseHTTPRequestHandler):
     def break_down(self, fault: str | None) -> None:
         if fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "hoard":
+            self.hoard()
         if fault == "freeze":
             os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(1)  # another thread may have taken the signal: this one must not run on meanwhile
@@ -302,6 +309,18 @@ class Handler(BaseHTTPRequestHandler):
             raise Gone
         if fault == "stuck":
             self.pause(86_400)
+
+    def hoard(self) -> None:
+        """Meet the limit of this process (ulimit -v) like a C++ program: whoever gets no memory says so and aborts."""
+        held = []
+        try:
+            while len(held) < HOARD_BLOCKS:
+                held.append(bytearray(HOARD_BLOCK_BYTES))
+        except MemoryError:
+            held.clear()
+            sys.stderr.write("terminate called after throwing an instance of 'std::bad_alloc'\n")
+            sys.stderr.flush()
+            os.abort()
 
     def pause(self, seconds: float) -> None:
         """Wait, but notice a client that leaves: a readable socket that gives no byte is closed."""

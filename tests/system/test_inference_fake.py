@@ -21,6 +21,8 @@ from tests.system.inference_stack import FAKE_BINARY, InferenceStack, ask_for
 from tests.waiting import until
 
 SCRIPT = {"default": "hello from the fake"}
+ROOM_KIB = 1_500_000
+"""Address space in which the scripted engine serves without trouble."""
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 
 
@@ -298,6 +300,39 @@ def test_a_dying_engine_ends_its_calls_and_comes_back(stack: InferenceStack) -> 
     assert isinstance(stack.ask("m", ask_for("good")), InferFinal)
     assert stack.figures("m")["respawns"] == 1
     assert_both_slots_work(stack, ended=2)
+
+
+def test_an_engine_that_runs_out_of_memory_in_the_middle_of_an_answer_ends_its_calls_and_comes_back(
+    stack: InferenceStack,
+) -> None:
+    """A real limit of the kernel, met while two answers are streamed."""
+    poor = stack.root / "llama-server"
+    poor.write_text(f'#!/bin/sh\nulimit -v {ROOM_KIB}\nexec {FAKE_BINARY} "$@"\n')
+    poor.chmod(0o755)
+    stack.entry("m", binary=str(poor), engine="llama-server", slots=2, context_tokens=512)
+    greedy = {"match": "greedy", "answers": [{"text": "a b c d", "fault": "hoard", "together": 2, "token_s": 0.2}]}
+    beside = {"match": "beside", "answers": [{"text": "e f g h", "together": 2, "token_s": 2}]}
+    stack.script("m", {"rules": [greedy, beside], "default": "fine"})
+    stack.start("m")
+    stack.hub.await_peer("inference-m")
+    assert f"{ROOM_KIB * 1024} " in Path(f"/proc/{stack.figures('m')['child_pid']}/limits").read_text()
+    asked = [
+        stack.hub.request("inference-m", "infer.request", ask_for(word, stream=True)) for word in ("greedy", "beside")
+    ]
+    told = [stack.hub.collect(one) for one in asked]
+    assert [failure_of(body).code for _, body, _ in told] == ["engine.died"] * 2
+    assert [failure_of(body).category for _, body, _ in told] == [Category.PEER] * 2
+    assert all(any(isinstance(one, InferPartial) and one.text for one in pieces) for _, _, pieces in told), (
+        "it had begun"
+    )
+    stack.hub.await_peer("inference-m", "degraded")
+    reason = stack.hub.pongs["inference-m"].reason or ""
+    assert "the engine died: SIGABRT" in reason
+    assert "std::bad_alloc" in reason
+    stack.hub.await_peer("inference-m", "ready")
+    assert isinstance(stack.ask("m", ask_for("good")), InferFinal)
+    assert stack.figures("m")["respawns"] == 1
+    assert_both_slots_work(stack, ended=3)
 
 
 def test_a_frozen_engine_is_killed_and_replaced(stack: InferenceStack) -> None:
