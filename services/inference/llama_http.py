@@ -148,15 +148,20 @@ class LlamaServer:
 
     async def ready(self, slots: int) -> bool:
         """True once the model is loaded, False before. Raises EngineFaulty for one that cannot be our server: it takes
-        our key and has the slots we asked for."""
+        our key, and has the slots we asked for and says which of them work."""
         status, _ = await self._get("/health")
         if status == _LOADING:
             return False
         if status != _OK:
             raise EngineFaulty(f"the engine answered /health with HTTP {status}")
-        found = len(await self._slots())
-        if found != slots:
-            raise EngineFaulty(f"the engine has {found} slots instead of {slots}")
+        found = await self._slots()
+        if len(found) != slots:
+            raise EngineFaulty(f"the engine has {len(found)} slots instead of {slots}")
+        if not all(isinstance(slot.get("is_processing"), bool) for slot in found):
+            raise EngineFaulty(
+                "the engine's /slots does not say which slots are busy (is_processing), so that nobody would know when "
+                "one is free: take a newer llama-server"
+            )
         return True
 
     async def alive(self) -> bool:
@@ -168,7 +173,7 @@ class LlamaServer:
 
     async def busy_slots(self) -> int:
         """Number of slots that are decoding. Answered between two batches, so it may take as long as one."""
-        return sum(1 for slot in await self._slots() if slot.get("is_processing") is True)
+        return sum(1 for slot in await self._slots() if slot.get("is_processing") is not False)
 
     async def metrics(self) -> dict[str, float]:
         """Counters and gauges by their name without prefix; what is no number is left out."""

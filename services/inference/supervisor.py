@@ -337,11 +337,13 @@ class EngineSupervisor:
             return
         try:
             metrics = await server.metrics()
+            if "requests_processing" not in metrics:  # some builds do not say so; unknown is not idle
+                metrics["requests_processing"] = await server.busy_slots()
         except EngineError:
             return  # in the middle of a long batch; the health check above tells whether it is worse
         if server is not self._server:
             return
-        busy = int(metrics.get("requests_processing", 0))
+        busy = int(metrics["requests_processing"])
         self._feed(m.SlotsSeen(self._clock.now_ms(), launch, busy, self.calls))
         seconds, tokens = (
             metrics.get(name, 0.0) - self._now.get(name, 0.0)
