@@ -2,7 +2,8 @@
 
 One request, one try: what is tried again, and when the server is left alone, `remote` decides. Requests come in
 llama.cpp's terms (`generation.payload_of`) and leave in the dialect of the entry; everything the server sends is
-bounded and checked. Its key goes into one header and nowhere else: texts of the server are cleaned of it.
+bounded and checked. Its key goes into one header and nowhere else: texts of the server are cleaned of it, and of those
+that were used before, which an answer that comes late may quote.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
 }
 _TOO_LONG: Final = frozenset({"context_length_exceeded", "exceed_context_size_error"})
 _FINISHED: Final[Mapping[str, str]] = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}
+_KEPT_KEYS: Final = 64
+"""Keys that texts are cleaned of. No answer is so late that more have been used since it was asked for."""
 _CHARS_PER_TOKEN: Final = 4
 """For servers that count nothing: a usual length of an English token."""
 
@@ -96,7 +99,7 @@ class _Answer:
 
 
 class OpenAiServer:
-    """Client of one server. Raises only EngineError; `key` may be changed between requests."""
+    """Client of one server. Raises only EngineError; another key may be used for every request."""
 
     def __init__(self, entry: ModelEntry) -> None:
         if entry.base_url is None or entry.remote_model is None:
@@ -113,7 +116,9 @@ class OpenAiServer:
         except (httpx.InvalidURL, UnicodeError) as err:
             raise ValueError(str(err)) from err
         self._dialect = entry.remote.dialect
-        self.key: str | None = None
+        self._key: str | None = None
+        self._used: dict[str, None] = {}
+        """Keys that were sent, oldest first."""
         ca_file = entry.remote.ca_file
         self._http = httpx.AsyncClient(
             timeout=httpx.Timeout(_PROBE_TIMEOUT_S, connect=entry.remote.connect_timeout_s, write=_WRITE_TIMEOUT_S),
@@ -123,6 +128,14 @@ class OpenAiServer:
             trust_env=False,  # neither a proxy nor a .netrc of the environment: prompts go where the registry says
             follow_redirects=False,  # the key must not follow to another host
         )
+
+    def use_key(self, key: str) -> None:
+        """Send this key from the next request on."""
+        self._key = key
+        self._used.pop(key, None)
+        self._used[key] = None
+        while len(self._used) > _KEPT_KEYS:
+            del self._used[next(iter(self._used))]
 
     async def close(self) -> None:
         """Close all connections; running answers end with EngineGone."""
@@ -236,7 +249,7 @@ class OpenAiServer:
         return _FINISHED[reason]
 
     def _headers(self) -> dict[str, str]:
-        return {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+        return {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
 
     async def _get(self, url: str, *, parse: bool = True) -> Any:
         try:
@@ -289,8 +302,10 @@ class OpenAiServer:
         return self._clean(str(message or "it gives no reason"))[:500]
 
     def _clean(self, text: str) -> str:
-        """A text of the server that can be sent on, without our key: some quote it when they refuse it."""
-        return whole_characters(text if self.key is None else text.replace(self.key, "[key]"))
+        """A text of the server that can be sent on, without our keys: some quote the one that they refuse."""
+        for key in sorted(self._used, key=len, reverse=True):  # a key may be the beginning of another one
+            text = text.replace(key, "[key]")
+        return whole_characters(text)
 
 
 @asynccontextmanager

@@ -2,8 +2,8 @@
 
 The decisions are `services.kit.breaker`'s and `retry`'s, the HTTP is `openai_http`'s; here are the clock, the dice, the
 key and the figures. While the circuit is open the service is DEGRADED with the reason, so that the hub keeps its work,
-and what is here already fails at once and says when the probe comes. The key is read for every request and kept
-nowhere: it may be changed while the service runs.
+and what is here already fails at once and says when the probe comes. The key is read for every request: it may
+be changed while the service runs.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class RemoteEngine:
         if name is None:
             return
         try:
-            server.key = load_secret(self._home, name)
+            server.use_key(load_secret(self._home, name))
         except SecretUnusableError as err:
             self._feed(b.Failed(self._clock.now_ms(), str(err), at_once=True))
             raise EngineUnavailable("remote.no_key", Category.RESOURCE, str(err)) from err
@@ -266,7 +266,7 @@ class RemoteEngine:
             if self._http is None:
                 raise EngineUnavailable("engine.not_ready", Category.RESOURCE, "there is no connection")
             if self._entry.api_key_env is not None:
-                self._http.key = load_secret(self._home, self._entry.api_key_env)
+                self._http.use_key(load_secret(self._home, self._entry.api_key_env))
             await self._http.probe()
         except (EngineError, SecretUnusableError) as err:
             reason = str(err)

@@ -23,10 +23,14 @@ from protocol.messages.failure import Category, Failure
 from services.kit.registry import FailureRule, Registry
 from services.kit.registry.rules import NEVER_QUALITY
 
-#: Codes of failures in which no worker died or lacked anything of its own: they count neither towards poison nor for a
-#: circuit.
+#: Codes of failures that say nothing against the worker: they count neither towards poison nor for a circuit. What a
+#: server elsewhere does is judged once, by the breaker of its service, which tells 429 (well, and we are too many) from
+#: an outage, and says DEGRADED while the server is left alone.
 BLAMELESS: Final = frozenset(
-    {"peer.draining", "call.cancelled", "breaker.open", "remote.unreachable", "model.degraded"}
+    {
+        *("peer.draining", "call.cancelled", "model.degraded"),
+        *("breaker.open", "remote.unreachable", "remote.no_room", "remote.rejected", "remote.no_key"),
+    }
 )
 
 Kind = Literal["retry", "escalate", "rerun", "backoff", "replan", "fail"]

@@ -28,8 +28,8 @@ probabilities of each token's candidates, sent where the request asks for them. 
 servers do: CRLF, comments, fields that nobody asked for, usage null in every chunk and figures without timings at the
 end; `bare` gives no usage at all. What stands in `usage` and `timings` replaces single figures of an answer, `message`
 that of an error body.
-Faults: `500`, `429`, `503` an error body, with a Retry-After header if `retry_after` is given; `401` one that quotes
-the key it was sent; `garbage` an event that is no JSON; `cut` a stream that ends without an ending; `disconnect` in the
+Faults: `500`, `429`, `503` an error body, with a Retry-After header if `retry_after` is given; `401` one, after
+`delay_s`, that quotes the key it was sent; `garbage` an event that is no JSON; `cut` a stream that ends without an ending; `disconnect` in the
 middle of the text; `hang` no byte until the client leaves; `stuck` tokens, and a slot that stays busy for ever; `die`
 SIGKILL to itself in the middle of the text; `hoard` takes memory there until the kernel gives no more, and ends as a
 program does that cannot go on without; `freeze` SIGSTOP to itself in the middle; `unbounded` ignores max_tokens.
@@ -221,6 +221,7 @@ class Handler(BaseHTTPRequestHandler):
             self.error(int(fault), "server_error", answer.get("message", "scripted fault"))
             return
         if fault == "401":
+            time.sleep(answer.get("delay_s", 0))
             self.error(401, "invalid_api_key", f"Incorrect API key provided: {self.headers.get('authorization')}")
             return
         slot = self.slots.take()

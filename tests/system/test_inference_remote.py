@@ -337,6 +337,25 @@ def test_a_key_that_is_quoted_back_is_shown_to_nobody(stack: InferenceStack, els
     assert_key_is_nowhere(stack, failure)
 
 
+def test_a_key_that_was_replaced_meanwhile_is_shown_to_nobody_either(
+    stack: InferenceStack, elsewhere: Elsewhere
+) -> None:
+    """An answer that comes late quotes the key that it was asked with."""
+    late = {"fault": "401", "delay_s": 2}
+    elsewhere.script({"rules": [{"match": "late", "answers": [late]}], "default": {"fault": "401"}})
+    entry(stack, elsewhere, breaker_failures=100)
+    start(stack)
+    stack.hub.await_peer("inference-m")
+    asked = stack.hub.request("inference-m", "infer.request", ask_for("late"))
+    stack.hub.until(lambda: elsewhere.record.exists(), "it is on its way")
+    (stack.root / "secrets" / "FAR_KEY").write_text("sk-the-next-one")
+    newer = failure_of(stack.ask("m", ask_for("now")))
+    failure = failure_of(stack.hub.collect(asked)[1])
+    assert "Incorrect API key provided: Bearer [key]" in failure.message
+    stack.hub.pump_for(1)
+    assert_key_is_nowhere(stack, newer, failure)
+
+
 def test_a_missing_key_a_wrong_model_and_a_wrong_url_are_reasons(stack: InferenceStack, elsewhere: Elsewhere) -> None:
     entry(stack, elsewhere)
     stack.start("m")

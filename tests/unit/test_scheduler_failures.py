@@ -114,6 +114,8 @@ def test_a_broken_process_is_told_from_broken_work() -> None:
     assert is_backends_fault(of(Category.PEER, "engine.died"))
     assert is_backends_fault(of(Category.RESOURCE, "engine.not_ready"))
     assert not is_backends_fault(of(Category.PEER, "peer.draining"))
+    for code in ("remote.no_room", "remote.rejected", "remote.no_key", "model.degraded"):
+        assert not is_backends_fault(of(Category.RESOURCE, code)), "whoever knows the server judges it, and nobody else"
     assert not any(is_backends_fault(of(category, "x")) for category in QUALITY)
     assert kills(REGISTRY, of(Category.PEER, "engine.died"))
     assert not kills(REGISTRY, of(Category.PEER, "call.cancelled"))
