@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -41,6 +42,7 @@ from services.kit.registry import ModelEntry
 _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 _MAX_BODY_BYTES: Final = 1024 * 1024
 _PROBE_TIMEOUT_S: Final = 10.0
+_NO_ANSWER: Final = f"the server gave no whole answer within {_PROBE_TIMEOUT_S:g} s"
 _WRITE_TIMEOUT_S: Final = 60.0
 _STANDARD: Final = (
     *("messages", "max_tokens", "stream", "stream_options", "temperature", "top_p", "seed"),
@@ -66,6 +68,9 @@ _TOO_LONG: Final = frozenset({"context_length_exceeded", "exceed_context_size_er
 _FINISHED: Final[Mapping[str, str]] = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}
 _KEPT_KEYS: Final = 64
 """Keys that texts are cleaned of. No answer is so late that more have been used since it was asked for."""
+_BROKEN: Final = (httpx.HTTPError, OSError, UnicodeError)
+"""What httpx raises where a connection breaks or brings nonsense: garbage inside of TLS is OSError, a redirect to a
+host whose name is none UnicodeError."""
 _CHARS_PER_TOKEN: Final = 4
 """For servers that count nothing: a usual length of an English token."""
 
@@ -127,6 +132,8 @@ class OpenAiServer:
             proxy=entry.remote.proxy,
             trust_env=False,  # neither a proxy nor a .netrc of the environment: prompts go where the registry says
             follow_redirects=False,  # the key must not follow to another host
+            headers={"Accept-Encoding": "identity"},  # a few bytes can unpack to more than there is memory
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # else every answer could add some, for good
         )
 
     def use_key(self, key: str) -> None:
@@ -167,13 +174,14 @@ class OpenAiServer:
             request = self._http.build_request(
                 "POST", f"{self._base}/chat/completions", json=body, headers=self._headers(), timeout=timeout
             )
-            async with _heard_within(began_s + limits.first_token_timeout_s, limits.first_token_timeout_s):
+            async with _within(began_s + limits.first_token_timeout_s, _no_token(limits.first_token_timeout_s)):
                 response = await self._http.send(request, stream=True)
             async with aclosing(response), aclosing(_events(response)) as events:
                 if response.status_code != 200:
-                    async with _heard_within(loop.time() + _PROBE_TIMEOUT_S, _PROBE_TIMEOUT_S):
+                    async with _within(loop.time() + _PROBE_TIMEOUT_S, _NO_ANSWER):
                         body_of_error = await _bounded(response)
                     raise self._refusal(response, body_of_error)
+                _check_plain(response)
                 kind = response.headers.get("content-type", "")
                 if kind.startswith(("application/json", "text/html")):
                     raise EngineFaulty(
@@ -182,7 +190,7 @@ class OpenAiServer:
                 due_s, silence_s = began_s + limits.first_token_timeout_s, limits.first_token_timeout_s
                 while True:
                     # Comments keep a connection open, not our patience: what counts is data.
-                    async with _heard_within(due_s, silence_s):
+                    async with _within(due_s, _no_token(silence_s)):
                         data = await anext(events, None)
                     if data is None or data.strip() == b"[DONE]":
                         break
@@ -192,7 +200,7 @@ class OpenAiServer:
                     yield self._piece(data, answer)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as err:
             raise Unreachable(f"no connection to {_origin(self._base)}: {_reason(err)}") from err
-        except httpx.HTTPError as err:
+        except _BROKEN as err:
             raise EngineGone(f"the connection to {_origin(self._base)} broke: {type(err).__name__}") from err
         if answer.finish is None:
             raise EngineGone("the server ended its answer before it was complete")
@@ -252,14 +260,19 @@ class OpenAiServer:
         return {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
 
     async def _get(self, url: str, *, parse: bool = True) -> Any:
+        due_s = asyncio.get_running_loop().time() + _PROBE_TIMEOUT_S  # httpx bounds single reads, and drips have no end
         try:
-            async with self._http.stream("GET", url, headers=self._headers()) as response:
+            async with (
+                _within(due_s, _NO_ANSWER),
+                self._http.stream("GET", url, headers=self._headers()) as response,
+            ):
                 body = await _bounded(response)
                 if response.status_code != 200:
                     raise self._refusal(response, body)
+                _check_plain(response)
         except (httpx.ConnectError, httpx.ConnectTimeout) as err:
             raise Unreachable(f"no connection to {_origin(self._base)}: {_reason(err)}") from err
-        except httpx.HTTPError as err:
+        except _BROKEN as err:
             raise EngineGone(f"no answer from {_origin(self._base)}: {type(err).__name__}") from err
         return _json(body) if parse else None
 
@@ -309,19 +322,29 @@ class OpenAiServer:
 
 
 @asynccontextmanager
-async def _heard_within(due_s: float, limit_s: float) -> AsyncGenerator[None, None]:
-    """EngineGone if what is inside is not done at `due_s` of the loop's clock."""
+async def _within(due_s: float, otherwise: str) -> AsyncGenerator[None, None]:
+    """EngineGone, with these words, if what is inside is not done at `due_s` of the loop's clock."""
     try:
         async with asyncio.timeout_at(due_s):
             yield
     except TimeoutError as err:
-        raise EngineGone(f"the server sent no token for {limit_s:g} s") from err
+        raise EngineGone(otherwise) from err
+
+
+def _no_token(limit_s: float) -> str:
+    return f"the server sent no token for {limit_s:g} s"
+
+
+def _check_plain(response: httpx.Response) -> None:
+    """Raise EngineFaulty for an answer that would have to be unpacked."""
+    if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise EngineFaulty("the server sent its answer compressed, though it was asked not to: switch that off there")
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     stream = EventStream(_MAX_EVENT_BYTES)
     try:
-        async for part in response.aiter_bytes():
+        async for part in response.aiter_raw():
             for data in stream.feed(part):
                 yield data
         for data in stream.end():
@@ -386,7 +409,7 @@ def _reason(err: Exception) -> str:
 async def _bounded(response: httpx.Response) -> bytes:
     """The body of an answer that is no stream. Raises EngineFaulty where it is longer than such an answer can be."""
     body = bytearray()
-    async for part in response.aiter_bytes():
+    async for part in response.aiter_raw():
         body += part
         if len(body) > _MAX_BODY_BYTES:
             raise EngineFaulty(f"more than {_MAX_BODY_BYTES} bytes came where a short answer belongs")

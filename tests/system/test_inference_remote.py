@@ -441,6 +441,33 @@ def test_https_is_verified_and_a_ca_file_of_ones_own_is_trusted(stack: Inference
         server.server_close()
 
 
+def test_a_server_whose_bytes_make_no_sense_is_a_reason_and_no_end_of_the_service(stack: InferenceStack) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Nonsense)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        entry(stack, Elsewhere(stack.root), base_url=f"http://127.0.0.1:{server.server_port}/v1")
+        start(stack)
+        pid = stack.hub.await_peer("inference-m", state="degraded").pid
+        stack.hub.until(lambda: stack.figures("m")["breaker_probes"] >= 2, "it goes on asking")
+        assert stack.hub.hellos["inference-m"].pid == pid
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Nonsense(BaseHTTPRequestHandler):
+    """Sends whoever asks to a host whose name is none."""
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("location", "http://xn--zz--/")
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        return
+
+
 class Models(BaseHTTPRequestHandler):
     """Says that it has the model."""
 

@@ -44,8 +44,17 @@ def test_a_pause_is_never_shorter_than_asked_nor_longer_than_the_bound(
         ("Sun, 01 Mar 2026 11:00:00 GMT", 0.0),
         ("-3", None),
         ("soon", None),
+        ("1000000000", 1e9),
         ("9" * 400, None),
+        ("Sun, 01 Mar 99999999999999999999 12:00:00 GMT", None),
+        ("Sun, 01 Mar 2026 12:00:00 +99999999999999999999", None),
     ],
 )
 def test_retry_after_comes_as_a_number_or_as_a_date(value: str | None, seconds: float | None) -> None:
     assert retry_after_s(value, NOW) == seconds
+
+
+@given(st.text(max_size=40) | st.from_regex(r"[A-Z][a-z]{2}, [0-9]{1,3} Mar [0-9]{1,9} [0-9:]{0,9} [+-][0-9]{0,12}"))
+def test_whatever_stands_there_is_a_time_to_wait_or_nothing(value: str) -> None:
+    seconds = retry_after_s(value, NOW)
+    assert seconds is None or 0 <= seconds < 1e12
