@@ -31,7 +31,7 @@ that of an error body.
 Faults: `500`, `429`, `503` an error body, with a Retry-After header if `retry_after` is given; `401` one, after
 `delay_s`, that quotes the key it was sent; `garbage` an event that is no JSON; `cut` a stream that ends without an
 ending; `disconnect` in the middle of the text; `hang` no byte until the client leaves; `stuck` tokens, and a slot that
-stays busy for ever; `die` SIGKILL to itself in the middle of the text; `hoard` takes memory there until the kernel gives
+stays busy for ever; `die` SIGKILL to itself in the middle of the text; `hoard` takes memory there until the kernel has
 none, and ends as a program does that cannot go on; `freeze` SIGSTOP to itself in the middle; `unbounded` ignores
 max_tokens.
 Tokens are words. `max_tokens`, `t_max_predict_ms`, the context of a slot, slots and the API key (LLAMA_API_KEY) work as
