@@ -220,29 +220,6 @@ def test_metrics_that_are_no_numbers_cost_the_service_nothing(shared: InferenceS
     assert '"engine.bug"' not in log
 
 
-def test_an_engine_whose_metrics_do_not_say_what_it_works_on_is_asked_for_its_slots(shared: InferenceStack) -> None:
-    """Unknown is not idle: a slot that works for nobody is found all the same."""
-    respawns = shared.figures("m")["respawns"]
-    slots = [{"id": number, "n_ctx": 256, "is_processing": number == 0} for number in range(2)]
-    shared.script("m", {**SCRIPT, "metrics": "llamacpp:tokens_predicted_total 7\n", "slots": slots})
-    shared.await_figures("m", requests_processing=1, tokens_predicted_total=7)
-    shared.hub.await_peer("inference-m", "degraded")
-    assert "1 slots are busy for 0 calls" in (shared.hub.pongs["inference-m"].reason or "")
-    shared.script("m", SCRIPT)
-    shared.await_figures("m", respawns=respawns + 1, requests_processing=0)
-
-
-def test_an_engine_whose_slots_do_not_say_whether_they_work_is_none_of_ours(stack: InferenceStack) -> None:
-    """Their end could not be seen: a slot would be given away while it still works for a call that was cancelled."""
-    stack.entry("m", binary=str(FAKE_BINARY), engine="llama-server", slots=2, context_tokens=512, load_deadline_s=1)
-    stack.script("m", {**SCRIPT, "slots": [{"id": 0, "state": 1}, {"id": 1, "state": 0}]})
-    stack.start("m")
-    stack.hub.await_peer("inference-m", "degraded")
-    stack.hub.until(lambda: "is_processing" in (stack.hub.pongs["inference-m"].reason or ""), "it says what is missing")
-    stack.script("m", SCRIPT)
-    stack.hub.await_peer("inference-m", "ready")
-
-
 def test_what_an_engine_says_of_its_failure_is_told_and_logged_half_characters_included(
     shared: InferenceStack,
 ) -> None:
@@ -356,6 +333,30 @@ def test_an_engine_that_runs_out_of_memory_in_the_middle_of_an_answer_ends_its_c
     assert isinstance(stack.ask("m", ask_for("good")), InferFinal)
     assert stack.figures("m")["respawns"] == 1
     assert_both_slots_work(stack, ended=3)
+
+
+def test_an_engine_whose_metrics_do_not_say_what_it_works_on_is_asked_for_its_slots(stack: InferenceStack) -> None:
+    """Unknown is not idle: a slot that works for nobody is found all the same."""
+    slots = [{"id": number, "n_ctx": 256, "is_processing": number == 0} for number in range(2)]
+    stack.script("m", {**SCRIPT, "metrics": "llamacpp:tokens_predicted_total 7\n", "slots": slots})
+    stack.start("m")
+    stack.hub.await_peer("inference-m")
+    stack.await_figures("m", requests_processing=1, tokens_predicted_total=7)
+    stack.hub.await_peer("inference-m", "degraded")
+    assert "1 slots are busy for 0 calls" in (stack.hub.pongs["inference-m"].reason or "")
+    stack.script("m", SCRIPT)
+    stack.await_figures("m", respawns=1, requests_processing=0)
+
+
+def test_an_engine_whose_slots_do_not_say_whether_they_work_is_none_of_ours(stack: InferenceStack) -> None:
+    """Their end could not be seen: a slot would be given away while it still works for a call that was cancelled."""
+    stack.entry("m", binary=str(FAKE_BINARY), engine="llama-server", slots=2, context_tokens=512, load_deadline_s=1)
+    stack.script("m", {**SCRIPT, "slots": [{"id": 0, "state": 1}, {"id": 1, "state": 0}]})
+    stack.start("m")
+    stack.hub.await_peer("inference-m", "degraded")
+    stack.hub.until(lambda: "is_processing" in (stack.hub.pongs["inference-m"].reason or ""), "it says what is missing")
+    stack.script("m", SCRIPT)
+    stack.hub.await_peer("inference-m", "ready")
 
 
 def test_a_frozen_engine_is_killed_and_replaced(stack: InferenceStack) -> None:
