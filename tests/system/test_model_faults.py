@@ -98,7 +98,7 @@ def test_a_damaged_model_file_is_a_reason_in_status_and_supervisorctl_until_it_i
 def test_a_task_whose_model_stays_damaged_says_so_while_it_waits_and_fails_with_the_reason(stack: Stack) -> None:
     failures, model = stack.root / "registry" / "failures.yaml", stack.root / "worker.gguf"
     shipped, whole = failures.read_text(), model.read_bytes()
-    short = shipped.replace("degraded_wait_ms: 60000", "degraded_wait_ms: 3000")
+    short = shipped.replace("degraded_wait_ms: 180000", "degraded_wait_ms: 3000")
     failures.write_text(short.replace("resource_backoff_ms: 1000", "resource_backoff_ms: 50"))
     stack.reload()
     model.write_bytes(whole[:300])

@@ -37,7 +37,7 @@ def test_a_step_of_a_degraded_model_says_why_it_waits_and_fails_with_that_reason
     assert waiting(world, task_id) == [
         f"step S1 (role worker) waits for infer.worker: 0 of 1 workers ready (inference-worker degraded {WHY})"
     ]
-    view = world.finish(task_id, 600_000)
+    view = world.finish(task_id, 3_600_000)
     assert view.state is TaskState.FAILED
     assert view.failure is not None
     assert (view.failure.code, view.failure.category) == ("model.degraded", Category.RESOURCE)
@@ -55,7 +55,7 @@ def test_a_model_that_is_repaired_while_its_step_waits_answers_it_in_the_same_at
     task_id = world.submit(task_of(ONE, deadline_s=3_600))
     world.run_for(WAIT_MS + 20_000)
     recover(world)
-    view = world.finish(task_id, 600_000)
+    view = world.finish(task_id, 3_600_000)
     assert view.state is TaskState.SUCCEEDED, view.failure
     assert len(view.steps[0].attempts) == 1
 
@@ -87,7 +87,7 @@ def test_loading_and_a_service_that_is_gone_are_waited_for_whatever_was_before()
             world.peers["inference-worker"].start()
         else:
             recover(world)
-        assert world.finish(task_id, 600_000).state is TaskState.SUCCEEDED
+        assert world.finish(task_id, 3_600_000).state is TaskState.SUCCEEDED
 
 
 def test_one_of_two_services_that_is_well_is_enough() -> None:
@@ -95,17 +95,17 @@ def test_one_of_two_services_that_is_well_is_enough() -> None:
     world.add("inference-worker-2", ("infer.worker",), say("fine", took_ms=3 * WAIT_MS), 1)
     degrade(world)
     ids = [world.submit(task_of([{"id": "S1", "timeout_s": 1_000}], deadline_s=3_600)) for _ in range(2)]
-    assert [world.finish(task_id, 600_000).state for task_id in ids] == [TaskState.SUCCEEDED] * 2
+    assert [world.finish(task_id, 3_600_000).state for task_id in ids] == [TaskState.SUCCEEDED] * 2
 
 
 def test_a_lateral_model_that_is_degraded_too_ends_the_wait_as_well() -> None:
     world = world_with(registry=lateral_registry())
     degrade(world)
     degrade(world, "inference-spare")
-    view = world.finish(world.submit(task_of(ONE, deadline_s=3_600)), 600_000)
+    view = world.finish(world.submit(task_of(ONE, deadline_s=3_600)), 3_600_000)
     assert view.failure is not None
     assert view.failure.code == "model.degraded"
     recovered = world_with(registry=lateral_registry())
     degrade(recovered)
-    view = recovered.finish(recovered.submit(task_of(ONE, deadline_s=3_600)), 600_000)
+    view = recovered.finish(recovered.submit(task_of(ONE, deadline_s=3_600)), 3_600_000)
     assert view.steps[0].attempts[0].model == "spare"

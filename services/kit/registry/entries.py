@@ -383,7 +383,7 @@ class FailureCaps(Entry):
     """Longest of these pauses, in milliseconds."""
     lateral_after_ms: int = Field(default=5_000, ge=0, le=3_600_000)
     """How long a model must have no live worker before waiting steps go to their role's lateral model."""
-    degraded_wait_ms: int = Field(default=60_000, ge=1_000, le=86_400_000)
+    degraded_wait_ms: int = Field(default=180_000, ge=1_000, le=86_400_000)
     """How long a call waits for a model whose service is DEGRADED, in milliseconds, before it ends with RESOURCE
     `model.degraded` and the service's reason; after the pauses of that row it waits as long again."""
     think_harder: Literal["off", "measured", "always"] = "measured"
