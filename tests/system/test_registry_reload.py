@@ -411,6 +411,7 @@ def test_kill_9_of_the_hub_in_the_middle_of_a_reload_converges_with_the_next(sta
     psutil.Process(hub).kill()
     reloading.wait(300)
     stack.go_on()
+    stack.client.status(timeout_s=100)  # the next hub is there: a command waits for one no longer than people would
     told = stack.reload()
     assert told["waiting"] == []
     assert {digest for service, digest in stack.digests().items() if service != "memory"} == {told["digest"]}
