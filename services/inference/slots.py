@@ -146,7 +146,7 @@ class SlotDesk:
 
     def begun(self, key: str) -> None:
         """The first piece of the answer has come, so the prompt is read."""
-        self._turns.over(key)
+        self._turns.read(key)
 
     def leave(self, key: str, seat: Seat | None, final: InferFinal | None, *, complete: bool) -> None:
         """The call has ended and its slot is free. `complete`: the engine has read all of its prompt; `final`: its
