@@ -127,6 +127,31 @@ def test_long_prompts_that_somebody_watches_are_read_one_after_the_other(
     assert read() == ["first", second.split()[0]]
 
 
+def test_the_next_prompt_is_read_once_the_one_before_has_its_first_word(shared: InferenceStack) -> None:
+    record, hold = shared.root / "words.jsonl", shared.root / "first-word"
+    for file in (record, hold):
+        file.unlink(missing_ok=True)
+    talks = {"text": "on and ", "repeat": 200, "token_s": 0.5, "hold": str(hold)}
+    shared.script("m", {**SCRIPT, "record": str(record), "rules": [{"match": "first", "answers": [talks]}]})
+
+    def read() -> int:
+        return len(record.read_text().splitlines()) if record.exists() else 0
+
+    asked = ask_for("first " * 300, stream=True, max_tokens=150)
+    one = shared.hub.request("inference-m", "infer.request", asked, key="talks")
+    shared.hub.until(lambda: read() == 1, "the first is read")
+    two = shared.hub.request("inference-m", "infer.request", ask_for("second " * 300, stream=True))
+    shared.hub.pump_for(0.5)
+    assert read() == 1
+    hold.touch()
+    _, final, _ = shared.hub.collect(two)
+    assert isinstance(final, InferFinal), final
+    shared.hub.send(shared.hub.peers["inference-m"], "infer.cancel", Empty(), corr=one, key="talks")
+    _, ended, pieces = shared.hub.collect(one)
+    assert failure_of(ended).code == "call.cancelled", "it was still talking when the second had ended"
+    assert pieces
+
+
 @pytest.mark.parametrize(
     "answer", ["no JSON at all", '{"n": "three"}', '{"n": 1, "extra": 2}', '{"n": 1', "[" * 100_000]
 )
