@@ -26,8 +26,6 @@ from services.kit.config import Home
 from services.kit.registry import ModelEntry
 from services.kit.registry.launch import Launch
 
-SLICE_MS: Final = 10
-"""Of a core, for an engine's threads: longer than the slices of those who bring its answers (see `kit.slices`)."""
 _PROBE_TIMEOUT_S: Final = 20.0
 _FLAG: Final = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 _REMOVED: Final = "argument has been removed"

@@ -20,7 +20,7 @@ from typing import Any, Final
 from protocol.messages.session import PeerState
 from services.inference import machine as m
 from services.inference.command_line import HOST, modes_of
-from services.inference.engines import SLICE_MS, Engine, EngineUnusable, choose_engine, environment
+from services.inference.engines import Engine, EngineUnusable, choose_engine, environment
 from services.inference.llama_http import EngineError, EngineFaulty, LlamaServer
 from services.inference.model_file import BadModelFile
 from services.inference.modes import EngineModes
@@ -244,9 +244,7 @@ class EngineSupervisor:
             port = _free_port(self._entry)
             self._shorten_output()
             command = engine.command(self._seated(engine, prepared), port, self.modes.launching())
-            child = await children.spawn(
-                command, output=self._output, env=environment(os.environ, key), slice_ms=SLICE_MS
-            )
+            child = await children.spawn(command, output=self._output, env=environment(os.environ, key))
         except (EngineUnusable, BadModelFile) as err:
             self._feed(m.LaunchFailed(self._clock.now_ms(), launch, str(err)))
             return

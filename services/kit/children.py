@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from services.kit.slices import take_slices_of
-
 _PR_SET_PDEATHSIG: Final = 1
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -27,24 +25,14 @@ def die_with_parent(number: signal.Signals) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
+def _die_with_spawner() -> None:
+    die_with_parent(signal.SIGKILL)
+
+
 async def spawn(
-    argv: Sequence[str],
-    *,
-    output: Path,
-    env: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
-    slice_ms: int | None = None,
+    argv: Sequence[str], *, output: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> asyncio.subprocess.Process:
-    """Start a child in a new session, stdout and stderr appended to `output`. Raises OSError if it cannot start.
-
-    `slice_ms`: see `slices`; None for the kernel's own.
-    """
-
-    def begin() -> None:
-        die_with_parent(signal.SIGKILL)
-        if slice_ms is not None:
-            take_slices_of(slice_ms)
-
+    """Start a child in a new session, stdout and stderr appended to `output`. Raises OSError if it cannot start."""
     with output.open("ab") as sink:
         return await asyncio.create_subprocess_exec(
             *argv,
@@ -54,7 +42,7 @@ async def spawn(
             env=None if env is None else dict(env),
             cwd=cwd,
             start_new_session=True,
-            preexec_fn=begin,
+            preexec_fn=_die_with_spawner,
         )
 
 

@@ -19,9 +19,8 @@ from protocol.messages.failure import Category
 from protocol.messages.infer import AbortLimits, InferFinal, InferPartial, Sampling
 from protocol.messages.reply import ErrorReply
 from services.ctl.bench.demo_models import DEMO_MODEL
-from services.inference.engines import SLICE_MS, find_native
+from services.inference.engines import find_native
 from services.kit.config import load_home
-from tests.kernel import slice_ms
 from tests.system.inference_stack import InferenceStack, ask_for
 from tests.waiting import WITHIN_S, until
 
@@ -272,14 +271,6 @@ def test_other_users_of_the_machine_are_turned_away(stack: InferenceStack) -> No
             assert stranger.get(path).status_code == 401, path
         chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
         assert stranger.post("/v1/chat/completions", json=chat).status_code == 401
-
-
-def test_an_engine_lets_messages_pass_while_it_holds_every_core(stack: InferenceStack) -> None:
-    """Its threads take longer slices than the services, which then need not wait for the end of one."""
-    if slice_ms(Path("/proc/self/sched")) is None:
-        pytest.skip("needs Linux 6.12 or newer that shows its slices in /proc/self/sched")
-    threads = Path(f"/proc/{stack.figures('m')['child_pid']}/task").iterdir()
-    assert {slice_ms(thread / "sched") for thread in threads} == {SLICE_MS}
 
 
 def test_the_child_dies_with_the_service(stack: InferenceStack) -> None:

@@ -25,7 +25,7 @@ from services.ctl.launch_view import looked_at
 from services.ctl.tuning.search import Point
 from services.ctl.tuning.space import Objective
 from services.inference.command_line import HOST, modes_of
-from services.inference.engines import SLICE_MS, Engine, environment
+from services.inference.engines import Engine, environment
 from services.inference.generation import payload_of
 from services.inference.llama_http import EngineError, LlamaServer, Usage
 from services.inference.speculation import mode_under
@@ -108,7 +108,7 @@ class Measurer:
     async def _measured(self, launch: Launch, command: list[str], port: int, streams: int) -> Speed:
         key = secrets.token_urlsafe(24)
         output = self.folder / "engine.out"
-        child = await children.spawn(command, output=output, env=environment(os.environ, key), slice_ms=SLICE_MS)
+        child = await children.spawn(command, output=output, env=environment(os.environ, key))
         server = LlamaServer(port, key)
         try:
             await self._loaded(launch, child, server, output)
