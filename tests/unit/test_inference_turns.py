@@ -26,7 +26,6 @@ class Calls:
     async def come(self, name: str, chars: int) -> None:
         self.tasks[name] = asyncio.create_task(self.turns.take(name, chars))
         await asyncio.sleep(0)
-        await asyncio.sleep(0)  # others may have a turn for it
 
     async def over(self, name: str) -> None:
         self.turns.over(name)
@@ -61,65 +60,42 @@ async def test_long_prompts_are_read_one_after_the_other_in_order_of_arrival() -
     assert calls.reading() == "abc"
 
 
-@pytest.mark.parametrize(
-    ("burst", "passes"),
-    [("ab", "a b"), ("abc", "a bc"), ("abcd", "a bc d"), ("abcdef", "a bcd ef"), ("abcdefgh", "a bcde fgh")],
-)
-async def test_half_of_a_burst_is_read_while_the_other_half_waits(burst: str, passes: str) -> None:
+async def test_short_prompts_are_read_in_groups_and_the_next_group_is_ready_while_one_is_read() -> None:
     calls = Calls()
-    for name in burst:
-        await calls.come(name, TINY)
-    groups = passes.split()
-    for number in range(len(groups)):
-        assert calls.reading() == "".join(groups[: number + 2]), "one group is read, and the engine has the next"
-        await calls.read(groups[number][0])
-
-
-async def test_a_group_has_so_many_prompts_at_most_and_the_next_is_ready_while_one_is_read() -> None:
-    calls = Calls()
-    names = string.ascii_letters[: 2 + 3 * TOGETHER]
+    names = string.ascii_letters[: 2 + 2 * TOGETHER]
     for name in names:
         await calls.come(name, TINY)
-    first, second = 1 + TOGETHER, 1 + 2 * TOGETHER
-    assert calls.reading() == names[:first], "the first is read, and the engine has those for the next pass"
+    group, next_group = 1 + TOGETHER, 1 + 2 * TOGETHER
+    assert calls.reading() == names[:group], "the first is read, and the engine has those for the next pass"
     await calls.read(names[0])
-    assert calls.reading() == names[:second]
-    for name in names[1:first]:
+    assert calls.reading() == names[:next_group]
+    await calls.read(names[group - 1])
+    assert calls.reading() == names
+    for name in names[1 : group - 1]:
         await calls.read(name)
-    assert calls.reading() == names[: 1 + 3 * TOGETHER], "words of a group that is read say nothing of the next"
-
-
-async def test_those_left_behind_by_half_of_their_burst_go_together_and_new_ones_are_halved_again() -> None:
-    calls = Calls()
-    for name in "abcdefgh":
+    for name in "123456"[:TOGETHER]:
         await calls.come(name, TINY)
-    await calls.read("a")
-    assert calls.reading() == "abcdefgh"
-    for name in "ijk":
-        await calls.come(name, TINY)
-    assert calls.reading() == "abcdefgh", "the next group, of those that were left behind, has its half"
-    await calls.read("b")
-    assert calls.reading() == "abcdefghijk", "and were left behind themselves"
+    assert calls.reading() == names + "123456"[: TOGETHER - 1], "words of a group that is read say nothing of the next"
 
 
 async def test_a_group_is_no_longer_than_what_is_read_side_by_side() -> None:
     calls = Calls()
-    for name in "abcdefghij":
+    for name in "abcde":
         await calls.come(name, SHORT)
     assert calls.reading() == "abcd"
     await calls.read("a")
-    assert calls.reading() == "abcdefg"
+    assert calls.reading() == "abcde"
 
 
 async def test_who_leaves_its_group_makes_room_in_it_and_does_not_end_it() -> None:
     calls = Calls()
-    for name in "abcdefghi":
+    names = string.ascii_letters[: 4 + TOGETHER]
+    for name in names:
         await calls.come(name, TINY)
-    assert calls.reading() == "abcde"
     await calls.over("c")
-    assert calls.reading() == "abcdef", "one place of the group has become free"
+    assert calls.reading() == names[: 2 + TOGETHER], "one place of the group has become free"
     await calls.over("a")
-    assert calls.reading() == "abcdefghi", "nobody of the first group is left, so the next one is read"
+    assert calls.reading() == names, "nobody of the first group is left, so the next one is read"
 
 
 async def test_a_short_one_that_went_past_a_long_one_does_not_end_its_reading() -> None:
