@@ -319,6 +319,13 @@ RULES: Final[tuple[_Rule, ...]] = (
     ),
     _Rule("--cache-ram", "", _fixed(str(CACHE_RAM_MIB)), "MiB for prompts of idle slots; llama.cpp would take 8 GiB"),
     _Rule(
+        "--no-cache-idle-slots",
+        "",
+        _fixed(""),
+        "what a slot holds is copied when it is overwritten, not when any other slot is given a prompt",
+        older=lambda _launch, _value: ((),),
+    ),
+    _Rule(
         "--slot-save-path",
         "prefix_disk_bytes",
         lambda at: f"{at.prefix_folder}/" if at.prefix_folder is not None and at.takes_copies else None,

@@ -122,6 +122,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "--spec-ngram-mod-n-max": _number("speculative", "ngram_mod", "n_max"),
     "--spec-ngram-mod-n-min": _number("speculative", "ngram_mod", "n_min"),
     "--cache-ram": _number("cache_ram_mib"),
+    "--no-cache-idle-slots": _switch("cache_idle_slots", on=False),
     "--slot-save-path": _slot_folder,
     "--log-verbosity": _number("verbosity"),
     "--metrics": _switch("endpoint_metrics"),
@@ -129,7 +130,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "--offline": _switch("offline"),
 }
 
-SWITCHES: Final = frozenset({"--no-kv-unified", "--metrics", "--slots", "--offline"})
+SWITCHES: Final = frozenset({"--no-kv-unified", "--no-cache-idle-slots", "--metrics", "--slots", "--offline"})
 """Those without a value."""
 
 

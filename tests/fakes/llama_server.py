@@ -390,6 +390,7 @@ def main() -> None:
     parser.add_argument("--ctx-size", type=int, default=4096, metavar="N")
     parser.add_argument("--parallel", type=int, default=1, metavar="N")
     parser.add_argument("--no-kv-unified", action="store_true")
+    parser.add_argument("--no-cache-idle-slots", action="store_true")
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     parser.add_argument("--cache-ram", type=int, default=0, metavar="N")
     parser.add_argument("--log-verbosity", type=int, default=0, metavar="N")
