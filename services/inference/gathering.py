@@ -5,8 +5,6 @@ a third of a millisecond on a machine whose cores all decode, and is taken from 
 second. Nobody needs every token at once, as what goes on to the hub is joined anyway. So once an answer has begun, the
 kernel is told to keep what comes (`SO_RCVLOWAT`) until a time has passed. The end is not kept: the engine closes the
 connection behind its answer, and for that the kernel wakes at once.
-
-Where a transport has no such socket, nothing is kept and every event wakes as before.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ _KEPT_BYTES: Final = 64 * 1024
 
 
 class Gathering:
-    """`with Gathering(transport, interval) as gathering`: each `rest` lets what comes gather, for as many seconds as
+    """`with Gathering(connection, interval) as gathering`: each `rest` lets what comes gather, for as many seconds as
     `interval` says at that moment."""
 
-    def __init__(self, transport: asyncio.BaseTransport | None, interval: Callable[[], float]) -> None:
-        self._socket: socket.socket | None = None if transport is None else transport.get_extra_info("socket")
+    def __init__(self, connection: socket.socket, interval: Callable[[], float]) -> None:
+        self._socket = connection
         self._interval = interval
         self._timer: asyncio.TimerHandle | None = None
 
@@ -42,15 +40,11 @@ class Gathering:
 
     def rest(self) -> None:
         """What has come is read; the next time is after the interval, or when the connection is closed."""
-        if self._socket is None:
-            return
         if self._timer is not None:
             self._timer.cancel()
         self._wake_at(_KEPT_BYTES)
         self._timer = asyncio.get_running_loop().call_later(self._interval(), self._wake_at, 1)
 
     def _wake_at(self, size: int) -> None:
-        if self._socket is None:
-            return
         with suppress(OSError):  # it has been closed meanwhile
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)

@@ -3,15 +3,15 @@
 Everything the server sends is bounded and checked here: a broken engine is an EngineError, never a KeyError further
 up. Which failure the hub is told, what counts as healthy for how long, and what is generated, others decide.
 
-All of it with aiohttp, whose parser is compiled: every token is an event of its own, an idle engine is looked at every
-second, and what that costs here is taken from cores that decode.
+What this costs is taken from cores that decode: calls have a connection each (`exchange`), and the looks at an engine
+that are taken every second one that is kept, both with parsers that are compiled.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 from protocol.limits import MAX_ARTEFACT_CHARS
 from protocol.messages.failure import Category
+from services.inference.exchange import Exchange, ExchangeBroken
 from services.inference.gathering import Gathering
 from services.inference.plain_http import aiohttp
 
@@ -36,7 +37,9 @@ _LARGEST: Final = 2**40
 any length, which no message can carry; sums of these can be sent too."""
 _PROBE_TIMEOUT_S: Final = 5.0
 _PROBE: Final = aiohttp.ClientTimeout(total=None, sock_connect=_PROBE_TIMEOUT_S, sock_read=_PROBE_TIMEOUT_S)
-_PATIENT: Final = aiohttp.ClientTimeout(total=None, sock_connect=_PROBE_TIMEOUT_S)
+_LEAST_BYTES: Final = 256
+"""The head of an answer has some 170 bytes and comes when a slot takes the prompt, its first event some 300 more when
+the prompt is read: for the head alone nobody needs to wake up while cores read."""
 _METRIC: Final = re.compile(r"^llamacpp:([a-z_]+) ([0-9.eE+-]+)$", re.MULTILINE)
 _OK: Final = 200
 _LOADING: Final = 503
@@ -124,15 +127,19 @@ class LlamaServer:
 
     def __init__(self, port: int, api_key: str) -> None:
         base_url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {api_key}"}
-        # Neither takes a proxy from the environment: one for the outside world must not see this.
-        self._calls = aiohttp.ClientSession(
-            base_url, headers=headers, timeout=_PATIENT, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+        self._port = port
+        self._head = (
+            f"Host: 127.0.0.1:{port}\r\nAuthorization: Bearer {api_key}\r\nContent-Type: application/json\r\n"
+            "Connection: close\r\n"
         )
+        self._open: set[Exchange] = set()
+        """Everything that waits for the engine or reads from it, probes aside."""
+        # It takes no proxy from the environment: one for the outside world must not see this.
         self._probes = aiohttp.ClientSession(
             base_url, headers=headers, timeout=_PROBE, connector=aiohttp.TCPConnector(limit=0)
         )
         self._slot: int | None = None
-        self._answers: set[aiohttp.ClientResponse] = set()
+        self._answers: set[Exchange] = set()
         """Those that are being streamed, over all slots."""
 
     def on_slot(self, slot: int) -> LlamaServer:
@@ -143,7 +150,8 @@ class LlamaServer:
 
     async def close(self) -> None:
         """Close all connections; running answers end with EngineGone, and so does whatever is asked afterwards."""
-        await self._calls.close()
+        for exchange in self._open:
+            exchange.break_off(_REPLACED)
         await self._probes.close()
 
     async def ready(self, slots: int) -> bool:
@@ -183,14 +191,13 @@ class LlamaServer:
 
     async def chat(self, payload: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
         """Stream one answer; closing the iterator closes the connection, which cancels the generation."""
-        async with self._asked(self._calls, "POST", "/v1/chat/completions", self._pinned(payload)) as response:
+        async with self._sent("/v1/chat/completions", self._pinned(payload), _LEAST_BYTES) as response:
             if response.status != _OK:
-                raise _refusal(response.status, (await _bounded(response))[:_MAX_ERROR_BYTES])
+                raise _refusal(response.status, (await _bounded(response.parts()))[:_MAX_ERROR_BYTES])
             self._answers.add(response)
-            transport = None if response.connection is None else response.connection.transport
             try:
-                with Gathering(transport, self._between_looks) as gathering:
-                    async with aclosing(_events(response)) as events:
+                with Gathering(response.socket, self._between_looks) as gathering:
+                    async with aclosing(_events(response.parts())) as events:
                         async for data, more in events:
                             if data == b"[DONE]":
                                 return
@@ -227,8 +234,8 @@ class LlamaServer:
         return dict(payload) if self._slot is None else {**payload, "id_slot": self._slot}
 
     async def _post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        async with self._asked(self._calls, "POST", path, payload) as response:
-            body = await _bounded(response)
+        async with self._sent(path, payload) as response:
+            body = await _bounded(response.parts())
         if response.status != _OK:
             raise _refusal(response.status, body[:_MAX_ERROR_BYTES])
         data = _json(body)
@@ -249,44 +256,52 @@ class LlamaServer:
         return body
 
     async def _get(self, path: str) -> tuple[int, bytes]:
-        async with self._asked(self._probes, "GET", path) as response:
-            return response.status, await _bounded(response)
+        if self._probes.closed:
+            raise EngineGone(_REPLACED)
+        try:
+            async with self._probes.get(path, allow_redirects=False) as response:
+                return response.status, await _bounded(response.content.iter_any())
+        except (aiohttp.ClientError, TimeoutError) as err:
+            raise EngineGone(f"the connection to the engine broke at {path}: {type(err).__name__}") from err
 
     @asynccontextmanager
-    async def _asked(
-        self, session: aiohttp.ClientSession, method: str, path: str, payload: Mapping[str, Any] | None = None
-    ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+    async def _sent(
+        self, path: str, payload: Mapping[str, Any], least_bytes: int = 1
+    ) -> AsyncGenerator[Exchange, None]:
         """An answer that has begun. One that is not read to its end costs the connection, which cancels it.
 
         Raises EngineGone, also where the connections were closed: a call may have waited for its slot meanwhile.
         """
-        if session.closed:
+        if self._probes.closed:
             raise EngineGone(_REPLACED)
+        body = json.dumps(payload).encode()
+        request = f"POST {path} HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        exchange = Exchange()
+        self._open.add(exchange)
         try:
-            async with session.request(method, path, json=payload, allow_redirects=False) as response:
-                try:
-                    yield response
-                except BaseException:
-                    response.close()
-                    raise
-        except (aiohttp.ClientError, TimeoutError) as err:
-            raise EngineGone(f"the connection to the engine broke at {path}: {type(err).__name__}") from err
+            await exchange.ask(self._port, request, least_bytes)
+            yield exchange
+        except ExchangeBroken as err:
+            raise EngineGone(f"the connection to the engine broke at {path}: {err}") from err
+        finally:
+            self._open.discard(exchange)
+            exchange.close()
 
 
-async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+async def _bounded(parts: AsyncIterator[bytes]) -> bytes:
     """The body of an answer that is no stream. Raises EngineFaulty where it is longer than such an answer can be."""
     body = bytearray()
-    async for part in response.content.iter_any():
+    async for part in parts:
         body += part
         if len(body) > _MAX_BODY_BYTES:
             raise EngineFaulty(f"more than {_MAX_BODY_BYTES} bytes came where a short answer belongs")
     return bytes(body)
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[tuple[bytes, bool], None]:
+async def _events(parts: AsyncIterator[bytes]) -> AsyncGenerator[tuple[bytes, bool], None]:
     """Data of every server-sent event, and whether another one has come with it."""
     rest = bytearray()
-    async for part in response.content.iter_any():
+    async for part in parts:
         rest += part
         if len(rest) > _MAX_EVENT_BYTES:
             raise EngineFaulty(f"the engine sent an event of more than {_MAX_EVENT_BYTES} bytes")

@@ -77,7 +77,15 @@ TOKENS: Final = 60
 
 
 def event(text: str, finish: str | None = None) -> bytes:
-    return f"data: {json.dumps({'choices': [{'delta': {'content': text}, 'finish_reason': finish}]})}\n\n".encode()
+    """As long as those of llama.cpp, which say more about themselves than about the answer."""
+    told = {
+        "id": f"chatcmpl-{'x' * 32}",
+        "model": "worker",
+        "system_fingerprint": "b1-0123456789",
+        "created": 1_790_000_000,
+    }
+    choice = {"delta": {"content": text}, "finish_reason": finish, "index": 0}
+    return f"data: {json.dumps({'choices': [choice], 'object': 'chat.completion.chunk', **told})}\n\n".encode()
 
 
 async def tokens(writer: asyncio.StreamWriter) -> None:
