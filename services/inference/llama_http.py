@@ -29,7 +29,7 @@ _MAX_EVENT_BYTES: Final = 16 * MAX_ARTEFACT_CHARS
 _MAX_ERROR_BYTES: Final = 64 * 1024
 _MAX_BODY_BYTES: Final = 16 * 1024**2
 """What is no stream is a small object; the state of hundreds of slots has some hundred kilobytes."""
-GATHER_S: Final = 0.05
+GATHER_S: Final = 0.08
 """Time between two looks at an answer that has begun, where it is the only one; each of n at once is looked at n times
 as seldom, so that what it costs does not grow with their number."""
 _LARGEST: Final = 2**40

@@ -73,9 +73,11 @@ async def test_short_prompts_are_read_in_groups_and_the_next_group_is_ready_whil
     assert calls.reading() == names
     for name in names[1 : group - 1]:
         await calls.read(name)
-    for name in "123456"[:TOGETHER]:
+    for name in string.digits[:TOGETHER]:
         await calls.come(name, TINY)
-    assert calls.reading() == names + "123456"[: TOGETHER - 1], "words of a group that is read say nothing of the next"
+    assert calls.reading() == names + string.digits[: TOGETHER - 1], (
+        "words of a group that is read say nothing of the next"
+    )
 
 
 async def test_a_group_is_no_longer_than_what_is_read_side_by_side() -> None:
