@@ -34,11 +34,14 @@ class ExchangeBroken(Exception):
 class Exchange:
     """One request and its answer: `ask` first, then `status` and `parts`; `close` must follow in any case.
 
-    Made and used in one event loop, by one reader.
+    Made and used in one event loop, by one reader. Raises ExchangeBroken where no more sockets are to be had.
     """
 
     def __init__(self) -> None:
-        self.socket: Final = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            self.socket: Final = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        except OSError as err:
+            raise ExchangeBroken(err.strerror or type(err).__name__) from err
         self.socket.setblocking(False)
         self.status = 0
         """Of HTTP; 0 until an answer has begun."""

@@ -276,16 +276,17 @@ class LlamaServer:
             raise EngineGone(_REPLACED)
         body = json.dumps(payload).encode()
         request = f"POST {path} HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-        exchange = Exchange()
-        self._open.add(exchange)
         try:
-            await exchange.ask(self._port, request, least_bytes)
-            yield exchange
+            exchange = Exchange()
+            self._open.add(exchange)
+            try:
+                await exchange.ask(self._port, request, least_bytes)
+                yield exchange
+            finally:
+                self._open.discard(exchange)
+                exchange.close()
         except ExchangeBroken as err:
             raise EngineGone(f"the connection to the engine broke at {path}: {err}") from err
-        finally:
-            self._open.discard(exchange)
-            exchange.close()
 
 
 async def _bounded(parts: AsyncIterator[bytes]) -> bytes:

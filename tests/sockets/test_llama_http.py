@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
@@ -11,7 +13,7 @@ from typing import Final
 import pytest
 
 from services.inference import llama_http
-from services.inference.llama_http import EngineFaulty, LlamaServer
+from services.inference.llama_http import EngineFaulty, EngineGone, LlamaServer
 
 HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n\r\n"
 
@@ -71,6 +73,19 @@ async def test_an_answer_without_end_is_given_up(ask: Callable[[LlamaServer], Aw
 async def test_a_health_check_without_end_is_none_that_went_well() -> None:
     async with endless() as client, asyncio.timeout(60):
         assert await client.alive() is False
+
+
+async def test_no_more_sockets_are_an_error_of_the_engine_and_not_a_bug() -> None:
+    async with serving(tokens) as client:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(EngineGone, match="Too many open files"):
+                await client.read({})
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 TOKENS: Final = 60
