@@ -33,8 +33,9 @@ PREFIX_SAVED = LogEvent("prefix.saved", "name slot tokens bytes took_ms", "debug
 PREFIX_KEPT = LogEvent("prefix.kept", "name slot bytes took_ms", "debug")
 PREFIX_OFF = LogEvent("prefix.off", "reason", "warning")
 
-GATHER_S: Final = 0.005
-"""Calls that are handed out together arrive within a millisecond; reading 200 tokens takes far longer than this."""
+GATHER_S: Final = 0.02
+"""Calls that are handed out together arrive within a millisecond, unless a full machine stops somebody on their way.
+Reading 200 tokens a second time takes many times longer than this."""
 FIGURES: Final = ("prefixes_read", "prefixes_copied", "cached_tokens_total")
 """Totals of the service since it started."""
 SPARE: Final = 2

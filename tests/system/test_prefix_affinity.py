@@ -75,13 +75,14 @@ def test_a_fan_out_reads_what_it_shares_once(stack: BareStack) -> None:
     first, *others = cached(view)
     assert min(tokens) > 400
     assert first < 150, "somebody has to read it"
-    assert min(others) > 0.75 * min(tokens), "without a copy each slot would have read it for itself"
     assert view.usage.cached_tokens == first + sum(others)
     saved = first + sum(others)
     until(lambda: figures(stack)["cached_tokens_total"] >= saved, "the totals are in the status")
     totals = figures(stack)
     assert totals["prefixes_read"] == 1
-    assert totals["prefixes_copied"] == 3
+    copied = totals["prefixes_copied"]
+    assert copied in (2, 3), "on a full machine one step may be alone for longer than it waits for the others"
+    assert min(others[-copied:]) > 0.75 * min(tokens), "without a copy each slot would have read it for itself"
     assert totals["prefixes_bytes"] > 100_000
     shown = subprocess.run(
         [sys.executable, "-m", "services.ctl", "show", view.task_id],

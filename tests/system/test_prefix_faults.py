@@ -57,7 +57,9 @@ def test_one_reads_and_the_others_copy(stack: InferenceStack) -> None:
     for request in send_three(stack):
         assert isinstance(stack.hub.collect(request)[1], InferFinal)
     metrics = stack.figures("m")
-    assert (metrics["prefixes_read"], metrics["prefixes_copied"]) == (1, 2)
+    assert metrics["prefixes_read"] == 1
+    # On a full machine the first may be alone for longer than it waits; who arrives together is tested below.
+    assert metrics["prefixes_copied"] in (1, 2)
     assert list((stack.root / "run" / "prefixes" / "m").iterdir())
     assert_all_slots_work(stack)
 
@@ -132,7 +134,7 @@ def test_an_entry_says_how_much_of_the_disk_its_saved_slots_may_take(disk_bytes:
 
 def test_the_disk_keeps_what_was_used_last_within_the_bound(tmp_path: Path) -> None:
     folder = tmp_path / "prefixes"
-    desk = SlotDesk(folder, 2, Log(tmp_path, "desk", SteadyClock()), 10)  # the scripted engine writes 6 bytes a slot
+    desk = SlotDesk(folder, 3, Log(tmp_path, "desk", SteadyClock()), 10)  # the scripted engine writes 6 bytes a slot
     assert desk.engine_started("one model", copies=True, token_bytes=1)
     with scripted_engine(folder) as port:
         asyncio.run(_two_groups(desk, port, folder))
@@ -151,7 +153,7 @@ def scripted_engine(folder: Path) -> Iterator[int]:
         "--port",
         str(port),
         "--parallel",
-        "2",
+        "3",
         "--slot-save-path",
         f"{folder}/",
     ]
@@ -180,15 +182,17 @@ async def _two_groups(desk: SlotDesk, port: int, folder: Path) -> None:
     server = await _server(port)
     kept = []
     for group in "ab":
-        messages = [[ChatMessage(role="user", content=group * 2_000 + str(n))] for n in range(2)]
+        messages = [[ChatMessage(role="user", content=group * 2_000 + str(n))] for n in range(3)]
         seats = await asyncio.gather(*(desk.enter(f"{group}{n}", one, server) for n, one in enumerate(messages)))
-        assert [seat.restored for seat in seats] == [False, True]
+        assert [seat.restored for seat in seats] == [False, True, True]
         for n, seat in enumerate(seats):
             desk.leave(f"{group}{n}", seat, None, complete=True)
         kept.append(files_in(folder))
     assert [len(names) for names in kept] == [1, 1]
     assert kept[0] != kept[1]
-    assert desk.figures()["prefixes_bytes"] <= 10
+    figures = desk.figures()
+    assert (figures["prefixes_read"], figures["prefixes_copied"]) == (2, 4)
+    assert figures["prefixes_bytes"] <= 10
     desk.engine_started("another model", copies=True, token_bytes=1)
     assert not files_in(folder)
     await server.close()
