@@ -17,7 +17,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Final
 
-TOGETHER: Final = 7
+TOGETHER: Final = 5
 """So many short prompts are read side by side, beside the one that an idle engine begins with. Of eight at once, of 18
 tokens each, all that came during a pass had first words some 4 ms later than over HTTP and 0.97 to 0.98 of its tokens a
 second; with groups of five 6 to 16 ms sooner and one to five percent fewer tokens, for each group is one more pass."""
