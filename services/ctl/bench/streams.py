@@ -55,11 +55,12 @@ _CANCELLED_TOKENS: Final = 400
 _DIRECT_S: Final = 2.0
 _REHEARSED_TOKENS: Final = 16
 """Of answers from which the length of the others is reckoned: enough to tell reading from writing."""
-PAIRS_S: Final = 24.0
-"""Seconds of a run for pairs of whole answers with one number of streams: short ones are made more often."""
-_LEAST_PAIRS, _MOST_PAIRS = 4, 16
+PAIRS_S: Final = 48.0
+"""Seconds of a run for pairs of whole answers with one number of streams: short ones are made more often. With half of
+it the standard errors at eight streams were twice those at one."""
+_LEAST_PAIRS, _MOST_PAIRS = 4, 12
 """Of a run; even numbers, so that the last answer goes over the bus."""
-BEGINNINGS_PER_RUN: Final = 16
+BEGINNINGS_PER_RUN: Final = 24
 """Pairs for the time to the first token alone; an even number as well."""
 _STREAMED_SHARE: Final = 0.9
 """Of the answers, at least: a machine that stands still for some 50 ms has a short one come whole."""
