@@ -254,7 +254,7 @@ def _show(
         why = "the next measurement, with those of the last comparison, would have taken longer than what is left"
         screen.line(f"the time was up before everything was compared: {used}, and {why}; raise --budget-s")
     if not outcome["settings"]:
-        screen.line("nothing was found that is better by 3 %: the entry stays as it is")
+        screen.line("nothing was found that is better by 3 % when measured in turn: the entry stays as it is")
         return
     gain = f"{result.best_score:.1f} tokens/s instead of {result.start_score:.1f} when measured in turn"
     screen.line(f"best: {words(result.best, start)}: {gain}")

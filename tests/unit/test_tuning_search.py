@@ -89,6 +89,16 @@ def test_a_lucky_measurement_alone_wins_nothing() -> None:
     assert result.best == START
 
 
+def test_what_leads_when_the_time_is_up_within_an_axis_is_compared_all_the_same() -> None:
+    faster, budget_s = START.with_option({"threads": 4}), 9 * MEASURE_S
+    result, asked, ended_s = run(planted({"threads": 4}), budget_s)
+    assert (result.best, result.gain, result.complete) == (faster, 2.0, False)
+    assert set(asked[-2:]) == {START, faster}
+    assert ended_s <= budget_s
+    lucky, _, _ = run(lambda _point, count: 30.0 if count == 4 else 10.0, budget_s)
+    assert lucky.best == START, "ahead by one measurement, and not when compared"
+
+
 def test_a_winner_that_was_not_compared_with_the_start_is_not_taken() -> None:
     """The first measurement is quick, and then the machine gets so slow that there is no time to compare."""
     steps = search(START, AXES, 100)

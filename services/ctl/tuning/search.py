@@ -7,7 +7,8 @@ scores are compared within an axis only, so a machine that gets slower meanwhile
 and the settings at the start are measured in turn; what is not better by `MARGIN` there is not worth a change.
 
 The budget bounds everything: a measurement that would probably end later is not begun, and time for the final
-comparison is kept back. What is measured, and how, is `measure`'s business.
+comparison is kept back. Where time is up within an axis, what leads there is compared all the same. What is measured,
+and how, is `measure`'s business.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ class Result:
 
 
 class _TimeUp(Exception):
-    """No time for another measurement."""
+    """No time for another measurement; within an axis it brings what leads there."""
+
+    def __init__(self, leader: Point | None = None) -> None:
+        super().__init__()
+        self.leader = leader
 
 
 @dataclass(slots=True)
@@ -107,8 +112,8 @@ def search(start: Point, axes: Sequence[Axis], budget_s: float) -> Generator[Poi
             for axis in axes:
                 best = yield from _better_of(progress, best, axis)
             complete = best == before
-    except _TimeUp:
-        pass
+    except _TimeUp as up:
+        best = up.leader or best
     if best == start:
         return Result(start, began, began, complete=complete)
     return (yield from _confirmed(progress, start, best, complete))
@@ -121,9 +126,12 @@ def _better_of(progress: _Progress, incumbent: Point, axis: Axis) -> Generator[P
     own: list[float] = []
     scores: dict[Point, list[float]] = {point: [] for point in challengers}
     while challengers:
-        yield from _measured(progress, incumbent, own, reserve)
-        for point in challengers:
-            yield from _measured(progress, point, scores[point], reserve)
+        try:
+            yield from _measured(progress, incumbent, own, reserve)
+            for point in challengers:
+                yield from _measured(progress, point, scores[point], reserve)
+        except _TimeUp:
+            raise _TimeUp(_leader(incumbent, own, scores)) from None
         usable = [point for point in challengers if point not in progress.unusable]
         bar = statistics.median(own)
         hopeful = [point for point in usable if statistics.median(scores[point]) > bar * _HOPELESS]
@@ -133,6 +141,15 @@ def _better_of(progress: _Progress, incumbent: Point, axis: Axis) -> Generator[P
             return winner
         challengers = hopeful[: max(1, (len(hopeful) + 1) // 2)]
     return incumbent
+
+
+def _leader(incumbent: Point, own: Sequence[float], scores: Mapping[Point, Sequence[float]]) -> Point:
+    """What is ahead of the incumbent by the few measurements that there are, else the incumbent."""
+    medians = {point: statistics.median(found) for point, found in scores.items() if found}
+    if not own or not medians:
+        return incumbent
+    first = max(medians, key=lambda point: medians[point])
+    return first if medians[first] > statistics.median(own) * MARGIN else incumbent
 
 
 def _confirmed(progress: _Progress, start: Point, best: Point, complete: bool) -> Generator[Point, Outcome, Result]:
