@@ -95,6 +95,10 @@ class _Progress:
     longest_s: float = 0.0
     unusable: set[Point] = field(default_factory=set)
 
+    def usable(self, points: Iterable[Point]) -> list[Point]:
+        """Those that were not refused so far."""
+        return [point for point in points if point not in self.unusable]
+
 
 def search(start: Point, axes: Sequence[Axis], budget_s: float) -> Generator[Point, Outcome, Result]:
     """Yield the points to measure and take their outcomes; returns the result. Ends by itself.
@@ -121,7 +125,7 @@ def search(start: Point, axes: Sequence[Axis], budget_s: float) -> Generator[Poi
 
 def _better_of(progress: _Progress, incumbent: Point, axis: Axis) -> Generator[Point, Outcome, Point]:
     """The incumbent, or the option of the axis that beats it."""
-    challengers = [point for point in _options(incumbent, axis) if point not in progress.unusable]
+    challengers = progress.usable(_options(incumbent, axis))
     reserve = 2 * (CONFIRMING_PAIRS - 1)
     own: list[float] = []
     scores: dict[Point, list[float]] = {point: [] for point in challengers}
@@ -131,21 +135,23 @@ def _better_of(progress: _Progress, incumbent: Point, axis: Axis) -> Generator[P
             for point in challengers:
                 yield from _measured(progress, point, scores[point], reserve)
         except _TimeUp:
-            raise _TimeUp(_leader(incumbent, own, scores)) from None
-        usable = [point for point in challengers if point not in progress.unusable]
+            raise _TimeUp(_leader(incumbent, own, scores, progress.usable(challengers))) from None
         bar = statistics.median(own)
-        hopeful = [point for point in usable if statistics.median(scores[point]) > bar * _HOPELESS]
+        hopeful = [
+            point for point in progress.usable(challengers) if statistics.median(scores[point]) > bar * _HOPELESS
+        ]
         hopeful.sort(key=lambda point: -statistics.median(scores[point]))
         if len(own) > 1 and len(hopeful) <= 1:
-            winner = hopeful[0] if hopeful and statistics.median(scores[hopeful[0]]) > bar * MARGIN else incumbent
-            return winner
+            return _leader(incumbent, own, scores, hopeful)
         challengers = hopeful[: max(1, (len(hopeful) + 1) // 2)]
     return incumbent
 
 
-def _leader(incumbent: Point, own: Sequence[float], scores: Mapping[Point, Sequence[float]]) -> Point:
-    """What is ahead of the incumbent by the few measurements that there are, else the incumbent."""
-    medians = {point: statistics.median(found) for point, found in scores.items() if found}
+def _leader(
+    incumbent: Point, own: Sequence[float], scores: Mapping[Point, Sequence[float]], among: Iterable[Point]
+) -> Point:
+    """The best of these by what was measured so far, where it is ahead by `MARGIN`; else the incumbent."""
+    medians = {point: statistics.median(scores[point]) for point in among if scores[point]}
     if not own or not medians:
         return incumbent
     first = max(medians, key=lambda point: medians[point])
